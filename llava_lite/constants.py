@@ -1,0 +1,17 @@
+"""Name the numbers and the marks that LLaVA's clients, data and checkpoints agree on."""
+
+# Cross entropy leaves these labels out.
+IGNORE_INDEX = -100
+# Stands in the token ids where a picture goes; no vocabulary has it.
+IMAGE_TOKEN_INDEX = -200
+
+DEFAULT_IMAGE_TOKEN = "<image>"
+DEFAULT_IMAGE_PATCH_TOKEN = "<im_patch>"
+DEFAULT_IM_START_TOKEN = "<im_start>"
+DEFAULT_IM_END_TOKEN = "<im_end>"
+IMAGE_PLACEHOLDER = "<image-placeholder>"
+
+# Serving: seconds between two heart beats of a worker, and after how many the controller gives it up.
+WORKER_HEART_BEAT_INTERVAL = 15
+CONTROLLER_HEART_BEAT_EXPIRATION = 30
+LOGDIR = "."
