@@ -1,0 +1,106 @@
+"""Hold the experts of one MoE layer in fused 3-D weights and run each token through those it chose.
+
+The names and shapes of the weights are those of transformers' experts interface, which multiplies them one expert after
+the other (`eager`), as one batch (`batched_mm`) or in one grouped product (`grouped_mm`, its default).
+
+Shapes: `S` tokens, `K` choices a token, `E` experts, `D` model width, `I` width of an expert.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.integrations.moe import use_experts_implementation
+
+
+@dataclass(frozen=True)
+class MlpShape:
+    """What kind of dense MLP the experts are copies of."""
+
+    gated: bool  # gate_proj, up_proj, down_proj; else fc1, fc2
+    biased: bool
+    hidden_size: int
+    intermediate_size: int
+
+    @classmethod
+    def of(cls, dense_mlp):
+        """Read the shape from the layers of a dense MLP, whether or not its weights are partitioned."""
+        gated = hasattr(dense_mlp, "gate_proj")
+        if not gated and not hasattr(dense_mlp, "fc1"):
+            names = ", ".join(name for name, _ in dense_mlp.named_children())
+            raise ValueError(
+                f"{type(dense_mlp).__name__} has layers {names}; experts are made from gate_proj, up_proj and "
+                "down_proj, or from fc1 and fc2."
+            )
+        up = dense_mlp.up_proj if gated else dense_mlp.fc1
+        return cls(gated, up.bias is not None, up.in_features, up.out_features)
+
+    @property
+    def up_names(self):
+        """The dense layers whose weights are stacked into the experts' first one."""
+        return ("gate_proj", "up_proj") if self.gated else ("fc1",)
+
+    @property
+    def down_name(self):
+        """The dense layer that is the experts' last one."""
+        return "down_proj" if self.gated else "fc2"
+
+
+@use_experts_implementation
+class Experts(nn.Module):
+    """The weights of all experts of a layer, empty until they are drawn, copied or loaded."""
+
+    def __init__(self, config, num_experts, shape: MlpShape, dtype=None, device=None):
+        super().__init__()
+        self.num_experts = num_experts
+        self.shape = shape
+        self.up_name = "gate_up_proj" if shape.gated else "up_proj"
+        width, hidden = shape.intermediate_size * len(shape.up_names), shape.hidden_size
+        shapes = {self.up_name: (width, hidden), "down_proj": (hidden, shape.intermediate_size)}
+        if shape.biased:
+            shapes |= {f"{self.up_name}_bias": (width,), "down_proj_bias": (hidden,)}
+        for name, of_one in shapes.items():
+            weight = torch.empty(num_experts, *of_one, dtype=dtype, device=device)
+            self.register_parameter(name, nn.Parameter(weight))
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def reset_parameters(self, std):
+        """Draw the weights from N(0, std^2), as transformers does for the dense MLP; biases are 0."""
+        for name, param in self.named_parameters():
+            init.zeros_(param) if name.endswith("_bias") else init.normal_(param, std=std)
+
+    @torch.no_grad()
+    def copy_dense_mlp(self, dense_mlp):
+        """Make every expert a copy of the dense MLP, whose weights must be whole."""
+        ups = [getattr(dense_mlp, name) for name in self.shape.up_names]
+        down = getattr(dense_mlp, self.shape.down_name)
+        getattr(self, self.up_name).copy_(torch.cat([up.weight for up in ups]))  # [E, 2I, D] or [E, I, D]
+        self.down_proj.copy_(down.weight)
+        if self.shape.biased:
+            getattr(self, f"{self.up_name}_bias").copy_(torch.cat([up.bias for up in ups]))
+            self.down_proj_bias.copy_(down.bias)
+
+    def forward(self, tokens, experts, weights):
+        """Return the weighted sum of the chosen experts' outputs [S, D], one expert after the other (`eager`).
+
+        tokens: [S, D]; experts, weights: [S, K]. Every expert runs, if on no token at all, so that its weights are in
+        the graph on every rank.
+        """
+        ups, up_biases = self._of_each(self.up_name)
+        downs, down_biases = self._of_each("down_proj")
+        mixed = torch.zeros_like(tokens, dtype=weights.dtype)
+        for expert in range(self.num_experts):
+            token, choice = torch.where(experts == expert)
+            inner = F.linear(tokens[token], ups[expert], up_biases[expert])
+            inner = self._apply_gate(inner) if self.has_gate else self.act_fn(inner)
+            out = F.linear(inner, downs[expert], down_biases[expert])
+            mixed.index_add_(0, token, (out * weights[token, choice, None]).to(mixed.dtype))
+        return mixed.to(tokens.dtype)
+
+    def _of_each(self, name):
+        # unbind and not weight[expert]: the gradient of an index is as large as all experts, once for each of them.
+        biases = getattr(self, f"{name}_bias").unbind(0) if self.shape.biased else [None] * self.num_experts
+        return getattr(self, name).unbind(0), biases
