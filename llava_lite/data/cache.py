@@ -1,0 +1,86 @@
+"""Keep what was found out about data on disk: written whole, by one process at a time, under a name that is its key.
+
+Ranks need no collective for this: whoever comes first holds the lock and works, the others find the result.
+"""
+
+import hashlib
+import logging
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+
+logger = logging.getLogger(__name__)
+
+
+def cache_root(cache_dir: str | None = None) -> Path:
+    """Return the folder of all indexes: `cache_dir`, else $LLAVA_LITE_CACHE, else ~/.cache/llava_lite; made if absent."""
+    chosen = cache_dir or os.environ.get("LLAVA_LITE_CACHE") or "~/.cache/llava_lite"
+    root = Path(chosen).expanduser()
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(f"cannot make the index folder {root}: {error}. Set LLAVA_LITE_CACHE to a folder you own.") from None
+    return root
+
+
+def key_of(*parts) -> str:
+    """Return a name for whatever the parts say, equal on every machine."""
+    digest = hashlib.sha256()
+    for part in parts:
+        data = part if isinstance(part, bytes) else str(part).encode("utf-8", "surrogatepass")
+        digest.update(str(len(data)).encode() + b":" + data)
+    return digest.hexdigest()[:24]
+
+
+def file_key(path: str) -> str:
+    """Return a name for a file as it is now: its place, size and time of change."""
+    status = os.stat(path)
+    return key_of(os.path.realpath(path), status.st_size, status.st_mtime_ns)
+
+
+@contextmanager
+def locked(path: Path, purpose: str) -> Iterator[None]:
+    """Hold the lock beside `path`; while another process has it, wait and say so once a minute."""
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(f"{path}.lock")
+    start = time.monotonic()
+    while True:
+        try:
+            lock.acquire(timeout=60)
+            break
+        except Timeout:
+            waited_s = time.monotonic() - start
+            logger.info("waiting for another process to %s (%d s so far)", purpose, waited_s)
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def save_array(path: Path, array: np.ndarray) -> None:
+    """Write an array so that a reader finds the old file or the new one, never a part of it."""
+    draft = path.with_name(f"{path.name}.{os.getpid()}.{time.monotonic_ns()}.part")
+    try:
+        with open(draft, "wb") as file:
+            np.save(file, array)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(draft, path)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def load_array(path: Path) -> np.ndarray | None:
+    """Return the array, mapped into memory and read-only; None if there is none."""
+    try:
+        # A plain view: indexing a np.memmap costs a microsecond more each time.
+        return np.load(path, mmap_mode="r").view(np.ndarray)
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise ValueError(f"{path} is not an array ({error}). Delete the file; it is made anew.") from None
