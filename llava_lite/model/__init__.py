@@ -1,0 +1,56 @@
+"""The models; importing this registers them with transformers' Auto classes."""
+
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from llava_lite.model.language_model.llava_llama import LlavaLlamaConfig, LlavaLlamaForCausalLM
+from llava_lite.model.language_model.llava_mistral import LlavaMistralConfig, LlavaMistralForCausalLM
+from llava_lite.model.language_model.llava_phi import LlavaPhiConfig, LlavaPhiForCausalLM
+from llava_lite.model.language_model.llava_qwen2 import LlavaQwen2Config, LlavaQwen2ForCausalLM
+from llava_lite.model.language_model.llava_qwen3 import LlavaQwen3Config, LlavaQwen3ForCausalLM
+from llava_lite.model.language_model.llava_stablelm import LlavaStableLmConfig, LlavaStableLmForCausalLM
+
+# LLaVA's name; transformers has another class of that name, so ours is registered as LlavaLlamaConfig.
+LlavaConfig = LlavaLlamaConfig
+
+BACKBONES = {
+    "llama": LlavaLlamaForCausalLM,
+    "mistral": LlavaMistralForCausalLM,
+    "phi": LlavaPhiForCausalLM,
+    "qwen2": LlavaQwen2ForCausalLM,
+    "qwen3": LlavaQwen3ForCausalLM,
+    "stablelm": LlavaStableLmForCausalLM,
+}
+
+
+def model_class_for(model_type: str) -> type:
+    """Return the model class of a text decoder ("llama") or of one of ours ("llava_llama").
+
+    Raises ValueError with the known ones.
+    """
+    name = model_type.removeprefix("llava_")
+    if name not in BACKBONES:
+        raise ValueError(f"unknown language model of model_type {model_type!r}; known: {', '.join(sorted(BACKBONES))}.")
+    return BACKBONES[name]
+
+
+for _model in BACKBONES.values():
+    AutoConfig.register(_model.config_class.model_type, _model.config_class)
+    AutoModelForCausalLM.register(_model.config_class, _model)
+
+__all__ = [
+    "BACKBONES",
+    "LlavaConfig",
+    "LlavaLlamaConfig",
+    "LlavaLlamaForCausalLM",
+    "LlavaMistralConfig",
+    "LlavaMistralForCausalLM",
+    "LlavaPhiConfig",
+    "LlavaPhiForCausalLM",
+    "LlavaQwen2Config",
+    "LlavaQwen2ForCausalLM",
+    "LlavaQwen3Config",
+    "LlavaQwen3ForCausalLM",
+    "LlavaStableLmConfig",
+    "LlavaStableLmForCausalLM",
+    "model_class_for",
+]

@@ -1,0 +1,102 @@
+"""The config keys that make a decoder's config a LLaVA one, shared by every backbone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+from transformers import AutoConfig, PreTrainedConfig
+
+
+@dataclass(kw_only=True)
+class LlavaConfigMixin:
+    """LLaVA's keys (LLaVA 1.5 `config.json`), with the defaults that an absent key means.
+
+    mm_vision_tower: hub id or path of the tower. vision_config: the tower's own config (dict or object); where it is
+    set, the tower's weights are in the checkpoint and loading looks nothing up. mm_image_size: side in pixels that the
+    tower is fed, None for the tower's own. image_token_index: placeholder in `input_ids`, -200 or a vocabulary id.
+    moe: MoE-LLaVA's nested dict, None for a dense model. conv_template: the prompt format that trained the checkpoint.
+    base_model_name_or_path: set only in a folder that holds what was trained and not the whole model.
+    """
+
+    mm_vision_tower: str | None = None
+    vision_config: dict | PreTrainedConfig | None = None
+    mm_hidden_size: int | None = None
+    mm_image_size: int | None = None
+    mm_projector_type: str = "linear"
+    mm_vision_select_layer: int = -2
+    mm_vision_select_feature: str = "patch"
+    mm_patch_merge_type: str = "flat"
+    mm_use_im_start_end: bool = False
+    mm_use_im_patch_token: bool = False
+    mm_projector_lr: float | None = None
+    use_mm_proj: bool = True
+    tune_mm_mlp_adapter: bool = False
+    freeze_mm_mlp_adapter: bool = False
+    unfreeze_mm_vision_tower: bool = False
+    image_aspect_ratio: str = "square"
+    image_token_index: int = -200
+    tokenizer_padding_side: str = "right"
+    tokenizer_model_max_length: int | None = None
+    conv_template: str | None = None
+    moe: dict | None = None
+    base_model_name_or_path: str | None = None
+
+    def __post_init__(self, **kwargs):
+        """Turn `vision_config` into a config object and fill `mm_hidden_size` from it."""
+        super().__post_init__(**kwargs)
+        if isinstance(self.vision_config, dict):
+            self.vision_config = vision_config_from_dict(self.vision_config)
+        if self.vision_config is not None and self.mm_hidden_size is None:
+            self.mm_hidden_size = self.vision_config.hidden_size
+        if self.mm_vision_select_feature not in ("patch", "cls_patch"):
+            raise ValueError(
+                f"unknown mm_vision_select_feature {self.mm_vision_select_feature!r}; known: patch, cls_patch."
+            )
+
+    @property
+    def has_vision_tower(self) -> bool:
+        """Whether the model sees pictures at all."""
+        return self.vision_config is not None or self.mm_vision_tower is not None
+
+    @property
+    def num_image_tokens(self) -> int:
+        """Return the number of features of one picture, 576 for CLIP-L/14 at 336 px."""
+        vision = resolve_vision_config(self)
+        side = (self.mm_image_size or vision.image_size) // vision.patch_size
+        return side * side + (self.mm_vision_select_feature == "cls_patch" and has_class_token(vision))
+
+
+def has_class_token(vision_config: PreTrainedConfig) -> bool:
+    """Tell whether the tower puts a CLS token before the patches; SigLIP does not."""
+    return not vision_config.model_type.startswith("siglip")
+
+
+def vision_config_from_dict(fields: dict) -> PreTrainedConfig:
+    """Build the tower's config from its fields; `model_type` names the class."""
+    fields = dict(fields)
+    if "model_type" not in fields:
+        raise ValueError(f"vision_config needs a 'model_type' such as 'clip_vision_model'; got keys {sorted(fields)}.")
+    return AutoConfig.for_model(fields.pop("model_type"), **fields)
+
+
+def resolve_vision_config(config) -> PreTrainedConfig:
+    """Return the tower's config: `config.vision_config`, else that of the tower named `mm_vision_tower`."""
+    if config.vision_config is not None:
+        return config.vision_config
+    if config.mm_vision_tower is None:
+        raise ValueError("this config names no vision tower; set vision_config or mm_vision_tower.")
+    return load_vision_config(config.mm_vision_tower)
+
+
+@lru_cache(maxsize=16)
+def load_vision_config(name: str) -> PreTrainedConfig:
+    """Read the config of a tower by hub id or path; of a picture-and-text model the vision part."""
+    try:
+        config = AutoConfig.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise OSError(
+            f"vision tower {name!r} could not be read ({error}). Give a hub id such as "
+            "openai/clip-vit-large-patch14-336 or a folder with config.json, preprocessor_config.json and weights."
+        ) from error
+    return getattr(config, "vision_config", config)

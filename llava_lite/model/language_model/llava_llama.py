@@ -1,0 +1,25 @@
+"""LLaVA on Llama, Vicuna and their kin."""
+
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
+
+from llava_lite.model.configuration import LlavaConfigMixin
+from llava_lite.model.llava_arch import LlavaMetaForCausalLM, LlavaMetaModel
+
+
+class LlavaLlamaConfig(LlavaConfigMixin, LlamaConfig):
+    """A Llama config with LLaVA's keys."""
+
+    model_type = "llava_llama"
+
+
+class LlavaLlamaModel(LlavaMetaModel, LlamaModel):
+    """The Llama decoder with tower, connector and MoE layers."""
+
+    config_class = LlavaLlamaConfig
+
+
+class LlavaLlamaForCausalLM(LlavaMetaForCausalLM, LlamaForCausalLM):
+    """The whole model: pictures and text in, text out."""
+
+    config_class = LlavaLlamaConfig
+    decoder_class = LlavaLlamaModel

@@ -1,0 +1,25 @@
+"""LLaVA on Qwen2 and Qwen2.5."""
+
+from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Model
+
+from llava_lite.model.configuration import LlavaConfigMixin
+from llava_lite.model.llava_arch import LlavaMetaForCausalLM, LlavaMetaModel
+
+
+class LlavaQwen2Config(LlavaConfigMixin, Qwen2Config):
+    """A Qwen2 config with LLaVA's keys."""
+
+    model_type = "llava_qwen2"
+
+
+class LlavaQwen2Model(LlavaMetaModel, Qwen2Model):
+    """The Qwen2 decoder with tower, connector and MoE layers."""
+
+    config_class = LlavaQwen2Config
+
+
+class LlavaQwen2ForCausalLM(LlavaMetaForCausalLM, Qwen2ForCausalLM):
+    """The whole model: pictures and text in, text out."""
+
+    config_class = LlavaQwen2Config
+    decoder_class = LlavaQwen2Model

@@ -1,0 +1,287 @@
+"""Join a stock decoder with a vision tower and a connector: encode pictures, forward, generate.
+
+B batch, T tokens before the splice, L after, N pictures, P features of a picture, D model width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+from llava_lite.constants import IGNORE_INDEX
+from llava_lite.model.connector import build_connector
+from llava_lite.model.loading import LoadingMixin
+from llava_lite.model.moe import MoeBlock, RoutingContext, init_moe_weights, read_moe_config, set_routing
+from llava_lite.model.outputs import LlavaOutput
+from llava_lite.model.splice import Batch, check_counts, expand_placeholders, placeholder_mask, splice
+from llava_lite.model.vision_tower import VisionTower, build_vision_tower
+from llava_lite.model.weights import is_partitioned
+
+# Tells `generate(images=None)`, LLaVA's way, from a call that never says `images`, the way of transformers.
+UNSET = object()
+
+
+class LlavaMetaModel:
+    """The decoder stack with `vision_tower` and `mm_projector` beside `layers`, and MoE blocks in place of some MLPs."""
+
+    _can_set_experts_implementation_cached_value = True
+
+    def __init__(self, config):
+        super().__init__(config)
+        if config.has_vision_tower:
+            self.vision_tower = build_vision_tower(config)
+            if config.mm_hidden_size is None:
+                config.mm_hidden_size = self.vision_tower.hidden_size
+            self.mm_projector = build_connector(config)
+        moe = read_moe_config(config.moe, config.num_hidden_layers)
+        if moe is not None:
+            for index, num_experts in zip(moe.layers, moe.num_experts, strict=True):
+                self.layers[index].mlp = MoeBlock(config, moe, num_experts, self.layers[index].mlp)
+        self.post_init()
+
+    def get_vision_tower(self) -> VisionTower | None:
+        """Return the tower, None in a text-only model."""
+        return getattr(self, "vision_tower", None)
+
+    get_image_tower = get_vision_tower
+
+
+class LlavaMetaForCausalLM(LoadingMixin):
+    """Everything that LLaVA adds to a decoder with a vocabulary head; a backbone names its `decoder_class`."""
+
+    decoder_class: type
+    lm_head_bias = False
+    # transformers looks for its decorator in the model's own file, does not find it there and refuses grouped experts.
+    _can_set_experts_implementation_cached_value = True
+    # The loss is divided by num_items_in_batch here, so the Trainer must not divide it again.
+    accepts_loss_kwargs = True
+
+    def __init__(self, config):
+        PreTrainedModel.__init__(self, config)
+        self.model = self.decoder_class(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=self.lm_head_bias)
+        self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        super()._init_weights(module)
+        # Raw 3-D expert weights are unknown to transformers' own initialisation.
+        init_moe_weights(module, self.config.initializer_range)
+
+    def get_model(self):
+        """Return the decoder stack (LLaVA's name)."""
+        return self.model
+
+    def get_vision_tower(self) -> VisionTower | None:
+        """Return the tower, None in a text-only model."""
+        return self.model.get_vision_tower()
+
+    get_image_tower = get_vision_tower
+
+    def moe_layers(self) -> dict[int, MoeBlock]:
+        """Return the MoE blocks by layer index; empty in a dense model."""
+        return {i: layer.mlp for i, layer in enumerate(self.model.layers) if isinstance(layer.mlp, MoeBlock)}
+
+    def encode_images(self, images: torch.Tensor | list[torch.Tensor]) -> torch.Tensor:
+        """Return features [N, P, D] of pictures [N, 3, H, W] (or a list of [3, H, W] or [n, 3, H, W])."""
+        tower = self.get_vision_tower()
+        if tower is None:
+            raise ValueError("this model has no vision tower but pictures were given; set mm_vision_tower in its config.")
+        features = tower(stack_images(images))
+        weight = next(self.model.mm_projector.parameters(), features)
+        if weight.is_floating_point() and not torch.is_autocast_enabled(features.device.type):
+            features = features.to(weight.dtype)
+        return self.model.mm_projector(features)
+
+    def dummy_images(self) -> torch.Tensor:
+        """Return one blank picture [1, 3, H, W]."""
+        tower = self.get_vision_tower()
+        return torch.zeros(1, 3, tower.image_size, tower.image_size, device=tower.device, dtype=tower.dtype)
+
+    def needs_dummy(self) -> bool:
+        """Tell whether a batch without pictures must still run tower and connector.
+
+        Every rank has to run the same collectives in the same order: ZeRO-3 gathers weights in the forward pass,
+        ZeRO-2 reduces gradients in the backward pass. Without this, ranks with and without pictures hang.
+        """
+        if self.get_vision_tower() is None:
+            return False
+        return self.training or any(is_partitioned(p) for p in self.model.mm_projector.parameters())
+
+    def embed_batch(self, batch: Batch, images, pad_left: bool | None = None) -> tuple[Batch, torch.Tensor]:
+        """Return the batch with expanded placeholders and its embeddings [B, L, D], pictures written in."""
+        has_images = images is not None and len(images) > 0
+        features = None
+        if has_images or self.needs_dummy():
+            # Before the decoder, once, on every rank: see needs_dummy.
+            features = self.encode_images(images if has_images else self.dummy_images())  # [N, P, D]
+        is_picture = placeholder_mask(batch.input_ids, self.config.image_token_index)
+        num_placeholders = int(is_picture.sum())
+        if has_images and check_counts(num_placeholders, len(features), features.shape[1]):
+            batch = expand_placeholders(batch, is_picture, features.shape[1], pad_left)
+            is_picture = placeholder_mask(batch.input_ids, self.config.image_token_index)
+        elif not has_images and num_placeholders:
+            raise ValueError(
+                f"{num_placeholders} image placeholders in input_ids but no pictures; pass images= or pixel_values=."
+            )
+        embeds = self.get_input_embeddings()(batch.input_ids.masked_fill(is_picture, 0))  # [B, L, D]
+        if features is not None:
+            embeds = splice(embeds, is_picture, features)
+        return batch, embeds
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values=None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        images: torch.FloatTensor | list[torch.Tensor] | None = None,
+        image_sizes: list[tuple[int, int]] | None = None,
+        return_dict: bool | None = None,
+        pixel_values: torch.FloatTensor | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        num_items_in_batch: int | torch.Tensor | None = None,
+        cache_position: torch.LongTensor | None = None,
+        **kwargs,
+    ) -> LlavaOutput | tuple:
+        """Return loss and logits of token ids [B, T] in which placeholders stand for pictures [N, 3, H, W].
+
+        input_ids: one placeholder a picture or one a feature; config.image_token_index or -200. images and pixel_values
+        are two names for the pictures of the whole batch, in reading order. labels: [B, T], IGNORE_INDEX where nothing
+        is learned. num_items_in_batch: supervised tokens of the whole optimizer step, the divisor of the loss (else
+        those of this batch). image_sizes is LLaVA's, read for any-resolution only. Raises ValueError when placeholders
+        and pictures do not match.
+        """
+        images = images if images is not None else pixel_values
+        batch = Batch(input_ids, attention_mask, position_ids, labels)
+        if inputs_embeds is None:
+            batch, inputs_embeds = self.embed_batch(batch, images)
+        self.routing = self.start_routing(batch.attention_mask)
+        outputs = self.model(
+            inputs_embeds=inputs_embeds,
+            attention_mask=batch.attention_mask,
+            position_ids=batch.position_ids,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            **drop_none(
+                output_attentions=output_attentions,
+                output_hidden_states=output_hidden_states,
+                cache_position=cache_position,
+            ),
+            **kwargs,
+        )
+        hidden = outputs.last_hidden_state  # [B, L, D]
+        logits = None
+        if batch.labels is None or not self.training:
+            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            logits = self.lm_head(hidden[:, kept])
+        lm_loss = None
+        if batch.labels is not None:
+            lm_loss = self.supervised_loss(hidden, batch.labels, num_items_in_batch)
+        loss, moe_loss, moe_losses = self.add_balance_loss(lm_loss)
+        output = LlavaOutput(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            lm_loss=lm_loss,
+            moe_loss=moe_loss,
+            moe_loss_list=moe_losses,
+        )
+        return output.to_tuple() if return_dict is False else output
+
+    def supervised_loss(self, hidden: torch.Tensor, labels: torch.Tensor, num_items=None) -> torch.Tensor:
+        """Return the cross-entropy over supervised positions only, summed and divided by `num_items` (or their count).
+
+        hidden: [B, L, D]; labels: [B, L]. The vocabulary head runs at those positions alone: in stage 1 about 20 of
+        600 carry a label, and logits [B, L, V] are the largest tensor of the step.
+        """
+        learned = labels[:, 1:] != IGNORE_INDEX
+        logits = self.lm_head(hidden[:, :-1][learned]).float()  # [supervised, V]
+        total = F.cross_entropy(logits, labels[:, 1:][learned], reduction="sum")
+        count = learned.sum().clamp(min=1) if num_items is None else num_items
+        return total / count
+
+    def start_routing(self, attention_mask) -> RoutingContext | None:
+        """Give the MoE blocks this call's context: which of the positions are padding."""
+        blocks = self.moe_layers()
+        if not blocks:
+            return None
+        mask = attention_mask if attention_mask is not None and attention_mask.dim() == 2 else None
+        context = RoutingContext(mask, training=self.training)
+        set_routing(blocks, context)
+        return context
+
+    def add_balance_loss(self, lm_loss):
+        """Return (loss, moe_loss, per-layer terms); MoE-LLaVA adds the weighted sum over layers to the loss."""
+        if self.routing is None or lm_loss is None:
+            return lm_loss, None, None
+        terms = tuple(self.routing.balance_losses())
+        moe_loss = self.config.moe["router_aux_loss_coef"] * torch.stack(terms).sum()
+        return lm_loss + moe_loss, moe_loss, terms
+
+    @torch.no_grad()
+    def generate(self, inputs=None, images=UNSET, image_sizes=None, pixel_values=None, **kwargs):
+        """Generate from token ids [B, T] and pictures; two conventions, one result.
+
+        Called LLaVA's way (`images=`, None included) it returns new tokens only; called the transformers way
+        (`pixel_values=`, or text alone) the prompt comes first, its pictures expanded to one id a feature and a
+        placeholder of -200 shown as the padding id. Rows may be padded on either side; they are padded left here.
+        """
+        llava_way = images is not UNSET
+        pictures = pixel_values if not llava_way or images is None else images
+        input_ids = kwargs.pop("input_ids", None) if inputs is None else inputs
+        if input_ids is None or "inputs_embeds" in kwargs:
+            return super().generate(inputs=input_ids, **kwargs)
+        batch = Batch(input_ids, kwargs.pop("attention_mask", None))
+        kwargs.pop("position_ids", None)
+        was_training = self.training
+        self.eval()
+        try:
+            batch, embeds = self.embed_batch(pad_rows_left(batch), pictures, pad_left=True)
+            kwargs["attention_mask"] = (
+                torch.ones_like(batch.input_ids) if batch.attention_mask is None else batch.attention_mask
+            )
+            prompt = {} if llava_way else {"input_ids": self.printable_ids(batch.input_ids)}
+            return super().generate(inputs_embeds=embeds, **prompt, **kwargs)
+        finally:
+            self.train(was_training)
+
+    def printable_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """Replace -200 by an id of the vocabulary: logits processors and `batch_decode` look ids up."""
+        for pad in (self.generation_config.pad_token_id, self.config.pad_token_id, 0):
+            if pad is not None and pad >= 0:
+                return input_ids.masked_fill(input_ids < 0, pad)
+        return input_ids
+
+
+def pad_rows_left(batch: Batch) -> Batch:
+    """Move each row's padding to its left; generation appends on the right."""
+    if batch.attention_mask is None or bool(batch.attention_mask[:, -1].all()):
+        return batch
+    never = torch.zeros_like(batch.input_ids, dtype=torch.bool)
+    return expand_placeholders(batch, never, 1, pad_left=True)
+
+
+def stack_images(images) -> torch.Tensor:
+    """Return pictures as one tensor [N, 3, H, W] from a tensor or a list of [3, H, W] or [n, 3, H, W]."""
+    if isinstance(images, torch.Tensor):
+        return images.flatten(0, -4)
+    shapes = {tuple(i.shape[-3:]) for i in images}
+    if len(shapes) > 1:
+        raise ValueError(f"pictures of one batch must share one shape; got {sorted(shapes)}. Process them alike.")
+    return torch.cat([i.flatten(0, -4) if i.dim() > 3 else i[None] for i in images])
+
+
+def drop_none(**kwargs) -> dict:
+    """Return the arguments that are set."""
+    return {k: v for k, v in kwargs.items() if v is not None}

@@ -1,0 +1,92 @@
+"""Put picture features where placeholders stand.
+
+B batch, T tokens before, L after, N pictures, P features of a picture, D model width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from llava_lite.constants import IGNORE_INDEX
+
+
+@dataclass
+class Batch:
+    """Token-level inputs of one forward call; every field [B, L] or None."""
+
+    input_ids: torch.Tensor
+    attention_mask: torch.Tensor | None = None
+    position_ids: torch.Tensor | None = None
+    labels: torch.Tensor | None = None
+
+
+def placeholder_mask(input_ids: torch.Tensor, image_token_index: int) -> torch.Tensor:
+    """Return [B, T] bool, true where a picture stands: the config's placeholder or LLaVA's -200."""
+    return (input_ids == image_token_index) | (input_ids == -200)
+
+
+def expand_placeholders(batch: Batch, is_picture: torch.Tensor, num_features: int, pad_left: bool | None = None) -> Batch:
+    """Repeat each placeholder once for every feature of its picture, dropping and redoing the padding.
+
+    is_picture: [B, T] bool. num_features: P. pad_left: side of the new padding; None keeps the side that the mask shows
+    (right if none). Labels are IGNORE_INDEX at pictures and padding. Returns a batch of [B, L]; `attention_mask` stays
+    None if it was None and no row needs padding, `position_ids` likewise (else they count the real tokens from 0).
+    """
+    ids = batch.input_ids
+    real = torch.ones_like(ids, dtype=torch.bool) if batch.attention_mask is None else batch.attention_mask.bool()
+    repeats = torch.where(is_picture, num_features, 1) * real  # [B, T]
+    row_len = repeats.sum(1)  # [B]
+    length = int(row_len.max())
+    if pad_left is None:
+        pad_left = bool((~real[:, 0]).any())
+    columns = torch.arange(length, device=ids.device)
+    filled = columns >= (length - row_len)[:, None] if pad_left else columns < row_len[:, None]  # [B, L]
+
+    def spread(values: torch.Tensor, pad: int) -> torch.Tensor:
+        out = values.new_full(filled.shape, pad)
+        out[filled] = values.flatten().repeat_interleave(repeats.flatten())
+        return out
+
+    labels = batch.labels
+    if labels is not None:
+        labels = spread(labels.masked_fill(is_picture, IGNORE_INDEX), IGNORE_INDEX)
+    keep_mask = batch.attention_mask is not None or not bool((row_len == length).all())
+    return Batch(
+        input_ids=spread(ids, 0),
+        attention_mask=filled.to(ids.dtype) if keep_mask else None,
+        position_ids=positions_from_mask(filled) if batch.position_ids is not None else None,
+        labels=labels,
+    )
+
+
+def positions_from_mask(mask: torch.Tensor) -> torch.Tensor:
+    """Number the real tokens of each row from 0; padding gets 0. [B, L] -> [B, L]."""
+    return (mask.long().cumsum(1) - 1).clamp(min=0)
+
+
+def check_counts(num_placeholders: int, num_pictures: int, num_features: int) -> bool:
+    """Tell whether placeholders still need expanding; one a picture or one a feature are both understood.
+
+    Raises ValueError with the counts if they are neither.
+    """
+    if num_placeholders == num_pictures * num_features:
+        return False
+    if num_placeholders == num_pictures:
+        return True
+    raise ValueError(
+        f"{num_placeholders} image placeholders in input_ids but {num_pictures} pictures of {num_features} features each; "
+        f"expected {num_pictures} (one a picture) or {num_pictures * num_features} (one a feature). "
+        "Check that truncation did not cut a picture and that every <image> has its file."
+    )
+
+
+def splice(text_embeds: torch.Tensor, is_picture: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
+    """Write features [N, P, D] over the embeddings [B, L, D] where `is_picture` [B, L] is true, in reading order.
+
+    With no placeholder at all nothing is written and the features get a gradient of zero: that keeps the tower and
+    the connector in the graph on a rank whose batch has text only.
+    """
+    flat = features.to(text_embeds.dtype).flatten(0, 1)  # [N * P, D]
+    return text_embeds.masked_scatter(is_picture[..., None], flat)

@@ -1,0 +1,151 @@
+"""What every vision tower does: run the encoder up to the layer that is read and pick its tokens.
+
+N pictures, S tokens of a picture inside the tower, P features that leave it, C tower width.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from functools import cached_property
+
+import torch
+from torch import nn
+
+from llava_lite.mm_utils import load_image_processor
+from llava_lite.model.configuration import has_class_token
+from llava_lite.model.weights import load_into
+
+
+class NamedEncoder(nn.Module):
+    """Hold the encoder as `vision_model`, so that weights carry LLaVA's names on every transformers version."""
+
+    def __init__(self, encoder: nn.Module):
+        super().__init__()
+        self.vision_model = encoder
+
+    def forward(self, *args, **kwargs):
+        """Run the whole encoder, as transformers does."""
+        return self.vision_model(*args, **kwargs)
+
+
+class VisionTower(nn.Module, ABC):
+    """Pixels [N, 3, H, W] to features [N, P, C]; a leaf states how its encoder embeds pixels and names its layers."""
+
+    # The stock class whose checkpoint a leaf reads; set by each leaf.
+    pretrained_class: type
+    layers_take_mask = True
+
+    def __init__(self, config, vision_config):
+        super().__init__()
+        self.llava_config = config
+        self.config = vision_config
+        self.vision_tower_name = config.mm_vision_tower
+        self.select_layer = config.mm_vision_select_layer
+        self.select_feature = config.mm_vision_select_feature
+        self.num_read_layers = count_read_layers(self.select_layer, vision_config.num_hidden_layers)
+        self.vision_tower = self.build_encoder(vision_config)
+
+    @abstractmethod
+    def build_encoder(self, vision_config) -> nn.Module:
+        """Return the encoder module with random weights."""
+
+    @abstractmethod
+    def embed(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Return the tokens that enter the first layer, [N, S, C]."""
+
+    @property
+    @abstractmethod
+    def layers(self) -> nn.ModuleList:
+        """All encoder layers; those from `num_read_layers` on are kept for saving and never run."""
+
+    @property
+    def encoder(self) -> nn.Module:
+        """The stock transformers model inside."""
+        return self.vision_tower.vision_model
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Return features [N, P, C] of pictures [N, 3, H, W], in the tower's dtype.
+
+        A frozen tower runs without gradient: the graph would hold activations that nobody reads.
+        """
+        trains = any(p.requires_grad for p in self.parameters())
+        with torch.set_grad_enabled(torch.is_grad_enabled() and trains):
+            hidden = self.embed(images.to(device=self.device, dtype=self.dtype))  # [N, S, C]
+            for layer in self.layers[: self.num_read_layers]:
+                hidden = layer(hidden, attention_mask=None) if self.layers_take_mask else layer(hidden)
+                hidden = hidden[0] if isinstance(hidden, tuple) else hidden
+            if has_class_token(self.config) and self.select_feature == "patch":
+                hidden = hidden[:, 1:]
+        return hidden
+
+    def load_pretrained(self, name: str | None = None, **kwargs) -> None:
+        """Fill the weights from the tower's own checkpoint, by hub id or path."""
+        name = name or self.vision_tower_name
+        stock = self.pretrained_class.from_pretrained(name, config=self.config, **kwargs)
+        load_into(self.encoder, stock.state_dict(), f"weights of vision tower {name!r}")
+
+    @cached_property
+    def image_processor(self):
+        """The picture preprocessing saved beside the model, else beside the tower."""
+        return find_image_processor(self.llava_config)
+
+    @property
+    def is_loaded(self) -> bool:
+        """Always true: the tower is built with the model (LLaVA's name for a delayed load)."""
+        return True
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the weights."""
+        return next(self.parameters()).dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the weights."""
+        return next(self.parameters()).device
+
+    @property
+    def hidden_size(self) -> int:
+        """Width C of a feature."""
+        return self.config.hidden_size
+
+    @property
+    def image_size(self) -> int:
+        """Side in pixels of the pictures that the tower is fed."""
+        return self.llava_config.mm_image_size or self.config.image_size
+
+    @property
+    def num_patches_per_side(self) -> int:
+        """Patches along one side of a picture."""
+        return self.image_size // self.config.patch_size
+
+    @property
+    def num_patches(self) -> int:
+        """Patches of a picture, CLS not counted."""
+        return self.num_patches_per_side**2
+
+
+def count_read_layers(select_layer: int, num_layers: int) -> int:
+    """Return how many encoder layers run so that `hidden_states[select_layer]` exists; 23 for CLIP-L and -2."""
+    count = select_layer if select_layer >= 0 else num_layers + 1 + select_layer
+    if not 0 <= count <= num_layers:
+        raise ValueError(
+            f"mm_vision_select_layer {select_layer} does not exist in a tower of {num_layers} layers; "
+            f"give {-num_layers - 1} to {num_layers}."
+        )
+    return count
+
+
+def find_image_processor(config):
+    """Return the image processor saved with the model's folder, else the tower's own."""
+    places = [p for p in (config._name_or_path, config.mm_vision_tower) if p]
+    errors = []
+    for place in places:
+        try:
+            return load_image_processor(place)
+        except (OSError, ValueError) as error:
+            errors.append(f"{place!r}: {error}")
+    raise OSError(
+        "no image processor found; tried " + ("; ".join(errors) or "nothing, since config names no folder or tower")
+        + ". Save one beside the model (preprocessor_config.json)."
+    )

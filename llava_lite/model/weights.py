@@ -1,0 +1,93 @@
+"""Copy weights into a module and out of it, whole or partitioned by ZeRO-3."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+
+import torch
+from torch import nn
+
+logger = logging.getLogger(__name__)
+
+
+def is_partitioned(param: torch.Tensor) -> bool:
+    """Tell whether ZeRO-3 keeps only this rank's share of the parameter."""
+    return hasattr(param, "ds_id")
+
+
+def gathered(params: Iterable[torch.Tensor], modify: bool = False) -> AbstractContextManager:
+    """Return a context in which `params` are whole; under ZeRO-3 this is a collective of all ranks.
+
+    modify: rank 0's values are broadcast to all when the context ends. Without ZeRO-3 nothing happens.
+    """
+    partitioned = [p for p in params if is_partitioned(p)]
+    if not partitioned:
+        return nullcontext()
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters(partitioned, modifier_rank=0 if modify else None)
+
+
+def load_into(module: nn.Module, state_dict: Mapping[str, torch.Tensor], what: str, ignore: tuple[str, ...] = ()) -> None:
+    """Copy `state_dict` into `module`, every key accounted for.
+
+    what: names the weights in errors, e.g. "connector weights of 'mm_projector.bin'". ignore: prefixes of keys that may
+    be missing on either side. Raises ValueError with the names if keys are missing or unexpected or a shape differs.
+    """
+    # Non-persistent buffers (position ids) are saved by old checkpoints and made by the constructor in new ones.
+    targets = dict(module.named_parameters())
+    targets.update({name: b for name, b in module.named_buffers() if name in module.state_dict()})
+    buffers = {name for name, _ in module.named_buffers()}
+    missing = [k for k in targets if k not in state_dict and not k.startswith(ignore or ("\0",))]
+    unexpected = [k for k in state_dict if k not in targets and k not in buffers and not k.startswith(ignore or ("\0",))]
+    if missing or unexpected:
+        raise ValueError(
+            f"{what} do not fit {type(module).__name__}: missing {missing[:8]} ({len(missing)} in all), "
+            f"unexpected {unexpected[:8]} ({len(unexpected)} in all). Give weights made for this configuration."
+        )
+    names = [k for k in targets if k in state_dict]
+    check_shapes({k: targets[k] for k in names}, state_dict, what)
+    with torch.no_grad(), gathered([targets[k] for k in names], modify=True):
+        for name in names:
+            if targets[name].numel():
+                targets[name].copy_(state_dict[name])
+
+
+def check_shapes(targets: Mapping[str, torch.Tensor], state_dict: Mapping[str, torch.Tensor], what: str) -> None:
+    """Raise ValueError with both shapes for the first weight whose shape differs."""
+    for name, target in targets.items():
+        shape = tuple(getattr(target, "ds_shape", target.shape))
+        if tuple(state_dict[name].shape) != shape:
+            raise ValueError(
+                f"{what}: {name} has shape {tuple(state_dict[name].shape)}, the model expects {shape}. "
+                "They were made for another model width; train the connector for this model or name the right file."
+            )
+
+
+def full_state_dict(module: nn.Module, names: Iterable[str] | None = None) -> dict[str, torch.Tensor]:
+    """Return CPU copies of the named parameters and buffers (all if None), whole on every rank.
+
+    Under ZeRO-3 every rank must call this, since parameters are gathered one by one.
+    """
+    wanted = None if names is None else set(names)
+    whole = {}
+    for name, tensor in module.state_dict(keep_vars=True).items():
+        if wanted is None or name in wanted:
+            with gathered([tensor]):
+                whole[name] = tensor.detach().to("cpu", copy=True)
+    return whole
+
+
+def read_weights(path: str | Path) -> dict[str, torch.Tensor]:
+    """Read one weights file: .safetensors, or a pickle of tensors under `weights_only`."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no weights file at {str(path)!r}; give the path of a .safetensors or .bin file.")
+    if path.suffix == ".safetensors":
+        from safetensors.torch import load_file
+
+        return load_file(path)
+    return torch.load(path, map_location="cpu", weights_only=True)

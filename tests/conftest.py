@@ -1,0 +1,245 @@
+"""Toys that a person can read: seeded tokenizers, towers, language models and data; no network."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image, ImageDraw
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
+
+WORDS = (
+    "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, "
+    "and polite answers to the user's questions. USER: What colour is the square? ASSISTANT: The square is red. "
+    "How many circles are there? There are three blue circles and one green square in the picture. Human: Hello!"
+).split()
+BACKBONE_TYPES = ("llama", "mistral", "phi", "qwen2", "qwen3", "stablelm")
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def toy_corpus(num_lines: int = 400) -> list[str]:
+    """Return sentences of the toy world, seeded."""
+    rng = random.Random(0)
+    return [" ".join(rng.choices(WORDS, k=12)) for _ in range(num_lines)]
+
+
+def build_tokenizer(kind: str):
+    """Return a fast tokenizer: "llama" (BOS, blank pieces), "gpt2" (bytes, no BOS) or "qwen" (gpt2 with ChatML)."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    if kind == "llama":
+        specials = ["<unk>", "<s>", "</s>"]
+        bytes_ = [f"<0x{i:02X}>" for i in range(256)]
+        tokenizer = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+        tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+        trainer = trainers.BpeTrainer(vocab_size=700, special_tokens=specials + bytes_, show_progress=False)
+        tokenizer.train_from_iterator(toy_corpus(), trainer)
+        tokenizer.decoder = decoders.Sequence(
+            [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+        )
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", 1)]
+        )
+        return PreTrainedTokenizerFast(
+            tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>", model_max_length=2048
+        )
+    specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=700,
+        special_tokens=specials,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(toy_corpus(), trainer)
+    tokenizer.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>", model_max_length=2048)
+    if kind == "qwen":
+        fast.pad_token = "<|endoftext|>"
+        fast.eos_token = "<|im_end|>"
+        fast.chat_template = CHATML
+    return fast
+
+
+@pytest.fixture(scope="session")
+def toy_tokenizer_for():
+    """Return a function: kind -> tokenizer (a fresh object each time; training is done once)."""
+    built = {}
+
+    def make(kind: str):
+        import copy
+
+        if kind not in built:
+            built[kind] = build_tokenizer(kind)
+        return copy.deepcopy(built[kind])
+
+    return make
+
+
+@pytest.fixture
+def toy_tokenizer(toy_tokenizer_for):
+    """A Llama-like tokenizer."""
+    return toy_tokenizer_for("llama")
+
+
+def write_tower(folder: Path, kind: str) -> Path:
+    """Save a seeded tower of 32 px, patch 8 (16 patches), width 32, with its image processor."""
+    from transformers import (
+        CLIPVisionConfig,
+        CLIPVisionModel,
+        Dinov2Config,
+        Dinov2Model,
+        SiglipVisionConfig,
+        SiglipVisionModel,
+    )
+
+    torch.manual_seed(1)
+    shape = dict(hidden_size=32, num_hidden_layers=3, num_attention_heads=2, image_size=32, patch_size=8)
+    if kind == "clip":
+        model = CLIPVisionModel(CLIPVisionConfig(**shape, intermediate_size=48, projection_dim=16))
+    elif kind == "siglip":
+        model = SiglipVisionModel(SiglipVisionConfig(**shape, intermediate_size=48))
+    else:
+        model = Dinov2Model(Dinov2Config(**shape, mlp_ratio=2))
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    model.save_pretrained(folder)
+    processor = {
+        "image_processor_type": {"clip": "CLIPImageProcessor", "siglip": "SiglipImageProcessor"}.get(kind, "BitImageProcessor"),
+        "do_resize": True,
+        "size": {"height": 32, "width": 32} if kind == "siglip" else {"shortest_edge": 32},
+        "do_center_crop": kind != "siglip",
+        "crop_size": {"height": 32, "width": 32},
+        "resample": 3,
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": [0.48145466, 0.4578275, 0.40821073],
+        "image_std": [0.26862954, 0.26130258, 0.27577711],
+        "do_convert_rgb": True,
+    }
+    (folder / "preprocessor_config.json").write_text(json.dumps(processor))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def toy_tower_dir(tmp_path_factory):
+    """Return a function: "clip" | "siglip" | "dinov2" -> folder of a tower."""
+    built = {}
+
+    def make(kind: str = "clip") -> Path:
+        if kind not in built:
+            built[kind] = write_tower(tmp_path_factory.mktemp(f"tower_{kind}"), kind)
+        return built[kind]
+
+    return make
+
+
+def llm_config(model_type: str, vocab_size: int):
+    """Return a 4-layer text config of width 32."""
+    from transformers import AutoConfig
+
+    shape = dict(
+        vocab_size=vocab_size,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=4 if model_type == "phi" else 2,
+        max_position_embeddings=2048,
+        initializer_range=0.2,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+        tie_word_embeddings=False,
+    )
+    if model_type == "qwen3":
+        shape["head_dim"] = 8
+    return AutoConfig.for_model(model_type, **shape)
+
+
+@pytest.fixture(scope="session")
+def toy_llm_dir(tmp_path_factory, toy_tokenizer_for):
+    """Return a function: model_type of a text decoder -> folder of a model with its tokenizer."""
+    from transformers import AutoModelForCausalLM
+
+    built = {}
+
+    def make(model_type: str = "llama") -> Path:
+        if model_type not in built:
+            tokenizer = toy_tokenizer_for("llama")
+            torch.manual_seed(2)
+            model = AutoModelForCausalLM.from_config(llm_config(model_type, len(tokenizer)))
+            folder = tmp_path_factory.mktemp(f"llm_{model_type}")
+            model.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+            built[model_type] = folder
+        return built[model_type]
+
+    return make
+
+
+@pytest.fixture
+def toy_model(toy_llm_dir, toy_tower_dir):
+    """Return a function: model_type, moe dict, tower kind, config keys -> a model in eval mode, fp32."""
+    from llava_lite.model.assemble import assemble
+    from llava_lite.model.upcycle import upcycle
+
+    def make(model_type: str = "llama", moe: dict | None = None, tower: str | None = "clip", **overrides):
+        torch.manual_seed(3)
+        overrides = {"mm_projector_type": "mlp2x_gelu"} | overrides
+        folder = str(toy_tower_dir(tower)) if tower else None
+        model = assemble(str(toy_llm_dir(model_type)), folder, config_overrides=overrides, dtype=torch.float32)
+        if moe is not None:
+            upcycle(model, moe)
+        return model.eval()
+
+    return make
+
+
+def draw_picture(seed: int, size: int = 40) -> Image.Image:
+    """Return a picture with one coloured square, seeded."""
+    rng = random.Random(seed)
+    picture = Image.new("RGB", (size + seed % 9, size), (rng.randrange(256), rng.randrange(256), rng.randrange(256)))
+    corner = rng.randrange(size // 2)
+    ImageDraw.Draw(picture).rectangle((corner, corner, corner + 12, corner + 12), fill=(255, 0, 0))
+    return picture
+
+
+@pytest.fixture(scope="session")
+def toy_data(tmp_path_factory):
+    """Return a function: (folder, num_records, text_only_every, num_turns) -> (json path, picture folder), LLaVA's format."""
+
+    def make(folder: Path | None = None, num_records: int = 24, text_only_every: int = 3, num_turns: int = 2, seed: int = 0):
+        folder = Path(folder) if folder is not None else tmp_path_factory.mktemp("data")
+        pictures = folder / "images"
+        pictures.mkdir(parents=True, exist_ok=True)
+        rng = random.Random(seed)
+        records = []
+        for i in range(num_records):
+            turns = []
+            for turn in range(num_turns):
+                turns.append({"from": "human", "value": " ".join(rng.choices(WORDS, k=rng.randint(3, 9)))})
+                turns.append({"from": "gpt", "value": " ".join(rng.choices(WORDS, k=rng.randint(1, 8)))})
+            record = {"id": f"toy_{i:03d}", "conversations": turns}
+            if not text_only_every or i % text_only_every:
+                draw_picture(seed * 1000 + i).save(pictures / f"{i}.png")
+                record["image"] = f"{i}.png"
+                turns[0]["value"] = "<image>\n" + turns[0]["value"]
+            records.append(record)
+        path = folder / "toy.json"
+        path.write_text(json.dumps(records))
+        return str(path), str(pictures)
+
+    return make
