@@ -1,0 +1,154 @@
+"""Turn a picture file into the tensor that a vision tower reads."""
+
+import base64
+import io
+
+import torch
+from PIL import Image, ImageOps
+
+# 256 MiB once decoded as RGB, where Pillow itself begins to warn. Phones and cameras end at 65 million pixels.
+MAX_PICTURE_PIXELS = 2**28 // 3
+# What people put into data sets. EPS and the like are left out: Pillow would start a program to read them.
+PICTURE_FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
+# `pad` makes a square of the long side: above this length the picture is made smaller first (512 MiB otherwise).
+MAX_PADDED_SIDE = 8192
+# The processor makes the short side as long as the tower wants and cuts out the middle: ends further out than this
+# many short sides are cut before (1 x 20000 pixels would be 336 x 6.7 million on the way).
+MAX_CROPPED_RATIO = 64
+
+ASPECT_RATIOS = ("square", "pad")
+
+
+class PictureError(ValueError):
+    """A picture that cannot be used: `path` and `reason`."""
+
+    def __init__(self, path, reason):
+        super().__init__(f"cannot use the picture {str(path)!r}: {reason}")
+        self.path = str(path)
+        self.reason = reason
+
+    def __reduce__(self):
+        """Let the error travel from a data loader's worker with its path and reason."""
+        return type(self), (self.path, self.reason)
+
+
+def open_picture(path, upright=False) -> Image.Image:
+    """Return the picture as RGB; PictureError(path, reason) if it is missing, broken, too large or no picture.
+
+    path: a file, or an open one such as io.BytesIO. The size is read from the header before anything is decoded.
+    upright: turn it as its EXIF entry says. For people's own pictures; training, like LLaVA's, leaves it as stored.
+    """
+    try:
+        with Image.open(path, formats=PICTURE_FORMATS) as picture:
+            width, height = picture.size
+            if width * height > MAX_PICTURE_PIXELS:
+                reason = (
+                    f"it is {width} x {height} = {width * height / 1e6:.0f} million pixels, "
+                    f"more than {MAX_PICTURE_PIXELS / 1e6:.0f} million. Make it smaller."
+                )
+                raise PictureError(path, reason)
+            picture.load()
+            return to_rgb(ImageOps.exif_transpose(picture) if upright else picture)
+    except PictureError:
+        raise
+    except FileNotFoundError as error:
+        raise PictureError(path, "there is no such file.") from error
+    # Pillow's readers raise nearly everything on a broken file: OSError, SyntaxError, struct.error, IndexError, ...
+    except Exception as error:
+        raise PictureError(path, f"{type(error).__name__}: {error}") from error
+
+
+def load_image_from_base64(image) -> Image.Image:
+    """Return the picture of a base64 text, as RGB; PictureError as in open_picture."""
+    try:
+        data = base64.b64decode(image)
+    except ValueError as error:
+        raise PictureError("base64 text", str(error)) from error
+    return open_picture(io.BytesIO(data))
+
+
+def to_rgb(picture) -> Image.Image:
+    """Return the picture as RGB, whatever its mode; transparency is dropped, the colours below it stay.
+
+    So did transformers 4.37, with which LLaVA's checkpoints were trained; 5.x would paint transparent parts white.
+    """
+    if picture.mode == "RGB" and "transparency" not in picture.info:
+        return picture
+    if picture.mode.startswith("I;16"):
+        # Pillow cuts 16 bits off at 255, which leaves a white picture.
+        picture = picture.convert("I").point(lambda value: value / 256).convert("L")
+    picture = picture.convert("RGB")
+    if "transparency" in picture.info:
+        # The entry outlives the conversion, and transformers 5 looks at it.
+        picture = picture.copy()
+        del picture.info["transparency"]
+    return picture
+
+
+def expand2square(pil_img, background_color) -> Image.Image:
+    """Return the picture in the middle of a square of its long side, as RGB; background_color: (r, g, b), 0 to 255."""
+    picture = to_rgb(pil_img)
+    width, height = picture.size
+    if width == height:
+        return picture
+    side = max(width, height)
+    square = Image.new("RGB", (side, side), tuple(background_color))
+    square.paste(picture, ((side - width) // 2, (side - height) // 2))
+    return square
+
+
+def prepare_picture(pil, image_processor, aspect_ratio="square") -> torch.Tensor:
+    """Return the picture as the tower reads it: float32 [3, H, W].
+
+    aspect_ratio: `square`, what the processor makes of it (CLIP cuts out the middle); `pad`, first put on a square of
+    the mean colour, so that nothing is cut.
+    """
+    if aspect_ratio not in ASPECT_RATIOS:
+        raise ValueError(f"unknown image_aspect_ratio {aspect_ratio!r}; known: {', '.join(ASPECT_RATIOS)}.")
+    picture = to_rgb(pil)
+    if aspect_ratio == "pad":
+        background = tuple(int(255 * mean) for mean in image_processor.image_mean)
+        picture = expand2square(_shrunk(picture), background)
+    elif _cuts_the_middle(image_processor):
+        picture = _middle(picture)
+    pixels = image_processor(picture, return_tensors="pt")["pixel_values"]
+    return pixels[0].float()
+
+
+def process_images(images, image_processor, model_cfg) -> torch.Tensor:
+    """Return the pictures [N, 3, H, W], prepared as `model_cfg.image_aspect_ratio` says (absent or None: `square`)."""
+    # Evaluation tools hand over any object, with this one attribute or without it.
+    aspect_ratio = getattr(model_cfg, "image_aspect_ratio", None) or "square"
+    return torch.stack([prepare_picture(image, image_processor, aspect_ratio) for image in images])
+
+
+def load_image_processor(path_or_id, revision=None):
+    """Return the image processor of a folder or a hub id, the one that works on PIL pictures.
+
+    The others need torchvision, and resize a little differently from what LLaVA's checkpoints have seen.
+    """
+    from transformers import AutoImageProcessor
+
+    return AutoImageProcessor.from_pretrained(path_or_id, revision=revision or "main", backend="pil")
+
+
+def _cuts_the_middle(image_processor) -> bool:
+    return bool(image_processor.do_center_crop) and "shortest_edge" in image_processor.size
+
+
+def _shrunk(picture) -> Image.Image:
+    width, height = picture.size
+    side = max(width, height)
+    if side <= MAX_PADDED_SIDE:
+        return picture
+    scale = MAX_PADDED_SIDE / side
+    return picture.resize((max(1, round(width * scale)), max(1, round(height * scale))), Image.Resampling.BICUBIC)
+
+
+def _middle(picture) -> Image.Image:
+    width, height = picture.size
+    longest = MAX_CROPPED_RATIO * min(width, height)
+    if max(width, height) <= longest:
+        return picture
+    left, top = max(0, (width - longest) // 2), max(0, (height - longest) // 2)
+    return picture.crop((left, top, left + min(width, longest), top + min(height, longest)))
