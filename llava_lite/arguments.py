@@ -1,0 +1,198 @@
+"""Declare every knob of a training run: type, default, unit, source.
+
+Defaults are those of the published scripts (LLaVA-1.5 `scripts/v1_5/*.sh`, MoE-LLaVA `scripts/v1/*/finetune_moe.sh`)
+where all scripts agree, and those of the two `train.py` where they do not.
+"""
+
+# ruff: noqa: RUF009 - `knob` returns a dataclass field.
+import dataclasses
+import difflib
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import transformers
+from transformers import HfArgumentParser
+
+from llava_lite.contradictions import check_data, check_model, check_together, check_training, fold_tuning
+from llava_lite.flags import machine_has, translate, yaml_flags
+
+IMAGE_ASPECT_RATIOS = ("square", "pad")
+MOE_KEYS = (
+    "moe_enable moe_mode moe_layers_idx ep_size top_k_experts capacity_factor eval_capacity_factor min_capacity "
+    "use_residual router_aux_loss_coef train_modules moe_drop_tokens moe_count_padding"
+)
+
+
+def knob(default, text, **metadata):
+    """Return a dataclass field with its default and its one sentence for `--help`."""
+    return dataclasses.field(default=default, metadata={"help": text, **metadata})
+
+
+@dataclass
+class ModelArguments:
+    """What is built: decoder, vision tower, connector, experts. Names are LLaVA's and MoE-LLaVA's."""
+
+    model_name_or_path: str | None = knob(None, "Hub id or folder of a language model or of an earlier stage.")
+    version: str = knob("v1", "Conversation template: plain in stage 1, v1 after it; chat is the tokenizer's own.")
+    vision_tower: str | None = knob(None, "Hub id or folder of a CLIP, SigLIP or DINOv2 tower (alias image_tower).")
+    mm_vision_select_layer: int = knob(-2, "Layer of the tower that is read (LLaVA-1.5: the one before the last).")
+    mm_vision_select_feature: Literal["patch", "cls_patch"] = knob("patch", "Whether the CLS token is read too.")
+    mm_projector_type: str = knob(
+        "linear", "Connector: identity, linear, mlpNx_gelu (LLaVA-1.5: mlp2x_gelu; alias image_projector_type)."
+    )
+    pretrain_mm_mlp_adapter: str | None = knob(None, "Connector weights of stage 1, mm_projector.bin.")
+    mm_patch_merge_type: Literal["flat"] = knob(
+        "flat", "How crops of one picture are joined (LLaVA-1.5 has one crop)."
+    )
+    mm_use_im_start_end: bool = knob(False, "Put <im_start> and <im_end> around each picture (LLaVA v1).")
+    mm_use_im_patch_token: bool = knob(False, "Add <im_patch> to the vocabulary (LLaVA v0; all scripts say False).")
+    attn_implementation: Literal["auto", "flash_attention_2", "varlen", "sdpa", "eager"] = knob(
+        "auto", "Attention kernel; auto takes the best that is installed for the device and logs which."
+    )
+    tune_mm_mlp_adapter: bool = knob(False, "LLaVA's word for --tuning projector.")
+    freeze_backbone: bool = knob(False, "Keep the decoder; its vocabulary head and the connector train.")
+    moe_enable: bool = knob(False, "MoE-LLaVA's word for --tuning moe: turn MLPs of a dense model into experts.")
+    train_modules: list[str] | None = knob(
+        None, "Parts of MoE-LLaVA's parameter names that train beside router and connector; default: all MLPs."
+    )
+    moe_mode: Literal["first_half", "second_half", "sparse", "dense"] = knob(
+        "second_half", "Layers that get experts; sparse: every other one from 0 (MoE-LLaVA's scripts)."
+    )
+    moe_layers_idx: list[int] | None = knob(None, "Layers that get experts, counted from 0; wins over --moe_mode.")
+    num_experts: list[int] | None = knob(None, "Experts a layer: one number, or one for each layer; default 4.")
+    top_k_experts: int = knob(2, "Experts that a token visits (MoE-LLaVA).")
+    use_residual: bool = knob(False, "Keep the dense MLP beside the experts (DeepSpeed-MoE, Rajbhandari et al. 2022).")
+    router_aux_loss_coef: float = knob(0.01, "Weight of the balance loss summed over layers (MoE-LLaVA).")
+    moe_drop_tokens: bool = knob(False, "Drop tokens over an expert's capacity, as DeepSpeed's gate does.")
+    capacity_factor: float = knob(1.0, "Capacity in training in even shares of the tokens; with moe_drop_tokens.")
+    eval_capacity_factor: float = knob(2.0, "Capacity outside training; with moe_drop_tokens.")
+    min_capacity: int = knob(0, "Least capacity in tokens; with moe_drop_tokens.")
+    moe_second_expert_sampling: Literal["never", "training", "always"] = knob(
+        "never", "When the second of two experts is drawn with Gumbel noise (DeepSpeed's gate: always)."
+    )
+    moe_count_padding: bool = knob(False, "Route and count padding too, as MoE-LLaVA does.")
+    ep_size: int = knob(1, "Ranks over which experts are split; 1: every rank holds all (MoE-LLaVA's scripts).")
+    only_lora_ffn: bool = knob(True, "MoE-LLaVA's; has no effect, since LoRA and experts are two tunings.")
+
+    def __post_init__(self):
+        """Refuse what contradicts itself."""
+        check_model(self)
+
+    def moe_config(self):
+        """Return the nested `moe` dict of the model's config, with MoE-LLaVA's keys."""
+        sampling = {"never": False, "training": True, "always": "always"}[self.moe_second_expert_sampling]
+        values = {key: getattr(self, key) for key in MOE_KEYS.split()}
+        return {**values, "num_experts": self.num_experts or [4], "moe_second_expert_sampling": sampling}
+
+
+@dataclass
+class DataArguments:
+    """What is learned from, and what is held out."""
+
+    data_path: list[str] | None = knob(None, "LLaVA JSON or JSONL files, or YAML mixtures of them.")
+    image_folder: str | None = knob(None, "Folder that the records' picture paths start from.")
+    image_aspect_ratio: str = knob("square", "square: crop as the tower's processor does (stage 1); pad (stage 2).")
+    bad_record: Literal["raise", "skip"] = knob("raise", "A broken record or picture stops the run, or is left out.")
+    eval_data_path: list[str] | None = knob(None, "Files of records to evaluate on.")
+    eval_split: float = knob(0.0, "Records held out of data_path to evaluate on: below 1 a share, else a number.")
+    num_eval_generations: int = knob(4, "Answers generated and written at each evaluation.")
+    eval_max_new_tokens: int = knob(64, "Longest of those answers, in tokens.")
+    lazy_preprocess: bool = knob(True, "LLaVA's; has no effect, records are always read when they are needed.")
+    is_multimodal: bool = knob(True, "LLaVA's; has no effect, a vision tower makes it so.")
+
+    def __post_init__(self):
+        """Refuse what contradicts itself."""
+        check_data(self, IMAGE_ASPECT_RATIOS)
+
+
+@dataclass
+class TrainingArguments(transformers.TrainingArguments):
+    """How it is trained: transformers' own flags, LLaVA's, and ours."""
+
+    tuning: Literal["projector", "full", "lora", "moe"] | None = knob(
+        None, "What trains: projector, full, lora, moe; default: what the older flags mean, else full."
+    )
+    cache_dir: str | None = knob(None, "Where downloaded weights are kept.")
+    model_max_length: int = knob(2048, "Longest sequence in tokens, pictures included.")
+    freeze_mm_mlp_adapter: bool = knob(False, "Keep the connector as it is.")
+    unfreeze_mm_vision_tower: bool = knob(False, "Train the vision tower too (LLaVA-NeXT).")
+    mm_projector_lr: float | None = knob(None, "Learning rate of the connector; default: --learning_rate.")
+    mm_vision_tower_lr: float | None = knob(None, "Learning rate of the vision tower; default: --learning_rate.")
+    group_by_modality_length: bool = knob(False, "Batches of like length, pictures and text apart (LLaVA-1.5).")
+    lora_enable: bool = knob(False, "LLaVA's word for --tuning lora.")
+    lora_r: int = knob(64, "Rank of LoRA (Hu et al. 2022; LLaVA-1.5: 128).")
+    lora_alpha: int = knob(16, "Scale of LoRA before it is divided by the rank (LLaVA-1.5: 256).")
+    lora_dropout: float = knob(0.05, "Dropout before LoRA.")
+    lora_bias: Literal["none", "all", "lora_only"] = knob("none", "Which biases train beside LoRA.")
+    lora_vision_tower: bool = knob(False, "Put LoRA into the vision tower too.")
+    bits: Literal[4, 8, 16] = knob(16, "Bits of the frozen decoder's weights; 4 and 8 need LoRA and bitsandbytes.")
+    double_quant: bool = knob(True, "Quantise the scales of 4-bit weights too (QLoRA, Dettmers et al. 2023).")
+    quant_type: Literal["fp4", "nf4"] = knob("nf4", "4-bit number format (QLoRA).")
+    save_full: bool = knob(False, "Write the whole model at the end, also where only a part of it trained.")
+    # The rest are fields of transformers, with the defaults of the published scripts.
+    bf16: bool | None = knob(None, "Compute in bfloat16; default: where the device can.", nargs="?", const=True)
+    tf32: bool | None = knob(
+        None, "Compute float32 products in TF32; default: where it exists.", nargs="?", const=True
+    )
+    num_train_epochs: float = knob(1.0, "Passes over the data.")
+    lr_scheduler_type: transformers.SchedulerType | str = knob("cosine", "Schedule of the learning rate.")
+    warmup_steps: float = knob(0.03, "Steps of linear warm-up; below 1 a share of all steps.")
+    logging_steps: float = knob(1, "Optimizer steps between two lines of the log.")
+    remove_unused_columns: bool = knob(False, "Drop what the model's forward does not name; sample ids would go.")
+    logging_nan_inf_filter: bool = knob(False, "Hide losses that are not finite; here they stop the run.")
+
+    def __post_init__(self):
+        """Refuse what contradicts itself; take from the machine what was not said."""
+        check_training(self)
+        if self.bf16 is None:
+            self.bf16 = not self.fp16 and self.default_bf16()
+        if self.tf32 is None and not self.use_cpu and machine_has("tf32"):
+            self.tf32 = True
+        super().__post_init__()
+
+    def default_bf16(self):
+        """Return what the launcher, the DeepSpeed JSON or else the device says about bfloat16."""
+        launcher = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+        if launcher != "no":
+            return launcher == "bf16"
+        enabled = read_deepspeed(self.deepspeed).get("bf16", {}).get("enabled", "auto")
+        return enabled if isinstance(enabled, bool) else not self.use_cpu and machine_has("bf16")
+
+    @property
+    def zero_stage(self):
+        """Return the ZeRO stage of the DeepSpeed JSON, 0 without one."""
+        return int(read_deepspeed(self.deepspeed).get("zero_optimization", {}).get("stage", 0))
+
+
+def read_deepspeed(config):
+    """Return a DeepSpeed config (path, JSON text, dict or None) as a dict."""
+    if not config:
+        return {}
+    if isinstance(config, dict):
+        return config
+    return json.loads(config if config.lstrip().startswith("{") else Path(config).read_text(encoding="utf-8"))
+
+
+def parse_args(argv):
+    """Return (model_args, data_args, training_args) from flags, or from a YAML file and flags that override it.
+
+    Flags of LLaVA, MoE-LLaVA and transformers 4 are translated. Raises ValueError for an unknown flag and for flags
+    that contradict each other.
+    """
+    argv = list(argv)
+    if argv and argv[0].endswith((".yaml", ".yml")):
+        argv = yaml_flags(argv[0]) + argv[1:]
+    parser = HfArgumentParser((ModelArguments, DataArguments, TrainingArguments), allow_abbrev=False)
+    known = {action.dest for action in parser._actions}
+    model_args, data_args, training_args, unknown = parser.parse_args_into_dataclasses(
+        translate(argv, known), return_remaining_strings=True, look_for_args_file=False
+    )
+    if unknown:
+        near = difflib.get_close_matches(unknown[0].lstrip("-").replace("-", "_"), known, n=1)
+        raise ValueError(f"unknown flag {unknown[0]!r}." + (f" Did you mean --{near[0]}?" if near else " See --help."))
+    fold_tuning(model_args, training_args)
+    check_together(model_args, data_args, training_args)
+    return model_args, data_args, training_args

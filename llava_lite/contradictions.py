@@ -1,0 +1,134 @@
+"""Refuse flags that contradict each other, both named, and fold the older ones into `tuning`."""
+
+import json
+
+TUNING_NAMES = ("projector", "full", "lora", "moe")
+# The flag, true, that means each tuning in LLaVA's and MoE-LLaVA's scripts.
+TUNING_FLAGS = {"tune_mm_mlp_adapter": "projector", "lora_enable": "lora", "moe_enable": "moe"}
+# Flags that say something only about experts.
+MOE_FLAGS = ("train_modules", "num_experts", "moe_layers_idx")
+
+
+def refuse(condition, message):
+    """Raise ValueError with `message` if `condition` holds."""
+    if condition:
+        raise ValueError(message)
+
+
+def refuse_pair(condition, first, second):
+    """Raise ValueError naming two flags, with their values, that cannot both hold."""
+    refuse(condition, f"--{first} and --{second} contradict each other; drop one.")
+
+
+def fold_tuning(model_args, training_args):
+    """Fold the older flags into `training_args.tuning`, and set them to what it means.
+
+    Raises ValueError, the flags named, if they say two things.
+    """
+    owners = {flag: model_args if hasattr(model_args, flag) else training_args for flag in TUNING_FLAGS}
+    said = {f"{flag} True": tuning for flag, tuning in TUNING_FLAGS.items() if getattr(owners[flag], flag)}
+    if training_args.tuning is not None:
+        said = {f"tuning {training_args.tuning}": training_args.tuning, **said}
+    refuse(
+        len(set(said.values())) > 1,
+        f"{' and '.join(f'--{flag}' for flag in said)} contradict each other; say one --tuning of "
+        f"{', '.join(TUNING_NAMES)}.",
+    )
+    training_args.tuning = next(iter(said.values()), "full")
+    for flag, tuning in TUNING_FLAGS.items():
+        setattr(owners[flag], flag, tuning == training_args.tuning)
+
+
+def check_model(args):
+    """Raise ValueError for what contradicts itself in ModelArguments."""
+    from llava_lite.conversation import get_template
+
+    get_template(args.version)
+    least = min(args.num_experts or [4])
+    refuse(
+        not 1 <= args.top_k_experts <= least,
+        f"--top_k_experts {args.top_k_experts} with --num_experts {least}: a token visits 1 to {least} experts.",
+    )
+    refuse(
+        args.ep_size != 1, f"--ep_size {args.ep_size}: experts are not split over ranks; use 1 with zero2 or zero3."
+    )
+    refuse(
+        args.moe_second_expert_sampling != "never" and args.top_k_experts != 2,
+        f"--moe_second_expert_sampling {args.moe_second_expert_sampling} draws the second of two experts and "
+        f"--top_k_experts is {args.top_k_experts}; drop one.",
+    )
+    refuse_pair(args.train_modules is not None and args.freeze_backbone, "train_modules", "freeze_backbone True")
+
+
+def check_data(args, aspect_ratios):
+    """Raise ValueError for what contradicts itself in DataArguments."""
+    refuse(
+        args.image_aspect_ratio not in aspect_ratios,
+        f"unknown --image_aspect_ratio {args.image_aspect_ratio!r}; known: {', '.join(aspect_ratios)}.",
+    )
+    refuse(args.eval_split < 0, f"--eval_split {args.eval_split}: give a share below 1 or a number of records.")
+    refuse_pair(
+        args.eval_data_path is not None and args.eval_split > 0, "eval_data_path", f"eval_split {args.eval_split}"
+    )
+
+
+def check_training(args):
+    """Raise ValueError for what contradicts itself in TrainingArguments."""
+    refuse_pair(bool(args.bf16) and args.fp16, "bf16 True", "fp16 True")
+    refuse_pair(
+        args.tuning == "projector" and args.freeze_mm_mlp_adapter, "tuning projector", "freeze_mm_mlp_adapter True"
+    )
+    refuse_pair(
+        args.mm_projector_lr is not None and args.freeze_mm_mlp_adapter,
+        f"mm_projector_lr {args.mm_projector_lr}",
+        "freeze_mm_mlp_adapter True",
+    )
+    refuse_pair(
+        args.group_by_modality_length and args.train_sampling_strategy != "random",
+        "group_by_modality_length True",
+        f"train_sampling_strategy {args.train_sampling_strategy}",
+    )
+    refuse(
+        args.mm_vision_tower_lr is not None and not (args.unfreeze_mm_vision_tower or args.lora_vision_tower),
+        f"--mm_vision_tower_lr {args.mm_vision_tower_lr} needs --unfreeze_mm_vision_tower True.",
+    )
+
+
+def check_together(model_args, data_args, training_args):
+    """Raise ValueError for contradictions between the three groups, both flags named; `tuning` is folded by now."""
+    tuning = training_args.tuning
+    check_training(training_args)
+    for flag in MOE_FLAGS:
+        value = getattr(model_args, flag)
+        refuse(
+            value is not None and tuning != "moe",
+            f"--{flag} {' '.join(map(str, value or []))} needs --moe_enable True; got --tuning {tuning}.",
+        )
+    refuse_pair(model_args.freeze_backbone and tuning in ("lora", "moe"), "freeze_backbone True", f"tuning {tuning}")
+    refuse(
+        tuning == "projector" and training_args.unfreeze_mm_vision_tower,
+        "--tuning projector and --unfreeze_mm_vision_tower True contradict each other; --tuning full "
+        "--freeze_backbone True trains connector and tower.",
+    )
+    refuse(
+        tuning == "projector" and model_args.mm_use_im_start_end,
+        "--mm_use_im_start_end True adds words whose embeddings --tuning projector would never train; "
+        "use --tuning full, or drop the flag.",
+    )
+    refuse(training_args.bits < 16 and tuning != "lora", f"--bits {training_args.bits} needs --lora_enable True.")
+    check_checkpointing(tuning, training_args.gradient_checkpointing_kwargs)
+    evaluates = data_args.eval_data_path is not None or data_args.eval_split > 0
+    strategy = getattr(training_args.eval_strategy, "value", training_args.eval_strategy)
+    refuse(strategy != "no" and not evaluates, f"--eval_strategy {strategy} needs --eval_data_path or --eval_split.")
+
+
+def check_checkpointing(tuning, kwargs):
+    """Refuse reentrant gradient checkpointing with experts.
+
+    It runs the forward pass without gradient and the balance loss goes silent.
+    """
+    reentrant = isinstance(kwargs, dict) and kwargs.get("use_reentrant")
+    refuse(
+        tuning == "moe" and reentrant,
+        f'--tuning moe needs gradient_checkpointing_kwargs={{"use_reentrant": false}}; got {json.dumps(kwargs)}.',
+    )
