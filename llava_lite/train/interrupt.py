@@ -1,0 +1,100 @@
+"""Remember what a run has seen between two logged steps, and turn SIGTERM into a checkpoint."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from transformers import TrainerCallback
+
+# sysexits.h, EX_TEMPFAIL: "the user is invited to retry". Saved after SIGTERM; the same command goes on from there.
+EXIT_RESUMABLE = 75
+
+
+class ProgressCallback(TrainerCallback):
+    """The part of a run's state that the stock Trainer keeps in memory only, and the wish to stop.
+
+    first_step, seconds_before: step at which the run began, seconds it had run before this process took it up.
+    """
+
+    def __init__(self, trainer):
+        self.trainer = trainer
+        self.saved, self.last_saved = None, None
+        self.first_step, self.seconds_before, self._started_s = 0, 0.0, time.time()
+        self.stop_requested, self._signalled, self._handler = False, False, None
+
+    def state(self) -> dict:
+        """Return this rank's progress, readable under `weights_only`."""
+        trainer = self.trainer
+        return {
+            "loss_since_log": trainer._tr_loss.detach().cpu(),
+            "loss_logged": trainer._total_loss_scalar,
+            "last_logged_step": trainer._globalstep_last_logged,
+            "first_step": self.first_step,
+            "seconds": self.seconds_before + time.time() - self._started_s,
+            "frozen": trainer._frozen_prints,
+            "more": trainer.progress_state(),
+        }
+
+    def load(self, path: str) -> None:
+        """Read the progress that this rank saved; it is taken up when training begins."""
+        self.saved = torch.load(path, map_location="cpu", weights_only=True)
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        """Take up the saved progress and listen to SIGTERM."""
+        trainer, saved = self.trainer, self.saved
+        self._started_s = time.time()
+        self.first_step = state.global_step if saved is None else saved["first_step"]
+        if saved is not None:
+            trainer._tr_loss = saved["loss_since_log"].to(args.device)
+            trainer._total_loss_scalar = saved["loss_logged"]
+            trainer._globalstep_last_logged = saved["last_logged_step"]
+            self.seconds_before = saved["seconds"]
+            trainer.load_progress_state(saved["more"])
+            self.saved = None
+        if threading.current_thread() is threading.main_thread():
+            self._handler = signal.signal(signal.SIGTERM, self._on_sigterm)
+
+    def _on_sigterm(self, signum, frame):
+        self._signalled = True
+
+    def on_step_end(self, args, state, control, **kwargs):
+        """Save and stop once any rank was told to; launchers tell them at different moments."""
+        if any_rank(self._signalled, args.device):
+            # SIGKILL follows SIGTERM, mostly after 30 s: the save comes before an evaluation that is due.
+            self.stop_requested, control.should_save, control.should_evaluate = True, True, False
+
+    def on_train_end(self, args, state, control, **kwargs):
+        """Hand SIGTERM back to whoever had it."""
+        if self._handler is not None:
+            signal.signal(signal.SIGTERM, self._handler)
+            self._handler = None
+
+
+def any_rank(flag: bool, device: torch.device) -> bool:
+    """Return on every rank whether the flag is set on one: one number a step over the network."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return flag
+    number = torch.tensor(int(flag), device=device)
+    torch.distributed.all_reduce(number, op=torch.distributed.ReduceOp.MAX)
+    return bool(number.item())
+
+
+def start_worker(init: Callable[[int], None] | None) -> Callable[[int], None]:
+    """Return a loader's worker_init_fn that leaves SIGTERM to the rank.
+
+    Launchers and schedulers signal the whole process tree; a worker that died of it would take the rank down before
+    the rank could save.
+    """
+    return partial(_start_worker, init)
+
+
+def _start_worker(init: Callable[[int], None] | None, worker_id: int) -> None:
+    # A Python function and not SIG_IGN: the worker still wakes up and sees that its rank is gone.
+    signal.signal(signal.SIGTERM, lambda signum, frame: None)
+    if init is not None:
+        init(worker_id)

@@ -1,0 +1,219 @@
+"""Turn a folder of written files into a checkpoint that is whole or is not there."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+logger = logging.getLogger(__name__)
+
+MANIFEST = "manifest.json"
+STAGING_PREFIX = "tmp-"
+REPLACED = "-replaced"
+# One thread hashes 0.5 to 2 GB/s and lets go of the interpreter; a disk that is faster is rare.
+_HASHING_THREADS = 4
+_CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+
+
+class BrokenCheckpoint(ValueError):
+    """A checkpoint that is not what was written; `file` is the one that is wrong, `reason` how."""
+
+    def __init__(self, folder: str | Path, file: str, reason: str):
+        self.folder, self.file, self.reason = Path(folder), file, reason
+        super().__init__(f"{folder} is not whole: {file} {reason}.")
+
+
+def files_of(folder: str | Path) -> list[str]:
+    """Return the files under `folder` in sorted order, as relative paths; the manifest itself is left out."""
+    root = Path(folder)
+    names = (path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file())
+    return sorted(name for name in names if name != MANIFEST)
+
+
+def sha256_of(path: str | Path) -> str:
+    """Return the SHA-256 of a file's bytes, in hexadecimal."""
+    with open(path, "rb") as file:
+        digest = hashlib.sha256()
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def fsync(path: str | Path) -> None:
+    """Return once the file's bytes, or the folder's names, are on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def fsync_tree(folder: str | Path, names: Iterable[str]) -> None:
+    """Flush the named files, then every folder that holds one of them."""
+    root = Path(folder)
+    paths = [root / name for name in names]
+    for path in [*paths, *sorted({path.parent for path in paths} | {root})]:
+        fsync(path)
+
+
+def digests(folder: str | Path, names: Sequence[str]) -> dict[str, dict]:
+    """Return {name: {"size": bytes, "sha256": hex}} of the named files, several hashed at a time."""
+    root = Path(folder)
+    with ThreadPoolExecutor(_HASHING_THREADS) as pool:
+        hashes = list(pool.map(lambda name: sha256_of(root / name), names))
+    sizes = [(root / name).stat().st_size for name in names]
+    return {n: {"size": size, "sha256": sha256} for n, size, sha256 in zip(names, sizes, hashes, strict=True)}
+
+
+def write_json(path: str | Path, content: dict) -> None:
+    """Write a JSON file whole or not at all, flushed to the disk."""
+    staged = Path(f"{path}.{STAGING_PREFIX}{os.getpid()}")
+    with open(staged, "w", encoding="utf-8") as file:
+        json.dump(content, file, indent=1, sort_keys=True)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(staged, path)
+    fsync(staged.parent)
+
+
+def read_manifest(folder: str | Path) -> dict:
+    """Return the manifest of a checkpoint; raises BrokenCheckpoint where there is none or it does not parse."""
+    path = Path(folder) / MANIFEST
+    if not path.is_file():
+        raise BrokenCheckpoint(folder, MANIFEST, "is missing")
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(manifest["files"], dict):
+            raise TypeError("'files' is no table")
+        return manifest
+    except (ValueError, KeyError, TypeError) as error:
+        raise BrokenCheckpoint(folder, MANIFEST, f"cannot be read ({error})") from error
+
+
+def verify(folder: str | Path) -> dict:
+    """Compare a checkpoint with its manifest, all sizes before all bytes, and return the manifest.
+
+    Raises BrokenCheckpoint with the first file that is missing or differs.
+    """
+    manifest, root = read_manifest(folder), Path(folder)
+    for name, expected in sorted(manifest["files"].items()):
+        if not (root / name).is_file():
+            raise BrokenCheckpoint(folder, name, "is missing")
+        size = (root / name).stat().st_size
+        if size != expected["size"]:
+            raise BrokenCheckpoint(folder, name, f"has {size} bytes, the manifest says {expected['size']}")
+    for name, found in digests(root, sorted(manifest["files"])).items():
+        if found["sha256"] != manifest["files"][name]["sha256"]:
+            raise BrokenCheckpoint(folder, name, "has the right size but other bytes (sha256 differs)")
+    return manifest
+
+
+def step_of(folder: str | Path) -> int | None:
+    """Return N of a folder named checkpoint-N, None for any other name."""
+    match = _CHECKPOINT.fullmatch(Path(folder).name)
+    return int(match.group(1)) if match else None
+
+
+def serial_of(folder: str | Path) -> int:
+    """Return how many checkpoints had been saved here before this one, -1 if its manifest cannot be read."""
+    try:
+        return int(read_manifest(folder)["serial"])
+    except (BrokenCheckpoint, KeyError, TypeError, ValueError):
+        return -1
+
+
+def checkpoints_in(output_dir: str | Path) -> list[Path]:
+    """Return the folders checkpoint-N of a run, the last saved first.
+
+    The order is that of saving: a run that went back to checkpoint-4 and saved checkpoint-8 again goes on from that 8,
+    not from a checkpoint-12 of the run that was given up.
+    """
+    root = Path(output_dir)
+    found = [path for path in root.iterdir() if path.is_dir() and step_of(path) is not None] if root.is_dir() else []
+    return sorted(found, key=lambda path: (serial_of(path), step_of(path)), reverse=True)
+
+
+def newest_whole_checkpoint(output_dir: str | Path) -> str | None:
+    """Return the last saved checkpoint of `output_dir` that is whole; warn of each broken one with the wrong file.
+
+    None where there is no checkpoint at all. Raises ValueError if there are some and none is whole.
+    """
+    candidates, problems = checkpoints_in(output_dir), []
+    for folder in candidates:
+        try:
+            verify(folder)
+            return str(folder)
+        except BrokenCheckpoint as error:
+            logger.warning("%s It is passed over.", error)
+            problems.append(str(error))
+    if candidates:
+        raise ValueError(no_whole_checkpoint(output_dir, problems))
+    return None
+
+
+def no_whole_checkpoint(output_dir: str | Path, problems: Sequence[str]) -> str:
+    """Return the message for a folder with checkpoints of which none can be used."""
+    return (
+        f"{output_dir} holds {len(problems)} checkpoint(s) and none is whole: {' '.join(problems)} "
+        "Move them away, or choose another --output_dir, to start from the beginning."
+    )
+
+
+def settle(output_dir: str | Path) -> None:
+    """End what a cut-off save left behind: publish a folder that is whole already, delete the rest."""
+    for path in sorted(Path(output_dir).glob(f"{STAGING_PREFIX}checkpoint-*")):
+        final = path.with_name(path.name.removeprefix(STAGING_PREFIX).removesuffix(REPLACED))
+        # The new folder sorts before the one it replaces, so it is the one that gets the name.
+        if step_of(final) is not None and not final.exists() and is_whole(path):
+            logger.info("Publishing %s: its save was cut off after the last byte was written.", final)
+            publish(path, final)
+        else:
+            logger.info("Deleting %s, left by a save that was cut off.", path)
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def is_whole(folder: str | Path) -> bool:
+    """Tell whether a folder equals its manifest."""
+    try:
+        verify(folder)
+        return True
+    except BrokenCheckpoint:
+        return False
+
+
+def publish(staged: str | Path, final: str | Path) -> None:
+    """Give a written and flushed folder its final name; one that has the name already is replaced."""
+    staged, final = Path(staged), Path(final)
+    replaced = final.with_name(f"{STAGING_PREFIX}{final.name}{REPLACED}")
+    if final.exists():
+        os.rename(final, replaced)
+    os.rename(staged, final)
+    fsync(final.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def prune(output_dir: str | Path, limit: int | None, keep: Iterable[str | Path] = ()) -> None:
+    """Delete the oldest whole checkpoints until `limit` are left; those in `keep` and the last saved one stay.
+
+    Folders without a manifest were not written here and are neither counted nor touched.
+    """
+    if not limit or limit < 1:
+        return
+    ours = [path for path in checkpoints_in(output_dir) if (path / MANIFEST).is_file()]
+    kept = {Path(path).resolve() for path in keep} | {path.resolve() for path in ours[:1]}
+    surplus = len(ours) - limit
+    for path in reversed(ours):
+        if surplus > 0 and path.resolve() not in kept:
+            # The name goes first: a deletion that is cut off must not leave a checkpoint-N with half of its files.
+            doomed = path.with_name(f"{STAGING_PREFIX}{path.name}-pruned")
+            os.rename(path, doomed)
+            shutil.rmtree(doomed, ignore_errors=True)
+            surplus -= 1

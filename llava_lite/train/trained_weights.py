@@ -1,0 +1,89 @@
+"""Tell the weights that a run changes from those that come from its base model."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from llava_lite.model.weights import is_partitioned
+
+_SAMPLES = 64
+
+
+def trained_names(model: nn.Module) -> list[str]:
+    """Return the names of the parameters that train, sorted."""
+    return sorted(name for name, param in model.named_parameters() if param.requires_grad)
+
+
+def trained_state(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Return what a run can change: trained parameters and saved buffers, on the CPU, each its own memory."""
+    changing = set(trained_names(model)) | {name for name, _ in model.named_buffers()}
+    state = model.state_dict()
+    return {name: state[name].detach().to("cpu", copy=True).contiguous() for name in state if name in changing}
+
+
+def drop_frozen(model: nn.Module, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return `state` without frozen weights, their second names (tied weights) and their quantisation tables."""
+    frozen = {name for name, p in model.named_parameters(remove_duplicate=False) if not p.requires_grad}
+
+    def comes_from_base(key: str) -> bool:
+        # bitsandbytes saves `x.weight.absmax` and the like next to a 4-bit `x.weight`.
+        parts = key.split(".")
+        return any(".".join(parts[:end]) in frozen for end in range(1, len(parts) + 1))
+
+    return {key: value for key, value in state.items() if not comes_from_base(key)}
+
+
+def load_trained(model: nn.Module, state: Mapping[str, torch.Tensor], where: str) -> None:
+    """Copy saved trained parameters and buffers into the model; every trained parameter must be there.
+
+    Raises ValueError that names what is missing, unknown or of another shape. where: the file, for the message.
+    """
+    targets = {name: param for name, param in model.named_parameters() if param.requires_grad}
+    missing = sorted(set(targets) - set(state))
+    targets.update(model.named_buffers())
+    unknown = sorted(set(state) - set(targets))
+    shapes = [
+        f"{name} {tuple(state[name].shape)} for {tuple(targets[name].shape)}"
+        for name in sorted(set(state) & set(targets))
+        if state[name].shape != targets[name].shape
+    ]
+    if missing or unknown or shapes:
+        raise ValueError(
+            f"{where} does not fit what this run trains: missing {missing[:4]} ({len(missing)} in all), unknown "
+            f"{unknown[:4]} ({len(unknown)}), other shapes {shapes[:4]} ({len(shapes)}). Resume with the flags of the "
+            "run that saved it."
+        )
+    with torch.no_grad():
+        for name, value in state.items():
+            targets[name].copy_(value)
+
+
+def frozen_prints(model: nn.Module) -> dict[str, int]:
+    """Return a checksum of 64 elements, evenly spread, of each frozen weight; under ZeRO-3 of this rank's share.
+
+    Enough to see another base model, a tower that was tuned or a layer that was drawn anew; a hash of all of 7B
+    weights at each start would take a minute.
+    """
+    prints = {}
+    for name, param in model.named_parameters():
+        weight = param.ds_tensor if is_partitioned(param) else param
+        if not param.requires_grad and weight.numel() and not weight.is_meta:
+            flat = weight.detach().reshape(-1)
+            picked = flat[:: max(1, flat.numel() // _SAMPLES)][: 2 * _SAMPLES].cpu().contiguous()
+            prints[name] = zlib.crc32(picked.view(torch.uint8).numpy().tobytes())
+    return prints
+
+
+def check_frozen(now: Mapping[str, int], saved: Mapping[str, int], where: str) -> None:
+    """Raise ValueError if a frozen weight is not the one that the checkpoint was trained on."""
+    other = sorted(name for name in set(now) | set(saved) if now.get(name) != saved.get(name))
+    if other:
+        raise ValueError(
+            f"{len(other)} of {len(saved)} frozen weights differ from those that {where} was trained on, first "
+            f"{other[0]}. A checkpoint holds only what trains: give the same --model_name_or_path, --vision_tower and "
+            "--pretrain_mm_mlp_adapter as the run that saved it."
+        )
