@@ -9,7 +9,8 @@ from PIL import Image, ImageOps
 # 256 MiB once decoded as RGB, where Pillow itself begins to warn. Phones and cameras end at 65 million pixels.
 MAX_PICTURE_PIXELS = 2**28 // 3
 # What people put into data sets. EPS and the like are left out: Pillow would start a program to read them.
-PICTURE_FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
+# MPO, the pair of pictures of some phones, is opened by the JPEG reader and has no name of its own here.
+PICTURE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
 # `pad` makes a square of the long side: above this length the picture is made smaller first (512 MiB otherwise).
 MAX_PADDED_SIDE = 8192
 # The processor makes the short side as long as the tower wants and cuts out the middle: ends further out than this
