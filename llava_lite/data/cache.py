@@ -17,13 +17,14 @@ logger = logging.getLogger(__name__)
 
 
 def cache_root(cache_dir: str | None = None) -> Path:
-    """Return the folder of all indexes: `cache_dir`, else $LLAVA_LITE_CACHE, else ~/.cache/llava_lite; made if absent."""
+    """Return the folder of all indexes, made if absent: `cache_dir`, $LLAVA_LITE_CACHE or ~/.cache/llava_lite."""
     chosen = cache_dir or os.environ.get("LLAVA_LITE_CACHE") or "~/.cache/llava_lite"
     root = Path(chosen).expanduser()
     try:
         root.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise OSError(f"cannot make the index folder {root}: {error}. Set LLAVA_LITE_CACHE to a folder you own.") from None
+        advice = "Set LLAVA_LITE_CACHE to a folder that you may write."
+        raise OSError(f"cannot make the index folder {root}: {error}. {advice}") from None
     return root
 
 

@@ -1,0 +1,139 @@
+"""Turn records into examples: token ids with every feature of a picture, labels, and the pictures as tensors."""
+
+import torch
+from torch.utils.data import Dataset
+
+from llava_lite.constants import IGNORE_INDEX
+from llava_lite.conversation import Conversation
+from llava_lite.data.check import Report, check_annotations
+from llava_lite.data.encode import RecordEncoder, expand_image_tokens
+from llava_lite.data.index import Annotations, open_annotations
+from llava_lite.data.picture_files import find_picture
+from llava_lite.data.records import Record
+from llava_lite.data.scan import DataError
+from llava_lite.mm_utils import truncate_example
+from llava_lite.pictures import ASPECT_RATIOS, PictureError, open_picture, prepare_picture
+
+
+class LazySupervisedDataset(Dataset):
+    """Examples made when asked for; costs a worker nothing but paths, the tokenizer and the image processor.
+
+    num_image_tokens: features of a picture. max_length: tokens of an example, features counted; text behind is cut.
+    image_folder: for records whose file names none. image_processor may be None where no record has pictures.
+    """
+
+    def __init__(
+        self,
+        annotations: Annotations,
+        tokenizer,
+        image_processor,
+        conv_template: str | Conversation,
+        image_folder: str | None = None,
+        image_aspect_ratio: str = "square",
+        num_image_tokens: int = 576,
+        max_length: int = 2048,
+        mm_use_im_start_end: bool = False,
+        follow_links: bool = False,
+    ):
+        if image_aspect_ratio not in ASPECT_RATIOS:
+            raise ValueError(f"unknown image_aspect_ratio {image_aspect_ratio!r}; known: {', '.join(ASPECT_RATIOS)}.")
+        self.annotations = annotations
+        self.encoder = RecordEncoder(tokenizer, conv_template, mm_use_im_start_end)
+        self.image_processor = image_processor
+        self.image_folder = image_folder
+        self.image_aspect_ratio = image_aspect_ratio
+        self.num_image_tokens = num_image_tokens
+        self.max_length = max_length
+        self.follow_links = follow_links
+
+    def __len__(self):
+        return len(self.annotations)
+
+    def __getitem__(self, i: int) -> dict:
+        """Return {"id", "input_ids" [L], "labels" [L], "images" [n, 3, H, W] if the record has pictures}.
+
+        Raises DataError naming the record where it cannot be used; a check before the run finds these.
+        """
+        record = self.annotations[i]
+        input_ids, labels = self._encode(record)
+        example = {"id": record.id, "input_ids": torch.tensor(input_ids), "labels": torch.tensor(labels)}
+        if record.images:
+            example["images"] = torch.stack([self._picture(record, name) for name in record.images])
+        return example
+
+    def _encode(self, record: Record) -> tuple[list[int], list[int]]:
+        input_ids, labels = self.encoder(record)
+        input_ids, labels = expand_image_tokens(input_ids, labels, [self.num_image_tokens] * len(record.images))
+        length = len(input_ids)
+        try:
+            input_ids, labels, num_cut = truncate_example(input_ids, labels, self.max_length, self.num_image_tokens)
+        except ValueError as error:
+            raise DataError(f"{record.name}: {error}") from error
+        if num_cut:
+            raise DataError(f"{record.name}: {num_cut} pictures lie beyond the maximum of {self.max_length} tokens.")
+        if all(label == IGNORE_INDEX for label in labels):
+            raise DataError(f"{record.name} has nothing to learn in {len(labels)} of its {length} tokens.")
+        return input_ids, labels
+
+    def _picture(self, record: Record, name: str) -> torch.Tensor:
+        try:
+            path, _ = find_picture(record.image_folder or self.image_folder, name, self.follow_links)
+            return prepare_picture(open_picture(path), self.image_processor, self.image_aspect_ratio)
+        except PictureError as error:
+            raise DataError(f"{record.name}: {error}") from error
+
+    @property
+    def lengths(self):
+        """Tokens of each example, [N], known without making it; for the sampler."""
+        return self.annotations.token_lengths.clip(max=self.max_length)
+
+    @property
+    def has_picture(self):
+        """Which examples have pictures, [N] bool; for the sampler."""
+        return self.annotations.has_picture
+
+
+def open_dataset(
+    data_path,
+    tokenizer,
+    image_processor,
+    conv_template: str | Conversation,
+    image_folder: str | None = None,
+    image_aspect_ratio: str = "square",
+    num_image_tokens: int = 576,
+    max_length: int = 2048,
+    mm_use_im_start_end: bool = False,
+    follow_links: bool = False,
+    cache_dir: str | None = None,
+    num_workers: int = 0,
+    **policy,
+) -> tuple[LazySupervisedDataset, Report]:
+    """Return the examples of annotation files, indexed and checked, and what the check found.
+
+    policy: bad_record, max_bad_share, ledger_path, decode of check_annotations. num_workers: processes that count
+    tokens the first time.
+    """
+    annotations = open_annotations(data_path, image_folder, cache_dir, num_workers)
+    encoder = RecordEncoder(tokenizer, conv_template, mm_use_im_start_end)
+    report = check_annotations(
+        annotations,
+        encoder,
+        num_image_tokens,
+        max_length,
+        follow_links=follow_links,
+        num_workers=num_workers,
+        **policy,
+    )
+    dataset = LazySupervisedDataset(
+        report.annotations,
+        tokenizer,
+        image_processor,
+        encoder.template,
+        image_folder,
+        image_aspect_ratio,
+        num_image_tokens,
+        max_length,
+        mm_use_im_start_end,
+        follow_links,
+    )
+    return dataset, report

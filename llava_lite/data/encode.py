@@ -1,0 +1,81 @@
+"""Turn a Record into token ids and labels, one placeholder a picture or one a feature."""
+
+from llava_lite.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
+from llava_lite.conversation import Conversation, get_template, place_images
+from llava_lite.data.cache import key_of
+from llava_lite.data.index import TokenFacts
+from llava_lite.data.records import Record
+from llava_lite.data.scan import DataError
+from llava_lite.mm_utils import tokenize_rendered
+
+# Raised when the same record may give other ids or labels than before.
+VERSION = 1
+
+
+def expand_image_tokens(input_ids, labels, lengths):
+    """Repeat each IMAGE_TOKEN_INDEX once for every feature of its picture.
+
+    input_ids, labels: lists [T]; lengths: features of each picture, in order of appearance.
+    Returns lists of ids and labels [L]; labels are IGNORE_INDEX wherever a picture stands.
+    Raises ValueError if the ids name more or fewer pictures than `lengths`.
+    """
+    num_marks = input_ids.count(IMAGE_TOKEN_INDEX)
+    if num_marks != len(lengths):
+        raise ValueError(f"{num_marks} placeholders in the tokens but {len(lengths)} pictures.")
+    ids, targets, start = [], [], 0
+    for length in lengths:
+        mark = input_ids.index(IMAGE_TOKEN_INDEX, start)
+        ids += input_ids[start:mark] + [IMAGE_TOKEN_INDEX] * length
+        targets += labels[start:mark] + [IGNORE_INDEX] * length
+        start = mark + 1
+    return ids + input_ids[start:], targets + labels[start:]
+
+
+class RecordEncoder:
+    """Record -> ids and labels by one template and one tokenizer; what dataset, index and check share."""
+
+    def __init__(self, tokenizer, conv_template: str | Conversation, mm_use_im_start_end: bool = False):
+        self.tokenizer = tokenizer
+        self.template = get_template(conv_template) if isinstance(conv_template, str) else conv_template
+        self.mm_use_im_start_end = mm_use_im_start_end
+
+    def __call__(self, record: Record) -> tuple[list[int], list[int]]:
+        """Return ids and labels [T], one IMAGE_TOKEN_INDEX a picture; DataError naming a record that does not fit."""
+        turns = record.turns
+        if record.images:
+            turns = place_images(turns, self.template, self.mm_use_im_start_end)
+        try:
+            rendered = self.template.with_turns(turns).render(self.tokenizer)
+            ids, labels = tokenize_rendered(rendered, self.tokenizer, has_image=bool(record.images))
+        except ValueError as error:
+            raise DataError(f"{record.name} does not fit the template: {error}") from error
+        num_marks = ids.count(IMAGE_TOKEN_INDEX)
+        if num_marks != len(record.images):
+            raise DataError(
+                f"{record.name} has {len(record.images)} pictures, but the template keeps {num_marks} of their marks. "
+                "`plain` wants <image> in the question."
+            )
+        return ids, labels
+
+    def measure(self, record: Record) -> TokenFacts:
+        """Return what the index keeps of a record's tokens."""
+        ids, labels = self(record)
+        learned = [i for i, label in enumerate(labels) if label != IGNORE_INDEX]
+        first = learned[0] if learned else len(ids)
+        pictures = [i for i, token in enumerate(ids) if token == IMAGE_TOKEN_INDEX]
+        return TokenFacts(
+            text_len=len(ids),
+            num_learned=len(learned),
+            first_learned=first,
+            pictures_before=sum(i < first for i in pictures),
+            last_picture=pictures[-1] if pictures else -1,
+        )
+
+    @property
+    def fingerprint(self) -> str:
+        """A name for all that decides ids and labels: tokenizer, template, options."""
+        tokenizer, template = self.tokenizer, self.template
+        parts = [tokenizer.backend_tokenizer.to_str()] if tokenizer.is_fast else [tokenizer.name_or_path]
+        parts += [tokenizer.chat_template, sorted(tokenizer.special_tokens_map.items(), key=str)]
+        parts += [template.sep_style.name, template.system, template.roles, template.sep, template.sep2]
+        return key_of(VERSION, *parts, template.version, template.messages, self.mm_use_im_start_end)

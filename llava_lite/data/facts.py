@@ -1,0 +1,131 @@
+"""Measure records once and keep the numbers in tables on disk: token counts, picture sizes.
+
+A table fills in only what it does not know yet, and a record that cannot be measured is never remembered as such: once
+mended, it is seen at the next start. Letters: M records of a file, S slots of a table, C columns.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from llava_lite.data.cache import load_array, locked, save_array
+
+CHUNK_RECORDS = 512
+
+
+class Measured(NamedTuple):
+    """What a measure said about some records: a row of numbers each, or the reason why it cannot."""
+
+    positions: list[int]
+    rows: list[tuple[int, ...]]
+    problems: list[tuple[int, ValueError]]
+
+
+def _measure_chunk(file: Sequence, positions: list[int], measure: Callable) -> Measured:
+    measured = Measured([], [], [])
+    for position in positions:
+        try:
+            row = measure(file[position])
+        except ValueError as error:
+            measured.problems.append((position, error))
+        else:
+            measured.positions.append(position)
+            measured.rows.append(row)
+    return measured
+
+
+def measure_records(
+    file: Sequence,
+    positions: np.ndarray,
+    measure: Callable[..., tuple[int, ...]],
+    purpose: str,
+    num_workers: int = 0,
+    num_threads: int = 0,
+) -> Iterator[Measured]:
+    """Yield what `measure` says about the records at `positions` [n], in order and in pieces, with a progress bar.
+
+    num_workers: processes, for work of the processor; `measure` must pickle. num_threads: for waiting on a disk.
+    A ValueError of `measure` is the record's problem, not the run's.
+    """
+    from tqdm import tqdm
+
+    pieces = [positions[i : i + CHUNK_RECORDS].tolist() for i in range(0, len(positions), CHUNK_RECORDS)]
+    with tqdm(total=len(positions), desc=purpose, unit=" records", disable=len(pieces) < 2) as bar:
+        for measured in _run(file, pieces, measure, num_workers, num_threads):
+            bar.update(len(measured.positions) + len(measured.problems))
+            yield measured
+
+
+def _run(file, pieces, measure, num_workers, num_threads) -> Iterator[Measured]:
+    pool: Executor | None = None
+    if len(pieces) > 1 and num_workers > 0:
+        # Not forked: the parent may hold threads of the tokenizer, of torch or of a device.
+        pool = ProcessPoolExecutor(min(num_workers, len(pieces)), mp_context=get_context("spawn"))
+    elif len(pieces) > 1 and num_threads > 0:
+        pool = ThreadPoolExecutor(min(num_threads, len(pieces)))
+    if pool is None:
+        yield from (_measure_chunk(file, piece, measure) for piece in pieces)
+        return
+    with pool:
+        # A window of tasks, so that a million rows never wait at once.
+        waiting = []
+        for piece in pieces:
+            waiting.append(pool.submit(_measure_chunk, file, piece, measure))
+            if len(waiting) > 4 * max(num_workers, num_threads):
+                yield waiting.pop(0).result()
+        yield from (task.result() for task in waiting)
+
+
+class Facts:
+    """A table [S, C] of whole numbers of one file, -1 where nothing is known yet.
+
+    starts: [M + 1], record p has the slots starts[p] to starts[p + 1]; by default one each.
+    """
+
+    def __init__(self, path: Path, num_columns: int, starts: np.ndarray):
+        self.path = path
+        self.num_columns = num_columns
+        self.starts = starts
+
+    def rows(self) -> np.ndarray:
+        """Return the table [S, C], memory-mapped if it exists."""
+        rows, shape = load_array(self.path), (int(self.starts[-1]), self.num_columns)
+        return rows if rows is not None and rows.shape == shape else np.full(shape, -1, np.int32)
+
+    def slots(self, positions: np.ndarray) -> np.ndarray:
+        """Return the slots of the records at `positions` [n], in their order."""
+        first, count = self.starts[positions], self.starts[positions + 1] - self.starts[positions]
+        before = np.cumsum(count) - count
+        return np.repeat(first - before, count) + np.arange(count.sum())
+
+    def unknown(self, positions: np.ndarray) -> np.ndarray:
+        """Return those of `positions` [n] that have slots of which nothing is known."""
+        positions = positions[self.starts[positions + 1] > self.starts[positions]]
+        return positions[self.rows()[self.starts[positions], 0] < 0]
+
+    def complete(self, file: Sequence, positions: np.ndarray, measure, purpose: str, **pool) -> dict[int, ValueError]:
+        """Fill in what is unknown at `positions` [n]; return the reason for each that cannot be measured.
+
+        measure: record -> the numbers of its slots, one after another. pool: see measure_records.
+        One process does the work while others wait; what it found by then is kept if it is stopped.
+        """
+        if not len(self.unknown(positions)):
+            return {}
+        problems = {}
+        with locked(self.path, purpose):
+            rows = np.array(self.rows())
+            unknown = self.unknown(positions)
+            try:
+                for measured in measure_records(file, unknown, measure, purpose, **pool):
+                    problems.update(measured.problems)
+                    if measured.rows:
+                        numbers = np.concatenate([np.asarray(row, np.int32) for row in measured.rows])
+                        rows[self.slots(np.array(measured.positions))] = numbers.reshape(-1, self.num_columns)
+            finally:
+                if len(problems) < len(unknown):
+                    save_array(self.path, rows)
+        return problems
