@@ -1,6 +1,6 @@
 """The models; importing this registers them with transformers' Auto classes."""
 
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor
 
 from llava_lite.model.language_model.llava_llama import LlavaLlamaConfig, LlavaLlamaForCausalLM
 from llava_lite.model.language_model.llava_mistral import LlavaMistralConfig, LlavaMistralForCausalLM
@@ -8,6 +8,7 @@ from llava_lite.model.language_model.llava_phi import LlavaPhiConfig, LlavaPhiFo
 from llava_lite.model.language_model.llava_qwen2 import LlavaQwen2Config, LlavaQwen2ForCausalLM
 from llava_lite.model.language_model.llava_qwen3 import LlavaQwen3Config, LlavaQwen3ForCausalLM
 from llava_lite.model.language_model.llava_stablelm import LlavaStableLmConfig, LlavaStableLmForCausalLM
+from llava_lite.processing import LlavaLiteProcessor
 
 # LLaVA's name; transformers has another class of that name, so ours is registered as LlavaLlamaConfig.
 LlavaConfig = LlavaLlamaConfig
@@ -29,13 +30,16 @@ def model_class_for(model_type: str) -> type:
     """
     name = model_type.removeprefix("llava_")
     if name not in BACKBONES:
-        raise ValueError(f"unknown language model of model_type {model_type!r}; known: {', '.join(sorted(BACKBONES))}.")
+        raise ValueError(
+            f"unknown language model of model_type {model_type!r}; known: {', '.join(sorted(BACKBONES))}."
+        )
     return BACKBONES[name]
 
 
 for _model in BACKBONES.values():
     AutoConfig.register(_model.config_class.model_type, _model.config_class)
     AutoModelForCausalLM.register(_model.config_class, _model)
+    AutoProcessor.register(_model.config_class, LlavaLiteProcessor)
 
 __all__ = [
     "BACKBONES",

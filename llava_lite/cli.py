@@ -1,0 +1,56 @@
+"""Turn `llava-lite VERB ...` into the program that does it; each is imported when it is called."""
+
+import argparse
+import os
+import shlex
+import sys
+from importlib import import_module
+
+from llava_lite import __version__
+
+# Verb -> (module whose main(argv) does it, what it does).
+VERBS = {
+    "train": ("llava_lite.train.train", "run a training stage; flags as in scripts/v1_5, or a YAML file"),
+    "check": ("llava_lite.data.check", "look through data and pictures before any GPU time is spent"),
+    "plan": ("llava_lite.train.plan", "estimate parameters, memory and steps of a training run"),
+    "chat": ("llava_lite.serve.cli", "talk to a model in the terminal: llava-lite chat MODEL --image-file x.jpg"),
+}
+# Set by deepspeed, torchrun and accelerate in the processes that they start.
+LAUNCHED = "WORLD_SIZE"
+
+
+def build_parser():
+    """Return the parser of the verb; what follows it belongs to the verb's own parser."""
+    verbs = "\n".join(f"  {verb:7}{words}" for verb, (_, words) in VERBS.items())
+    parser = argparse.ArgumentParser(
+        prog="llava-lite",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Train, check and use LLaVA-family models, dense or with sparse experts.",
+        epilog=f"verbs:\n{verbs}\n\n`llava-lite VERB --help` lists the flags of a verb.",
+    )
+    parser.add_argument("--version", action="version", version=f"llava-lite {__version__}")
+    parser.add_argument("verb", choices=VERBS, metavar="VERB", help=", ".join(VERBS))
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...", help="flags of the verb")
+    return parser
+
+
+def main(argv=None):
+    """Run a verb with the rest of the command line."""
+    options = build_parser().parse_args(argv)
+    if options.verb == "train" and LAUNCHED not in os.environ and not {"-h", "--help"} & set(options.arguments):
+        print(launch_hint(options.arguments), file=sys.stderr)
+    module, _ = VERBS[options.verb]
+    return import_module(module).main(options.arguments)
+
+
+def launch_hint(arguments):
+    """Say that this is one process and how the same flags run on all devices."""
+    flags = shlex.join(arguments)
+    return (
+        "llava-lite train: one process on one device. For all GPUs of this machine, or of a hostfile's, with ZeRO:\n"
+        f"  deepspeed --module llava_lite.train.train --deepspeed zero2.json {flags}"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,69 @@
+"""Find what stands beside the weights of a checkpoint: tokenizer, image processor, prompt format."""
+
+import json
+import os
+
+from transformers import AutoTokenizer
+from transformers.utils import PROCESSOR_NAME, cached_file, logging
+
+from llava_lite.mm_utils import load_image_processor
+
+logger = logging.get_logger(__name__)
+
+# For checkpoints that do not say what trained them, as all of LLaVA's own: the format of the recipe that goes with
+# the decoder (LLaVA v1.5 and v1.6, MoE-LLaVA).
+TEMPLATE_OF_DECODER = {
+    "llama": "v1",
+    "mistral": "mistral_instruct",
+    "qwen2": "qwen",
+    "qwen3": "chat",
+    "phi": "phi",
+    "stablelm": "stablelm",
+}
+HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder", "proxies")
+
+
+def template_of(config, tokenizer=None):
+    """Return the name of the prompt format that a checkpoint was trained with, or that of its decoder's recipe."""
+    stored = getattr(config, "conv_template", None)
+    if stored is not None:
+        return stored
+    decoder = config.model_type.removeprefix("moe_").removeprefix("llava_lite_").removeprefix("llava_")
+    has_own = getattr(tokenizer, "chat_template", None) is not None
+    guess = TEMPLATE_OF_DECODER.get(decoder, "chat" if has_own else "v1")
+    guess = "v1" if guess == "chat" and not has_own else guess
+    logger.info(f"config.json names no conv_template; a {config.model_type} model is asked in the format {guess!r}.")
+    return guess
+
+
+def load_tokenizer(name, base=None, **hub):
+    """Load the tokenizer of a checkpoint, or that of its base where the folder holds only what was trained.
+
+    base: a folder or hub id, or a config that names one.
+    """
+    base = getattr(base, "base_model_name_or_path", base if isinstance(base, (str, os.PathLike)) else None)
+    own = cached_file(name, "tokenizer_config.json", _raise_exceptions_for_missing_entries=False, **hub)
+    if own is None and base is not None:
+        return AutoTokenizer.from_pretrained(base)
+    return AutoTokenizer.from_pretrained(name, **hub)
+
+
+def image_processor_of(name, config, **hub):
+    """Load the image processor of a checkpoint: its own file, else that of the tower; None if it sees nothing."""
+    if not getattr(config, "has_vision_tower", False):
+        return None
+    saved = [read_json(name, file, hub) for file in (PROCESSOR_NAME, "preprocessor_config.json")]
+    if "image_processor" in saved[0] or saved[1]:
+        return load_image_processor(name, **hub)
+    if config.mm_vision_tower is None:
+        raise OSError(f"{name} has no preprocessor_config.json and names no mm_vision_tower to take it from.")
+    return load_image_processor(config.mm_vision_tower)
+
+
+def read_json(name, file, hub):
+    """Return a JSON file of a checkpoint as a dict, empty where there is none."""
+    path = cached_file(name, file, _raise_exceptions_for_missing_entries=False, **hub)
+    if path is None:
+        return {}
+    with open(os.fspath(path), encoding="utf-8") as stream:
+        return json.load(stream)

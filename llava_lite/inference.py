@@ -1,0 +1,226 @@
+"""Turn questions and pictures into answers: the only way from the one to the other.
+
+The command line, the demo, every benchmark and every notebook ask through `reply` or `stream`. B questions, T tokens.
+"""
+
+from threading import Event, Thread
+
+import torch
+from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
+
+from llava_lite.constants import DEFAULT_IMAGE_TOKEN
+from llava_lite.messages import as_list
+from llava_lite.processing import LlavaLiteProcessor
+
+# No answer holds this, so what follows it in a rendered answer is the format's end mark.
+_PROBE = "\u2603"
+
+
+def load(model_path, device=None, dtype=None, model_base=None, **kwargs):
+    """Return (model, processor) of a checkpoint by folder or hub id, ready for `reply`.
+
+    device: None for the GPU where there is one. dtype: None for the checkpoint's own. model_base: for a folder that
+    holds only what was trained and does not name its base. Further keywords go to `load_pretrained_model`.
+    """
+    # Here, since loading is not needed to ask a model that one already has.
+    from llava_lite.model.builder import load_pretrained_model
+
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    tokenizer, model, image_processor, _ = load_pretrained_model(
+        model_path, model_base, None, device=device, dtype=dtype, **kwargs
+    )
+    return model, LlavaLiteProcessor.from_config(model.config, tokenizer, image_processor)
+
+
+def reply(
+    model,
+    processor,
+    question,
+    images=None,
+    conv_template=None,
+    history=None,
+    max_new_tokens=512,
+    temperature=0.0,
+    num_beams=1,
+    **generate_kwargs,
+):
+    """Return the answer to a question, or the list of answers to a list of questions.
+
+    images: for one question a picture or a list of pictures, for a list of questions one such entry (or None) each; a
+    picture is a PIL image, a path or the bytes of a file, and is turned upright. Pictures without an `<image>` mark go
+    before the question, as in LLaVA; marks without a picture are refused. history: earlier (question, answer) pairs,
+    whose marks take the first pictures. temperature: 0 for the likeliest token. conv_template: None for the one that
+    the checkpoint was trained with. Further keywords go to `model.generate`.
+    A batch gives the answers that its questions get one by one.
+    """
+    if isinstance(question, str):
+        question, images, history, alone = [question], [images], [history], True
+    else:
+        images, history, alone = images or [None] * len(question), history or [None] * len(question), False
+    inputs, mark = prepare(processor, question, images, conv_template, history)
+    generation = _generation_arguments(model, processor, mark, temperature, num_beams, generate_kwargs)
+    with torch.inference_mode():
+        tokens = _generate(model, inputs, max_new_tokens=max_new_tokens, **generation)
+    answers = [_without_mark(text, mark) for text in processor.batch_decode(tokens, skip_special_tokens=True)]
+    return answers[0] if alone else answers
+
+
+def stream(
+    model,
+    processor,
+    question,
+    images=None,
+    conv_template=None,
+    history=None,
+    max_new_tokens=512,
+    temperature=0.0,
+    **generate_kwargs,
+):
+    """Yield the answer to one question piece by piece; the pieces together are what `reply` returns.
+
+    Arguments as in `reply`. An error while generating is raised here; a caller that stops listening stops the model.
+    """
+    inputs, mark = prepare(processor, [question], [images], conv_template, [history])
+    streamer = TextIteratorStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
+    stop, failures = Event(), []
+    criteria = StoppingCriteriaList([*generate_kwargs.pop("stopping_criteria", []), _StopOn(stop)])
+    generation = _generation_arguments(model, processor, mark, temperature, 1, generate_kwargs)
+
+    def work():
+        try:
+            with torch.inference_mode():
+                _generate(
+                    model,
+                    inputs,
+                    max_new_tokens=max_new_tokens,
+                    streamer=streamer,
+                    stopping_criteria=criteria,
+                    **generation,
+                )
+        except Exception as error:
+            failures.append(error)
+            streamer.end()
+
+    thread = Thread(target=work, daemon=True)
+    thread.start()
+    try:
+        yield from _pieces_without_mark(streamer, mark)
+    finally:
+        stop.set()
+        thread.join()
+    if failures:
+        raise failures[0]
+
+
+def prepare(processor, questions, images, conv_template=None, history=None):
+    """Return (inputs of the model, end mark of an answer) for B questions, each with its pictures and its history."""
+    if not len(questions) == len(images) == len(history):
+        raise ValueError(
+            f"{len(questions)} questions, {len(images)} entries of pictures and {len(history)} of history; "
+            "give one of each for every question (None where there is none)."
+        )
+    groups = [as_list(pictures) for pictures in images]
+    talks = [
+        [*(earlier or []), (place_marks(question, earlier, len(pictures)), None)]
+        for question, pictures, earlier in zip(questions, groups, history, strict=True)
+    ]
+    prompts = [processor.render(turns, conv_template) for turns in talks]
+    inputs = processor(
+        images=groups,
+        text=[prompt.text for prompt in prompts],
+        add_special_tokens=prompts[0].add_special_tokens,
+    )
+    return inputs, end_mark(processor, conv_template)
+
+
+def place_marks(question, history, num_pictures):
+    """Put an `<image>` line before the question for every picture that has no mark yet, as LLaVA does.
+
+    Raises ValueError if the conversation has more marks than pictures, or only some of the marks it needs.
+    """
+    mark = DEFAULT_IMAGE_TOKEN
+    marked = question.count(mark)
+    earlier = sum(turn.count(mark) for turns in history or [] for turn in turns)
+    missing = num_pictures - earlier - marked
+    if missing < 0 or (missing > 0 and marked > 0):
+        raise ValueError(
+            f"{earlier + marked} {mark} marks in the conversation but {num_pictures} pictures. "
+            f"Give a picture for every mark, or leave the marks out of the question to have them placed."
+        )
+    return f"{mark}\n" * missing + question
+
+
+def end_mark(processor, conv_template=None):
+    """Return the text that the prompt format puts after an answer, such as `</s>` or `###`; it may be empty."""
+    rendered = processor.render([(_PROBE, _PROBE)], conv_template)
+    start, end = rendered.answers[-1]
+    mark = rendered.text[start:end].partition(_PROBE)[2]
+    return mark.strip() or mark
+
+
+def _generation_arguments(model, processor, mark, temperature, num_beams, extra):
+    """Return the keywords of `generate` that sampling and stopping ask for; the caller's own win."""
+    arguments = {"num_beams": num_beams, "pad_token_id": processor.pad_token_id, "do_sample": temperature > 0}
+    if temperature > 0:
+        arguments["temperature"] = temperature
+    ends = model.generation_config.eos_token_id
+    ends = set(ends) if isinstance(ends, (list, tuple)) else {ends}
+    ends = (ends | {processor.tokenizer.eos_token_id}) - {None}
+    ids = processor.tokenizer.encode(mark, add_special_tokens=False) if mark else []
+    if len(ids) == 1 and processor.tokenizer.decode(ids) == mark:
+        ends.add(ids[0])
+    elif mark:
+        arguments |= {"stop_strings": [mark], "tokenizer": processor.tokenizer}
+    return arguments | {"eos_token_id": sorted(ends)} | extra
+
+
+def _generate(model, inputs, **arguments):
+    """Return the new tokens [B, T] of a batch from the processor."""
+    inputs = inputs.to(model.device, dtype=model.dtype)
+    tokens = model.generate(**inputs, **arguments)
+    return tokens[:, inputs["input_ids"].shape[1] :]
+
+
+def _without_mark(text, mark):
+    """Return an answer without its end mark and the blanks around it."""
+    return (text.partition(mark)[0] if mark else text).strip()
+
+
+def _pieces_without_mark(pieces, mark):
+    """Yield the pieces of an answer up to its end mark, without the blanks around the whole.
+
+    Text is held back while it may turn out to be the beginning of the mark or the blanks before it.
+    """
+    held, started = "", False
+    for piece in pieces:
+        held += piece
+        if not started:
+            held = held.lstrip()
+        if mark and mark in held:
+            break
+        ready = len(held) - _len_of_possible_mark(held, mark)
+        ready = len(held[:ready].rstrip())
+        if ready:
+            started = True
+            yield held[:ready]
+            held = held[ready:]
+    rest = held.partition(mark)[0] if mark else held
+    rest = rest.rstrip() if started else rest.strip()
+    if rest:
+        yield rest
+
+
+def _len_of_possible_mark(text, mark):
+    """Return the length of the longest end of `text` that begins `mark`."""
+    return next((size for size in range(min(len(mark), len(text)), 0, -1) if text.endswith(mark[:size])), 0)
+
+
+class _StopOn(StoppingCriteria):
+    """Stop every row once an event is set: nobody listens any more."""
+
+    def __init__(self, event):
+        self.event = event
+
+    def __call__(self, input_ids, scores, **kwargs):
+        return torch.full((input_ids.shape[0],), self.event.is_set(), dtype=torch.bool, device=input_ids.device)

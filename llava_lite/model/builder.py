@@ -1,0 +1,211 @@
+"""Open a checkpoint by folder or hub id as (tokenizer, model, image_processor, context_len), LLaVA's way.
+
+The class comes from config.json and never from the name; LLaVA's `model_name` is accepted and not read.
+"""
+
+import importlib.util
+import logging
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
+from transformers.utils import cached_file
+
+from llava_lite.companions import HUB_ARGUMENTS, image_processor_of, load_tokenizer
+from llava_lite.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_PATCH_TOKEN
+from llava_lite.model import model_class_for
+from llava_lite.model.attention import choose_attention
+
+logger = logging.getLogger(__name__)
+
+# LLaVA's answer where a config does not say how long a prompt may be.
+DEFAULT_CONTEXT_LEN = 2048
+
+
+def load_pretrained_model(
+    model_path,
+    model_base=None,
+    model_name=None,
+    load_8bit=False,
+    load_4bit=False,
+    device_map="auto",
+    device="cuda",
+    use_flash_attn=False,
+    dtype=None,
+    torch_dtype=None,
+    attn_implementation=None,
+    customized_config=None,
+    overwrite_config=None,
+    multimodal=None,
+    **kwargs,
+):
+    """Return (tokenizer, model, image_processor, context_len); image_processor is None for a plain LLM.
+
+    model_path: a whole model, or a folder of what was trained (projector, LoRA); such a folder names its base in
+    config.json, and model_base replaces that name. dtype: None for the checkpoint's own (float32 for a float16 one on
+    the CPU). device_map: a map of several places, or "auto" on several GPUs, spreads the model and needs accelerate;
+    otherwise the model goes to `device` itself. customized_config: a config, its fields or where to read it, in place
+    of the checkpoint's; overwrite_config: fields to replace. model_name, multimodal: LLaVA's and lmms-eval's, accepted
+    and not needed. Further keywords go to `from_pretrained`.
+    """
+    hub = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
+    device, device_map = placement(device, device_map, quantised=load_8bit or load_4bit)
+    config = read_config(model_path, model_base, customized_config, overwrite_config, hub)
+    arguments = {
+        "dtype": _as_dtype(dtype if dtype is not None else torch_dtype),
+        "attn_implementation": "flash_attention_2" if use_flash_attn else attn_implementation,
+        "device_map": device_map,
+        "quantization_config": quantisation(load_8bit, load_4bit),
+        **kwargs,
+    }
+    arguments = {name: value for name, value in arguments.items() if value is not None}
+    model = _load_model(model_path, model_base, config, arguments, hub)
+    if device_map is None:
+        # On the CPU half precision is slow and, in some kernels, absent.
+        widen = device.type == "cpu" and model.dtype == torch.float16 and dtype is None and torch_dtype is None
+        model = model.to(device, dtype=torch.float32 if widen else None)
+    tokenizer = load_tokenizer(model_path, model_base or config, **hub)
+    add_image_tokens(model, tokenizer)
+    return tokenizer, model.eval(), image_processor_of(model_path, model.config, **hub), context_len(model.config)
+
+
+def read_config(model_path, model_base, customized_config, overwrite_config, hub):
+    """Return the config of a checkpoint, with the base it stands on and the caller's changes."""
+    source = customized_config or model_path
+    if isinstance(source, dict):
+        overwrite_config, source = {**source, **(overwrite_config or {})}, model_path
+    if isinstance(source, (str, Path)):
+        _check_folder(Path(source), model_base)
+        only_adapter = model_base is not None and not _has_file(source, "config.json", hub)
+        config = AutoConfig.from_pretrained(model_base if only_adapter else source, **hub)
+    else:
+        config = source
+    for key, value in (overwrite_config or {}).items():
+        setattr(config, key, value)
+    if model_base is not None and is_llava(config):
+        config.base_model_name_or_path = str(model_base)
+    return config
+
+
+def is_llava(config):
+    """Tell whether a config is one of this package's models, with or without a vision tower."""
+    return hasattr(config, "has_vision_tower")
+
+
+def _load_model(model_path, model_base, config, arguments, hub):
+    """Load the model that a config names, a LoRA on a plain LLM merged in."""
+    if is_llava(config):
+        # By class: transformers' Auto class would open the base that a LoRA folder names and forget the folder.
+        return model_class_for(config.model_type).from_pretrained(model_path, config=config, **arguments)
+    arguments["attn_implementation"] = choose_attention(arguments.get("attn_implementation"))
+    if model_base is None:
+        return AutoModelForCausalLM.from_pretrained(model_path, config=config, **arguments)
+    peft = _needed("peft", f"{model_path!r} is a LoRA on {model_base!r}", "peft")
+    model = AutoModelForCausalLM.from_pretrained(model_base, config=config, **arguments)
+    return peft.PeftModel.from_pretrained(model, model_path, **hub).merge_and_unload()
+
+
+def placement(device, device_map, quantised=False):
+    """Return (device, device_map) for loading: a device and None where the model can be moved there whole.
+
+    A map of one place is that place. "auto" and its kin spread a model over several GPUs only where there are several
+    and accelerate is installed. A quantised model cannot be moved afterwards and gets a map.
+    """
+    if isinstance(device_map, dict) and set(device_map) == {""}:
+        device, device_map = device_map[""], None
+    elif isinstance(device_map, (int, torch.device)) or (isinstance(device_map, str) and _is_device(device_map)):
+        device, device_map = device_map, None
+    device = torch.device(device if device is not None else "cuda")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        logger.warning("no CUDA device is available; the model goes to the CPU (device='cpu' says so at once).")
+        device, device_map = torch.device("cpu"), None
+    spread = device == torch.device("cuda") and torch.cuda.device_count() > 1 and _is_installed("accelerate")
+    if isinstance(device_map, str) and not spread:
+        device_map = None
+    if device_map is None and quantised:
+        device_map = {"": device}
+    return device, device_map
+
+
+def quantisation(load_8bit, load_4bit):
+    """Return the bitsandbytes config of LLaVA's two switches or None; tower and connector stay as they are."""
+    if not load_8bit and not load_4bit:
+        return None
+    if load_8bit and load_4bit:
+        raise ValueError("load_8bit and load_4bit exclude each other; choose one.")
+    _needed("bitsandbytes", f"load_{'8' if load_8bit else '4'}bit=True quantises the model", "quant")
+    skipped = ["mm_projector", "vision_tower", "lm_head"]
+    if load_8bit:
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skipped)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_compute_dtype=torch.float16,
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_quant_type="nf4",
+        llm_int8_skip_modules=skipped,
+    )
+
+
+def add_image_tokens(model, tokenizer):
+    """Give the tokenizer the picture tokens that the config trains with, and the model rows for them."""
+    tokens = []
+    if getattr(model.config, "mm_use_im_patch_token", False):
+        tokens.append(DEFAULT_IMAGE_PATCH_TOKEN)
+    if getattr(model.config, "mm_use_im_start_end", False):
+        tokens += [DEFAULT_IM_START_TOKEN, DEFAULT_IM_END_TOKEN]
+    if tokens and tokenizer.add_tokens(tokens, special_tokens=True):
+        logger.info("added %s to the tokenizer, as the config asks.", ", ".join(tokens))
+    # Never shrink: many vocabularies are padded to a round number of rows.
+    if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
+        model.resize_token_embeddings(len(tokenizer))
+
+
+def context_len(config):
+    """Return how many tokens a prompt and its answer may have together."""
+    named = (getattr(config, key, None) for key in ("max_sequence_length", "tokenizer_model_max_length"))
+    return next((length for length in named if length is not None), DEFAULT_CONTEXT_LEN)
+
+
+def _check_folder(path, model_base):
+    """Refuse a folder that lacks what makes it a checkpoint, with what it lacks."""
+    if not path.is_dir():
+        if path.is_absolute() or str(path).startswith("."):
+            raise OSError(f"there is no folder {str(path)!r}.")
+        return
+    if (path / "config.json").is_file() or (model_base is not None and (path / "adapter_config.json").is_file()):
+        return
+    steps = sorted(path.glob("checkpoint-*/config.json"))
+    hint = f"; a checkpoint of it is {str(steps[-1].parent)!r}" if steps else ""
+    raise OSError(f"{str(path)!r} is no checkpoint: it has no config.json{hint}.")
+
+
+def _has_file(name, file, hub):
+    return cached_file(name, file, _raise_exceptions_for_missing_entries=False, **hub) is not None
+
+
+def _as_dtype(dtype):
+    """Return a torch dtype or "auto" of what callers write: torch.float16, "float16", "auto", None."""
+    if dtype is None or dtype == "auto":
+        return "auto"
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    named = getattr(torch, str(dtype).removeprefix("torch."), None)
+    if not isinstance(named, torch.dtype):
+        raise ValueError(f"unknown dtype {dtype!r}; write float32, bfloat16, float16 or auto.")
+    return named
+
+
+def _is_device(name):
+    """Tell a device ("cpu", "cuda:1") from a strategy ("auto", "balanced")."""
+    return name.split(":")[0] in ("cpu", "cuda", "mps", "xpu", "npu", "meta")
+
+
+def _is_installed(name):
+    return importlib.util.find_spec(name) is not None
+
+
+def _needed(name, why, extra):
+    """Import an optional library, or say what to install."""
+    if not _is_installed(name):
+        raise ImportError(f"{why}, which needs {name}: pip install 'llava-lite[{extra}]'.")
+    return importlib.import_module(name)

@@ -1,0 +1,261 @@
+"""Turn prompts and pictures into what a model takes: ids with a place for every feature, a mask, pixels.
+
+B texts, T tokens of the longest, N pictures of all texts together.
+"""
+
+import os
+from importlib import import_module
+
+import torch
+from transformers import AutoConfig, BatchFeature, ProcessorMixin
+from transformers.utils import PROCESSOR_NAME
+
+from llava_lite.companions import HUB_ARGUMENTS, image_processor_of, load_tokenizer, read_json, template_of
+from llava_lite.constants import DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
+from llava_lite.conversation import Rendered, get_template, place_images
+from llava_lite.messages import pictures_of_each, read_messages
+from llava_lite.mm_utils import process_images, tokenize_rendered
+
+# What a processor saves of its own, beside its parts.
+SETTINGS = ("conv_template", "image_aspect_ratio", "num_image_tokens", "image_token_index", "use_im_start_end")
+
+
+class LlavaLiteProcessor(ProcessorMixin):
+    """The tokenizer, the image processor and the prompt format that belong to a checkpoint.
+
+    conv_template: key of `conv_templates`. num_image_tokens: features of one picture. image_token_index: the id that
+    stands for one feature, -200 or the id of `<image>` in the vocabulary. image_processor: None for a text-only model.
+    """
+
+    def __init__(
+        self,
+        image_processor=None,
+        tokenizer=None,
+        conv_template="v1",
+        image_aspect_ratio="square",
+        num_image_tokens=0,
+        image_token_index=IMAGE_TOKEN_INDEX,
+        use_im_start_end=False,
+        chat_template=None,
+    ):
+        get_template(conv_template)
+        self.conv_template = conv_template
+        self.image_aspect_ratio = image_aspect_ratio
+        self.num_image_tokens = num_image_tokens
+        self.image_token_index = image_token_index
+        self.use_im_start_end = use_im_start_end
+        self.image_token = DEFAULT_IMAGE_TOKEN
+        super().__init__(image_processor, tokenizer, chat_template=chat_template)
+
+    def check_argument_for_proper_class(self, argument_name, argument):
+        """Let a text-only model go without an image processor; check the rest as the parent does."""
+        if argument_name == "image_processor" and argument is None:
+            return None
+        return super().check_argument_for_proper_class(argument_name, argument)
+
+    @property
+    def image_token_id(self):
+        """The placeholder under the name that transformers looks for."""
+        return self.image_token_index
+
+    @property
+    def pad_token_id(self):
+        """The id that fills short rows; the mask says where, so any id will do."""
+        ids = (self.tokenizer.pad_token_id, self.tokenizer.unk_token_id, self.tokenizer.eos_token_id, 0)
+        return next(token_id for token_id in ids if token_id is not None)
+
+    @property
+    def model_input_names(self):
+        """The names under which `__call__` returns its tensors."""
+        return ["input_ids", "attention_mask", "pixel_values"]
+
+    @classmethod
+    def from_config(cls, config, tokenizer, image_processor=None):
+        """Build the processor that a model's config asks for, from parts that are already loaded."""
+        sees = image_processor is not None and getattr(config, "has_vision_tower", False)
+        return cls(
+            image_processor=image_processor,
+            tokenizer=tokenizer,
+            conv_template=template_of(config, tokenizer),
+            image_aspect_ratio=getattr(config, "image_aspect_ratio", "square"),
+            num_image_tokens=config.num_image_tokens if sees else 0,
+            image_token_index=getattr(config, "image_token_index", IMAGE_TOKEN_INDEX),
+            use_im_start_end=getattr(config, "mm_use_im_start_end", False),
+            chat_template=getattr(tokenizer, "chat_template", None),
+        )
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
+        """Load from a folder or hub id: one that `save_pretrained` wrote, or one of LLaVA's, which has no processor.
+
+        LLaVA's folders hold config.json and the tokenizer; the image processor is then that of `mm_vision_tower`. A
+        folder without a tokenizer (projector, LoRA) takes that of `base_model_name_or_path`. Further keywords
+        replace what was saved (conv_template="llava_v1"); those of the hub (revision, token, ...) go to every file.
+        """
+        hub = {name: kwargs.pop(name) for name in HUB_ARGUMENTS if name in kwargs}
+        for private in ("_from_auto", "trust_remote_code", "config", "_from_pipeline", "_commit_hash"):
+            kwargs.pop(private, None)
+        name = str(pretrained_model_name_or_path)
+        # Registers the config classes that the folder names; only here, since this page knows no model.
+        import_module("llava_lite.model")
+        config = AutoConfig.from_pretrained(name, **hub)
+        tokenizer = load_tokenizer(name, config, **hub)
+        processor = cls.from_config(config, tokenizer, image_processor_of(name, config, **hub))
+        saved = read_json(name, PROCESSOR_NAME, hub)
+        for key in SETTINGS:
+            setattr(processor, key, kwargs.pop(key, saved.get(key, getattr(processor, key))))
+        if kwargs:
+            raise TypeError(f"unknown keywords for a processor: {', '.join(sorted(kwargs))}.")
+        get_template(processor.conv_template)
+        return processor
+
+    def save_pretrained(self, save_directory, push_to_hub=False, **kwargs):
+        """Write the tokenizer and processor_config.json, which holds the image processor too."""
+        if self.image_processor is not None:
+            return super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+        # The parent takes every part for present.
+        self.tokenizer.save_pretrained(save_directory)
+        self.to_json_file(os.path.join(save_directory, PROCESSOR_NAME))
+        if push_to_hub:
+            self.push_to_hub(kwargs.pop("repo_id", os.path.basename(save_directory)), **kwargs)
+        return [os.path.join(save_directory, PROCESSOR_NAME)]
+
+    def __call__(
+        self,
+        images=None,
+        text=None,
+        padding_side="left",
+        return_tensors="pt",
+        add_special_tokens=True,
+        padding=True,
+    ):
+        """Return input_ids and attention_mask [B, T] and, where there are pictures, pixel_values [N, 3, H, W].
+
+        text: a prompt or a list of B. images: a picture, all pictures in the order of their marks, or one list a text;
+        a picture is a PIL image, a path or the bytes of a file, turned upright as its EXIF says. Every `<image>`
+        becomes `num_image_tokens` placeholders. Rows are padded on the left, which `generate` needs.
+        Raises ValueError if a text has more or fewer marks than pictures.
+        """
+        if text is None:
+            raise ValueError("the processor needs a text; for pictures alone use processor.image_processor.")
+        if return_tensors not in ("pt", None) or not padding:
+            raise ValueError("the processor returns padded torch tensors: return_tensors='pt', padding=True.")
+        texts = [text] if isinstance(text, str) else list(text)
+        pictures = pictures_of_each(images, texts)
+        rows = [
+            self._token_ids(prompt, bool(group), add_special_tokens)
+            for prompt, group in zip(texts, pictures, strict=True)
+        ]
+        batch = pad_rows(rows, self.pad_token_id, padding_side)
+        upright = [picture for group in pictures for picture in group]
+        if upright:
+            if self.image_processor is None:
+                raise ValueError(f"{len(upright)} pictures for a model that has no vision tower.")
+            batch["pixel_values"] = process_images(upright, self.image_processor, self)
+        return BatchFeature(batch)
+
+    def _token_ids(self, prompt, has_image, add_special_tokens):
+        """Return the ids of one prompt, each mark already as long as the features of its picture."""
+        ids, _ = tokenize_rendered(Rendered(prompt, (), add_special_tokens), self.tokenizer, has_image)
+        place = [self.image_token_index] * self.num_image_tokens
+        return [token for one in ids for token in (place if one == IMAGE_TOKEN_INDEX else (one,))]
+
+    def render(self, turns, conv_template=None, system=None):
+        """Return a conversation as the prompt that its format makes of it, a `Rendered`, marks placed as in training.
+
+        turns: (question, answer) pairs; the last answer may be None, which leaves the turn open for the model.
+        conv_template: another format than the checkpoint's own. system: replaces the format's system text.
+        """
+        template = get_template(conv_template or self.conv_template)
+        if system is not None:
+            template.system = _with_system(template.system, system)
+        spoken = [turn for question, answer in turns for turn in (("human", question), ("gpt", answer))]
+        return template.with_turns(place_images(spoken, template, self.use_im_start_end)).render(self.tokenizer)
+
+    def apply_chat_template(
+        self,
+        conversation,
+        chat_template=None,
+        add_generation_prompt=False,
+        continue_final_message=False,
+        tokenize=False,
+        return_dict=False,
+        return_tensors="pt",
+        processor_kwargs=None,
+        **kwargs,
+    ):
+        """Return messages as a prompt in the checkpoint's own format, or as the inputs of a model.
+
+        conversation: a list of messages or a list of such lists; a message is {"role": "user", "content": ...} with a
+        text or parts {"type": "text", "text": ...} and {"type": "image", "image" | "path" | "url": picture}.
+        An explicit Jinja `chat_template` is rendered by transformers instead.
+        """
+        if chat_template is not None:
+            return super().apply_chat_template(
+                conversation,
+                chat_template=chat_template,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=continue_final_message,
+                tokenize=tokenize,
+                return_dict=return_dict,
+                return_tensors=return_tensors,
+                processor_kwargs=processor_kwargs,
+                **kwargs,
+            )
+        many = not isinstance(conversation[0], dict)
+        talks = [read_messages(messages) for messages in (conversation if many else [conversation])]
+        if any(turns[-1][1] is None for turns, *_ in talks) and not add_generation_prompt:
+            raise ValueError("the last message is the user's; add_generation_prompt=True leaves a turn for the model.")
+        prompts = [self._prompt(turns, system, continue_final_message) for turns, system, _ in talks]
+        texts = [prompt.text for prompt in prompts]
+        if not tokenize:
+            return texts if many else texts[0]
+        options = {"add_special_tokens": prompts[0].add_special_tokens} | (processor_kwargs or {})
+        inputs = self(images=[pictures for *_, pictures in talks], text=texts, **options)
+        return inputs if return_dict else inputs["input_ids"]
+
+    def _prompt(self, turns, system, continue_final):
+        """Render turns; `continue_final` cuts the end mark off the last answer, so that the model goes on with it."""
+        rendered = self.render(turns, system=system)
+        answer = turns[-1][1]
+        if answer is None or not continue_final:
+            return rendered
+        start, end = rendered.answers[-1]
+        said = rendered.text.index(answer, start, end) + len(answer)
+        return Rendered(rendered.text[:said], (), rendered.add_special_tokens)
+
+    def decode(self, token_ids, skip_special_tokens=False, **kwargs):
+        """Return the text of one row of ids, or a list for many; placeholders of pictures are left out."""
+        rows = token_ids.tolist() if hasattr(token_ids, "tolist") else token_ids
+        if isinstance(rows, list) and rows and not isinstance(rows[0], int):
+            return self.batch_decode(rows, skip_special_tokens=skip_special_tokens, **kwargs)
+        rows = [rows] if isinstance(rows, int) else rows
+        # -200 is in no vocabulary; a placeholder with an id of its own is said once by its mark, not 576 times.
+        kept = [token for token in rows if token >= 0 and token != self.image_token_index]
+        return self.tokenizer.decode(kept, skip_special_tokens=skip_special_tokens, **kwargs)
+
+    def batch_decode(self, sequences, skip_special_tokens=False, **kwargs):
+        """Return the text of every row of what `generate` returned, prompts included or not."""
+        return [self.decode(row, skip_special_tokens=skip_special_tokens, **kwargs) for row in sequences]
+
+    def post_process_image_text_to_text(self, generated_outputs, skip_special_tokens=True, **kwargs):
+        """Return the texts of generated rows; the name that transformers' pipeline calls."""
+        return self.batch_decode(generated_outputs, skip_special_tokens=skip_special_tokens, **kwargs)
+
+
+def pad_rows(rows, pad_token_id, padding_side):
+    """Return {"input_ids", "attention_mask"} [B, T] of rows of unequal length."""
+    longest = max(map(len, rows))
+    input_ids = torch.full((len(rows), longest), pad_token_id, dtype=torch.long)  # [B, T]
+    attention_mask = torch.zeros_like(input_ids)
+    for place, row in enumerate(rows):
+        where = slice(longest - len(row), longest) if padding_side == "left" else slice(0, len(row))
+        input_ids[place, where] = torch.tensor(row, dtype=torch.long)
+        attention_mask[place, where] = 1
+    return {"input_ids": input_ids, "attention_mask": attention_mask}
+
+
+def _with_system(template_text, system):
+    """Replace the words of a system text and keep the line that opens it, such as "<|im_start|>system"."""
+    opening, newline, _ = template_text.partition("\n")
+    return opening + newline + system if opening.startswith("<|") else system

@@ -1,0 +1,105 @@
+"""Turn lines typed in a terminal into a conversation with a model about a picture (flags of LLaVA's serve.cli)."""
+
+import argparse
+import sys
+
+from llava_lite.conversation import SeparatorStyle, get_template
+from llava_lite.inference import load, place_marks, stream
+
+INTRODUCTION = "Ask about the picture, or anything; an empty line ends the chat."
+
+
+def build_parser():
+    """Return the parser of `llava-lite chat` and `python -m llava_lite.serve.cli`."""
+    parser = argparse.ArgumentParser(prog="llava-lite chat", description="Talk to a model in the terminal.")
+    parser.add_argument("model", nargs="?", help="folder or hub id of the model")
+    parser.add_argument("--model-path", help="the same, as in LLaVA")
+    parser.add_argument("--model-base", help="base of a folder that holds only what was trained")
+    parser.add_argument("--image-file", action="append", default=[], help="picture to talk about; may be repeated")
+    parser.add_argument("--device", help="cuda, cuda:1, cpu (default: the GPU where there is one)")
+    parser.add_argument("--conv-mode", help="prompt format (default: the one that trained the model)")
+    parser.add_argument("--temperature", type=float, default=0.2, help="0 for the likeliest answer (default: 0.2)")
+    parser.add_argument("--max-new-tokens", type=int, default=512, help="longest answer (default: 512)")
+    parser.add_argument("--load-8bit", action="store_true", help="quantise to 8 bit (bitsandbytes)")
+    parser.add_argument("--load-4bit", action="store_true", help="quantise to 4 bit (bitsandbytes)")
+    parser.add_argument("--debug", action="store_true", help="show the prompt and the answer as the model sees them")
+    return parser
+
+
+def chat(model, processor, pictures, ask, say, conv_template=None, debug=False, **generation):
+    """Hold a conversation until an empty line; return it as (question, answer) pairs.
+
+    ask: takes the prompt string and returns the user's line. say: takes a piece of text to show. The pictures go with
+    the first question. Answers are kept without end marks: the format writes them anew each turn.
+    """
+    user, assistant = role_names(conv_template or processor.conv_template)
+    history = []
+    while question := ask(f"{user}: ").strip():
+        question = place_marks(question, history, len(pictures))
+        if debug:
+            prompt = processor.render([*history, (question, None)], conv_template).text
+            say(f"{prompt!r}\n")
+        say(f"{assistant}: ")
+        pieces = []
+        for piece in stream(model, processor, question, pictures, conv_template, history, **generation):
+            pieces.append(piece)
+            say(piece)
+        say("\n")
+        history.append((question, "".join(pieces)))
+        if debug:
+            say(f"{history[-1][1]!r}\n")
+    return history
+
+
+def role_names(conv_template):
+    """Return what to call the two speakers: the roles where they are words, else plain ones."""
+    template = get_template(conv_template)
+    named = template.sep_style in (SeparatorStyle.SINGLE, SeparatorStyle.TWO, SeparatorStyle.LLAMA_2)
+    return template.roles if named else ("user", "assistant")
+
+
+def main(argv=None):
+    """Load a model and chat; returns when the user is done."""
+    parser = build_parser()
+    options = parser.parse_args(argv)
+    path = options.model or options.model_path
+    if path is None or (options.model and options.model_path):
+        parser.error("name one model: llava-lite chat MODEL, or --model-path MODEL.")
+    if options.conv_mode is not None:
+        get_template(options.conv_mode)
+    model, processor = load(
+        path,
+        device=options.device,
+        model_base=options.model_base,
+        load_8bit=options.load_8bit,
+        load_4bit=options.load_4bit,
+    )
+    _say(f"{INTRODUCTION}\n")
+    chat(
+        model,
+        processor,
+        options.image_file,
+        _ask,
+        _say,
+        conv_template=options.conv_mode,
+        debug=options.debug,
+        temperature=options.temperature,
+        max_new_tokens=options.max_new_tokens,
+    )
+
+
+def _ask(prompt):
+    """Read a line; the end of the input ends the chat as an empty line does."""
+    try:
+        return input(prompt)
+    except EOFError:
+        return ""
+
+
+def _say(text):
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()

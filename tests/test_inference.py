@@ -1,0 +1,256 @@
+"""Questions to answers: alone, in batches, in a conversation, in pieces."""
+
+import threading
+
+import pytest
+import torch
+from PIL import Image
+from transformers import LogitsProcessor, LogitsProcessorList
+
+from llava_lite.conversation import conv_templates
+from llava_lite.inference import _pieces_without_mark, end_mark, load, place_marks, reply, stream
+from llava_lite.mm_utils import load_image_processor, process_images, tokenizer_image_token
+from llava_lite.processing import LlavaLiteProcessor
+
+EXPERTS = {
+    "moe_enable": True,
+    "moe_mode": "sparse",
+    "num_experts": [4],
+    "top_k_experts": 2,
+    "router_aux_loss_coef": 0.01,
+}
+
+
+def picture(seed):
+    image = Image.new("RGB", (40 + seed, 36), (seed * 40 % 256, 90, 250 - seed * 30))
+    image.paste((255, 0, 0), (seed, 3, seed + 9, 12))
+    return image
+
+
+@pytest.fixture
+def toy_pair(toy_model, toy_tokenizer, toy_tower_dir):
+    """Return a function: arguments of toy_model -> (model, processor)."""
+
+    def make(model_type="llama", **kwargs):
+        model = toy_model(model_type, **({"conv_template": "v1"} | kwargs))
+        return model, LlavaLiteProcessor.from_config(
+            model.config, toy_tokenizer, load_image_processor(toy_tower_dir("clip"))
+        )
+
+    return make
+
+
+class Dictation(LogitsProcessor):
+    """Make the model say given tokens, row by row, after a prompt of any length."""
+
+    def __init__(self, rows):
+        self.rows, self.step = rows, 0
+
+    def __call__(self, input_ids, scores):
+        forced = torch.full_like(scores, -torch.inf)
+        for row, ids in enumerate(self.rows):
+            forced[row, ids[min(self.step, len(ids) - 1)]] = 0
+        self.step += 1
+        return forced
+
+
+def dictate(processor, *texts):
+    ids = [processor.tokenizer.encode(text, add_special_tokens=False) for text in texts]
+    return LogitsProcessorList([Dictation(ids)])
+
+
+def test_reply_is_what_llavas_own_steps_give(toy_pair):
+    model, processor = toy_pair()
+    tokenizer = processor.tokenizer
+    talk = conv_templates["v1"].copy()
+    talk.append_message(talk.roles[0], "<image>\nWhat colour is the square?")
+    talk.append_message(talk.roles[1], None)
+    ids = tokenizer_image_token(talk.get_prompt(), tokenizer, return_tensors="pt")[None]
+    pixels = process_images([picture(1)], processor.image_processor, model.config)
+    output = model.generate(ids, images=pixels, do_sample=False, max_new_tokens=12)
+    expected = tokenizer.batch_decode(output, skip_special_tokens=True)[0].strip()
+    assert reply(model, processor, "What colour is the square?", picture(1), max_new_tokens=12) == expected
+    marked = "<image>\nWhat colour is the square?"
+    assert reply(model, processor, marked, [picture(1)], max_new_tokens=12) == expected
+    assert reply(model, processor, "What colour is the square?", picture(2), max_new_tokens=12) != expected
+
+
+@pytest.mark.parametrize("moe", [None, EXPERTS], ids=["dense", "experts"])
+@pytest.mark.parametrize("num_beams", [1, 3])
+def test_batch_gives_the_answers_of_its_questions_one_by_one(toy_pair, moe, num_beams):
+    model, processor = toy_pair(moe=moe)
+    questions = ["How many circles are there?", "Hello!", "Human or assistant, <image> and <image> in the picture?"]
+    pictures = [picture(1), None, [picture(2), picture(3)]]
+    asked = {"max_new_tokens": 10, "num_beams": num_beams}
+    together = reply(model, processor, questions, pictures, **asked)
+    assert together == [reply(model, processor, q, p, **asked) for q, p in zip(questions, pictures, strict=True)]
+    assert len(set(together)) == 3
+
+
+def test_text_only_questions_need_no_pictures(toy_pair, toy_llm_dir):
+    model, processor = toy_pair()
+    answers = reply(model, processor, ["Hello!", "What colour is the square?"], max_new_tokens=6)
+    assert answers[0] == reply(model, processor, "Hello!", max_new_tokens=6)
+    plain, processor = load(toy_llm_dir("llama"), device="cpu")
+    assert processor.image_processor is None
+    assert reply(plain, processor, "Hello!", max_new_tokens=6)
+
+
+def test_stored_format_is_the_one_used(toy_pair):
+    model, processor = toy_pair(conv_template="llava_llama_2")
+    question = {"question": "What colour is the square?", "images": picture(1), "max_new_tokens": 8}
+    named = reply(model, processor, conv_template="llava_llama_2", **question)
+    assert reply(model, processor, **question) == named
+    assert reply(model, processor, conv_template="llava_v0", **question) != named
+
+
+def test_history_is_written_as_training_writes_it(toy_pair):
+    model, processor = toy_pair()
+    history = [("<image>\nWhat colour?", "red"), ("How many?", "three")]
+    prompt = processor.render([*history, ("Hello!", None)]).text
+    assert prompt.endswith(
+        "USER: <image>\nWhat colour? ASSISTANT: red</s>USER: How many? ASSISTANT: three</s>USER: Hello! ASSISTANT:"
+    )
+    inputs = processor(text=prompt, images=picture(1))
+    output = model.generate(**inputs, do_sample=False, max_new_tokens=8)
+    expected = processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+    assert reply(model, processor, "Hello!", picture(1), history=history, max_new_tokens=8) == expected
+
+
+@pytest.mark.parametrize(
+    ("question", "history", "num_pictures", "placed"),
+    [
+        ("what?", None, 1, "<image>\nwhat?"),
+        ("what?", [], 2, "<image>\n<image>\nwhat?"),
+        ("in <image> what?", None, 1, "in <image> what?"),
+        ("what?", [("<image>\nhow many?", "two")], 1, "what?"),
+        ("and this?", [("<image>\nhow many?", "two")], 2, "<image>\nand this?"),
+        ("what?", None, 0, "what?"),
+    ],
+)
+def test_pictures_without_a_mark_go_before_the_question(question, history, num_pictures, placed):
+    assert place_marks(question, history, num_pictures) == placed
+
+
+@pytest.mark.parametrize(("question", "num_pictures"), [("<image>", 0), ("<image> <image>", 1), ("<image>", 2)])
+def test_marks_that_do_not_fit_the_pictures_are_refused(toy_pair, question, num_pictures):
+    model, processor = toy_pair()
+    words = f"{question.count('<image>')} <image> marks in the conversation but {num_pictures} pictures"
+    with pytest.raises(ValueError, match=words):
+        reply(model, processor, question, [picture(i) for i in range(num_pictures)])
+    with pytest.raises(ValueError, match="2 questions, 1 entries of pictures"):
+        reply(model, processor, ["a", "b"], [picture(1)])
+
+
+@pytest.mark.parametrize(
+    ("template", "mark"),
+    [
+        ("v1", "</s>"),
+        ("llava_v0", "###"),
+        ("llava_llama_2", "</s>"),
+        ("mpt", "<|im_end|>"),
+        ("chatml_direct", "<|im_end|>"),
+        ("plain", "\n"),
+        ("openchat", "<|end_of_turn|>"),
+        ("qwen", "<|endoftext|>"),
+    ],
+)
+@pytest.mark.parametrize("mark_is_a_token", [True, False])
+def test_answer_stops_at_the_formats_end_mark(toy_pair, toy_tokenizer_for, template, mark, mark_is_a_token):
+    model, processor = toy_pair()
+    # In this tokenizer a mark that is no token is several, of bytes that are not hidden in the text.
+    processor.tokenizer = toy_tokenizer_for("gpt2")
+    if mark_is_a_token and mark != "\n":
+        processor.tokenizer.add_tokens([mark], special_tokens=True)
+    model.resize_token_embeddings(len(processor.tokenizer))
+    assert end_mark(processor, template) == mark
+    question = {"question": "What?", "images": picture(1), "conv_template": template, "max_new_tokens": 60}
+    script = dictate(processor, f"The square is red.{mark} Human: How many")
+    assert reply(model, processor, logits_processor=script, **question) == "The square is red."
+    script = dictate(processor, f"The square is red.{mark} Human: How many")
+    assert "".join(stream(model, processor, logits_processor=script, **question)) == "The square is red."
+    assert script[0].step < 60
+
+
+def test_rows_that_end_early_do_not_disturb_the_others(toy_pair):
+    model, processor = toy_pair()
+    script = dictate(processor, "red.### blue", "There are three blue circles and one green square.###")
+    answers = reply(model, processor, ["a", "b"], conv_template="llava_v0", logits_processor=script, max_new_tokens=80)
+    assert answers == ["red.", "There are three blue circles and one green square."]
+
+
+def test_pieces_of_a_stream_make_the_reply(toy_pair):
+    model, processor = toy_pair()
+    question = {"question": "What colour is the square?", "images": picture(1), "max_new_tokens": 20}
+    pieces = list(stream(model, processor, **question))
+    assert "".join(pieces) == reply(model, processor, **question)
+    script = dictate(processor, "There are three blue circles and one green square in the picture.</s>")
+    pieces = list(stream(model, processor, **question | {"logits_processor": script, "max_new_tokens": 99}))
+    assert "".join(pieces) == "There are three blue circles and one green square in the picture."
+    assert len(pieces) > 5
+
+
+@pytest.mark.parametrize(
+    ("pieces", "shown"),
+    [
+        (["red", " #", "##", " more"], ["red"]),
+        ([" ", "red", " # ", "blue"], ["red", " # blue"]),
+        (["#", "#"], ["##"]),
+        (["red  "], ["red"]),
+        (["re###d", "x"], ["re"]),
+        ([], []),
+    ],
+)
+def test_text_is_held_back_while_it_may_begin_the_end_mark(pieces, shown):
+    assert "".join(_pieces_without_mark(pieces, "###")) == "".join(shown)
+    joined = "".join(pieces).partition("###")[0].strip()
+    assert "".join(shown) == joined
+
+
+def test_error_while_streaming_reaches_the_caller(toy_pair):
+    model, processor = toy_pair()
+
+    class Failing(LogitsProcessor):
+        def __call__(self, input_ids, scores):
+            raise RuntimeError("the third token was too much")
+
+    with pytest.raises(RuntimeError, match="the third token"):
+        list(stream(model, processor, "Hello!", logits_processor=LogitsProcessorList([Failing()])))
+
+
+def test_caller_who_stops_listening_stops_the_model(toy_pair):
+    model, processor = toy_pair()
+    script = dictate(processor, "red " * 500)
+    running = threading.active_count()
+    pieces = stream(model, processor, "Hello!", logits_processor=script, max_new_tokens=1000)
+    assert next(pieces)
+    pieces.close()
+    assert threading.active_count() == running
+    assert script[0].step < 1000
+
+
+def test_sampling_follows_the_seed_and_the_temperature(toy_pair):
+    model, processor = toy_pair()
+    question = {"question": "What colour is the square?", "images": picture(1), "max_new_tokens": 20}
+    said = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        said.append(reply(model, processor, temperature=1.5, **question))
+    assert said[0] == said[1] != said[2]
+    assert reply(model, processor, **question) == reply(model, processor, **question)
+
+
+def test_repetition_penalty_sees_a_prompt_with_pictures(toy_pair):
+    model, processor = toy_pair()
+    asked = {"question": "What colour is the square?", "images": picture(1), "max_new_tokens": 20}
+    assert reply(model, processor, repetition_penalty=5.0, **asked) != reply(model, processor, **asked)
+
+
+def test_load_gives_a_model_and_its_processor(toy_pair, tmp_path):
+    model, processor = toy_pair(image_aspect_ratio="pad")
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    loaded, reader = load(tmp_path, device="cpu", dtype=torch.float32)
+    assert (reader.conv_template, reader.image_aspect_ratio, reader.num_image_tokens) == ("v1", "pad", 16)
+    question = ("What colour is the square?", picture(1))
+    assert reply(loaded, reader, *question, max_new_tokens=8) == reply(model, processor, *question, max_new_tokens=8)

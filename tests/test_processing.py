@@ -1,0 +1,263 @@
+"""The processor: prompts and pictures to tensors, and its files."""
+
+import io
+import json
+
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoProcessor
+
+from llava_lite.constants import IMAGE_TOKEN_INDEX
+from llava_lite.conversation import conv_templates
+from llava_lite.mm_utils import tokenizer_image_token
+from llava_lite.processing import LlavaLiteProcessor
+
+# The toy tower sees 4 x 4 patches.
+NUM_FEATURES = 16
+
+
+def picture(red=200, size=(40, 30)):
+    image = Image.new("RGB", size, (red, 90, 10))
+    image.paste((0, 0, 255), (2, 3, 12, 9))
+    return image
+
+
+@pytest.fixture
+def processor(toy_model, toy_tokenizer, toy_tower_dir):
+    from llava_lite.mm_utils import load_image_processor
+
+    model = toy_model(conv_template="v1")
+    return LlavaLiteProcessor.from_config(model.config, toy_tokenizer, load_image_processor(toy_tower_dir("clip")))
+
+
+@pytest.fixture
+def folder(toy_model, toy_tokenizer, tmp_path):
+    """A folder as LLaVA leaves it: config, weights and tokenizer, and the tower elsewhere."""
+    toy_model(conv_template="llava_v1", image_aspect_ratio="pad").save_pretrained(tmp_path / "llava")
+    toy_tokenizer.save_pretrained(tmp_path / "llava")
+    return tmp_path / "llava"
+
+
+def test_ids_are_llavas_with_each_mark_repeated_for_every_feature(processor, toy_tokenizer):
+    prompt = "A chat USER: <image>\nWhat colour is <image> the square? ASSISTANT:"
+    inputs = processor(text=prompt, images=[picture(), picture(90)])
+    expected = []
+    for token in tokenizer_image_token(prompt, toy_tokenizer):
+        expected += [token] * (NUM_FEATURES if token == IMAGE_TOKEN_INDEX else 1)
+    assert inputs["input_ids"].tolist() == [expected]
+    assert inputs["attention_mask"].tolist() == [[1] * len(expected)]
+    assert inputs["pixel_values"].shape == (2, 3, 32, 32)
+
+
+def test_short_rows_are_padded_on_the_left_and_masked(processor, toy_tokenizer):
+    texts = ["Hello! <image>", "How many circles are there?", "Hello!"]
+    inputs = processor(text=texts, images=[[picture()], None, []])
+    alone = [processor(text=text, images=[picture()] if "<image>" in text else None) for text in texts]
+    for row, mask, single in zip(inputs["input_ids"], inputs["attention_mask"], alone, strict=True):
+        kept = single["input_ids"].shape[1]
+        assert row[-kept:].tolist() == single["input_ids"][0].tolist()
+        assert mask.tolist() == [0] * (len(row) - kept) + [1] * kept
+        assert set(row[:-kept].tolist()) <= {toy_tokenizer.unk_token_id}
+    right = processor(text=texts[1:], padding_side="right")
+    assert right["attention_mask"][1].tolist()[0] == 1
+    assert right["attention_mask"][1].tolist()[-1] == 0
+
+
+def test_pixels_are_those_of_the_image_processor(processor):
+    square = processor(text="<image>", images=picture())["pixel_values"]
+    expected = processor.image_processor(picture(), return_tensors="pt")["pixel_values"]
+    assert torch.equal(square, expected)
+    processor.image_aspect_ratio = "pad"
+    canvas = Image.new("RGB", (40, 40), (122, 116, 104))
+    canvas.paste(picture(), (0, 5))
+    padded = processor(text="<image>", images=picture())["pixel_values"]
+    assert torch.equal(padded, processor.image_processor(canvas, return_tensors="pt")["pixel_values"])
+
+
+def test_path_bytes_and_pil_are_one_picture(processor, tmp_path):
+    picture().save(tmp_path / "a.png")
+    forms = [picture(), tmp_path / "a.png", str(tmp_path / "a.png"), (tmp_path / "a.png").read_bytes()]
+    pixels = processor(text="<image>" * 4, images=forms)["pixel_values"]
+    assert all(torch.equal(pixels[0], other) for other in pixels)
+
+
+def test_pictures_are_turned_upright(processor, tmp_path):
+    exif = Image.Exif()
+    # 6: the camera was held so that the stored picture has to be turned by 270 degrees against the clock.
+    exif[0x0112] = 6
+    stored = picture(size=(32, 48)).rotate(90, expand=True)
+    stored.save(tmp_path / "turned.png", exif=exif)
+    turned = processor(text="<image>", images=tmp_path / "turned.png")["pixel_values"]
+    opened = processor(text="<image>", images=Image.open(tmp_path / "turned.png"))["pixel_values"]
+    upright = processor(text="<image>", images=picture(size=(32, 48)))["pixel_values"]
+    assert torch.equal(turned, upright)
+    assert torch.equal(opened, upright)
+
+
+@pytest.mark.parametrize(
+    ("text", "images", "words"),
+    [
+        ("<image> <image>", [picture()], "2 <image> marks in 1 texts but 1 pictures"),
+        (["<image>", "x"], [[picture(), picture()], None], "1 <image> marks but 2 pictures.*Add a mark"),
+        (["<image> what?", "x"], [[], None], "1 <image> marks but 0 pictures.*add a picture"),
+        ("<image>", None, "1 <image> marks but 0 pictures"),
+        (["a", "b"], [[picture()]], "1 lists of pictures for 2 texts"),
+        ("<image>", b"no picture", "10 bytes"),
+        ("<image>", "nowhere.png", "nowhere.png"),
+    ],
+)
+def test_marks_and_pictures_that_do_not_fit_are_refused(processor, text, images, words):
+    with pytest.raises(ValueError, match=words):
+        processor(text=text, images=images)
+
+
+def test_a_vocabulary_id_stands_for_a_feature_where_the_checkpoint_says_so(processor, toy_tokenizer):
+    toy_tokenizer.add_tokens(["<image>"], special_tokens=True)
+    processor.image_token_index = toy_tokenizer.convert_tokens_to_ids("<image>")
+    ids = processor(text="Hello! <image>", images=picture())["input_ids"][0].tolist()
+    assert ids.count(processor.image_token_id) == NUM_FEATURES
+    assert min(ids) >= 0
+    assert processor.decode(ids, skip_special_tokens=True).strip() == "Hello!"
+
+
+def test_what_generate_returns_can_be_decoded(processor, toy_tokenizer):
+    said = toy_tokenizer.encode("The square", add_special_tokens=False)
+    rows = [[1, *[IMAGE_TOKEN_INDEX] * 3, *said, 2], [0, 1, *said, 2, 2, 2]]
+    rows[1] = rows[1] + [2] * (len(rows[0]) - len(rows[1]))
+    rows[0] += [2] * (len(rows[1]) - len(rows[0]))
+    texts = processor.batch_decode(torch.tensor(rows), skip_special_tokens=True)
+    assert [text.strip() for text in texts] == ["The square", "The square"]
+    assert processor.post_process_image_text_to_text(torch.tensor(rows)) == texts
+    assert processor.decode(torch.tensor(rows[1]), skip_special_tokens=True) == texts[1]
+
+
+def test_saved_processor_comes_back_through_auto_processor(processor, toy_model, tmp_path):
+    processor.image_aspect_ratio = "pad"
+    processor.conv_template = "llava_v0"
+    toy_model(conv_template="v1").config.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    loaded = AutoProcessor.from_pretrained(tmp_path)
+    assert type(loaded) is LlavaLiteProcessor
+    assert json.loads((tmp_path / "processor_config.json").read_text())["processor_class"] == "LlavaLiteProcessor"
+    assert (loaded.conv_template, loaded.image_aspect_ratio, loaded.num_image_tokens) == ("llava_v0", "pad", 16)
+    before, after = (p(text="USER: <image>\nHello!", images=picture()) for p in (processor, loaded))
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert LlavaLiteProcessor.from_pretrained(tmp_path, conv_template="v1").conv_template == "v1"
+    with pytest.raises(ValueError, match=r"unknown conversation template 'v9'.*llava_v1"):
+        LlavaLiteProcessor.from_pretrained(tmp_path, conv_template="v9")
+    with pytest.raises(TypeError, match="conv_mode"):
+        LlavaLiteProcessor.from_pretrained(tmp_path, conv_mode="v1")
+
+
+def test_processor_comes_from_a_folder_that_has_none(folder):
+    loaded = AutoProcessor.from_pretrained(folder)
+    assert type(loaded) is LlavaLiteProcessor
+    assert (loaded.conv_template, loaded.image_aspect_ratio, loaded.num_image_tokens) == ("llava_v1", "pad", 16)
+    assert loaded(text="<image>", images=picture())["pixel_values"].shape == (1, 3, 32, 32)
+
+
+def test_text_only_model_has_a_processor_too(toy_llm_dir, tmp_path):
+    processor = LlavaLiteProcessor.from_pretrained(toy_llm_dir("llama"))
+    assert processor.image_processor is None
+    assert set(processor(text="Hello!")) == {"input_ids", "attention_mask"}
+    with pytest.raises(ValueError, match="no vision tower"):
+        processor(text="<image>", images=picture())
+    processor.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "processor_config.json").read_text())["conv_template"] == "v1"
+
+
+@pytest.mark.parametrize(
+    ("model_type", "template"),
+    [("llama", "v1"), ("mistral", "mistral_instruct"), ("qwen2", "qwen"), ("phi", "phi"), ("stablelm", "stablelm")],
+)
+def test_checkpoint_that_names_no_template_is_asked_as_its_recipe_was(toy_model, toy_tokenizer, model_type, template):
+    config = toy_model(model_type, tower=None).config
+    assert LlavaLiteProcessor.from_config(config, toy_tokenizer).conv_template == template
+
+
+# ---------------------------------------------------------------------- messages
+
+
+def user(*parts):
+    return {"role": "user", "content": list(parts)}
+
+
+def words(text):
+    return {"type": "text", "text": text}
+
+
+def test_messages_become_the_prompt_of_the_checkpoints_format(processor):
+    messages = [
+        user({"type": "image", "image": picture()}, words("What colour?")),
+        {"role": "assistant", "content": [words("red")]},
+        user(words("How many?")),
+    ]
+    talk = conv_templates["v1"].copy()
+    for role, text in zip((0, 1, 0, 1), ("<image>\nWhat colour?", "red", "How many?", None), strict=True):
+        talk.append_message(talk.roles[role], text)
+    prompt = processor.apply_chat_template(messages, add_generation_prompt=True)
+    assert prompt == talk.get_prompt()
+    inputs = processor.apply_chat_template(
+        [messages, messages[2:]], add_generation_prompt=True, tokenize=True, return_dict=True
+    )
+    expected = processor(text=[prompt, processor.render([("How many?", None)]).text], images=[[picture()], None])
+    assert all(torch.equal(inputs[name], expected[name]) for name in expected)
+    assert prompt.startswith(conv_templates["v1"].system)
+    told = processor.apply_chat_template([{"role": "system", "content": "Be brief."}, *messages[2:]], None, True)
+    assert told == "Be brief. USER: How many? ASSISTANT:"
+
+
+def test_pictures_of_messages_come_as_path_and_base64(processor, tmp_path):
+    import base64
+
+    picture().save(tmp_path / "a.png")
+    data = base64.b64encode((tmp_path / "a.png").read_bytes()).decode()
+    forms = [{"path": str(tmp_path / "a.png")}, {"url": str(tmp_path / "a.png")}, {"base64": data}]
+    message = user(*({"type": "image", **form} for form in forms), words("Hello!"))
+    inputs = processor.apply_chat_template([message], add_generation_prompt=True, tokenize=True, return_dict=True)
+    assert torch.equal(inputs["pixel_values"][0], inputs["pixel_values"][1])
+    assert torch.equal(inputs["pixel_values"][0], inputs["pixel_values"][2])
+
+
+def test_final_message_can_be_continued(processor):
+    messages = [user(words("What colour?")), {"role": "assistant", "content": "The square is"}]
+    prompt = processor.apply_chat_template(messages, continue_final_message=True)
+    assert prompt.endswith("USER: What colour? ASSISTANT: The square is")
+    assert processor.apply_chat_template(messages).endswith("ASSISTANT: The square is</s>")
+
+
+@pytest.mark.parametrize(
+    ("messages", "problem"),
+    [
+        ([user(words("a")), user(words("b"))], "user, user"),
+        ([{"role": "assistant", "content": "a"}], "assistant"),
+        ([{"role": "system", "content": "a"}], "at least one message"),
+        ([user({"type": "video", "video": "a.mp4"})], "'video'; known: text, image"),
+        ([user({"type": "image"})], "image, path, url, base64"),
+        ([user(words("a"))], "add_generation_prompt=True"),
+    ],
+)
+def test_messages_that_are_no_conversation_are_refused(processor, messages, problem):
+    with pytest.raises(ValueError, match=problem):
+        processor.apply_chat_template(messages)
+
+
+def test_chat_format_is_the_tokenizers_own_without_a_second_bos(processor, toy_tokenizer_for):
+    tokenizer = toy_tokenizer_for("qwen")
+    processor = LlavaLiteProcessor(processor.image_processor, tokenizer, conv_template="chat", num_image_tokens=16)
+    messages = [{"role": "user", "content": "<image>\nWhat colour?"}]
+    prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    parts = [user({"type": "image", "image": picture()}, words("What colour?"))]
+    assert processor.apply_chat_template(parts, add_generation_prompt=True) == prompt
+    llama = toy_tokenizer_for("llama")
+    llama.chat_template = "{{ bos_token }}" + tokenizer.chat_template
+    processor = LlavaLiteProcessor(processor.image_processor, llama, conv_template="chat", num_image_tokens=16)
+    inputs = processor.apply_chat_template(parts, add_generation_prompt=True, tokenize=True, return_dict=True)
+    assert inputs["input_ids"][0].tolist().count(llama.bos_token_id) == 1
+
+
+def test_bytes_of_a_file_in_memory_are_read(processor):
+    buffer = io.BytesIO()
+    picture().save(buffer, "PNG")
+    assert processor(text="<image>", images=[buffer.getvalue()])["pixel_values"].shape == (1, 3, 32, 32)
