@@ -12,6 +12,7 @@ import numpy as np
 
 from llava_lite.data.cache import key_of
 from llava_lite.data.encode import RecordEncoder
+from llava_lite.data.facts import slots_of
 from llava_lite.data.index import Annotations
 from llava_lite.data.picture_files import PictureMeter
 from llava_lite.data.scan import DataError
@@ -66,8 +67,10 @@ class Report:
         num_text = self.num_records - self.num_with_picture
         lines = [
             f"{self.num_records:,} records: {self.num_with_picture:,} with pictures, {num_text:,} text only",
-            f"{self.num_tokens:,} tokens, {self.learned_share:.1%} of them learned; {self.num_truncated:,} records truncated",
+            f"{self.num_tokens:,} tokens, {self.learned_share:.1%} of them learned",
         ]
+        if self.num_truncated:
+            lines.append(f"{self.num_truncated:,} records are longer than the maximum; what is behind is cut off")
         if self.num_other_suffix:
             lines.append(f"{self.num_other_suffix:,} pictures found under another suffix than their record says")
         if self.bad:
@@ -94,16 +97,11 @@ def _length_problems(annotations: Annotations, max_length: int) -> dict[int, str
     problems = {}
     for i in np.flatnonzero(num_learned == 0).tolist():
         problems[i] = "nothing to learn: no token of it belongs to an answer. Give it an answer or remove it."
-    advice = "Raise --model_max_length, or shorten the record."
+    beyond = f"beyond the maximum of {max_length}. Raise --model_max_length, or shorten the record."
     for i in np.flatnonzero((first_learned >= max_length) & (num_learned > 0)).tolist():
-        problems[i] = (
-            f"nothing to learn: the first answer begins at token {first_learned[i]} of {lengths[i]}, beyond the maximum "
-            f"of {max_length}. {advice}"
-        )
+        problems[i] = f"nothing to learn: the answer begins at token {first_learned[i]} of {lengths[i]}, {beyond}"
     for i in np.flatnonzero(picture_end > max_length).tolist():
-        problems[i] = (
-            f"its last picture ends at token {picture_end[i]} of {lengths[i]}, beyond the maximum of {max_length}. {advice}"
-        )
+        problems[i] = f"its last picture ends at token {picture_end[i]} of {lengths[i]}, {beyond}"
     return problems
 
 
@@ -140,7 +138,7 @@ def _other_suffixes(annotations: Annotations) -> int:
     count = 0
     for file, positions, _ in annotations.by_file():
         table = file.table(annotations.tables.pictures, 3, per_picture=True)
-        count += int((table.rows()[table.slots(positions), 2] == 1).sum())
+        count += int((table.rows()[slots_of(table.starts, positions), 2] == 1).sum())
     return count
 
 
@@ -159,8 +157,8 @@ def check_annotations(
     """Return what the records hold, having looked at every one of them and at every picture.
 
     num_image_tokens: features of a picture; max_length: tokens of a sequence, features counted.
-    bad_record: `raise` refuses the data, naming the first 20 records and counting all; `skip` leaves them out and writes
-    them to `ledger_path` (one JSON object a line), unless they are more than `max_bad_share` of all.
+    bad_record: `raise` refuses the data, naming the first 20 records and counting all; `skip` leaves them out and
+    writes them to `ledger_path` (one JSON object a line), unless they are more than `max_bad_share` of all.
     decode: decode every picture as well, which takes as long as an epoch of loading. follow_links: see safe_path.
     What is left depends on the data alone, so ranks agree without talking; Report.digest lets them make sure.
     """

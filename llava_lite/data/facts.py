@@ -80,6 +80,13 @@ def _run(file, pieces, measure, num_workers, num_threads) -> Iterator[Measured]:
         yield from (task.result() for task in waiting)
 
 
+def slots_of(starts: np.ndarray, positions: np.ndarray) -> np.ndarray:
+    """Return the slots of the records at `positions` [n], in their order; record p has starts[p] to starts[p + 1]."""
+    first, count = starts[positions], starts[positions + 1] - starts[positions]
+    before = np.cumsum(count) - count
+    return np.repeat(first - before, count) + np.arange(count.sum())
+
+
 class Facts:
     """A table [S, C] of whole numbers of one file, -1 where nothing is known yet.
 
@@ -95,12 +102,6 @@ class Facts:
         """Return the table [S, C], memory-mapped if it exists."""
         rows, shape = load_array(self.path), (int(self.starts[-1]), self.num_columns)
         return rows if rows is not None and rows.shape == shape else np.full(shape, -1, np.int32)
-
-    def slots(self, positions: np.ndarray) -> np.ndarray:
-        """Return the slots of the records at `positions` [n], in their order."""
-        first, count = self.starts[positions], self.starts[positions + 1] - self.starts[positions]
-        before = np.cumsum(count) - count
-        return np.repeat(first - before, count) + np.arange(count.sum())
 
     def unknown(self, positions: np.ndarray) -> np.ndarray:
         """Return those of `positions` [n] that have slots of which nothing is known."""
@@ -124,7 +125,9 @@ class Facts:
                     problems.update(measured.problems)
                     if measured.rows:
                         numbers = np.concatenate([np.asarray(row, np.int32) for row in measured.rows])
-                        rows[self.slots(np.array(measured.positions))] = numbers.reshape(-1, self.num_columns)
+                        rows[slots_of(self.starts, np.array(measured.positions))] = numbers.reshape(
+                            -1, self.num_columns
+                        )
             finally:
                 if len(problems) < len(unknown):
                     save_array(self.path, rows)

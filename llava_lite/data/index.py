@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from llava_lite.data.cache import cache_root, file_key, key_of, load_array, locked, save_array
-from llava_lite.data.facts import Facts
+from llava_lite.data.facts import Facts, slots_of
 from llava_lite.data.records import READERS, Record, Source, open_sources, sample_positions
 from llava_lite.data.scan import DataError, placed_error
 
@@ -59,7 +59,7 @@ class IndexedFile:
             raise DataError(f"{where} is nested too deeply to be a record.") from None
 
     def table(self, name: str, num_columns: int, per_picture: bool = False) -> Facts:
-        """Return a table of facts with a slot for each record, or for each picture in the image folder of this file."""
+        """Return a table with a slot for each record, or for each picture in the image folder of this file."""
         starts = np.arange(len(self) + 1)
         if per_picture:
             name += "-" + key_of(os.path.realpath(self.source.image_folder or ""))
@@ -227,12 +227,11 @@ class Annotations:
         """Width and height [S, 2] of all pictures, record after record (num_pictures tells them apart)."""
         if self.tables.pictures is None:
             raise RuntimeError("picture sizes are known after check_annotations.")
-        starts = np.cumsum(self.num_pictures) - self.num_pictures
-        sizes = np.empty((int(self.num_pictures.sum()), 2), np.int32)
+        starts = np.concatenate([[0], np.cumsum(self.num_pictures)])
+        sizes = np.empty((int(starts[-1]), 2), np.int32)
         for file, positions, numbers in self.by_file():
             table = file.table(self.tables.pictures, 3, per_picture=True)
-            here = Facts(table.path, 3, np.append(starts, len(sizes))).slots(numbers)
-            sizes[here] = table.rows()[table.slots(positions), :2]
+            sizes[slots_of(starts, numbers)] = table.rows()[slots_of(table.starts, positions), :2]
         return sizes
 
 

@@ -32,8 +32,8 @@ def modality_length_groups(
 ) -> list[int]:
     """Return a permutation of range(N) in global batches of batch_size * world_size, each of one modality.
 
-    lengths, has_picture: [N]. batch_size: of one device and one forward; world_size: devices times accumulation, so that
-    a global batch is an optimizer step. Within it, consecutive batch_size examples go to one device.
+    lengths, has_picture: [N]. batch_size: of one device and one forward; world_size: devices times accumulation, so
+    that a global batch is an optimizer step. Within it, consecutive batch_size examples go to one device.
     What does not fill a global batch of its kind comes last, pictures before text; one batch there may be mixed.
     """
     lengths, has_picture = list(lengths), [bool(has) for has in has_picture]
@@ -80,7 +80,7 @@ class ModalityLengthGroupedSampler(Sampler):
     def order(self, epoch: int) -> list[int]:
         """Return the indices of an epoch; resuming at position p is `order(epoch)[p:]`."""
         # Not seed + epoch: runs with neighbouring seeds would see each other's epochs.
-        generator = torch.Generator().manual_seed(hash((self.seed, epoch)) & (2**63 - 1))
+        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + epoch) % 2**63)
         return modality_length_groups(self.lengths, self.has_picture, self.batch_size, self.world_size, generator)
 
     def __iter__(self):

@@ -133,8 +133,8 @@ def scan_json(path: str) -> np.ndarray:
             ends.append(places[depths <= 0])
             last = (int(places[-1]), int(depths[-1])) if len(places) else last
     starts, stops, ends = (np.concatenate(parts) for parts in (starts, stops, ends))
-    whole = last[1] == 0 and len(ends) == 1 and len(starts) == len(stops)
-    _check_frame(path, starts, stops, int(ends[0]) if whole else None)
+    is_whole = last[1] == 0 and len(ends) == 1 and len(starts) == len(stops)
+    _check_frame(path, starts, stops, ends, is_whole)
     return np.stack([starts, stops], axis=1)
 
 
@@ -157,11 +157,15 @@ def _first_line_is_object(file) -> bool:
         return False
 
 
-def _check_frame(path: str, starts: np.ndarray, stops: np.ndarray, end: int | None) -> None:
-    """Refuse a list that does not close, or that holds something beside objects and single commas between them."""
+def _check_frame(path: str, starts: np.ndarray, stops: np.ndarray, ends: np.ndarray, is_whole: bool) -> None:
+    """Refuse a list that does not close once, or that holds something beside objects and single commas between.
+
+    ends: where brackets close the list; is_whole: they do so once, at the end, with every record closed before.
+    """
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        if end is None:
-            raise _first_flaw(path, data, starts, stops)
+        if not is_whole:
+            raise _first_flaw(path, data, starts, stops, ends)
+        end = int(ends[0])
         if data[end + 1 :].strip(BLANKS):
             raise syntax_error(path, end + 1, "text after the end of the list.")
         begin = data.find(b"[") + 1
@@ -175,7 +179,7 @@ def _check_frame(path: str, starts: np.ndarray, stops: np.ndarray, end: int | No
                 )  # fmt: skip
 
 
-def _first_flaw(path: str, data: mmap.mmap, starts: np.ndarray, stops: np.ndarray) -> DataError:
+def _first_flaw(path: str, data: mmap.mmap, starts: np.ndarray, stops: np.ndarray, ends: np.ndarray) -> DataError:
     """Return the error of the first record that is not JSON: what made the brackets not fit."""
     for position, start in enumerate(starts.tolist()):
         stop = int(stops[position]) if position < len(stops) else len(data)
@@ -184,6 +188,8 @@ def _first_flaw(path: str, data: mmap.mmap, starts: np.ndarray, stops: np.ndarra
             json.loads(part)
         except ValueError as error:
             return placed_error(path, start, part, error)
+    if len(ends):
+        return syntax_error(path, int(ends[0]), f"{chr(data[int(ends[0])])!r} closes the list of records too early.")
     return syntax_error(path, len(data), "the list of records does not close; is the file cut short?")
 
 
