@@ -20,7 +20,7 @@ def write_chat(system, messages, tokenizer) -> tuple[str, tuple[tuple[int, int],
     head = [{"role": "system", "content": system}] if system else []
     roles = ("user", "assistant")
     said = [{"role": roles[i % 2], "content": text} for i, (_, text) in enumerate(messages) if text is not None]
-    text = write(head + said, is_open=messages[-1][1] is None)
+    text = write(head + said, is_open=bool(messages) and messages[-1][1] is None)
     end_mark = _end_mark(write)
     spans = []
     for i in range(1, len(said), 2):
@@ -28,7 +28,7 @@ def write_chat(system, messages, tokenizer) -> tuple[str, tuple[tuple[int, int],
         end = _end_of_answer(text, start, said[i]["content"].strip(), end_mark)
         if start < len(write(head + said[:i])) or end is None:
             raise ValueError(
-                f"the chat template of {tokenizer.name_or_path!r} writes turn {i + 1} otherwise once the talk goes on, "
+                f"the chat template of {tokenizer.name_or_path!r} writes turn {i + 1} anew when more follows, "
                 "so its answer cannot be found in the prompt. Train with one of the named templates instead."
             )
         spans.append((start, end))

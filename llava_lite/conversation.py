@@ -75,6 +75,11 @@ class Conversation:
             if is_learned:
                 answers.append((len(text), len(text) + len(piece)))
             text += piece
+        if not text:
+            raise ValueError(
+                "nothing is left of this conversation: the template 'plain' keeps of a question only its <image> "
+                "marks. Show a picture, or choose another template (--version, --conv-mode)."
+            )
         return Rendered(text, tuple(answers))
 
     def with_turns(self, turns) -> "Conversation":

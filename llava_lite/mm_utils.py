@@ -44,7 +44,7 @@ def tokenizer_image_token(prompt, tokenizer, image_token_index=IMAGE_TOKEN_INDEX
         if i:
             ids.append(image_token_index)
         ids.extend(tokenizer(chunk, add_special_tokens=False, verbose=False)["input_ids"])
-    ids = _with_bos(ids, tokenizer)
+    ids = _missing_bos(ids, tokenizer) + ids
     return ids if return_tensors is None else torch.tensor(ids, dtype=torch.long)
 
 
@@ -70,15 +70,23 @@ def tokenize_rendered(rendered, tokenizer, has_image) -> tuple[list[int], list[i
         ids.extend(encoded["input_ids"])
         labels.extend(_labels(encoded["input_ids"], spans, rendered.answers))
     if rendered.add_special_tokens:
-        ids = _with_bos(ids, tokenizer)
-    return ids, [IGNORE_INDEX] * (len(ids) - len(labels)) + labels
+        # An answer may begin with the letters of BOS; a prompt that does so was written by a template.
+        is_answer = labels[:1] != [IGNORE_INDEX]
+        bos = _bos(tokenizer) if is_answer else _missing_bos(ids, tokenizer)
+        ids, labels = bos + ids, [IGNORE_INDEX] * len(bos) + labels
+    return ids, labels
 
 
-def _with_bos(ids, tokenizer) -> list[int]:
-    """Return the ids with BOS in front, where the tokenizer writes one and the text did not."""
+def _bos(tokenizer) -> list[int]:
+    """Return BOS if the tokenizer begins with it, else nothing."""
     bos = tokenizer.bos_token_id
-    writes_bos = bos is not None and tokenizer("")["input_ids"][:1] == [bos]
-    return [bos, *ids] if writes_bos and ids[:1] != [bos] else ids
+    return [bos] if bos is not None and tokenizer("")["input_ids"][:1] == [bos] else []
+
+
+def _missing_bos(ids, tokenizer) -> list[int]:
+    """Return the BOS that is still to be put in front; a chat template may have written it as text."""
+    bos = _bos(tokenizer)
+    return [] if ids[:1] == bos else bos
 
 
 def _chunks(text, tokenizer, has_image):

@@ -29,19 +29,16 @@ _MMTAG_SYSTEM = (
     "The visual content will be provided with the following format: <Image>visual content</Image>."
 )
 _LLAVA_LLAMA_2_SYSTEM = (
+    "You are a helpful language and vision assistant. You are able to understand the visual content that the user "
+    "provides, and assist the user with a variety of tasks using natural language."
+)
+# Two blanks after "while being safe.": so in Llama 2.
+_LLAMA_2_SYSTEM = (
     "You are a helpful, respectful and honest assistant. Always answer as helpfully as possible, while being "
     "safe.  Your answers should not include any harmful, unethical, racist, sexist, toxic, dangerous, or illegal "
     "content. Please ensure that your responses are socially unbiased and positive in nature.\n\n"
     "If a question does not make any sense, or is not factually coherent, explain why instead of answering "
     "something not correct. If you don't know the answer to a question, please don't share false information."
-)
-# Two blanks after "while being safe.": so in Llama 2.
-_LLAMA_2_SYSTEM = (
-    "You are a helpful, respectful and honest assistant. Always answer as helpfully as possible, while being safe.  Your "
-    "answers should not include any harmful, unethical, racist, sexist, toxic, dangerous, or illegal content. Please "
-    "ensure that your responses are socially unbiased and positive in nature.\n\nIf a question does not make any sense, "
-    "or is not factually coherent, explain why instead of answering something not correct. If you don't know the answer "
-    "to a question, please don't share false information."
 )
 _MPT_SYSTEM = (
     "<|im_start|>system\nA conversation between a user and an LLM-based AI assistant. "
