@@ -15,7 +15,7 @@ from .text import MAX_LEN, notes, scene_questions, text_question
 from .world import COLOURS, EMPTY
 
 BATCH = 48
-# An answer is worth learning; the system prompt, questions and random notes are not, but keep the rest of the text alive.
+# Answers are what is to be learned; system prompt, questions and random notes only keep the rest of the text alive.
 TEXT_WEIGHT = 0.05
 NOTE_KINDS = {"digit": 3, "colour": 2, "count": 1, "where": 3, "colour_of": 3, "caption": 1}
 SIZES = {
@@ -87,7 +87,8 @@ def batch_of(tokenizer, num, rng):
 
 def weighted_loss(logits, input_ids, weight):
     """Return the weighted mean of the next-token losses. logits: [B, T, V]."""
-    loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), input_ids[:, 1:].flatten(), reduction="none")
+    target = input_ids[:, 1:].flatten()
+    loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), target, reduction="none")
     weight = weight[:, 1:].flatten()
     return (loss * weight).sum() / weight.sum()
 

@@ -1,9 +1,9 @@
-"""Turn real handwriting into a tiny world on disk: pictures and talks in LLaVA's JSON and folders, and held-out questions.
+"""Turn real handwriting into a tiny world on disk: pictures and talks in LLaVA's JSON and folders.
 
-    python -m playground.tiny.make_world --out quickstart/data
+python -m playground.tiny.make_world --out quickstart/data
 
-Below --out stand LLaVA-Pretrain (stage 1) and LLaVA-Finetune (stage 2) as LLaVA-1.5 lays them out, MoE-LLaVA (stage 3) as
-MoE-LLaVA does, and held_out/questions.json with pictures drawn from scans that no stage and no base model has seen.
+Below --out stand LLaVA-Pretrain (stage 1) and LLaVA-Finetune (stage 2) as LLaVA-1.5 lays them out, MoE-LLaVA (stage 3)
+as MoE-LLaVA does, and held_out/questions.json, whose pictures are drawn from scans that no stage or base model saw.
 """
 
 import argparse
@@ -33,8 +33,16 @@ FOLDERS = {
     "where": "textvqa/train_images",
     "colour_of": "vg/VG_100K",
 }
-# Each (question, answer) pair is asked equally often, so that no constant answer is better than another: number of pairs, times.
-HELD_OUT = {"digit": (40, 8), "colour": (32, 10), "count": (4, 80), "where": (40, 6), "colour_of": (80, 3), "caption": (4, 40)}
+# Pairs of question and answer (of a caption: numbers of digits), and how often each is asked: equally often, so that
+# no constant answer is better than another.
+HELD_OUT = {
+    "digit": (40, 8),
+    "colour": (32, 10),
+    "count": (4, 80),
+    "where": (40, 6),
+    "colour_of": (80, 3),
+    "caption": (4, 40),
+}
 NUM_HELD_OUT_TEXT = 160
 
 
@@ -125,11 +133,10 @@ def write_held_out(folder, tiles, rng):
     write_json(folder / "questions.json", records)
 
 
-def write_stage(json_path, image_folder, records, scenes, tiles, rng, title):
-    """Write the records of a stage and their pictures, drawn in portions."""
+def write_stage(json_path, image_folder, records, pictures, title):
+    """Write records and their pictures [N, H, W, 3]."""
     write_json(json_path, records)
-    names = [record["image"] for record in records]
-    write_pictures(image_folder, names, draw(scenes, tiles, rng), title)
+    write_pictures(image_folder, [record["image"] for record in records if "image" in record], pictures, title)
 
 
 def make_world(out, held_out_fold=HELD_OUT_FOLD, seed=0, scale=1.0):
@@ -142,17 +149,18 @@ def make_world(out, held_out_fold=HELD_OUT_FOLD, seed=0, scale=1.0):
 
     pretrain = out / "LLaVA-Pretrain"
     records = caption_records(captions)
-    write_stage(pretrain / "blip_laion_cc_sbu_558k.json", pretrain / "images", records, captions, tiles, rng, "captions")
+    pictures = draw(captions, tiles, rng)
+    write_stage(pretrain / "blip_laion_cc_sbu_558k.json", pretrain / "images", records, pictures, "captions")
 
     finetune = out / "LLaVA-Finetune"
     records = talk_records(talks, rng, "")
-    write_pictures(finetune / "data", [r["image"] for r in records], draw(talks, tiles, rng), "talks")
-    mixed = records + text_records(round(TEXT_SHARE * sizes[1]), rng)
-    write_json(finetune / "llava_v1_5_mix665k.json", [mixed[i] for i in rng.permutation(len(mixed))])
+    records += text_records(round(TEXT_SHARE * sizes[1]), rng)
+    write_stage(finetune / "llava_v1_5_mix665k.json", finetune / "data", records, draw(talks, tiles, rng), "talks")
 
     moe = out / "MoE-LLaVA"
     records = talk_records(moe_talks, rng, "llava_image_tune/")
-    write_stage(moe / "ft_json/llava_image_tune_.json", moe, records, moe_talks, tiles, rng, "talks for experts")
+    pictures = draw(moe_talks, tiles, rng)
+    write_stage(moe / "ft_json/llava_image_tune_.json", moe, records, pictures, "talks for experts")
     write_json(moe / "ft_json/nlp_tune.json", text_records(round(TEXT_SHARE * sizes[2]), rng))
 
     write_held_out(out / "held_out", draw_tiles([held_out_fold], 4, rng), rng)

@@ -77,21 +77,22 @@ def sentences():
 
 
 def make_tokenizer(frames):
-    """Return a Llama-like tokenizer: blanks belong to the word that follows, punctuation stands alone, BOS comes first.
+    """Return a Llama-like tokenizer: a blank belongs to the word behind it, punctuation stands alone, BOS comes first.
 
     frames: further texts that must be readable, such as a rendered conversation.
     """
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
-    metaspace = pre_tokenizers.Metaspace(prepend_scheme="first")
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([metaspace, pre_tokenizers.Split(Regex(r"[?.,:\n]"), "isolated")])
+    blanks = pre_tokenizers.Metaspace(prepend_scheme="first")
+    punctuation = pre_tokenizers.Split(Regex(r"[?.,:\n]"), "isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([blanks, punctuation])
     tokenizer.decoder = decoders.Metaspace(prepend_scheme="first")
     printable = [chr(code) for code in range(33, 127)] + ["\n", "▁"]
     # Every word of the world comes often enough to become one token, alone and after a blank.
     words = [*map(str, range(10)), *PLACES, *COUNTS, *COLOUR_NAMES]
     texts = (sentences() + [f"{word} {word}" for word in words] + list(frames)) * 50
     special = ["<unk>", "<s>", "</s>"]
-    trainer = trainers.BpeTrainer(vocab_size=1000, special_tokens=special, initial_alphabet=printable, show_progress=False)
-    tokenizer.train_from_iterator(texts, trainer)
+    options = {"special_tokens": special, "initial_alphabet": printable, "show_progress": False}
+    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=1000, **options))
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", tokenizer.token_to_id("<s>"))]
     )

@@ -1,7 +1,8 @@
 """Turn drawn scenes and their captions into a small CLIP: contrastive pre-training of the vision tower.
 
-The objective is CLIP's (Radford et al. 2021, https://arxiv.org/abs/2103.00020, section 2.3); the batches are ours: groups of
-near-identical scenes, so that only reading the digits tells them apart. Letters: `N` pictures, `P` patches, `C` tower width.
+The objective is CLIP's (Radford et al. 2021, https://arxiv.org/abs/2103.00020, section 2.3); the batches are ours:
+groups of near-identical scenes, so that only reading the digits tells them apart.
+Letters: `N` pictures, `P` patches, `C` tower width.
 """
 
 import numpy as np
@@ -38,14 +39,14 @@ def image_processor():
 
 
 def pixels_of(pictures, processor):
-    """Return pictures [N, H, W, 3] uint8 as the processor would, [N, 3, H, W] float32; they are of its size already."""
+    """Return pictures [N, H, W, 3] uint8, of the processor's size, as the processor would: [N, 3, H, W] float32."""
     mean = torch.tensor(processor.image_mean).view(3, 1, 1)
     std = torch.tensor(processor.image_std).view(3, 1, 1)
     return (torch.from_numpy(pictures).permute(0, 3, 1, 2) / 255 - mean) / std
 
 
 def near_duplicates(num, tiles, rng):
-    """Return `num` scenes in groups of GROUP that differ in one digit and now and then in more, drawn from other scans."""
+    """Return `num` scenes in groups of GROUP: other scans each, and one digit or a few that differ."""
     base = sample_scenes(num // GROUP, tiles, rng)
     digit, colour = base.digit.repeat(GROUP, axis=0), base.colour.repeat(GROUP, axis=0)
     filled = digit != EMPTY
@@ -62,7 +63,8 @@ def contrastive_loss(logits, captions):
     same.fill_diagonal_(False)
     logits = logits.masked_fill(same, float("-inf"))
     target = torch.arange(len(logits))
-    return (torch.nn.functional.cross_entropy(logits, target) + torch.nn.functional.cross_entropy(logits.T, target)) / 2
+    cross_entropy = torch.nn.functional.cross_entropy
+    return (cross_entropy(logits, target) + cross_entropy(logits.T, target)) / 2
 
 
 def caption_ids(captions, tokenizer):

@@ -119,9 +119,7 @@ def draw(scenes, tiles, rng):
 def items(digit, colour, order=range(4)):
     """Return "red 3 top-left" for each filled place of one scene, places in the given order."""
     return [
-        f"{COLOUR_NAMES[colour[place]]} {digit[place]} {PLACES[place]}"
-        for place in order
-        if digit[place] != EMPTY
+        f"{COLOUR_NAMES[colour[place]]} {digit[place]} {PLACES[place]}" for place in order if digit[place] != EMPTY
     ]
 
 

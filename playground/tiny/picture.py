@@ -1,0 +1,74 @@
+"""Turn a report into one PNG: sample pictures with question and answer, the losses, the load of the experts."""
+
+from PIL import Image
+
+from llava_lite.train.plots import new_figure, series, smooth
+from llava_lite.train.run_log import read_metrics
+
+SAMPLES = {"digit": 3, "colour": 2, "count": 2, "where": 2, "colour_of": 1, "caption": 2}
+COLUMNS = 6
+
+
+def samples(asked):
+    """Return a few records of each kind, the first with each answer before any other."""
+    chosen = []
+    for kind, num in SAMPLES.items():
+        chosen += [record for record in asked if record["kind"] == kind][:: max(1, 97 // num)][:num]
+    return chosen
+
+
+def wrap(text, width=30):
+    """Return `text` broken at blanks."""
+    lines = [""]
+    for word in text.split():
+        lines[-1:] = [f"{lines[-1]} {word}".strip()] if len(lines[-1]) + len(word) < width else [lines[-1], word]
+    return "\n".join(lines)
+
+
+def draw_samples(axes, asked):
+    """Draw pictures, each with its question above and the model's answer below: green if right, red if wrong."""
+    for axis, record in zip(axes, asked, strict=False):
+        with Image.open(record["image"]) as picture:
+            axis.imshow(picture.convert("RGB"), interpolation="nearest")
+        axis.set(xticks=[], yticks=[])
+        axis.set_title(wrap(record["question"]), fontsize=8)
+        is_right = record["picture"] == record["answer"]
+        axis.set_xlabel(wrap(record["picture"]), fontsize=8, color="green" if is_right else "red")
+
+
+def draw_losses(axis, out, stages):
+    """Draw the loss of each stage over its steps, one after the other."""
+    first = 0
+    for stage in stages:
+        lines = [line for line in read_metrics(out / stage["stage"] / "metrics.jsonl") if "loss" in line]
+        steps, losses = series(lines, "lm_loss" if "lm_loss" in lines[-1] else "loss")
+        axis.plot([first + step for step in steps], losses, color="0.85")
+        axis.plot(
+            [first + step for step in steps], smooth(losses), label=f"{stage['stage']}, {stage['accuracy']:.0%} right"
+        )
+        first += steps[-1]
+    axis.set(xlabel="step", ylabel="cross-entropy a token", yscale="log", title="loss")
+    axis.legend(fontsize=8)
+
+
+def draw_load(axis, load):
+    """Draw the share of the choices that each expert got, a bar for each MoE layer."""
+    layers = list(load)
+    bottom = [0.0] * len(layers)
+    for expert in range(len(load[layers[0]])):
+        shares = [load[layer][expert] for layer in layers]
+        axis.bar([f"layer {layer}" for layer in layers], shares, bottom=bottom, label=f"expert {expert}")
+        bottom = [low + share for low, share in zip(bottom, shares, strict=True)]
+    axis.set(title="expert load", ylabel="share of choices", ylim=(0, 1))
+    axis.legend(fontsize=8)
+
+
+def draw_report(out, report, asked):
+    """Write report.png below `out`; asked: the records that stage 3 answered."""
+    figure, grid = new_figure(3, COLUMNS, 15, 8.5)
+    draw_samples(grid[: 2 * COLUMNS], samples(asked))
+    for axis in grid[2 * COLUMNS :]:
+        axis.remove()
+    draw_losses(figure.add_subplot(3, 2, 5), out, report["stages"])
+    draw_load(figure.add_subplot(3, 2, 6), report["experts"]["load"])
+    figure.savefig(out / "report.png", dpi=120)
