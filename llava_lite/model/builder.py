@@ -115,7 +115,8 @@ def placement(device, device_map, quantised=False):
         device, device_map = device_map[""], None
     elif isinstance(device_map, (int, torch.device)) or (isinstance(device_map, str) and _is_device(device_map)):
         device, device_map = device_map, None
-    device = torch.device(device if device is not None else "cuda")
+    device = "cuda" if device is None else f"cuda:{device}" if isinstance(device, int) else device
+    device = torch.device(device)
     if device.type == "cuda" and not torch.cuda.is_available():
         logger.warning("no CUDA device is available; the model goes to the CPU (device='cpu' says so at once).")
         device, device_map = torch.device("cpu"), None

@@ -93,6 +93,7 @@ def _ask(prompt):
     try:
         return input(prompt)
     except EOFError:
+        _say("\n")
         return ""
 
 

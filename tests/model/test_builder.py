@@ -1,0 +1,267 @@
+"""load_pretrained_model: every kind of folder, from any name, on any device that there is."""
+
+import importlib.util
+import json
+import logging
+import shutil
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from llava_lite.inference import reply
+from llava_lite.mm_utils import process_images, tokenizer_image_token
+from llava_lite.model import LlavaLlamaForCausalLM, LlavaQwen2ForCausalLM
+from llava_lite.model import builder as builder_page
+from llava_lite.model.builder import load_pretrained_model, placement, quantisation
+from llava_lite.processing import LlavaLiteProcessor
+
+MOE = {
+    "moe_enable": True,
+    "moe_mode": "sparse",
+    "num_experts": [4],
+    "top_k_experts": 2,
+    "router_aux_loss_coef": 0.01,
+}
+PICTURE = Image.new("RGB", (40, 30), (200, 80, 10))
+
+
+def logits(model, tokenizer, image_processor):
+    ids = tokenizer_image_token("USER: <image>\nHello! ASSISTANT:", tokenizer, return_tensors="pt")[None]
+    with torch.no_grad():
+        return model(ids, images=process_images([PICTURE], image_processor, model.config)).logits
+
+
+def projector_folder(model, path, base, tokenizer=None):
+    """Write what LLaVA's stage 1 leaves: config.json and mm_projector.bin."""
+    path.mkdir()
+    state = {k: v.clone() for k, v in model.state_dict().items() if "mm_projector" in k}
+    torch.save(state, path / "mm_projector.bin")
+    config = model.config.to_dict() | {"base_model_name_or_path": base, "vision_config": None}
+    (path / "config.json").write_text(json.dumps(config | {"architectures": [type(model).__name__]}))
+    if tokenizer is not None:
+        tokenizer.save_pretrained(path)
+    return path
+
+
+@pytest.mark.parametrize(("model_type", "moe"), [("llama", None), ("qwen2", None), ("llama", MOE)])
+@pytest.mark.parametrize("name", ["a-folder-of-any-name", "vicuna-mpt-lora-moe-qwen"])
+def test_whole_folder_opens_under_any_name(toy_model, toy_tokenizer, tmp_path, model_type, moe, name):
+    model = toy_model(model_type, moe=moe)
+    model.save_pretrained(tmp_path / name)
+    toy_tokenizer.save_pretrained(tmp_path / name)
+    tokenizer, loaded, image_processor, context_len = load_pretrained_model(
+        str(tmp_path / name), None, "llava-mistral-lora", device="cpu"
+    )
+    assert type(loaded) is type(model)
+    assert not loaded.training
+    assert context_len == 2048
+    assert torch.equal(logits(loaded, tokenizer, image_processor), logits(model, toy_tokenizer, image_processor))
+
+
+def test_arguments_of_evaluators_are_accepted(toy_model, toy_tokenizer, tmp_path):
+    toy_model(tokenizer_model_max_length=777).save_pretrained(tmp_path)
+    toy_tokenizer.save_pretrained(tmp_path)
+    _, model, _, context_len = load_pretrained_model(
+        model_path=tmp_path,
+        model_base=None,
+        model_name="llava-v1.5-7b",
+        device="cpu",
+        device_map="cpu",
+        multimodal=True,
+        attn_implementation="eager",
+        customized_config=None,
+        torch_dtype="bfloat16",
+        overwrite_config={"image_aspect_ratio": "pad"},
+    )
+    assert model.dtype == torch.bfloat16
+    assert model.config._attn_implementation == "eager"
+    assert model.config.image_aspect_ratio == "pad"
+    assert context_len == 777
+    with pytest.raises(ValueError, match="unknown dtype 'half-ish'"):
+        load_pretrained_model(tmp_path, device="cpu", dtype="half-ish")
+
+
+def test_customized_config_replaces_the_checkpoints(toy_model, toy_tokenizer, tmp_path):
+    model = toy_model()
+    model.save_pretrained(tmp_path / "model")
+    toy_tokenizer.save_pretrained(tmp_path / "model")
+    model.config.image_aspect_ratio = "pad"
+    model.config.save_pretrained(tmp_path / "config")
+    for form in (str(tmp_path / "config"), model.config, {"image_aspect_ratio": "pad"}):
+        _, loaded, _, _ = load_pretrained_model(tmp_path / "model", device="cpu", customized_config=form)
+        assert loaded.config.image_aspect_ratio == "pad"
+
+
+def test_projector_goes_on_the_base_that_is_given(toy_model, toy_tokenizer, toy_llm_dir, tmp_path):
+    model = toy_model()
+    folder = projector_folder(model, tmp_path / "stage1", base=None)
+    tokenizer, loaded, image_processor, _ = load_pretrained_model(folder, str(toy_llm_dir("llama")), device="cpu")
+    assert type(loaded) is LlavaLlamaForCausalLM
+    assert torch.equal(logits(loaded, tokenizer, image_processor), logits(model, toy_tokenizer, image_processor))
+
+
+def test_partial_folder_names_its_base(toy_model, toy_tokenizer, toy_llm_dir, tmp_path):
+    model = toy_model("qwen2", conv_template="plain")
+    folder = projector_folder(model, tmp_path / "stage1", str(toy_llm_dir("qwen2")), toy_tokenizer)
+    tokenizer, loaded, image_processor, _ = load_pretrained_model(folder, device="cpu")
+    assert type(loaded) is LlavaQwen2ForCausalLM
+    assert loaded.config.conv_template == "plain"
+    assert torch.equal(logits(loaded, tokenizer, image_processor), logits(model, toy_tokenizer, image_processor))
+    # Another base may be named, as after a move.
+    shutil.copytree(toy_llm_dir("qwen2"), tmp_path / "moved")
+    _, moved, _, _ = load_pretrained_model(folder, str(tmp_path / "moved"), device="cpu")
+    assert torch.equal(logits(moved, tokenizer, image_processor), logits(model, toy_tokenizer, image_processor))
+    with pytest.raises(OSError, match="nowhere"):
+        load_pretrained_model(folder, str(tmp_path / "nowhere"), device="cpu")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("peft") is None, reason="needs the extra 'peft'")
+def test_lora_folder_is_merged_into_its_base(toy_model, toy_tokenizer, toy_llm_dir, tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    model = toy_model()
+    lora = LoraConfig(r=4, target_modules=r"model\.layers\.\d+\.self_attn\.q_proj", init_lora_weights=False)
+    tuned = get_peft_model(toy_model(), lora)
+    folder = tmp_path / "tuned"
+    tuned.save_pretrained(folder)
+    config = model.config.to_dict() | {"base_model_name_or_path": str(toy_llm_dir("llama")), "vision_config": None}
+    (folder / "config.json").write_text(json.dumps(config))
+    state = {k: v.clone() for k, v in model.state_dict().items() if "mm_projector" in k}
+    save_file(state, folder / "trained.safetensors")
+    toy_tokenizer.save_pretrained(folder)
+    tokenizer, loaded, image_processor, _ = load_pretrained_model(folder, device="cpu")
+    expected = logits(tuned.eval().merge_and_unload(), toy_tokenizer, image_processor)
+    found = logits(loaded, tokenizer, image_processor)
+    # The same products summed in another order.
+    assert torch.allclose(found, expected, atol=1e-5)
+    assert not torch.allclose(found, logits(model, tokenizer, image_processor), atol=1e-3)
+
+
+def test_plain_llm_opens_without_an_image_processor(toy_llm_dir):
+    tokenizer, model, image_processor, context_len = load_pretrained_model(toy_llm_dir("phi"), device="cpu")
+    assert image_processor is None
+    assert context_len == 2048
+    assert reply(model, LlavaLiteProcessor.from_config(model.config, tokenizer), "Hello!", max_new_tokens=4)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("peft") is None, reason="needs the extra 'peft'")
+def test_lora_on_a_plain_llm_is_merged(toy_llm_dir, tmp_path):
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained(toy_llm_dir("llama"), dtype=torch.float32)
+    tuned = get_peft_model(base, LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False)).eval()
+    tuned.save_pretrained(tmp_path)
+    tokenizer, model, image_processor, _ = load_pretrained_model(tmp_path, str(toy_llm_dir("llama")), device="cpu")
+    ids = tokenizer("Hello!", return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        assert torch.allclose(model(ids).logits, tuned(ids).logits, atol=1e-5)
+    assert image_processor is None
+
+
+def test_half_precision_checkpoint_is_read_as_float32_on_the_cpu(toy_model, toy_tokenizer, tmp_path):
+    toy_model().half().save_pretrained(tmp_path)
+    toy_tokenizer.save_pretrained(tmp_path)
+    assert load_pretrained_model(tmp_path, device="cpu")[1].dtype == torch.float32
+    assert load_pretrained_model(tmp_path, device="cpu", dtype=torch.float16)[1].dtype == torch.float16
+
+
+def test_loading_and_answering_need_no_accelerate(toy_model, toy_tokenizer, tmp_path):
+    """In a process where the optional libraries cannot be imported."""
+    import subprocess
+    import sys
+
+    toy_model(moe=MOE).save_pretrained(tmp_path)
+    toy_tokenizer.save_pretrained(tmp_path)
+    code = f"""
+import importlib.abc, importlib.util, sys
+absent = ("accelerate", "deepspeed", "peft", "datasets", "bitsandbytes", "torchvision", "matplotlib", "sklearn")
+class Absent(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name.split(".")[0] in absent:
+            raise ModuleNotFoundError(name, name=name)
+sys.meta_path.insert(0, Absent())
+found = importlib.util.find_spec
+def find_spec(name, package=None):
+    return None if name.split(".")[0] in absent else found(name, package)
+importlib.util.find_spec = find_spec
+import importlib.metadata as metadata
+distributions = metadata.packages_distributions
+metadata.packages_distributions = lambda: {{k: v for k, v in distributions().items() if k not in absent}}
+from PIL import Image
+from llava_lite.inference import load, reply
+model, processor = load({str(tmp_path)!r}, device="cpu")
+print(len(reply(model, processor, "Hello!", Image.new("RGB", (9, 9)), max_new_tokens=3)) >= 0)
+print(sorted(set(absent) & set(sys.modules)))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.splitlines()[-2:] == ["True", "[]"]
+
+
+@pytest.mark.parametrize(
+    ("device", "device_map", "num_gpus", "expected"),
+    [
+        ("cuda", "auto", 0, ("cpu", None)),
+        ("cpu", "auto", 2, ("cpu", None)),
+        ("cuda", "auto", 1, ("cuda", None)),
+        ("cuda", "auto", 2, ("cuda", "auto")),
+        ("cuda:1", "auto", 2, ("cuda:1", None)),
+        ("cpu", "cpu", 2, ("cpu", None)),
+        ("cuda", {"": "cpu"}, 2, ("cpu", None)),
+        ("cuda", {"": 1}, 2, ("cuda:1", None)),
+        ("cuda", "cuda:1", 2, ("cuda:1", None)),
+        ("cuda", {"model": 0, "lm_head": 1}, 2, ("cuda", {"model": 0, "lm_head": 1})),
+    ],
+)
+def test_model_goes_to_its_device_itself_unless_it_must_be_spread(
+    monkeypatch, caplog, device, device_map, num_gpus, expected
+):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: num_gpus > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: num_gpus)
+    monkeypatch.setattr(builder_page, "_is_installed", lambda name: True)
+    with caplog.at_level(logging.WARNING):
+        found, found_map = placement(device, device_map)
+    assert (found, found_map) == (torch.device(expected[0]), expected[1])
+    assert ("no CUDA device" in caplog.text) == (num_gpus == 0)
+    quantised = placement(device, device_map, quantised=True)[1]
+    assert quantised == (expected[1] or {"": torch.device(expected[0])})
+
+
+def test_missing_bitsandbytes_says_what_to_install(monkeypatch, toy_llm_dir):
+    monkeypatch.setattr(builder_page, "_is_installed", lambda name: False)
+    with pytest.raises(ImportError, match=r"load_4bit=True quantises the model.*llava-lite\[quant\]"):
+        load_pretrained_model(toy_llm_dir("llama"), device="cpu", load_4bit=True)
+    with pytest.raises(ValueError, match="exclude each other"):
+        quantisation(True, True)
+    assert quantisation(False, False) is None
+
+
+@pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="needs the extra 'quant'")
+def test_quantisation_leaves_tower_and_connector_alone():
+    assert {"mm_projector", "vision_tower"} <= set(quantisation(True, False).llm_int8_skip_modules)
+    four = quantisation(False, True)
+    assert (four.bnb_4bit_quant_type, four.bnb_4bit_use_double_quant) == ("nf4", True)
+
+
+def test_folder_that_is_no_checkpoint_says_so(tmp_path):
+    with pytest.raises(OSError, match="there is no folder"):
+        load_pretrained_model(tmp_path / "absent", device="cpu")
+    (tmp_path / "run" / "checkpoint-7").mkdir(parents=True)
+    (tmp_path / "run" / "checkpoint-7" / "config.json").write_text("{}")
+    with pytest.raises(OSError, match=r"no config\.json; a checkpoint of it is .*checkpoint-7"):
+        load_pretrained_model(tmp_path / "run", device="cpu")
+
+
+def test_start_and_end_tokens_are_added_where_the_config_trains_with_them(toy_model, toy_tokenizer, tmp_path):
+    model = toy_model(mm_use_im_start_end=True, mm_use_im_patch_token=True)
+    rows = model.get_input_embeddings().weight.shape[0]
+    model.save_pretrained(tmp_path)
+    toy_tokenizer.save_pretrained(tmp_path)
+    tokenizer, loaded, _, _ = load_pretrained_model(tmp_path, device="cpu")
+    assert tokenizer.convert_tokens_to_ids(["<im_patch>", "<im_start>", "<im_end>"]) == [rows, rows + 1, rows + 2]
+    assert loaded.get_input_embeddings().weight.shape[0] == rows + 3
+    processor = LlavaLiteProcessor.from_config(loaded.config, tokenizer)
+    assert "<im_start><image><im_end>" in processor.render([("<image>\nHello!", None)]).text

@@ -1,0 +1,112 @@
+"""The terminal chat: its turns, its history, its flags."""
+
+import io
+import os
+import subprocess
+import sys
+
+import pytest
+from PIL import Image
+
+from llava_lite.inference import reply
+from llava_lite.mm_utils import load_image_processor
+from llava_lite.processing import LlavaLiteProcessor
+from llava_lite.serve import cli
+
+PICTURE = Image.new("RGB", (40, 30), (200, 80, 10))
+
+
+@pytest.fixture
+def toy_pair(toy_model, toy_tokenizer, toy_tower_dir):
+    model = toy_model(conv_template="v1")
+    tower = load_image_processor(toy_tower_dir("clip"))
+    return model, LlavaLiteProcessor.from_config(model.config, toy_tokenizer, tower)
+
+
+@pytest.fixture
+def checkpoint(toy_pair, tmp_path):
+    model, processor = toy_pair
+    model.save_pretrained(tmp_path / "model")
+    processor.save_pretrained(tmp_path / "model")
+    PICTURE.save(tmp_path / "a.png")
+    return tmp_path
+
+
+def typed(*lines):
+    waiting = iter(lines)
+    return lambda prompt: next(waiting)
+
+
+def test_every_turn_is_the_reply_to_the_talk_so_far(toy_pair):
+    model, processor = toy_pair
+    shown = io.StringIO()
+    asked = {"temperature": 0.0, "max_new_tokens": 9}
+    history = cli.chat(model, processor, [PICTURE], typed("What colour?", "How many?", ""), shown.write, **asked)
+    first = reply(model, processor, "What colour?", PICTURE, **asked)
+    talk = [("<image>\nWhat colour?", first)]
+    second = reply(model, processor, "How many?", PICTURE, history=talk, **asked)
+    assert history == [*talk, ("How many?", second)]
+    assert shown.getvalue() == f"ASSISTANT: {first}\nASSISTANT: {second}\n"
+    assert "</s>" not in first + second
+
+
+def test_talk_without_a_picture_ends_at_a_blank_line(toy_pair):
+    model, processor = toy_pair
+    history = cli.chat(model, processor, [], typed("Hello!", "   "), lambda text: None, max_new_tokens=3)
+    assert [question for question, _ in history] == ["Hello!"]
+
+
+def test_debug_shows_the_prompt_as_the_model_sees_it(toy_pair):
+    model, processor = toy_pair
+    shown = io.StringIO()
+    cli.chat(model, processor, [PICTURE], typed("What?", ""), shown.write, debug=True, max_new_tokens=3)
+    assert repr(processor.render([("<image>\nWhat?", None)]).text) in shown.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("template", "names"),
+    [("v1", ("USER", "ASSISTANT")), ("llava_v0", ("Human", "Assistant")), ("mpt", ("user", "assistant"))],
+)
+def test_speakers_are_called_as_the_format_calls_them(template, names):
+    assert cli.role_names(template) == names
+
+
+def test_flags_are_llavas(toy_pair):
+    options = cli.build_parser().parse_args(
+        "--model-path m --model-base b --image-file a.png --device cpu --conv-mode v1 --temperature 0.5 "
+        "--max-new-tokens 7 --load-8bit --load-4bit --debug".split()
+    )
+    assert (options.model_path, options.model_base, options.image_file) == ("m", "b", ["a.png"])
+    assert (options.temperature, options.max_new_tokens, options.load_8bit, options.debug) == (0.5, 7, True, True)
+    defaults = cli.build_parser().parse_args(["m"])
+    assert (defaults.temperature, defaults.max_new_tokens, defaults.conv_mode) == (0.2, 512, None)
+
+
+@pytest.mark.parametrize("arguments", [[], ["m", "--model-path", "n"]])
+def test_chat_wants_one_model(arguments, capsys):
+    with pytest.raises(SystemExit):
+        cli.main(arguments)
+    assert "name one model" in capsys.readouterr().err
+
+
+def test_unknown_format_is_refused_before_anything_is_loaded():
+    with pytest.raises(ValueError, match=r"unknown conversation template 'v9'"):
+        cli.main(["nowhere", "--conv-mode", "v9"])
+
+
+def test_chat_runs_in_a_terminal(checkpoint, toy_pair):
+    """As a program of its own, with typed lines and the end of the input."""
+    model, processor = toy_pair
+    picture = str(checkpoint / "a.png")
+    command = [sys.executable, "-m", "llava_lite.cli", "chat", str(checkpoint / "model"), "--image-file", picture]
+    done = subprocess.run(
+        [*command, "--device", "cpu", "--temperature", "0", "--max-new-tokens", "6"],
+        input="What colour?\n",
+        capture_output=True,
+        text=True,
+        timeout=240,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    answer = reply(model, processor, "What colour?", picture, max_new_tokens=6)
+    assert done.stdout.rstrip().endswith(f"USER: ASSISTANT: {answer}\nUSER:")
