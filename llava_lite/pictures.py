@@ -73,17 +73,14 @@ def to_rgb(picture) -> Image.Image:
 
     So did transformers 4.37, with which LLaVA's checkpoints were trained; 5.x would paint transparent parts white.
     """
-    if picture.mode == "RGB" and "transparency" not in picture.info:
-        return picture
+    if "transparency" in picture.info:
+        # The entry would outlive the conversion, and transformers 5 looks at it.
+        picture = picture.copy()
+        del picture.info["transparency"]
     if picture.mode.startswith("I;16"):
         # Pillow cuts 16 bits off at 255, which leaves a white picture.
         picture = picture.convert("I").point(lambda value: value / 256).convert("L")
-    picture = picture.convert("RGB")
-    if "transparency" in picture.info:
-        # The entry outlives the conversion, and transformers 5 looks at it.
-        picture = picture.copy()
-        del picture.info["transparency"]
-    return picture
+    return picture if picture.mode == "RGB" else picture.convert("RGB")
 
 
 def expand2square(pil_img, background_color) -> Image.Image:
