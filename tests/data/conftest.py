@@ -40,7 +40,7 @@ def write_json(tmp_path):
 
 @pytest.fixture
 def oddities(tmp_path, write_json):
-    """Return (json path, image folder, ids that cannot be used) of 12 records as the public data sets have them."""
+    """Return (json path, image folder, ids that cannot be used) of 13 records as the public data sets have them."""
     images = tmp_path / "images"
     for name in ("coco/train2017/1.jpg", "vg/VG_100K/2.jpg", "gqa/images/5.jpg", "textvqa/train_images/9.jpg"):
         write_picture(images / name)

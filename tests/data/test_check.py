@@ -1,0 +1,193 @@
+"""What a check finds before step 1, and what each policy makes of it."""
+
+import json
+
+import numpy as np
+import pytest
+
+from llava_lite.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
+from llava_lite.data.check import check_annotations
+from llava_lite.data.encode import RecordEncoder
+from llava_lite.data.index import open_annotations
+from llava_lite.data.scan import DataError
+
+P = 16  # features of a picture
+
+
+@pytest.fixture
+def encoder(toy_tokenizer):
+    return RecordEncoder(toy_tokenizer, "v1")
+
+
+@pytest.fixture
+def check(encoder):
+    def run(path, folder, **options):
+        options = {"max_length": 2048} | options
+        return check_annotations(open_annotations(path, folder), encoder, P, **options)
+
+    return run
+
+
+def test_public_oddities_are_named_with_record_file_and_reason(oddities, check):
+    path, folder, bad = oddities
+    with pytest.raises(DataError) as error:
+        check(path, folder)
+    message = str(error.value)
+    assert message.startswith("2 of 13 records cannot be used (1 length, 1 picture):")
+    assert (
+        f"record {bad[0]!r} (train.json[3]): cannot use the picture '{folder}/ocr_vqa/images/missing.jpg'" in message
+    )
+    assert f"record {bad[1]!r} (train.json[7]): nothing to learn: the answer begins at token" in message
+    assert "--bad_record skip" in message
+
+
+def test_skip_leaves_them_out_and_keeps_a_ledger(oddities, check, tmp_path):
+    path, folder, bad = oddities
+    ledger = tmp_path / "out" / "ledger.jsonl"
+    report = check(path, folder, bad_record="skip", max_bad_share=0.2, ledger_path=ledger)
+    assert [record.id for record in report.annotations] == [
+        r.id for r in open_annotations(path, folder) if r.id not in bad
+    ]
+    lines = [json.loads(line) for line in ledger.read_text().splitlines()]
+    assert [(line["id"], line["position"], line["kind"]) for line in lines] == [
+        ("ocr missing", 3, "picture"),
+        ("long question", 7, "length"),
+    ]
+    assert (report.num_records, report.num_with_picture, report.num_other_suffix, report.num_truncated) == (
+        11,
+        8,
+        2,
+        1,
+    )
+    assert "11 records: 8 with pictures, 3 text only" in report.summary()
+    assert "2 records left out (1 length, 1 picture)" in report.summary()
+    # A second start, a second rank: the same bytes, the same decision.
+    other = tmp_path / "other.jsonl"
+    again = check(path, folder, bad_record="skip", max_bad_share=0.2, ledger_path=other)
+    assert other.read_bytes() == ledger.read_bytes()
+    assert again.digest == report.digest
+
+
+def test_skip_refuses_to_lose_more_than_its_share(oddities, check):
+    path, folder, _ = oddities
+    with pytest.raises(DataError, match=r"That is 15.38%; --bad_record skip leaves out at most 1.00%"):
+        check(path, folder, bad_record="skip")
+    with pytest.raises(ValueError, match="unknown bad_record 'ignore'; known: raise, skip"):
+        check(path, folder, bad_record="ignore")
+
+
+def test_a_mended_picture_is_seen_at_the_next_start(oddities, check):
+    from PIL import Image
+
+    path, folder, _ = oddities
+    with pytest.raises(DataError, match="1 picture"):
+        check(path, folder)
+    Image.new("RGB", (5, 6)).save(f"{folder}/ocr_vqa/images/missing.jpg")
+    report = check(path, folder, bad_record="skip", max_bad_share=0.1)
+    assert [entry.id for entry in report.bad] == ["long question"]
+
+
+def test_a_second_start_looks_at_no_picture_again(write_json, check, tmp_path, monkeypatch):
+    from PIL import Image
+
+    (tmp_path / "images").mkdir()
+    Image.new("RGB", (5, 6)).save(tmp_path / "images" / "a.png")
+    turns = [{"from": "human", "value": "<image><image>"}, {"from": "gpt", "value": "Yes."}]
+    path = write_json(
+        [{"id": 1, "image": ["a.png", "a.png"], "conversations": turns}, {"id": 2, "conversations": turns}]
+    )
+    check(path, str(tmp_path / "images"))
+    monkeypatch.setattr("llava_lite.data.picture_files.inspect_picture", None)
+    report = check(path, str(tmp_path / "images"))
+    assert report.annotations.picture_sizes.tolist() == [[5, 6], [5, 6]]
+    assert report.annotations.select([1, 0]).picture_sizes.tolist() == [[5, 6], [5, 6]]
+    # Another image folder is another question.
+    with pytest.raises(DataError, match="there is no such file"):
+        check(path, str(tmp_path))
+
+
+def test_every_kind_of_bad_record_is_found_at_once_and_the_first_twenty_are_named(write_json, check):
+    turns = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Yes."}]
+    records = [{"id": i, "conversations": turns} for i in range(30)]
+    records[3] = {"id": 3, "conversations": "none"}
+    records[4] = {"id": 4, "conversations": turns[:1]}
+    records += [
+        {"id": i, "image": f"{i}.jpg", "conversations": [{**turns[0], "value": "<image>"}, turns[1]]}
+        for i in range(40)
+    ]
+    with pytest.raises(DataError) as error:
+        check(write_json(records), None)
+    lines = str(error.value).splitlines()
+    assert lines[0] == "42 of 70 records cannot be used (1 length, 40 picture, 1 record):"
+    assert len(lines) == 1 + 20 + 2
+    assert "'conversations' is str 'none'" in lines[1]
+    assert "record '4' (train.json[4]): nothing to learn: no token" in lines[2]
+    assert "... and 22 more" in lines[-2]
+
+
+@pytest.mark.parametrize("max_length", [20, 60, 100, 140, 200, 400])
+def test_lengths_and_truncation_agree_with_the_tokens_themselves(write_json, encoder, tmp_path, max_length):
+    from PIL import Image
+
+    Image.new("RGB", (5, 6)).save(tmp_path / "a.png")
+    records = []
+    for i in range(40):
+        count = i % 4
+        turns = [
+            {"from": "human", "value": "<image> and " * count + "What? " * (i % 7)},
+            {"from": "gpt", "value": "So " * i},
+        ]
+        more = [{"from": "human", "value": "More? "}, {"from": "gpt", "value": "No. " * (i % 5)}]
+        records.append({"id": i, "conversations": turns + more} | ({"image": ["a.png"] * count} if count else {}))
+    annotations = open_annotations(write_json(records), str(tmp_path))
+    bad = set()
+    for i, record in enumerate(annotations):
+        ids, labels = encoder(record)
+        long_ids = [t for t in ids for _ in range(P if t == IMAGE_TOKEN_INDEX else 1)]
+        long_labels = [y for t, y in zip(ids, labels, strict=True) for _ in range(P if t == IMAGE_TOKEN_INDEX else 1)]
+        kept = [y for y in long_labels[:max_length] if y != IGNORE_INDEX]
+        if not kept or IMAGE_TOKEN_INDEX in long_ids[max_length:]:
+            bad.add(i)
+        records[i]["length"] = len(long_ids)
+    report = check_annotations(annotations, encoder, P, max_length, bad_record="skip", max_bad_share=1.0)
+    assert {int(entry.id) for entry in report.bad} == bad
+    assert annotations.token_lengths.tolist() == [item["length"] for item in records]
+    left = [records[i]["length"] for i in range(40) if i not in bad]
+    assert report.num_tokens == sum(min(length, max_length) for length in left)
+    assert report.num_truncated == sum(length > max_length for length in left)
+
+
+def test_token_counts_are_kept_apart_for_each_tokenizer_and_template(write_json, toy_tokenizer_for):
+    turns = [{"from": "human", "value": "How many circles?"}, {"from": "gpt", "value": "Three blue circles."}]
+    annotations = open_annotations(write_json([{"id": 1, "conversations": turns}]))
+    seen = {}
+    for kind, template in (("llama", "v1"), ("llama", "plain"), ("gpt2", "v1"), ("qwen", "chat")):
+        encoder = RecordEncoder(toy_tokenizer_for(kind), template)
+        assert encoder.fingerprint == RecordEncoder(toy_tokenizer_for(kind), template).fingerprint
+        annotations.count_tokens(encoder, P)
+        assert annotations.token_lengths.tolist() == [len(encoder(annotations[0])[0])]
+        seen[encoder.fingerprint] = annotations.token_lengths[0]
+    assert len(seen) == 4
+
+
+def test_counting_stops_and_goes_on_where_it_was(write_json, encoder, monkeypatch):
+    monkeypatch.setattr("llava_lite.data.facts.CHUNK_RECORDS", 4)
+    turns = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Yes."}]
+    annotations = open_annotations(write_json([{"id": i, "conversations": turns} for i in range(20)]))
+    seen = []
+
+    class Stopping(RecordEncoder):
+        def measure(self, record):
+            if len(seen) == 10:
+                raise KeyboardInterrupt
+            seen.append(record.id)
+            return super().measure(record)
+
+    with pytest.raises(KeyboardInterrupt):
+        annotations.count_tokens(Stopping(encoder.tokenizer, "v1"), P)
+    assert len(np.flatnonzero(annotations.token_facts().text_len > 0)) == 8
+    seen.clear()
+    seen.append("one")
+    with pytest.raises(KeyboardInterrupt):
+        annotations.count_tokens(Stopping(encoder.tokenizer, "v1"), P)
+    assert seen[1] == "8"

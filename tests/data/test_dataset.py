@@ -1,0 +1,143 @@
+"""Examples and batches from the oddities of the public data, against the pieces they are made of."""
+
+import pickle
+
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from llava_lite.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
+from llava_lite.data.collator import DataCollatorForSupervisedDataset
+from llava_lite.data.dataset import LazySupervisedDataset, open_dataset
+from llava_lite.data.encode import expand_image_tokens
+from llava_lite.data.index import open_annotations
+from llava_lite.data.sampler import ModalityLengthGroupedSampler
+from llava_lite.data.scan import DataError
+from llava_lite.mm_utils import load_image_processor
+from llava_lite.pictures import open_picture, prepare_picture
+
+P = 16
+
+
+@pytest.fixture
+def processor(toy_tower_dir):
+    return load_image_processor(toy_tower_dir("clip"))
+
+
+@pytest.fixture
+def opened(oddities, toy_tokenizer, processor):
+    """The oddities as a dataset of square and of padded pictures, bad records left out."""
+    path, folder, _ = oddities
+
+    def make(**options):
+        options = {"max_bad_share": 0.2, "bad_record": "skip", "num_image_tokens": P} | options
+        return open_dataset(path, toy_tokenizer, processor, "v1", folder, **options)
+
+    return make
+
+
+def test_marks_become_as_many_placeholders_as_features():
+    ids, labels = expand_image_tokens([1, -200, 5, -200, 6], [-100, -100, 5, -100, 6], [3, 1])
+    assert ids == [1, -200, -200, -200, 5, -200, 6]
+    assert labels == [-100, -100, -100, -100, 5, -100, 6]
+    with pytest.raises(ValueError, match="2 placeholders in the tokens but 1 pictures"):
+        expand_image_tokens([-200, -200], [-100, -100], [3])
+
+
+@pytest.mark.parametrize("aspect_ratio", ["square", "pad"])
+def test_public_oddities_go_through_sampler_dataset_and_collator(opened, toy_tokenizer, aspect_ratio):
+    dataset, report = opened(image_aspect_ratio=aspect_ratio)
+    assert len(dataset) == 11
+    sampler = ModalityLengthGroupedSampler(dataset.lengths, dataset.has_picture, batch_size=3, world_size=1)
+    collate = DataCollatorForSupervisedDataset(pad_token_id=toy_tokenizer.unk_token_id)
+    seen = []
+    for batch in DataLoader(dataset, batch_size=3, sampler=sampler, collate_fn=collate):
+        num_placeholders = int((batch["input_ids"] == IMAGE_TOKEN_INDEX).sum())
+        assert num_placeholders == P * len(batch.get("images", ()))
+        assert batch["input_ids"].shape == batch["labels"].shape == batch["attention_mask"].shape
+        assert batch["input_ids"].shape[1] <= 2048
+        learned = batch["labels"] != IGNORE_INDEX
+        assert learned.any(dim=1).all()
+        assert torch.equal(batch["labels"][learned], batch["input_ids"][learned])
+        assert not learned[batch["attention_mask"] == 0].any()
+        seen += batch["sample_ids"]
+    assert sorted(seen) == sorted(record.id for record in report.annotations)
+
+
+def test_lengths_known_beforehand_are_those_of_the_examples(opened):
+    dataset, report = opened()
+    examples = [dataset[i] for i in range(len(dataset))]
+    assert dataset.lengths.tolist() == [len(example["input_ids"]) for example in examples]
+    assert dataset.has_picture.tolist() == ["images" in example for example in examples]
+    assert report.num_tokens == sum(len(example["input_ids"]) for example in examples)
+    assert max(dataset.lengths) == 2048
+
+
+def by_id(dataset, name):
+    return next(dataset[i] for i in range(len(dataset)) if dataset.annotations[i].id == name)
+
+
+def test_a_mark_without_a_picture_stays_text(opened, toy_tokenizer):
+    example = by_id(opened()[0], "33")
+    assert "images" not in example
+    assert IMAGE_TOKEN_INDEX not in example["input_ids"]
+    assert "mark <image> mean" in toy_tokenizer.decode(example["input_ids"])
+
+
+def test_a_greeting_from_gpt_changes_nothing(opened):
+    dataset, _ = opened()
+    one, other = by_id(dataset, "plain"), by_id(dataset, "gpt first")
+    assert torch.equal(one["input_ids"], other["input_ids"])
+    assert torch.equal(one["labels"], other["labels"])
+
+
+@pytest.mark.parametrize("aspect_ratio", ["square", "pad"])
+def test_the_picture_is_the_one_that_mm_utils_prepares(opened, oddities, processor, aspect_ratio):
+    example = by_id(opened(image_aspect_ratio=aspect_ratio)[0], "ocr png")
+    picture = open_picture(f"{oddities[1]}/ocr_vqa/images/as_png.png")
+    assert example["images"].shape == (1, 3, 32, 32)
+    assert torch.equal(example["images"][0], prepare_picture(picture, processor, aspect_ratio))
+
+
+def test_workers_get_paths_not_records(opened):
+    dataset, _ = opened()
+    tokenizer = pickle.dumps(dataset.encoder.tokenizer)
+    copy = pickle.loads(pickle.dumps(dataset))
+    assert len(pickle.dumps(dataset)) < len(tokenizer) + 10_000
+    assert torch.equal(copy[0]["input_ids"], dataset[0]["input_ids"])
+
+
+def unchecked(oddities, tokenizer, processor, max_length=2048):
+    path, folder, _ = oddities
+    annotations = open_annotations(path, folder)
+    return LazySupervisedDataset(annotations, tokenizer, processor, "v1", num_image_tokens=P, max_length=max_length)
+
+
+@pytest.mark.parametrize(
+    ("position", "max_length", "words"),
+    [
+        (3, 2048, r"record 'ocr missing' \(train.json\[3\]\): cannot use the picture"),
+        (7, 2048, r"record 'long question' \(train.json\[7\]\) has nothing to learn"),
+        (0, 10, r"record 'plain' \(train.json\[0\]\): 1 pictures lie beyond the maximum of 10"),
+    ],
+)
+def test_an_unchecked_record_that_cannot_be_used_names_itself(
+    oddities, toy_tokenizer, processor, position, max_length, words
+):
+    with pytest.raises(DataError, match=words):
+        unchecked(oddities, toy_tokenizer, processor, max_length)[position]
+
+
+def test_a_picture_is_never_cut_in_two(oddities, toy_tokenizer, processor):
+    whole = unchecked(oddities, toy_tokenizer, processor)[0]
+    first = whole["input_ids"].tolist().index(IMAGE_TOKEN_INDEX)
+    with pytest.raises(DataError, match=r"record 'plain' .* features of a picture"):
+        unchecked(oddities, toy_tokenizer, processor, first + P - 1)[0]
+
+
+def test_an_unknown_aspect_ratio_is_refused(oddities, toy_tokenizer, processor):
+    path, folder, _ = oddities
+    with pytest.raises(ValueError, match="unknown image_aspect_ratio 'round'; known: square, pad"):
+        LazySupervisedDataset(
+            open_annotations(path, folder), toy_tokenizer, processor, "v1", image_aspect_ratio="round"
+        )
