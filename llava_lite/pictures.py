@@ -120,14 +120,16 @@ def process_images(images, image_processor, model_cfg) -> torch.Tensor:
     return torch.stack([prepare_picture(image, image_processor, aspect_ratio) for image in images])
 
 
-def load_image_processor(path_or_id, revision=None):
+def load_image_processor(path_or_id, revision=None, **hub):
     """Return the image processor of a folder or a hub id, the one that works on PIL pictures.
 
+    hub: what else from_pretrained takes to find the files (token, cache_dir, local_files_only, subfolder).
     The others need torchvision, and resize a little differently from what LLaVA's checkpoints have seen.
     """
-    from transformers import AutoImageProcessor
+    # From its own file: transformers 5.17 offers it at the top only where torchvision is installed.
+    from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
-    return AutoImageProcessor.from_pretrained(path_or_id, revision=revision or "main", backend="pil")
+    return AutoImageProcessor.from_pretrained(path_or_id, revision=revision or "main", backend="pil", **hub)
 
 
 def _cuts_the_middle(image_processor) -> bool:
