@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import logging
@@ -28,6 +29,17 @@ class BrokenCheckpoint(ValueError):
     def __init__(self, folder: str | Path, file: str, reason: str):
         self.folder, self.file, self.reason = Path(folder), file, reason
         super().__init__(f"{folder} is not whole: {file} {reason}.")
+
+
+class SaveError(RuntimeError):
+    """Something could not be written; what was there before is untouched."""
+
+
+def check_room(folder: str | Path, needed_bytes: int) -> None:
+    """Raise OSError with both numbers if the disk of `folder` has less free than is needed."""
+    free_bytes = shutil.disk_usage(folder).free
+    if free_bytes < needed_bytes:
+        raise OSError(errno.ENOSPC, f"{needed_bytes:,} bytes are needed, {free_bytes:,} are free", str(folder))
 
 
 def files_of(folder: str | Path) -> list[str]:

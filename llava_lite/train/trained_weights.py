@@ -8,8 +8,10 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from llava_lite.model.weights import is_partitioned
+from llava_lite.model.weights import gathered, is_partitioned
 
+TRAINED = "trained.safetensors"
+PROJECTOR = "mm_projector.bin"
 _SAMPLES = 64
 
 
@@ -18,11 +20,19 @@ def trained_names(model: nn.Module) -> list[str]:
     return sorted(name for name, param in model.named_parameters() if param.requires_grad)
 
 
-def trained_state(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Return what a run can change: trained parameters and saved buffers, on the CPU, each its own memory."""
-    changing = set(trained_names(model)) | {name for name, _ in model.named_buffers()}
-    state = model.state_dict()
-    return {name: state[name].detach().to("cpu", copy=True).contiguous() for name in state if name in changing}
+def trained_state(model: nn.Module, keep: bool = True, buffers: bool = True) -> dict[str, torch.Tensor]:
+    """Return what a run can change, on the CPU: trained parameters and, if wanted, saved buffers.
+
+    All ranks must call it under ZeRO-3; those without `keep` get {}.
+    """
+    changing = set(trained_names(model)) | ({name for name, _ in model.named_buffers()} if buffers else set())
+    state = {}
+    for name, weight in model.state_dict(keep_vars=True).items():
+        if name in changing:
+            with gathered([weight]):
+                if keep:
+                    state[name] = weight.detach().to("cpu", copy=True).contiguous()
+    return state
 
 
 def drop_frozen(model: nn.Module, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -60,6 +70,21 @@ def load_trained(model: nn.Module, state: Mapping[str, torch.Tensor], where: str
     with torch.no_grad():
         for name, value in state.items():
             targets[name].copy_(value)
+
+
+def projector_state(model: nn.Module, keep: bool = True) -> dict[str, torch.Tensor]:
+    """Return LLaVA's mm_projector.bin: the connector's weights under `model.mm_projector.*`, on the CPU.
+
+    All ranks must call it under ZeRO-3; those without `keep` get {}, as does a model without a connector.
+    """
+    found = {}
+    for name, weight in model.state_dict(keep_vars=True).items():
+        _, mark, rest = name.partition("mm_projector.")
+        if mark:
+            with gathered([weight]):
+                if keep:
+                    found[f"model.mm_projector.{rest}"] = weight.detach().to("cpu", copy=True)
+    return found
 
 
 def frozen_prints(model: nn.Module) -> dict[str, int]:

@@ -1,0 +1,207 @@
+"""Turn a finished run into a model card: what it was made of, how, and what came out."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import platform
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+PACKAGES = ("llava-lite", "torch", "transformers", "accelerate", "deepspeed", "peft", "tokenizers", "safetensors")
+# Where a run's files lie, who may read them and what only this process knows say nothing about the model.
+PRIVATE = re.compile(r"(^|_)(dir|token|run_name|resume_from_checkpoint|cache|rank|hub_\w+|report_to|project|trackio\w*)$")
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_NUM_LOSS_ROWS = 8
+_STAGES = {
+    "projector": "the connector alone (LLaVA's stage 1)",
+    "full": "connector and language model (LLaVA's stage 2)",
+    "lora": "low-rank updates of the language model, and the connector (LLaVA's stage 2 with LoRA)",
+    "moe": "experts, router and connector (MoE-LLaVA's stage 3)",
+}
+
+
+@dataclass(frozen=True)
+class RunFacts:
+    """What a card tells. Paths are cut to their last part when the card is written.
+
+    data: (file, number of samples) pairs. trained, frozen: parameters by part of the model. log: the trainer's
+    log_history. expert_load: shares of all choices by layer, [E] each. settings: flags that differ from their defaults.
+    """
+
+    name: str
+    base: str
+    tuning: str
+    conv_template: str | None = None
+    tower: str | None = None
+    connector: str | None = None
+    data: Sequence[tuple[str, int]] = ()
+    trained: Mapping[str, int] = field(default_factory=dict)
+    frozen: Mapping[str, int] = field(default_factory=dict)
+    log: Sequence[Mapping] = ()
+    expert_load: Mapping[int, Sequence[float]] = field(default_factory=dict)
+    settings: Mapping[str, object] = field(default_factory=dict)
+    world_size: int = 1
+    whole: bool = True
+
+
+def public_name(value):
+    """Return a setting as a reader elsewhere may see it: of a path on this machine only the last part."""
+    if isinstance(value, (list, tuple)):
+        return [public_name(item) for item in value]
+    if not isinstance(value, (str, Path)):
+        return value
+    text = os.path.expanduser(str(value)).replace("\\", "/")
+    is_local = text.startswith(("/", ".")) or re.match(r"[A-Za-z]:/", text) or os.path.exists(text)
+    return text.rstrip("/").rsplit("/", 1)[-1] if "/" in text and is_local else str(value)
+
+
+def settings_of(*arguments) -> dict:
+    """Return the fields of argument dataclasses that differ from their defaults, without private ones."""
+    settings = {}
+    for dataclass_args in arguments:
+        for knob in dataclasses.fields(dataclass_args):
+            value = getattr(dataclass_args, knob.name)
+            made = knob.default_factory() if callable(knob.default_factory) else knob.default
+            if value != made and value is not None and not PRIVATE.search(knob.name) and knob.init:
+                settings[knob.name] = getattr(value, "value", value)
+    return settings
+
+
+def hub_base(base: str) -> str | None:
+    """Return the hub id that a base goes back to: itself, or what the card of a local stage names; None if unknown."""
+    if not os.path.exists(base) and _HUB_ID.fullmatch(base) and "/" in base:
+        return base
+    card = Path(base) / "README.md"
+    front = card.read_text(encoding="utf-8").split("---\n") if card.is_file() else []
+    match = re.search(r"^base_model: (.+)$", front[1], re.MULTILINE) if len(front) > 2 else None
+    return match.group(1).strip("'\"") if match else None
+
+
+def write_card(facts: RunFacts) -> str:
+    """Return the text of README.md: YAML front matter, then sections; those without facts are left out."""
+    sections = [
+        f"# {public_name(facts.name)}",
+        introduction(facts),
+        usage(facts),
+        section("Data", table(("file", "samples"), [(public_name(file), f"{num:,}") for file, num in facts.data])),
+        section("What trained", parameters(facts)),
+        section("Losses", losses(facts.log)),
+        section("Expert load", expert_table(facts.expert_load)),
+        section("Recipe", recipe(facts)),
+        section("Versions", table(("package", "version"), versions())),
+    ]
+    return front_matter(facts) + "\n" + "\n\n".join(part for part in sections if part) + "\n"
+
+
+def front_matter(facts: RunFacts) -> str:
+    """Return the YAML block that the Hub reads."""
+    import yaml
+
+    base = hub_base(facts.base)
+    metadata = {
+        "library_name": "transformers",
+        "pipeline_tag": "image-text-to-text" if facts.tower else "text-generation",
+        "tags": ["llava", "llava-lite", *(["moe"] if facts.expert_load else []), *([facts.tuning] if facts.tuning else [])],
+        **({"base_model": base} if base else {}),
+        **({"base_model_relation": "adapter" if facts.tuning == "lora" and not facts.whole else "finetune"} if base else {}),
+    }
+    return f"---\n{yaml.safe_dump(metadata, sort_keys=False)}---\n"
+
+
+def introduction(facts: RunFacts) -> str:
+    """Return what it is, in a few lines."""
+    lines = [f"- base: {linked(facts.base)}"]
+    lines += [f"- vision tower: {linked(facts.tower)}"] if facts.tower else []
+    lines += [f"- connector: `{facts.connector}`"] if facts.connector else []
+    lines += [f"- prompt format: `{facts.conv_template}`"] if facts.conv_template else []
+    lines += [f"- trained: {_STAGES.get(facts.tuning, facts.tuning)}"]
+    held = "the whole model" if facts.whole else "what was trained; the base is opened with it"
+    return "\n".join([*lines, f"- this folder holds {held}"])
+
+
+def linked(name: str) -> str:
+    """Return a hub id as a link, a local folder by its last part."""
+    return f"[{name}](https://huggingface.co/{name})" if hub_base(name) == name else f"`{public_name(name)}`"
+
+
+def usage(facts: RunFacts) -> str:
+    """Return how to ask it something."""
+    picture = ', images="picture.jpg"' if facts.tower else ""
+    question = "What is in this picture?" if facts.tower else "Who are you?"
+    code = [
+        "import llava_lite.model  # makes the Auto classes know the model",
+        "from transformers import AutoModelForCausalLM",
+        "from llava_lite import LlavaLiteProcessor, reply",
+        "",
+        f'folder = "{public_name(facts.name)}"',
+        "model = AutoModelForCausalLM.from_pretrained(folder)",
+        "processor = LlavaLiteProcessor.from_pretrained(folder)",
+        f'print(reply(model, processor, "{question}"{picture}))',
+    ]
+    return section("Use", "\n".join(["```python", *code, "```"]))
+
+
+def section(title: str, body: str) -> str:
+    """Return a section, "" without a body."""
+    return f"## {title}\n\n{body}" if body else ""
+
+
+def table(header: Iterable[str], rows: Iterable[Iterable]) -> str:
+    """Return a Markdown table, "" without rows."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines) if rows else ""
+
+
+def parameters(facts: RunFacts) -> str:
+    """Return the table of trained and frozen parameters."""
+    parts = list(dict.fromkeys([*facts.trained, *facts.frozen]))
+    rows = [(part, facts.trained.get(part, 0), facts.frozen.get(part, 0)) for part in parts]
+    rows += [("all", sum(row[1] for row in rows), sum(row[2] for row in rows))] if rows else []
+    return table(("part", "trained", "frozen"), [(part, f"{yes:,}", f"{no:,}") for part, yes, no in rows])
+
+
+def losses(log: Sequence[Mapping]) -> str:
+    """Return evenly spread lines of the training log, first and last among them, and every evaluation."""
+    trained = [line for line in log if "loss" in line]
+    count = min(_NUM_LOSS_ROWS, len(trained))
+    picked = [trained[round(i * (len(trained) - 1) / max(count - 1, 1))] for i in range(count)]
+    evaluated = [line for line in log if "eval_loss" in line]
+    rows = sorted((line["step"], "eval_loss" in line, line) for line in ())
+    rows = [(line["step"], f"{line['loss']:.4f}", "") for line in picked]
+    rows += [(line["step"], "", f"{line['eval_loss']:.4f}") for line in evaluated]
+    summary = next((f"Mean over the run: {line['train_loss']:.4f}." for line in reversed(log) if "train_loss" in line), "")
+    return "\n\n".join(part for part in (summary, table(("step", "loss", "evaluation"), sorted(rows))) if part)
+
+
+def expert_table(load: Mapping[int, Sequence[float]]) -> str:
+    """Return each expert's share of the choices in the last line of the log, layer by layer."""
+    width = max(map(len, load.values()), default=0)
+    rows = [(layer, *(f"{share:.1%}" for share in shares), *[""] * (width - len(shares))) for layer, shares in load.items()]
+    return table(("layer", *(f"expert {i}" for i in range(width))), rows)
+
+
+def recipe(facts: RunFacts) -> str:
+    """Return the flags that differ from their defaults."""
+    rows = [("ranks", facts.world_size), *((f"`--{key}`", shown(value)) for key, value in sorted(facts.settings.items()))]
+    return table(("flag", "value"), rows)
+
+
+def shown(value) -> str:
+    """Return a setting as it would be typed."""
+    value = public_name(value)
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def versions() -> list[tuple[str, str]]:
+    """Return the installed versions of what the run used."""
+    found = [("Python", platform.python_version())]
+    for package in PACKAGES:
+        try:
+            found.append((package, version(package)))
+        except PackageNotFoundError:
+            continue
+    return found
