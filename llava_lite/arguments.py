@@ -19,7 +19,6 @@ from transformers import HfArgumentParser
 from llava_lite.contradictions import check_data, check_model, check_together, check_training, fold_tuning
 from llava_lite.flags import machine_has, translate, yaml_flags
 
-IMAGE_ASPECT_RATIOS = ("square", "pad")
 MOE_KEYS = (
     "moe_enable moe_mode moe_layers_idx ep_size top_k_experts capacity_factor eval_capacity_factor min_capacity "
     "use_residual router_aux_loss_coef train_modules moe_drop_tokens moe_count_padding"
@@ -38,10 +37,12 @@ class ModelArguments:
     model_name_or_path: str | None = knob(None, "Hub id or folder of a language model or of an earlier stage.")
     version: str = knob("v1", "Conversation template: plain in stage 1, v1 after it; chat is the tokenizer's own.")
     vision_tower: str | None = knob(None, "Hub id or folder of a CLIP, SigLIP or DINOv2 tower (alias image_tower).")
-    mm_vision_select_layer: int = knob(-2, "Layer of the tower that is read (LLaVA-1.5: the one before the last).")
-    mm_vision_select_feature: Literal["patch", "cls_patch"] = knob("patch", "Whether the CLS token is read too.")
-    mm_projector_type: str = knob(
-        "linear", "Connector: identity, linear, mlpNx_gelu (LLaVA-1.5: mlp2x_gelu; alias image_projector_type)."
+    mm_vision_select_layer: int | None = knob(None, "Layer of the tower that is read; default: the model's, else -2.")
+    mm_vision_select_feature: Literal["patch", "cls_patch"] | None = knob(
+        None, "Whether the CLS token is read too; default: the model's, else patch."
+    )
+    mm_projector_type: str | None = knob(
+        None, "Connector: identity, linear, mlpNx_gelu (LLaVA-1.5: mlp2x_gelu); default: the model's, else linear."
     )
     pretrain_mm_mlp_adapter: str | None = knob(None, "Connector weights of stage 1, mm_projector.bin.")
     mm_patch_merge_type: Literal["flat"] = knob(
@@ -105,7 +106,7 @@ class DataArguments:
 
     def __post_init__(self):
         """Refuse what contradicts itself."""
-        check_data(self, IMAGE_ASPECT_RATIOS)
+        check_data(self)
 
 
 @dataclass
@@ -151,6 +152,8 @@ class TrainingArguments(transformers.TrainingArguments):
             self.bf16 = not self.fp16 and self.default_bf16()
         if self.tf32 is None and not self.use_cpu and machine_has("tf32"):
             self.tf32 = True
+        # Pinned memory speeds up copies to a GPU; without one torch only warns.
+        self.dataloader_pin_memory = self.dataloader_pin_memory and machine_has("gpu")
         super().__post_init__()
 
     def default_bf16(self):

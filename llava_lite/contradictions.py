@@ -60,11 +60,13 @@ def check_model(args):
     refuse_pair(args.train_modules is not None and args.freeze_backbone, "train_modules", "freeze_backbone True")
 
 
-def check_data(args, aspect_ratios):
+def check_data(args):
     """Raise ValueError for what contradicts itself in DataArguments."""
+    from llava_lite.pictures import ASPECT_RATIOS
+
     refuse(
-        args.image_aspect_ratio not in aspect_ratios,
-        f"unknown --image_aspect_ratio {args.image_aspect_ratio!r}; known: {', '.join(aspect_ratios)}.",
+        args.image_aspect_ratio not in ASPECT_RATIOS,
+        f"unknown --image_aspect_ratio {args.image_aspect_ratio!r}; known: {', '.join(ASPECT_RATIOS)}.",
     )
     refuse(args.eval_split < 0, f"--eval_split {args.eval_split}: give a share below 1 or a number of records.")
     refuse_pair(
@@ -87,6 +89,10 @@ def check_training(args):
         args.group_by_modality_length and args.train_sampling_strategy != "random",
         "group_by_modality_length True",
         f"train_sampling_strategy {args.train_sampling_strategy}",
+    )
+    refuse(
+        args.label_smoothing_factor != 0,
+        f"--label_smoothing_factor {args.label_smoothing_factor}: the loss at learned tokens has no smoothing; use 0.",
     )
     refuse(
         args.mm_vision_tower_lr is not None and not (args.unfreeze_mm_vision_tower or args.lora_vision_tower),

@@ -1,0 +1,1 @@
+"""Train a stage: read flags, build, choose what trains, check the data, train, save."""

@@ -1,0 +1,62 @@
+"""Evaluate a model in training: exact loss over held-out records, and answers to a few of them."""
+
+import torch
+
+from llava_lite.constants import IGNORE_INDEX
+from llava_lite.train.generations import generate_answers, report_answers, write_answers
+
+
+class EvaluationMixin:
+    """Trainer overrides; a subclass sets eval_examples, eval_max_new_tokens and meter."""
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """Return the mean loss of a batch; what counts, sums over learned tokens, is kept for evaluation_loop."""
+        inputs = self._prepare_inputs(inputs)
+        self.hide_repeats(inputs["labels"])
+        with torch.no_grad(), self.compute_loss_context_manager():
+            outputs = model(**inputs, num_items_in_batch=1, logits_to_keep=1)
+        num_learned = (inputs["labels"][:, 1:] != IGNORE_INDEX).sum()
+        balance = outputs.get("moe_loss")
+        loss = outputs["lm_loss"].float()
+        balance = torch.zeros_like(loss) if balance is None else balance.float()
+        self.eval_sums += torch.stack([loss, num_learned.to(loss), balance, torch.ones_like(loss)]).double()
+        return loss / num_learned.clamp(min=1), None, None
+
+    def hide_repeats(self, labels):
+        """Take the labels off the records that fill up the last batches of the ranks: they were counted already."""
+        progress = self.accelerator.gradient_state
+        if not progress.end_of_dataloader or progress.remainder <= 0:
+            return
+        first_repeat = max(0, progress.remainder - self.accelerator.process_index * self.args.eval_batch_size)
+        labels[first_repeat:] = IGNORE_INDEX
+
+    def evaluation_loop(self, *args, metric_key_prefix="eval", **kwargs):
+        """Run the stock loop; the loss is the mean over all learned tokens, whatever batches they came in."""
+        self.eval_sums = torch.zeros(4, dtype=torch.float64, device=self.args.device)
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        loss, num_learned, balance, num_batches = self.accelerator.reduce(self.eval_sums, "sum").tolist()
+        output.metrics[f"{metric_key_prefix}_loss"] = loss / max(num_learned, 1)
+        if self.unwrapped.moe_layers():
+            output.metrics[f"{metric_key_prefix}_moe_loss"] = balance / max(num_batches, 1)
+        return output
+
+    def evaluate(self, *args, **kwargs):
+        """Return the metrics of the evaluation set; answers go to generations.jsonl and the loggers."""
+        with self.meter.pause():
+            metrics = super().evaluate(*args, **kwargs)
+            self.answer_examples()
+        return metrics
+
+    def answer_examples(self):
+        """Let the model answer a few records: on rank 0, and on all under ZeRO-3, which needs them."""
+        model = self.unwrapped
+        needs_all = any(hasattr(param, "ds_id") for param in model.parameters())
+        if not self.eval_examples or not (needs_all or self.is_world_process_zero()):
+            return
+        with self.accelerator.autocast():
+            answers = generate_answers(
+                model, self.processing_class, self.eval_examples, self.args.device, self.eval_max_new_tokens
+            )
+        if self.is_world_process_zero():
+            write_answers(self.args.output_dir, self.state.global_step, answers)
+            report_answers(self.callback_handler.callbacks, self.state.global_step, answers)

@@ -1,0 +1,268 @@
+"""Train one stage: from flags to a folder that a model is opened from."""
+
+import copy
+import logging
+import sys
+
+import torch
+from transformers import set_seed
+
+from llava_lite.arguments import parse_args
+from llava_lite.companions import load_tokenizer
+from llava_lite.train.tuning import choose_what_trains, describe, loading_dtype, settle_dtypes
+
+logger = logging.getLogger(__name__)
+
+# Config keys that are set where a flag says something, and else are the model's own.
+MODEL_KEYS = ("mm_vision_select_layer", "mm_vision_select_feature", "mm_projector_type")
+
+
+def train(argv=None):
+    """Train a stage as the flags `argv` say (default: the command line) and return its trainer."""
+    start_logging()
+    model_args, data_args, training_args = parse_args(sys.argv[1:] if argv is None else argv)
+    quiet_other_ranks(training_args)
+    set_seed(training_args.seed)
+    tokenizer = build_tokenizer(model_args, training_args)
+    model = build_model(model_args, data_args, training_args)
+    fit_vocabulary(model, tokenizer, model_args)
+    add_experts(model, model_args, training_args)
+    model = choose_what_trains(model, model_args, training_args)
+    settle_dtypes(model, training_args)
+    train_set, eval_set = load_data(model, tokenizer, model_args, data_args, training_args)
+    logger.info("what trains (--tuning %s):\n%s", training_args.tuning, describe(model, training_args))
+    log_plan(model, train_set, training_args)
+    trainer = build_trainer(model, tokenizer, train_set, eval_set, data_args, training_args)
+    trainer.train(resume_from_checkpoint=checkpoint_to_resume(training_args))
+    save(trainer, tokenizer, model_args, data_args)
+    return trainer
+
+
+def main(argv=None):
+    """Train a stage; for the command line and the launchers."""
+    train(argv).accelerator.end_training()
+
+
+def start_logging():
+    """Show the log of this package beside the progress bars."""
+    logging.basicConfig(format="%(asctime)s %(name)s: %(message)s", datefmt="%H:%M:%S", level=logging.WARNING)
+    logging.getLogger("llava_lite").setLevel(logging.INFO)
+
+
+def quiet_other_ranks(training_args):
+    """Leave the log to rank 0; warnings and errors come from all."""
+    if training_args.process_index != 0:
+        logging.getLogger("llava_lite").setLevel(logging.WARNING)
+
+
+def build_tokenizer(model_args, training_args):
+    """Return the model's tokenizer, with a pad token.
+
+    Which one does not matter: the collator makes the mask, so padding may share its id with <unk> or with the end mark
+    and a real one in the text still counts (LLaVA took the mask from the ids).
+    """
+    if model_args.model_name_or_path is None:
+        raise ValueError("--model_name_or_path is needed: a language model, or the output of an earlier stage.")
+    tokenizer = load_tokenizer(model_args.model_name_or_path, cache_dir=training_args.cache_dir)
+    tokenizer.model_max_length, tokenizer.padding_side = training_args.model_max_length, "right"
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+    return tokenizer
+
+
+def build_model(model_args, data_args, training_args):
+    """Return the model with tower and connector, in training mode; a connector of stage 1 is filled in."""
+    from llava_lite.model.assemble import assemble, load_connector
+
+    chosen = {key: getattr(model_args, key) for key in MODEL_KEYS if getattr(model_args, key) is not None}
+    model = assemble(
+        model_args.model_name_or_path,
+        model_args.vision_tower,
+        config_overrides={
+            **chosen,
+            "mm_use_im_start_end": model_args.mm_use_im_start_end,
+            "mm_use_im_patch_token": model_args.mm_use_im_patch_token,
+            "image_aspect_ratio": data_args.image_aspect_ratio,
+            "tokenizer_padding_side": "right",
+            "tokenizer_model_max_length": training_args.model_max_length,
+            "conv_template": model_args.version,
+            "mm_projector_lr": training_args.mm_projector_lr,
+            "tune_mm_mlp_adapter": training_args.tuning == "projector",
+            "freeze_mm_mlp_adapter": training_args.freeze_mm_mlp_adapter,
+        },
+        dtype=loading_dtype(training_args),
+        attn_implementation=model_args.attn_implementation,
+        cache_dir=training_args.cache_dir,
+        **quantization(training_args),
+    )
+    if training_args.unfreeze_mm_vision_tower:
+        model.config.unfreeze_mm_vision_tower = True
+    if model_args.pretrain_mm_mlp_adapter is not None:
+        load_connector(model, model_args.pretrain_mm_mlp_adapter)
+    return model.train()
+
+
+def quantization(training_args):
+    """Return the keyword that loads the decoder's frozen weights in 4 or 8 bits (QLoRA, Dettmers et al. 2023)."""
+    if training_args.bits == 16:
+        return {}
+    try:
+        import bitsandbytes  # noqa: F401
+    except ImportError as error:
+        raise ImportError(
+            f"--bits {training_args.bits} needs bitsandbytes; pip install 'llava-lite[quant]', or use --bits 16."
+        ) from error
+    from transformers import BitsAndBytesConfig
+
+    whole = ["mm_projector", "vision_tower", "lm_head"]
+    if training_args.bits == 8:
+        return {"quantization_config": BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=whole)}
+    config = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_compute_dtype=loading_dtype(training_args),
+        bnb_4bit_use_double_quant=training_args.double_quant,
+        bnb_4bit_quant_type=training_args.quant_type,
+        llm_int8_skip_modules=whole,
+    )
+    return {"quantization_config": config}
+
+
+def fit_vocabulary(model, tokenizer, model_args):
+    """Add the words that mark pictures, if asked for, and make room for all of the tokenizer's words.
+
+    New rows start as the mean of the old ones, as LLaVA does; transformers would draw them.
+    """
+    from llava_lite.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_PATCH_TOKEN
+    from llava_lite.model.weights import gathered
+
+    words = [DEFAULT_IMAGE_PATCH_TOKEN] if model_args.mm_use_im_patch_token else []
+    words += [DEFAULT_IM_START_TOKEN, DEFAULT_IM_END_TOKEN] if model_args.mm_use_im_start_end else []
+    tokenizer.add_tokens(words, special_tokens=True)
+    num_rows = model.config.vocab_size
+    if len(tokenizer) > num_rows:
+        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+        for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
+            with torch.no_grad(), gathered(list(layer.parameters()), modify=True):
+                for weight in layer.parameters():
+                    # Elsewhere than on rank 0 a gathered weight may still be empty here.
+                    if weight.numel():
+                        weight[num_rows:] = weight[:num_rows].mean(dim=0, keepdim=True)
+    model.config.pad_token_id = model.generation_config.pad_token_id = tokenizer.pad_token_id
+
+
+def add_experts(model, model_args, training_args):
+    """Turn MLPs into experts, if that is the tuning; a model that has experts is refused."""
+    if training_args.tuning == "moe":
+        from llava_lite.model.upcycle import upcycle
+
+        upcycle(model, model_args.moe_config(), seed=training_args.seed)
+
+
+def load_data(model, tokenizer, model_args, data_args, training_args):
+    """Return the records to learn from and those held out (or None), every one of them checked."""
+    from llava_lite.data.dataset import open_dataset
+    from llava_lite.train.ranks import everyone
+
+    if data_args.data_path is None:
+        raise ValueError("--data_path is needed: one or more files of records.")
+    tower = model.get_vision_tower()
+
+    def open_files(paths, ledger):
+        dataset, report = open_dataset(
+            paths,
+            tokenizer,
+            None if tower is None else tower.image_processor,
+            model_args.version,
+            image_folder=data_args.image_folder,
+            image_aspect_ratio=data_args.image_aspect_ratio,
+            num_image_tokens=0 if tower is None else model.config.num_image_tokens,
+            max_length=training_args.model_max_length,
+            mm_use_im_start_end=model_args.mm_use_im_start_end,
+            num_workers=training_args.dataloader_num_workers,
+            bad_record=data_args.bad_record,
+            ledger_path=f"{training_args.output_dir}/{ledger}" if data_args.bad_record == "skip" else None,
+        )
+        if len(set(everyone(report.digest))) > 1:
+            raise ValueError(f"the ranks see different files under {paths}; share them, or copy them to every node.")
+        logger.info("%s:\n%s", ", ".join(paths), report.summary())
+        return dataset
+
+    train_set = open_files(data_args.data_path, "skipped_records.jsonl")
+    if data_args.eval_data_path is not None:
+        return train_set, open_files(data_args.eval_data_path, "skipped_eval_records.jsonl")
+    return split(train_set, data_args.eval_split, training_args.seed) if data_args.eval_split else (train_set, None)
+
+
+def split(dataset, held_out, seed):
+    """Return (the rest, what is held out) of a dataset: a share of it if below 1, else so many records."""
+    num_held_out = round(held_out * len(dataset)) if held_out < 1 else int(held_out)
+    if not 0 < num_held_out < len(dataset):
+        raise ValueError(
+            f"--eval_split {held_out} holds out {num_held_out} of {len(dataset)} records; leave some on each side."
+        )
+    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed)).numpy()
+    parts = []
+    for chosen in (order[num_held_out:], order[:num_held_out]):
+        part = copy.copy(dataset)
+        part.annotations = dataset.annotations.select(sorted(chosen))
+        parts.append(part)
+    return tuple(parts)
+
+
+def log_plan(model, train_set, training_args):
+    """Log what the run is estimated to need."""
+    from llava_lite.train.plan import plan_of_run
+
+    logger.info("plan:\n%s", plan_of_run(model, train_set, training_args))
+
+
+def build_trainer(model, tokenizer, train_set, eval_set, data_args, training_args):
+    """Return the trainer."""
+    from llava_lite.data.collator import DataCollatorForSupervisedDataset
+    from llava_lite.train.llava_trainer import LLaVATrainer
+
+    num_examples = 0 if eval_set is None else min(data_args.num_eval_generations, len(eval_set))
+    return LLaVATrainer(
+        model,
+        training_args,
+        processing_class=tokenizer,
+        train_dataset=train_set,
+        eval_dataset=eval_set,
+        data_collator=DataCollatorForSupervisedDataset(tokenizer.pad_token_id),
+        eval_examples=[eval_set[i] for i in range(num_examples)],
+        eval_max_new_tokens=data_args.eval_max_new_tokens,
+    )
+
+
+def checkpoint_to_resume(training_args):
+    """Return the checkpoint that the run goes on from, or False: the newest whole one unless a flag says otherwise."""
+    from llava_lite.train.resume import find_checkpoint
+
+    return (
+        find_checkpoint(training_args.output_dir, training_args.resume_from_checkpoint, training_args.should_save)
+        or False
+    )
+
+
+def save(trainer, tokenizer, model_args, data_args):
+    """Write the final folder: weights, config, tokenizer, image processor, card."""
+    from llava_lite.processing import LlavaLiteProcessor
+    from llava_lite.train.final import save_final
+
+    args, model = trainer.args, trainer.unwrapped
+    tower = model.get_vision_tower()
+    image_processor = None if tower is None else tower.image_processor
+    trainer.save_state()
+    save_final(
+        trainer.model,
+        args.output_dir,
+        parts=[LlavaLiteProcessor.from_config(model.config, tokenizer, image_processor), image_processor],
+        base=model_args.model_name_or_path,
+        whole=args.save_full or args.tuning in ("full", "moe"),
+        conv_template=model_args.version,
+        is_writer=args.should_save,
+    )
+
+
+if __name__ == "__main__":
+    main()

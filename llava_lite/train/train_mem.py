@@ -1,0 +1,12 @@
+"""LLaVA's name for the script that `deepspeed`, `torchrun` and `accelerate launch` start."""
+
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":
+    # A launcher puts this folder first on the path, where `train.py` and its neighbours would pass for packages.
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
+
+    from llava_lite.train.train import main
+
+    main()
