@@ -37,6 +37,10 @@ class LazySupervisedDataset(Dataset):
     ):
         if image_aspect_ratio not in ASPECT_RATIOS:
             raise ValueError(f"unknown image_aspect_ratio {image_aspect_ratio!r}; known: {', '.join(ASPECT_RATIOS)}.")
+        if image_processor is None and annotations.has_picture.any():
+            raise ValueError(
+                "records have pictures but there is no image processor; name a tower with --vision_tower."
+            )
         self.annotations = annotations
         self.encoder = RecordEncoder(tokenizer, conv_template, mm_use_im_start_end)
         self.image_processor = image_processor

@@ -4,6 +4,7 @@ A table fills in only what it does not know yet, and a record that cannot be mea
 mended, it is seen at the next start. Letters: M records of a file, S slots of a table, C columns.
 """
 
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from multiprocessing import get_context
@@ -60,24 +61,46 @@ def measure_records(
             yield measured
 
 
+class _Worker:
+    """What a worker process got when it started; a tokenizer takes too long to be sent with every piece."""
+
+    file: Sequence
+    measure: Callable
+
+    @classmethod
+    def start(cls, file, measure):
+        cls.file, cls.measure = file, staticmethod(measure)
+
+    @classmethod
+    def work(cls, piece) -> Measured:
+        return _measure_chunk(cls.file, piece, cls.measure)
+
+
 def _run(file, pieces, measure, num_workers, num_threads) -> Iterator[Measured]:
-    pool: Executor | None = None
     if len(pieces) > 1 and num_workers > 0:
         # Not forked: the parent may hold threads of the tokenizer, of torch or of a device.
-        pool = ProcessPoolExecutor(min(num_workers, len(pieces)), mp_context=get_context("spawn"))
+        count, context = min(num_workers, len(pieces)), get_context("spawn")
+        pool = ProcessPoolExecutor(count, mp_context=context, initializer=_Worker.start, initargs=(file, measure))
+        yield from _run_in(pool, _Worker.work, pieces, 4 * count)
     elif len(pieces) > 1 and num_threads > 0:
-        pool = ThreadPoolExecutor(min(num_threads, len(pieces)))
-    if pool is None:
+        pool = ThreadPoolExecutor(num_threads)
+        yield from _run_in(pool, lambda piece: _measure_chunk(file, piece, measure), pieces, 4 * num_threads)
+    else:
         yield from (_measure_chunk(file, piece, measure) for piece in pieces)
-        return
-    with pool:
-        # A window of tasks, so that a million rows never wait at once.
-        waiting = []
+
+
+def _run_in(pool: Executor, work: Callable, pieces, max_waiting: int) -> Iterator[Measured]:
+    """Yield results in order, with a window of tasks, so that a million rows never wait at once."""
+    waiting = deque()
+    try:
         for piece in pieces:
-            waiting.append(pool.submit(_measure_chunk, file, piece, measure))
-            if len(waiting) > 4 * max(num_workers, num_threads):
-                yield waiting.pop(0).result()
-        yield from (task.result() for task in waiting)
+            waiting.append(pool.submit(work, piece))
+            if len(waiting) > max_waiting:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def slots_of(starts: np.ndarray, positions: np.ndarray) -> np.ndarray:

@@ -191,3 +191,18 @@ def test_counting_stops_and_goes_on_where_it_was(write_json, encoder, monkeypatc
     with pytest.raises(KeyboardInterrupt):
         annotations.count_tokens(Stopping(encoder.tokenizer, "v1"), P)
     assert seen[1] == "8"
+
+
+def test_worker_processes_count_the_same_tokens(write_json, encoder, monkeypatch, tmp_path_factory):
+    monkeypatch.setattr("llava_lite.data.facts.CHUNK_RECORDS", 8)
+    turns = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Yes."}]
+    broken = {"id": 5, "conversations": turns[1:]}
+    path = write_json([{"id": i, "conversations": turns * (1 + i % 3)} for i in range(40)] + [broken])
+    alone = open_annotations(path)
+    alone.count_tokens(encoder, P)
+    monkeypatch.setenv("LLAVA_LITE_CACHE", str(tmp_path_factory.mktemp("other")))
+    spread = open_annotations(path)
+    problems = spread.count_tokens(encoder, P, num_workers=2)
+    assert np.array_equal(spread.token_facts(), alone.token_facts())
+    assert list(problems) == [40]
+    assert "nothing remains" in str(problems[40])
