@@ -12,8 +12,12 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 PACKAGES = ("llava-lite", "torch", "transformers", "accelerate", "deepspeed", "peft", "tokenizers", "safetensors")
-# Where a run's files lie, who may read them and what only this process knows say nothing about the model.
-PRIVATE = re.compile(r"(^|_)(dir|token|run_name|resume_from_checkpoint|cache|rank|hub_\w+|report_to|project|trackio\w*)$")
+# Where a run's files lie, who may read them and how its progress is shown say nothing about the model.
+PRIVATE = re.compile(
+    r"(^|_)(dir|token|run_name|resume_from_checkpoint|local_rank|hub_\w+|report_to|project|disable_tqdm|debug|pin_memory)$"
+    r"|^trackio"
+)
+PLAIN = (bool, int, float, str, list, tuple, dict)
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _NUM_LOSS_ROWS = 8
 _STAGES = {
@@ -28,8 +32,8 @@ _STAGES = {
 class RunFacts:
     """What a card tells. Paths are cut to their last part when the card is written.
 
-    data: (file, number of samples) pairs. trained, frozen: parameters by part of the model. log: the trainer's
-    log_history. expert_load: shares of all choices by layer, [E] each. settings: flags that differ from their defaults.
+    data: (file, number of samples) pairs. trained, frozen: parameters by part of the model. log: the lines of
+    metrics.jsonl. settings: flags that differ from their defaults. whole: the folder holds every weight.
     """
 
     name: str
@@ -42,14 +46,48 @@ class RunFacts:
     trained: Mapping[str, int] = field(default_factory=dict)
     frozen: Mapping[str, int] = field(default_factory=dict)
     log: Sequence[Mapping] = ()
-    expert_load: Mapping[int, Sequence[float]] = field(default_factory=dict)
     settings: Mapping[str, object] = field(default_factory=dict)
     world_size: int = 1
     whole: bool = True
 
+    @property
+    def expert_load(self) -> Mapping[str, Sequence[float]]:
+        """Shares of all choices by layer, [E] each, at the last line of the log that has them."""
+        last = next((line["experts"] for line in reversed(self.log) if "experts" in line), {})
+        return {layer: report["load"] for layer, report in last.items()}
+
+
+def card_of_run(trainer, model_args, data_args, whole: bool) -> str:
+    """Return the card of a finished run; `trainer` is a LLaVATrainer."""
+    from llava_lite.train.run_log import METRICS, read_metrics
+    from llava_lite.train.tuning import table_rows
+
+    args, config = trainer.args, trainer.unwrapped.config
+    rows = table_rows(trainer.model, args)
+    files = trainer.train_dataset.annotations.by_file()
+    return write_card(
+        RunFacts(
+            name=os.path.abspath(args.output_dir),
+            base=model_args.model_name_or_path,
+            tuning=args.tuning,
+            conv_template=model_args.version,
+            tower=config.mm_vision_tower,
+            connector=config.mm_projector_type if config.has_vision_tower else None,
+            data=[(file.name, len(positions)) for file, positions, _ in files],
+            trained={part: row["trained"] for part, row in rows.items()},
+            frozen={part: row["frozen"] for part, row in rows.items()},
+            log=read_metrics(Path(args.output_dir) / METRICS),
+            settings=settings_of(model_args, data_args, args),
+            world_size=args.world_size,
+            whole=whole,
+        )
+    )
+
 
 def public_name(value):
     """Return a setting as a reader elsewhere may see it: of a path on this machine only the last part."""
+    if isinstance(value, dict):
+        return {key: public_name(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [public_name(item) for item in value]
     if not isinstance(value, (str, Path)):
@@ -66,8 +104,9 @@ def settings_of(*arguments) -> dict:
         for knob in dataclasses.fields(dataclass_args):
             value = getattr(dataclass_args, knob.name)
             made = knob.default_factory() if callable(knob.default_factory) else knob.default
-            if value != made and value is not None and not PRIVATE.search(knob.name) and knob.init:
-                settings[knob.name] = getattr(value, "value", value)
+            value = getattr(value, "value", value)
+            if value != made and isinstance(value, PLAIN) and not PRIVATE.search(knob.name) and knob.init:
+                settings[knob.name] = value
     return settings
 
 
@@ -101,14 +140,14 @@ def front_matter(facts: RunFacts) -> str:
     """Return the YAML block that the Hub reads."""
     import yaml
 
-    base = hub_base(facts.base)
     metadata = {
         "library_name": "transformers",
         "pipeline_tag": "image-text-to-text" if facts.tower else "text-generation",
-        "tags": ["llava", "llava-lite", *(["moe"] if facts.expert_load else []), *([facts.tuning] if facts.tuning else [])],
-        **({"base_model": base} if base else {}),
-        **({"base_model_relation": "adapter" if facts.tuning == "lora" and not facts.whole else "finetune"} if base else {}),
+        "tags": ["llava", "llava-lite", facts.tuning],
     }
+    if base := hub_base(facts.base):
+        is_adapter = facts.tuning == "lora" and not facts.whole
+        metadata |= {"base_model": base, "base_model_relation": "adapter" if is_adapter else "finetune"}
     return f"---\n{yaml.safe_dump(metadata, sort_keys=False)}---\n"
 
 
@@ -150,10 +189,11 @@ def section(title: str, body: str) -> str:
     return f"## {title}\n\n{body}" if body else ""
 
 
-def table(header: Iterable[str], rows: Iterable[Iterable]) -> str:
+def table(header: Sequence[str], rows: Iterable[Iterable]) -> str:
     """Return a Markdown table, "" without rows."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines) if rows else ""
+    rows = list(rows)
+    lines = [header, ["---"] * len(header), *rows] if rows else []
+    return "\n".join(f"| {' | '.join(str(cell).replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
 
 
 def parameters(facts: RunFacts) -> str:
@@ -169,25 +209,28 @@ def losses(log: Sequence[Mapping]) -> str:
     trained = [line for line in log if "loss" in line]
     count = min(_NUM_LOSS_ROWS, len(trained))
     picked = [trained[round(i * (len(trained) - 1) / max(count - 1, 1))] for i in range(count)]
-    evaluated = [line for line in log if "eval_loss" in line]
-    rows = sorted((line["step"], "eval_loss" in line, line) for line in ())
-    rows = [(line["step"], f"{line['loss']:.4f}", "") for line in picked]
-    rows += [(line["step"], "", f"{line['eval_loss']:.4f}") for line in evaluated]
-    summary = next((f"Mean over the run: {line['train_loss']:.4f}." for line in reversed(log) if "train_loss" in line), "")
-    return "\n\n".join(part for part in (summary, table(("step", "loss", "evaluation"), sorted(rows))) if part)
+    rows = [(line["step"], number(line["loss"]), "") for line in picked]
+    rows += [(line["step"], "", number(line["eval_loss"])) for line in log if "eval_loss" in line]
+    means = [f"Mean over the run: {number(line['train_loss'])}." for line in log if "train_loss" in line]
+    return "\n\n".join(filter(None, [*means[-1:], table(("step", "loss", "evaluation"), sorted(rows))]))
 
 
-def expert_table(load: Mapping[int, Sequence[float]]) -> str:
-    """Return each expert's share of the choices in the last line of the log, layer by layer."""
+def number(value) -> str:
+    """Return a loss; one that was not finite is text in the log already."""
+    return f"{value:.4f}" if isinstance(value, float) else str(value)
+
+
+def expert_table(load: Mapping[str, Sequence[float]]) -> str:
+    """Return each expert's share of the choices, layer by layer."""
     width = max(map(len, load.values()), default=0)
-    rows = [(layer, *(f"{share:.1%}" for share in shares), *[""] * (width - len(shares))) for layer, shares in load.items()]
-    return table(("layer", *(f"expert {i}" for i in range(width))), rows)
+    shares = {layer: [f"{share:.1%}" for share in row] + [""] * (width - len(row)) for layer, row in load.items()}
+    return table(("layer", *(f"expert {i}" for i in range(width))), [(layer, *row) for layer, row in shares.items()])
 
 
 def recipe(facts: RunFacts) -> str:
     """Return the flags that differ from their defaults."""
-    rows = [("ranks", facts.world_size), *((f"`--{key}`", shown(value)) for key, value in sorted(facts.settings.items()))]
-    return table(("flag", "value"), rows)
+    flags = [(f"`--{key}`", shown(value)) for key, value in sorted(facts.settings.items())]
+    return table(("flag", "value"), [("ranks", facts.world_size), *flags])
 
 
 def shown(value) -> str:
