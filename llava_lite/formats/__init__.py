@@ -1,0 +1,1 @@
+"""Names of foreign checkpoints and ours, one file a format, pure functions."""

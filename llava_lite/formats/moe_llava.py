@@ -1,0 +1,148 @@
+"""Turn MoE-LLaVA's weight and config names into ours and back.
+
+MoE-LLaVA (https://github.com/PKU-YuanGroup/MoE-LLaVA) keeps each expert as an MLP of its own inside DeepSpeed's layer,
+`mlp.deepspeed_moe.experts.deepspeed_experts.{e}`, and the router as `mlp.deepspeed_moe.gate.wg`. Here the experts of a
+layer are fused: `mlp.experts.gate_up_proj` [E, 2I, D] and `down_proj` [E, D, I]; for Phi `up_proj` [E, I, D],
+`down_proj` and both biases. Whatever is not named below has the same name in both.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+
+import torch
+
+ROUTER = ("mlp.gate.weight", "mlp.deepspeed_moe.gate.wg.weight")
+EXPERT = "mlp.deepspeed_moe.experts.deepspeed_experts."
+PREFIXES = (
+    ("model.mm_projector.", "model.mm_projector.image_spatial_proj."),
+    ("model.vision_tower.vision_tower.", "model.image_tower.image_tower."),
+)
+# Our fused weight: the linear layers of an expert that it holds, side by side. Only the weights of gated experts
+# (gate_up_proj) and of Phi's (up_proj) differ in name; `down_proj` is read by what stands beside it.
+GATED = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
+PLAIN = {"up_proj": ("fc1",), "down_proj": ("fc2",)}
+CONFIG_KEYS = {"mm_image_tower": "mm_vision_tower", "image_projector_type": "mm_projector_type"}
+
+_OUR_EXPERTS = re.compile(r"(?P<layer>.*\.)mlp\.experts\.(?P<fused>gate_up_proj|up_proj|down_proj)(?P<bias>_bias)?")
+_THEIR_EXPERTS = re.compile(
+    rf"(?P<layer>.*\.){re.escape(EXPERT)}(?P<expert>\d+)\.(?P<linear>\w+)\.(?P<kind>weight|bias)"
+)
+
+
+def moe_llava_names(name, num_experts=1, gated=None):
+    """Return MoE-LLaVA's names for the parameter that is `name` here: one, or one for each expert and linear layer.
+
+    gated: whether the experts have a gate_proj; None (not known) names `down_proj` both ways, down_proj and fc2.
+    """
+    match = _OUR_EXPERTS.fullmatch(name)
+    if match is None:
+        return [_replace_prefix(name.replace(*ROUTER), 0, 1)]
+    kinds = [GATED, PLAIN] if gated is None else [GATED if gated else PLAIN]
+    linears = [linear for kind in kinds for linear in kind.get(match["fused"], ())]
+    suffix = "bias" if match["bias"] else "weight"
+    return [
+        f"{match['layer']}{EXPERT}{expert}.{linear}.{suffix}" for expert in range(num_experts) for linear in linears
+    ]
+
+
+def _replace_prefix(name, ours, theirs):
+    """Replace a prefix of PREFIXES from one column by that of the other."""
+    for pair in PREFIXES:
+        if name.startswith(pair[ours]) and not (theirs and name.startswith(pair[theirs])):
+            return pair[theirs] + name.removeprefix(pair[ours])
+    return name
+
+
+def trained_by(names: Iterable[str], train_modules: Iterable[str]) -> dict[str, list[str]]:
+    """Return for each entry of --train_modules the parameters that it trains: those whose name there contains it.
+
+    names: our names of the parameters that may train; leave the vision tower's out, CLIP has an fc1 too. Raises
+    ValueError for an entry that trains nothing, and for one that names a part of a fused weight whose other part no
+    entry names (gate_proj without up_proj).
+    """
+    names, entries = list(names), list(train_modules)
+    gated = any(name.endswith("mlp.experts.gate_up_proj") for name in names)
+    theirs = {name: moe_llava_names(name, gated=gated) for name in names}
+    trained = {entry: [name for name in names if any(entry in one for one in theirs[name])] for entry in entries}
+    idle = [entry for entry in entries if not trained[entry]]
+    if idle:
+        known = sorted({one.rsplit(".", 2)[-2] for name in names for one in theirs[name] if "." in one})
+        raise ValueError(
+            f"--train_modules {' '.join(idle)}: no parameter is named so. Names here: {', '.join(known)}."
+        )
+    for name in {name for entry in entries for name in trained[entry]}:
+        left = [one for one in theirs[name] if not any(entry in one for entry in entries)]
+        if left:
+            raise ValueError(
+                f"--train_modules {' '.join(entries)} trains a part of {name}, which is one tensor here; "
+                f"add {left[0].rsplit('.', 2)[-2]}."
+            )
+    return trained
+
+
+def to_moe_llava(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return the state dict under MoE-LLaVA's names, fused experts taken apart (views of the same memory)."""
+    gated = any(name.endswith("mlp.experts.gate_up_proj") for name in state_dict)
+    renamed = {}
+    for name, tensor in state_dict.items():
+        names, parts = moe_llava_names(name), [tensor]
+        if _OUR_EXPERTS.fullmatch(name):
+            num_linears = len(moe_llava_names(name, gated=gated))
+            names = moe_llava_names(name, len(tensor), gated)
+            parts = [part for expert in tensor.unbind(0) for part in expert.chunk(num_linears)]
+        renamed |= zip(names, parts, strict=True)
+    return renamed
+
+
+def from_moe_llava(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return the state dict under our names, each layer's experts fused; a dict under our names passes unchanged.
+
+    Raises ValueError if a layer lacks one of its experts' weights.
+    """
+    experts, renamed = {}, {}
+    for name, tensor in state_dict.items():
+        match = _THEIR_EXPERTS.fullmatch(name)
+        if match:
+            experts.setdefault(match["layer"], {})[match["linear"], match["kind"], int(match["expert"])] = tensor
+        else:
+            renamed[_replace_prefix(name.replace(*reversed(ROUTER)), 1, 0)] = tensor
+    for layer, weights in experts.items():
+        renamed |= {f"{layer}mlp.experts.{name}": tensor for name, tensor in _fuse(layer, weights).items()}
+    return renamed
+
+
+def _fuse(layer, weights):
+    """Return our tensors of one layer from its experts' weights, a dict (linear, weight or bias, expert) -> tensor."""
+    fusion = GATED if any(linear == "gate_proj" for linear, _, _ in weights) else PLAIN
+    kinds = sorted({kind for _, kind, _ in weights}, reverse=True)  # weight, bias
+    num_experts = 1 + max(expert for _, _, expert in weights)
+    linears = [linear for parts in fusion.values() for linear in parts]
+    wanted = {(linear, kind, e) for linear in linears for kind in kinds for e in range(num_experts)}
+    if wanted != set(weights):
+        missing, unknown = sorted(wanted - set(weights)), sorted(set(weights) - wanted)
+        raise ValueError(
+            f"the experts of {layer}mlp are not whole: missing {missing[:4]}, not known {unknown[:4]}. "
+            "A checkpoint written under expert parallelism holds one rank's experts only; gather all ranks' files."
+        )
+    return {
+        name + ("_bias" if kind == "bias" else ""): torch.stack(
+            [torch.cat([weights[linear, kind, e] for linear in parts]) for e in range(num_experts)]
+        )
+        for name, parts in fusion.items()
+        for kind in kinds
+    }
+
+
+def config_from_moe_llava(config: Mapping) -> dict:
+    """Return the fields of a config.json under our names; those under our names already stay, and count more.
+
+    mm_image_tower is mm_vision_tower here, model_type moe_llava_llama is llava_llama: whether a model has experts is
+    told by the field `moe` alone.
+    """
+    renamed = {CONFIG_KEYS.get(key, key): value for key, value in config.items() if CONFIG_KEYS.get(key) not in config}
+    model_type = renamed.get("model_type", "")
+    if model_type.startswith("moe_llava_"):
+        renamed["model_type"] = model_type.removeprefix("moe_")
+    if "qwen1_5" in model_type:
+        renamed["model_type"] = "llava_qwen2"
+    return renamed
