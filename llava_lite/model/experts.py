@@ -1,7 +1,7 @@
 """Hold the experts of one MoE layer in fused 3-D weights and run each token through those it chose.
 
-The names and shapes of the weights are those of transformers' experts interface, which multiplies them one expert after
-the other (`eager`), as one batch (`batched_mm`) or in one grouped product (`grouped_mm`, its default).
+The names and shapes of the weights are those of transformers' experts interface, which multiplies them one expert
+after the other (`eager`), as one batch (`batched_mm`) or in one grouped product (`grouped_mm`, its default).
 
 Shapes: `S` tokens, `K` choices a token, `E` experts, `D` model width, `I` width of an expert.
 """

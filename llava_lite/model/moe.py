@@ -1,8 +1,8 @@
 """Stand in for a decoder layer's MLP with a router and a set of experts.
 
-MoE-LLaVA: Mixture of Experts for Large Vision-Language Models (Lin et al. 2024, arXiv 2401.15947), section 3. Different
-here: expert weights are fused in 3-D tensors and run by transformers' experts interface, padding takes no expert, and
-nothing needs DeepSpeed.
+MoE-LLaVA: Mixture of Experts for Large Vision-Language Models (Lin et al. 2024, arXiv 2401.15947), section 3.
+Different here: expert weights are fused in 3-D tensors and run by transformers' experts interface, padding takes no
+expert, and nothing needs DeepSpeed.
 
 Shapes: `B` batch, `L` tokens, `S` routed tokens (B * L without padding), `E` experts, `D` model width.
 """
@@ -120,6 +120,8 @@ class MoeBlock(nn.Module):
         if moe.use_residual:
             self.mlp = dense_mlp
             self.coefficient = nn.Linear(shape.hidden_size, 2, dtype=like.dtype, device=like.device)
+        # A hook and not a line in forward: it must come before the backward hooks that wrap the input.
+        self.register_forward_pre_hook(_ask_for_input_gradient)
 
     def forward(self, hidden):
         """Return the mix of the experts [B, L, D]; zero at padding, unless it counts as text (moe_count_padding)."""
@@ -152,6 +154,18 @@ class MoeBlock(nn.Module):
         sampling = moe.moe_second_expert_sampling
         sample_second = sampling == "always" or (bool(sampling) and training)
         return route(self.gate(tokens), moe.top_k_experts, capacity, sample_second)
+
+
+def _ask_for_input_gradient(block, args):
+    """Let the input of a trained block require a gradient, even if everything before it is frozen.
+
+    ZeRO-3 hangs the backward pass of a leaf module on the gradient of its input; without one the weights are gone when
+    the backward pass needs them (RuntimeError: the size of tensor a (0) must match ...).
+    """
+    (hidden,) = args
+    if torch.is_grad_enabled() and not hidden.requires_grad and block.gate.weight.requires_grad:
+        return (hidden.detach().requires_grad_(),)
+    return None
 
 
 def init_moe_weights(module, std):

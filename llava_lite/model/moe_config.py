@@ -1,4 +1,4 @@
-"""Read `config.moe`, MoE-LLaVA's nested dict, into one checked object: which layers have experts, how many, how routed."""
+"""Read `config.moe`, MoE-LLaVA's nested dict, into one checked object: which layers, how many experts, how routed."""
 
 from dataclasses import asdict, dataclass, fields
 
