@@ -2,6 +2,7 @@
 
 import io
 import os
+import shlex
 import subprocess
 import sys
 
@@ -72,10 +73,11 @@ def test_speakers_are_called_as_the_format_calls_them(template, names):
 
 
 def test_flags_are_llavas(toy_pair):
-    options = cli.build_parser().parse_args(
+    flags = (
         "--model-path m --model-base b --image-file a.png --device cpu --conv-mode v1 --temperature 0.5 "
-        "--max-new-tokens 7 --load-8bit --load-4bit --debug".split()
+        "--max-new-tokens 7 --load-8bit --load-4bit --debug"
     )
+    options = cli.build_parser().parse_args(shlex.split(flags))
     assert (options.model_path, options.model_base, options.image_file) == ("m", "b", ["a.png"])
     assert (options.temperature, options.max_new_tokens, options.load_8bit, options.debug) == (0.5, 7, True, True)
     defaults = cli.build_parser().parse_args(["m"])

@@ -1,0 +1,268 @@
+"""A Hugging Face Hub in one file, in memory, on this machine: what huggingface_hub asks for when it pushes and loads.
+
+`python hub_server.py` prints its port. Users are the tokens themselves; GET /_log lists the requests of all clients.
+Large files go through git-LFS: those above PART_BYTES in parts, as the Hub does with files above 5 GB.
+"""
+
+import base64
+import hashlib
+import json
+import re
+import sys
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import parse_qs, unquote, urlsplit
+
+import yaml
+
+LFS_BYTES = 16 * 1024
+PART_BYTES = 64 * 1024
+REPO = r"(?P<repo>[\w.-]+/[\w.-]+)"
+
+repos = {}  # id -> {"private": bool, "gated": bool, "branches": {name: sha}}
+commits = {}  # sha -> {path: bytes}
+large = {}  # sha256 -> bytes
+parts = {}  # (sha256, number) -> bytes
+log = []
+
+
+class Refused(Exception):
+    """An answer that is an error of the Hub: its status and its X-Error-Code."""
+
+    def __init__(self, status, code, message):
+        super().__init__(message)
+        self.status, self.code = status, code
+
+
+def git_oid(content):
+    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+
+
+def is_large(path, content_len):
+    return content_len > LFS_BYTES or path.endswith((".safetensors", ".bin"))
+
+
+def tree_of(repo, revision):
+    """Return (sha, files) of a branch or a commit."""
+    sha = repo["branches"].get(revision, revision)
+    if sha not in commits:
+        raise Refused(404, "RevisionNotFound", f"Invalid rev id: {revision}")
+    return sha, commits[sha]
+
+
+def add_commit(repo, branch, files):
+    sha = hashlib.sha1(json.dumps([len(commits), sorted(files)]).encode()).hexdigest()
+    commits[sha] = files
+    repo["branches"][branch] = sha
+    return sha
+
+
+class Hub(BaseHTTPRequestHandler):
+    """Route a request by method and path; every handler returns (status, headers, body)."""
+
+    protocol_version = "HTTP/1.1"
+
+    def user(self):
+        return self.headers.get("Authorization", "").removeprefix("Bearer ") or None
+
+    def repo(self, name):
+        """Return a repository that this user may see."""
+        found = repos.get(name)
+        if found is None or (found["private"] and self.user() != name.split("/")[0]):
+            raise Refused(401 if found else 404, "RepoNotFound", "Repository not found")
+        return found
+
+    def writable(self, name):
+        if self.user() != name.split("/")[0]:
+            raise Refused(403, "", f"{self.user()} may not write to {name}")
+        return self.repo(name)
+
+    def readable(self, name):
+        if self.repo(name)["gated"] and self.user() != name.split("/")[0]:
+            raise Refused(403, "GatedRepo", f"Access to model {name} is restricted")
+        return self.repo(name)
+
+    def address(self, path):
+        return f"http://{self.headers['Host']}{path}"
+
+    # -------------------------------------------------------------- pushing
+
+    def create(self, body):
+        asked = json.loads(body)
+        name = f"{asked.get('organization') or self.user()}/{asked['name']}"
+        if self.user() is None:
+            raise Refused(401, "", "Invalid username or password.")
+        status = 409 if name in repos else 200
+        if name not in repos:
+            hidden = asked.get("private") or asked.get("visibility") == "private"
+            repos[name] = {"private": bool(hidden), "gated": asked["name"].startswith("gated"), "branches": {}}
+            add_commit(repos[name], "main", {".gitattributes": b"*.safetensors filter=lfs\n"})
+        return status, {}, {"url": self.address(f"/{name}"), "name": name, "error": "exists"}
+
+    def validate_yaml(self, body):
+        content = json.loads(body)["content"]
+        found = re.match(r"---\n(.*?)\n---\n", content, re.DOTALL)
+        fields = yaml.safe_load(found[1]) if found else None
+        errors = [] if isinstance(fields, dict) and content[found.end() :].strip() else [{"message": "no metadata"}]
+        return 400 if errors else 200, {}, {"errors": errors, "warnings": []}
+
+    def preupload(self, body, repo, revision):
+        _, files = tree_of(self.writable(repo), revision)
+        answers = []
+        for asked in json.loads(body)["files"]:
+            mode = "lfs" if is_large(asked["path"], asked["size"]) else "regular"
+            here = files.get(asked["path"])
+            oid = git_oid(here) if here is not None and mode == "regular" else None
+            answers.append({"path": asked["path"], "uploadMode": mode, "shouldIgnore": False, "oid": oid})
+        return 200, {}, {"files": answers}
+
+    def lfs_batch(self, body, repo):
+        self.writable(repo)
+        objects = []
+        for asked in json.loads(body)["objects"]:
+            oid, size = asked["oid"], asked["size"]
+            upload = {"href": self.address(f"/_lfs/{oid}")}
+            if size > PART_BYTES:
+                count = -(-size // PART_BYTES)
+                numbers = range(1, count + 1)
+                upload["header"] = {f"{n:05d}": self.address(f"/_lfs/{oid}/{n}") for n in numbers}
+                upload["header"]["chunk_size"] = str(PART_BYTES)
+                upload["href"] = self.address(f"/_lfs/{oid}/complete")
+            actions = {"upload": upload, "verify": {"href": self.address(f"/_lfs/{oid}/verify")}}
+            objects.append(asked if oid in large else {**asked, "actions": actions})
+        return 200, {}, {"transfer": "basic", "objects": objects}
+
+    def lfs_put(self, body, oid, number=None):
+        if number is not None:
+            parts[oid, int(number)] = body
+        elif hashlib.sha256(body).hexdigest() == oid:
+            large[oid] = body
+        else:
+            raise Refused(400, "", "sha256 does not fit")
+        return 200, {"ETag": hashlib.md5(body).hexdigest()}, b""
+
+    def lfs_complete(self, body, oid):
+        numbers = [part["partNumber"] for part in json.loads(body)["parts"]]
+        return self.lfs_put(b"".join(parts[oid, number] for number in numbers), oid)
+
+    def lfs_verify(self, body, oid):
+        return (200 if oid in large else 404), {}, {}
+
+    def commit(self, body, repo, revision):
+        found = self.writable(repo)
+        _, files = tree_of(found, revision)
+        files = dict(files)
+        for line in map(json.loads, body.decode().splitlines()):
+            value = line["value"]
+            if line["key"] == "file":
+                files[value["path"]] = base64.b64decode(value["content"])
+            elif line["key"] == "lfsFile":
+                files[value["path"]] = large[value["oid"]]
+        sha = add_commit(found, revision, files)
+        url = self.address(f"/{repo}/commit/{sha}")
+        return 200, {}, {"success": True, "commitUrl": url, "commitOid": sha}
+
+    def branch(self, body, repo, revision):
+        found = self.writable(repo)
+        if revision in found["branches"]:
+            return 409, {}, {"error": "Reference already exists"}
+        found["branches"][revision] = found["branches"]["main"]
+        return 200, {}, {}
+
+    # -------------------------------------------------------------- loading
+
+    def info(self, body, repo, revision="main"):
+        sha, files = tree_of(self.repo(repo), revision)
+        names = [{"rfilename": path} for path in sorted(files)]
+        return 200, {}, {"id": repo, "sha": sha, "private": self.repo(repo)["private"], "tags": [], "siblings": names}
+
+    def tree(self, body, repo, revision, path=""):
+        _, files = tree_of(self.readable(repo), revision)
+        folder = f"{path}/" if path else ""
+        inside = {name: content for name, content in files.items() if name.startswith(folder)}
+        if folder and not inside:
+            raise Refused(404, "EntryNotFound", f"no folder {path}")
+        entries = [{"type": "file", "path": n, "size": len(c), "oid": git_oid(c)} for n, c in inside.items()]
+        return 200, {}, entries
+
+    def resolve(self, body, repo, revision, path):
+        sha, files = tree_of(self.readable(repo), revision)
+        if path not in files:
+            raise Refused(404, "EntryNotFound", f"no file {path}")
+        content = files[path]
+        etag = hashlib.sha256(content).hexdigest() if is_large(path, len(content)) else git_oid(content)
+        return 200, {"ETag": f'"{etag}"', "X-Repo-Commit": sha, "X-Linked-Size": str(len(content))}, content
+
+    def show_log(self, body):
+        return 200, {}, log
+
+    routes = (
+        ("POST", r"/api/repos/create", create),
+        ("POST", r"/api/validate-yaml", validate_yaml),
+        ("POST", rf"/api/models/{REPO}/preupload/(?P<revision>.+)", preupload),
+        ("POST", rf"/{REPO}\.git/info/lfs/objects/batch", lfs_batch),
+        ("POST", r"/_lfs/(?P<oid>\w+)/verify", lfs_verify),
+        ("POST", r"/_lfs/(?P<oid>\w+)/complete", lfs_complete),
+        ("PUT", r"/_lfs/(?P<oid>\w+)(/(?P<number>\d+))?", lfs_put),
+        ("POST", rf"/api/models/{REPO}/commit/(?P<revision>.+)", commit),
+        ("POST", rf"/api/models/{REPO}/branch/(?P<revision>.+)", branch),
+        ("GET", rf"/api/models/{REPO}", info),
+        ("GET", rf"/api/models/{REPO}/revision/(?P<revision>.+)", info),
+        ("GET", rf"/api/models/{REPO}/tree/(?P<revision>[^/]+)(/(?P<path>.+))?", tree),
+        ("GET", rf"/{REPO}/resolve/(?P<revision>[^/]+)/(?P<path>.+)", resolve),
+        ("GET", r"/_log", show_log),
+    )
+
+    # -------------------------------------------------------------- plumbing
+
+    def body(self):
+        if self.headers.get("Transfer-Encoding") != "chunked":
+            return self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        chunks = []
+        while size := int(self.rfile.readline(), 16):
+            chunks.append(self.rfile.read(size))
+            self.rfile.readline()
+        self.rfile.readline()
+        return b"".join(chunks)
+
+    def answer(self):
+        url = urlsplit(self.path)
+        path, method = unquote(url.path), "GET" if self.command == "HEAD" else self.command
+        body = self.body()
+        log.append([self.command, path, parse_qs(url.query)])
+        for wanted, pattern, handler in self.routes:
+            found = re.fullmatch(pattern, path) if wanted == method else None
+            if found:
+                named = {key: value for key, value in found.groupdict().items() if value is not None}
+                return handler(self, body, **named)
+        raise Refused(404, "", f"this hub knows no {method} {path}")
+
+    def handle_any(self):
+        try:
+            status, headers, body = self.answer()
+        except Refused as error:
+            status, headers, body = error.status, {"X-Error-Code": error.code}, {"error": str(error)}
+            headers["X-Error-Message"] = str(error)
+        if not isinstance(body, bytes):
+            body = json.dumps(body).encode()
+            headers = {"Content-Type": "application/json", **headers}
+        self.send_response(status)
+        for key, value in headers.items():
+            self.send_header(key, value)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    do_GET = do_HEAD = do_POST = do_PUT = handle_any
+
+    def log_message(self, *args):
+        """Keep quiet: GET /_log tells."""
+
+
+if __name__ == "__main__":
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    print(server.server_address[1], flush=True)
+    try:
+        server.serve_forever()
+    except KeyboardInterrupt:
+        sys.exit(0)
