@@ -210,3 +210,44 @@ def write_ledger(path: str | os.PathLike, bad: list[BadRecord]) -> None:
         "".join(json.dumps(entry._asdict(), ensure_ascii=False) + "\n" for entry in bad), encoding="utf-8"
     )
     os.replace(draft, path)
+
+
+def main(argv=None) -> int:
+    """Check annotation files from the command line: `llava-lite check`; 0 if a run could start, else 1."""
+    import argparse
+
+    from transformers import AutoTokenizer
+
+    from llava_lite.data.index import open_annotations
+
+    parser = argparse.ArgumentParser(prog="llava-lite check", description=__doc__)
+    parser.add_argument("--data_path", nargs="+", required=True, help="JSON or JSONL files, or YAML mixtures of them")
+    parser.add_argument("--image_folder", help="folder that picture paths start from")
+    parser.add_argument("--model_name_or_path", required=True, help="whose tokenizer counts the tokens")
+    parser.add_argument("--version", default="v1", help="conversation template (default v1)")
+    parser.add_argument("--model_max_length", type=int, default=2048, help="tokens of a sequence (default 2048)")
+    parser.add_argument("--num_image_tokens", type=int, default=576, help="features of a picture (default 576)")
+    parser.add_argument("--decode", action="store_true", help="decode every picture too; slow")
+    parser.add_argument("--follow_links", action="store_true", help="allow links that lead out of the image folder")
+    parser.add_argument("--ledger", help="write the bad records to this file, one JSON object a line")
+    parser.add_argument("--num_workers", type=int, default=os.cpu_count(), help="processes that count tokens")
+    flags = parser.parse_args(argv)
+    encoder = RecordEncoder(AutoTokenizer.from_pretrained(flags.model_name_or_path), flags.version)
+    try:
+        report = check_annotations(
+            open_annotations(flags.data_path, flags.image_folder, num_workers=flags.num_workers),
+            encoder,
+            flags.num_image_tokens,
+            flags.model_max_length,
+            bad_record="skip" if flags.ledger else "raise",
+            max_bad_share=1.0,
+            ledger_path=flags.ledger,
+            decode=flags.decode,
+            follow_links=flags.follow_links,
+            num_workers=flags.num_workers,
+        )
+    except DataError as error:
+        print(error)
+        return 1
+    print(report.summary())
+    return 1 if report.bad else 0

@@ -12,6 +12,8 @@ from collections.abc import Iterator
 import numpy as np
 
 CHUNK_BYTES = 1 << 23
+# Below this a file is read before a progress bar could be.
+BAR_BYTES = 1 << 27
 BOM = b"\xef\xbb\xbf"
 BLANKS = b" \t\r\n"
 
@@ -72,12 +74,17 @@ def _open_checked(path: str):
 
 def _chunks(file) -> Iterator[tuple[int, bytes]]:
     """Yield offset and bytes of each piece of the file; none ends in a run of backslashes, before what they escape."""
-    offset = file.tell()
-    while chunk := file.read(CHUNK_BYTES):
-        while chunk.endswith(b"\\") and (more := file.read(1)):
-            chunk += more
-        yield offset, chunk
-        offset += len(chunk)
+    from tqdm import tqdm
+
+    offset, size = file.tell(), os.fstat(file.fileno()).st_size
+    name = f"indexing {os.path.basename(file.name)}"
+    with tqdm(total=size, desc=name, unit="B", unit_scale=True, disable=size < BAR_BYTES) as bar:
+        while chunk := file.read(CHUNK_BYTES):
+            while chunk.endswith(b"\\") and (more := file.read(1)):
+                chunk += more
+            yield offset, chunk
+            offset += len(chunk)
+            bar.update(len(chunk))
 
 
 def _unescaped(quotes: np.ndarray, slashes: np.ndarray) -> np.ndarray:
