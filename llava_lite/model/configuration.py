@@ -96,7 +96,7 @@ def load_vision_config(name: str) -> PreTrainedConfig:
         config = AutoConfig.from_pretrained(name)
     except (OSError, ValueError) as error:
         raise OSError(
-            f"vision tower {name!r} could not be read ({error}). Give a hub id such as "
+            f"vision tower {name!r} could not be read ({str(error).splitlines()[0]}). Give a hub id such as "
             "openai/clip-vit-large-patch14-336 or a folder with config.json, preprocessor_config.json and weights."
         ) from error
     return getattr(config, "vision_config", config)

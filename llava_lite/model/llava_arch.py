@@ -15,6 +15,7 @@ from llava_lite.model.connector import build_connector
 from llava_lite.model.loading import LoadingMixin
 from llava_lite.model.moe import MoeBlock, RoutingContext, init_moe_weights, read_moe_config, set_routing
 from llava_lite.model.outputs import LlavaOutput
+from llava_lite.model.sharing import SharingMixin
 from llava_lite.model.splice import Batch, check_counts, expand_placeholders, placeholder_mask, splice
 from llava_lite.model.vision_tower import VisionTower, build_vision_tower
 from llava_lite.model.weights import is_partitioned
@@ -23,10 +24,21 @@ from llava_lite.model.weights import is_partitioned
 UNSET = object()
 
 
-class LlavaMetaModel:
-    """The decoder stack with `vision_tower` and `mm_projector` beside `layers`, and MoE blocks in place of some MLPs."""
+class ExpertsMixin:
+    """What transformers must know of a model class whose layers may hold experts; the stack and the whole both are one."""
 
+    # transformers looks for its decorator in the model's own file, does not find it there and refuses grouped experts.
     _can_set_experts_implementation_cached_value = True
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        super()._init_weights(module)
+        # Raw 3-D expert weights are unknown to transformers' own initialisation.
+        init_moe_weights(module, self.config.initializer_range)
+
+
+class LlavaMetaModel(ExpertsMixin):
+    """The decoder stack with `vision_tower` and `mm_projector` beside `layers`, and MoE blocks in place of some MLPs."""
 
     def __init__(self, config):
         super().__init__(config)
@@ -48,13 +60,11 @@ class LlavaMetaModel:
     get_image_tower = get_vision_tower
 
 
-class LlavaMetaForCausalLM(LoadingMixin):
+class LlavaMetaForCausalLM(SharingMixin, LoadingMixin):
     """Everything that LLaVA adds to a decoder with a vocabulary head; a backbone names its `decoder_class`."""
 
     decoder_class: type
     lm_head_bias = False
-    # transformers looks for its decorator in the model's own file, does not find it there and refuses grouped experts.
-    _can_set_experts_implementation_cached_value = True
     # The loss is divided by num_items_in_batch here, so the Trainer must not divide it again.
     accepts_loss_kwargs = True
 
@@ -64,12 +74,6 @@ class LlavaMetaForCausalLM(LoadingMixin):
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=self.lm_head_bias)
         self.post_init()
-
-    @torch.no_grad()
-    def _init_weights(self, module):
-        super()._init_weights(module)
-        # Raw 3-D expert weights are unknown to transformers' own initialisation.
-        init_moe_weights(module, self.config.initializer_range)
 
     def get_model(self):
         """Return the decoder stack (LLaVA's name)."""
@@ -226,7 +230,8 @@ class LlavaMetaForCausalLM(LoadingMixin):
         if self.routing is None or lm_loss is None:
             return lm_loss, None, None
         terms = tuple(self.routing.balance_losses())
-        moe_loss = self.config.moe["router_aux_loss_coef"] * torch.stack(terms).sum()
+        moe = read_moe_config(self.config.moe, self.config.num_hidden_layers)
+        moe_loss = moe.router_aux_loss_coef * torch.stack(terms).sum()
         return lm_loss + moe_loss, moe_loss, terms
 
     @torch.no_grad()

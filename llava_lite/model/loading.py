@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import logging
 import re
+from contextlib import contextmanager
 from pathlib import Path
 
 from transformers.utils import cached_file
@@ -56,7 +57,8 @@ class LoadingMixin:
         tower_is_inside = config.vision_config is not None and TOWER not in new_parts
         if config.has_vision_tower and config.vision_config is None:
             config.vision_config = find_vision_config(config.mm_vision_tower, path, hub)
-        model, info = super().from_pretrained(path, *args, config=config, output_loading_info=True, **kwargs)
+        with own_accounting():
+            model, info = super().from_pretrained(path, *args, config=config, output_loading_info=True, **kwargs)
         missing = {k for k in info["missing_keys"] if not DERIVED.search(k)}
         unexpected = {k for k in info["unexpected_keys"] if not DERIVED.search(k)}
         if model.get_vision_tower() is not None and not tower_is_inside:
@@ -85,6 +87,21 @@ class LoadingMixin:
             model = merge_adapter(model, path, hub)
         model.config._name_or_path = str(path)
         return model
+
+
+@contextmanager
+def own_accounting():
+    """Drop transformers' report of missing weights: new parts are meant to be missing, all else raises here."""
+    source = logging.getLogger("transformers.modeling_utils")
+
+    def is_no_report(record: logging.LogRecord) -> bool:
+        return "LOAD REPORT" not in record.getMessage()
+
+    source.addFilter(is_no_report)
+    try:
+        yield
+    finally:
+        source.removeFilter(is_no_report)
 
 
 def find_vision_config(name: str, path, hub: dict):

@@ -1,0 +1,150 @@
+"""One rank: train toys whose ranks see pictures and text at random; write each step's loss as JSON.
+
+Run by test_mixed_modality.py with RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT in the environment.
+"""
+
+import argparse
+import json
+import os
+import random
+from pathlib import Path
+
+import torch
+
+# SGD: Adam would blow rounding in gradients that are zero by symmetry (key biases) up to whole steps.
+NUM_STEPS = 6
+IMAGE = -200
+MOE = {"moe_enable": True, "moe_mode": "sparse", "num_experts": [4], "top_k_experts": 2, "router_aux_loss_coef": 0.01}
+VISION = dict(
+    model_type="clip_vision_model",
+    hidden_size=16,
+    intermediate_size=32,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    image_size=16,
+    patch_size=8,
+)
+
+
+def build_model(moe: bool):
+    """Return a seeded two-layer model; tower, connector and decoder all train."""
+    from llava_lite.model import LlavaConfig, LlavaLlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlavaConfig(
+        vocab_size=64,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        initializer_range=0.2,
+        vision_config=dict(VISION),
+        mm_projector_type="mlp2x_gelu",
+        moe=MOE if moe else None,
+    )
+    return LlavaLlamaForCausalLM(config).train()
+
+
+def batch_of(step: int, rank: int, seed: int) -> dict:
+    """Return this rank's micro-batch: all pictures, all text, or both, drawn at random."""
+    rng = random.Random(f"{seed}/{step}/{rank}")
+    generator = torch.Generator().manual_seed(rng.randrange(2**31))
+    rows = rng.randint(1, 3)
+    ids = torch.randint(3, 60, (rows, 8), generator=generator)
+    kind = rng.choice(["pictures", "text", "both"])
+    with_picture = [kind == "pictures" or (kind == "both" and rng.random() < 0.5) for _ in range(rows)]
+    for row, has in enumerate(with_picture):
+        if has:
+            ids[row, rng.randint(1, 4)] = IMAGE
+    labels = ids.masked_fill(ids == IMAGE, -100)
+    labels[:, :3] = -100
+    batch = {"input_ids": ids, "labels": labels, "attention_mask": torch.ones_like(ids)}
+    if any(with_picture):
+        batch["images"] = torch.randn(sum(with_picture), 3, 16, 16, generator=generator)
+    return batch
+
+
+def num_learned(step: int, world: int, seed: int) -> int:
+    """Return the supervised tokens of a step over all ranks."""
+    return sum(int((batch_of(step, rank, seed)["labels"] != -100).sum()) for rank in range(world))
+
+
+def reference(moe: bool, world: int, seed: int, checkpointing: bool) -> list[float]:
+    """Return the cross-entropy of each step when one process runs all ranks' batches."""
+    model = build_model(moe)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    losses = []
+    for step in range(NUM_STEPS):
+        total = 0.0
+        for rank in range(world):
+            out = model(**batch_of(step, rank, seed), num_items_in_batch=num_learned(step, world, seed))
+            balance = 0 if out.moe_loss is None else out.moe_loss / world
+            (out.lm_loss + balance).backward()
+            total += float(out.lm_loss.detach())
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(total)
+    return losses
+
+
+def train(moe: bool, stage: int, seed: int, checkpointing: bool, without_dummy: bool) -> list[float]:
+    """Return the cross-entropy of each step, summed over ranks, under DeepSpeed."""
+    import deepspeed
+    import torch.distributed as dist
+
+    world, rank = dist.get_world_size(), dist.get_rank()
+    model = build_model(moe)
+    if without_dummy:
+        type(model).needs_dummy = lambda self: False
+    if checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    zero = {"stage": stage}
+    if stage == 3:
+        zero |= {"stage3_param_persistence_threshold": 0, "leaf_module": {"classes": ["MoeBlock"]}}
+    engine, *_ = deepspeed.initialize(
+        model=model,
+        optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
+        config={
+            "train_micro_batch_size_per_gpu": 1,
+            "zero_optimization": zero,
+            "zero_allow_untested_optimizer": True,
+            "zero_force_ds_cpu_optimizer": False,
+            "gradient_clipping": 0.0,
+        },
+    )
+    losses = []
+    for step in range(NUM_STEPS):
+        out = engine(**batch_of(step, rank, seed), num_items_in_batch=num_learned(step, world, seed))
+        balance = 0 if out.moe_loss is None else out.moe_loss
+        # The engine averages gradients over ranks; the sum over ranks is meant.
+        engine.backward(out.lm_loss * world + balance)
+        engine.step()
+        total = out.lm_loss.detach().clone()
+        dist.all_reduce(total)
+        losses.append(float(total))
+    engine.destroy()
+    return losses
+
+
+def main():
+    """Run every case that the command line asks for."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--cases", type=json.loads, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--without_dummy", action="store_true")
+    args = parser.parse_args()
+    import deepspeed
+
+    torch.set_num_threads(1)
+    deepspeed.init_distributed("gloo", verbose=False)
+    results = []
+    for case in args.cases:
+        losses = train(**case, without_dummy=args.without_dummy)
+        expected = reference(case["moe"], int(os.environ["WORLD_SIZE"]), case["seed"], case["checkpointing"])
+        results.append({"case": case, "losses": losses, "expected": expected})
+    if int(os.environ["RANK"]) == 0:
+        args.out.write_text(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main()

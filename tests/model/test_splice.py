@@ -1,0 +1,101 @@
+"""The splice against a plain per-sample loop."""
+
+import pytest
+import torch
+
+from llava_lite.constants import IGNORE_INDEX
+from llava_lite.model.splice import Batch, check_counts, expand_placeholders, placeholder_mask, splice
+
+IMAGE = -200
+
+
+def plain_splice(ids, mask, labels, embed, features, left):
+    """Build rows one by one, as the sentence says: text embedded, each placeholder replaced by its picture's features."""
+    rows, row_labels, picture = [], [], 0
+    for row_ids, row_mask, row_label in zip(ids, mask, labels, strict=True):
+        vectors, learned = [], []
+        for token, real, label in zip(row_ids.tolist(), row_mask.tolist(), row_label.tolist(), strict=True):
+            if not real:
+                continue
+            if token == IMAGE:
+                vectors.extend(features[picture])
+                learned.extend([IGNORE_INDEX] * len(features[picture]))
+                picture += 1
+            else:
+                vectors.append(embed[token])
+                learned.append(label)
+        rows.append(torch.stack(vectors))
+        row_labels.append(learned)
+    length = max(len(r) for r in rows)
+    out, out_labels, out_mask = [], [], []
+    for vectors, learned in zip(rows, row_labels, strict=True):
+        pad = length - len(vectors)
+        empty = torch.zeros(pad, vectors.shape[1])
+        out.append(torch.cat([empty, vectors] if left else [vectors, empty]))
+        out_labels.append([IGNORE_INDEX] * pad + learned if left else learned + [IGNORE_INDEX] * pad)
+        out_mask.append([0] * pad + [1] * len(vectors) if left else [1] * len(vectors) + [0] * pad)
+    return torch.stack(out), torch.tensor(out_labels), torch.tensor(out_mask)
+
+
+def random_batch(generator, left):
+    """Return ids, mask, labels of ragged rows with 0 to 3 pictures each."""
+    num_rows, length = torch.randint(1, 5, (), generator=generator).item(), 12
+    ids = torch.randint(1, 20, (num_rows, length), generator=generator)
+    mask = torch.zeros_like(ids)
+    for row in range(num_rows):
+        real = torch.randint(1, length + 1, (), generator=generator).item()
+        columns = torch.arange(length - real, length) if left else torch.arange(real)
+        mask[row, columns] = 1
+        pictures = columns[torch.randperm(real, generator=generator)[: torch.randint(0, 4, (), generator=generator)]]
+        ids[row, pictures] = IMAGE
+    ids[mask == 0] = 0
+    labels = torch.where(torch.rand(ids.shape, generator=generator) < 0.5, ids, IGNORE_INDEX)
+    return ids, mask, labels
+
+
+@pytest.mark.parametrize("left", [False, True])
+def test_splice_equals_a_plain_loop_on_random_batches(left):
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(150):
+        ids, mask, labels = random_batch(generator, left)
+        embed = torch.randn(20, 6, generator=generator)
+        features = torch.randn(int((ids == IMAGE).sum()), 4, 6, generator=generator)
+        expected, expected_labels, expected_mask = plain_splice(ids, mask, labels, embed, features, left)
+
+        is_picture = placeholder_mask(ids, IMAGE)
+        batch = expand_placeholders(Batch(ids, mask, None, labels), is_picture, 4, pad_left=left)
+        is_picture = placeholder_mask(batch.input_ids, IMAGE)
+        embeds = splice(embed[batch.input_ids.masked_fill(is_picture, 0)], is_picture, features)
+
+        assert torch.equal(batch.attention_mask, expected_mask)
+        assert torch.equal(batch.labels.masked_fill(is_picture, IGNORE_INDEX), expected_labels)
+        real = expected_mask.bool()
+        assert torch.equal(embeds[real], expected[real])
+
+
+def test_positions_count_real_tokens_from_zero():
+    ids = torch.tensor([[5, IMAGE, 6], [7, 8, 0]])
+    mask = torch.tensor([[1, 1, 1], [1, 1, 0]])
+    batch = expand_placeholders(Batch(ids, mask, torch.arange(3).expand(2, 3)), ids == IMAGE, 2, pad_left=True)
+    assert batch.input_ids.tolist() == [[5, IMAGE, IMAGE, 6], [0, 0, 7, 8]]
+    assert batch.position_ids.tolist() == [[0, 1, 2, 3], [0, 0, 0, 1]]
+    assert batch.attention_mask.tolist() == [[1, 1, 1, 1], [0, 0, 1, 1]]
+
+
+def test_no_mask_is_made_up_when_no_row_needs_padding():
+    ids = torch.tensor([[5, IMAGE, 6], [IMAGE, 8, 9]])
+    assert expand_placeholders(Batch(ids), ids == IMAGE, 3).attention_mask is None
+
+
+def test_features_without_a_placeholder_get_a_gradient_of_zero():
+    features = torch.full((1, 4, 6), float("inf"), requires_grad=True)
+    embeds = splice(torch.randn(2, 3, 6), torch.zeros(2, 3, dtype=torch.bool), features)
+    embeds.sum().backward()
+    assert torch.equal(features.grad, torch.zeros(1, 4, 6))
+
+
+def test_counts_that_fit_neither_convention_are_refused_with_both_numbers():
+    assert check_counts(2, 2, 16) is True
+    assert check_counts(32, 2, 16) is False
+    with pytest.raises(ValueError, match="3 image placeholders in input_ids but 2 pictures of 16 features"):
+        check_counts(3, 2, 16)
