@@ -141,3 +141,13 @@ def test_an_unknown_aspect_ratio_is_refused(oddities, toy_tokenizer, processor):
         LazySupervisedDataset(
             open_annotations(path, folder), toy_tokenizer, processor, "v1", image_aspect_ratio="round"
         )
+
+
+def test_loader_workers_make_the_same_batches(opened, toy_tokenizer):
+    dataset, _ = opened()
+    collate = DataCollatorForSupervisedDataset(pad_token_id=toy_tokenizer.unk_token_id)
+    alone = list(DataLoader(dataset, batch_size=4, collate_fn=collate))
+    spread = list(DataLoader(dataset, batch_size=4, collate_fn=collate, num_workers=2))
+    for one, other in zip(alone, spread, strict=True):
+        assert one["sample_ids"] == other["sample_ids"]
+        assert all(torch.equal(one[key], other[key]) for key in one if key != "sample_ids")
