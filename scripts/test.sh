@@ -1,0 +1,33 @@
+#!/usr/bin/env bash
+# Run the test suite in the environment that quickstart.sh uses, made first if it is not there.
+#
+#   bash scripts/test.sh [--slow | --oldest] [arguments of pytest]
+#
+#   --slow     also the tests that take minutes: ranks, launchers, whole stages
+#   --oldest   the core of the suite with the oldest transformers that is supported, in an environment of its own
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/lib/env.sh"
+
+# What loads, renders, trains and generates; packaging and scripts do not depend on transformers.
+CORE=(tests/test_conversation.py tests/test_mm_utils.py tests/test_arguments.py tests/test_inference.py tests/test_processing.py tests/data tests/model tests/train tests/formats)
+
+constraints=$ROOT/constraints.txt markers="not slow" paths=(tests)
+while [ $# -gt 0 ]; do
+    case $1 in
+        --slow) markers="" ;;
+        --oldest) constraints=$ROOT/constraints-5.17.txt paths=("${CORE[@]}") ;;
+        --help | -h) sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//;p}' "$0" && exit 0 ;;
+        *) break ;;
+    esac
+    shift
+done
+
+cd "$ROOT"
+ensure_environment "$constraints"
+has_gpu || markers="${markers:+$markers and }not gpu"
+build_ops
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+for argument in "$@"; do
+    [ ! -e "${argument%%::*}" ] || paths=()
+done
+exec python -m pytest -m "$markers" "${paths[@]}" "$@"
