@@ -45,10 +45,10 @@ def main(argv=None):
 
 def launch_hint(arguments):
     """Say that this is one process and how the same flags run on all devices."""
-    flags = shlex.join(arguments)
+    flags = shlex.join(arguments if "--deepspeed" in arguments else ["--deepspeed", "zero2.json", *arguments])
     return (
-        "llava-lite train: one process on one device. For all GPUs of this machine, or of a hostfile's, with ZeRO:\n"
-        f"  deepspeed --module llava_lite.train.train --deepspeed zero2.json {flags}"
+        "llava-lite train: one process on one device. For all GPUs of this machine, or of a hostfile, with ZeRO:\n"
+        f"  deepspeed --module llava_lite.train.train {flags}"
     )
 
 

@@ -102,7 +102,7 @@ def stream(
             failures.append(error)
             streamer.end()
 
-    thread = Thread(target=work, daemon=True)
+    thread = Thread(target=work, name="answering", daemon=True)
     thread.start()
     try:
         yield from _pieces_without_mark(streamer, mark)
