@@ -14,11 +14,12 @@ from PIL import Image, ImageDraw
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
 
-WORDS = (
+SENTENCES = (
     "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, "
     "and polite answers to the user's questions. USER: What colour is the square? ASSISTANT: The square is red. "
     "How many circles are there? There are three blue circles and one green square in the picture. Human: Hello!"
-).split()
+)
+WORDS = SENTENCES.split()
 BACKBONE_TYPES = ("llama", "mistral", "phi", "qwen2", "qwen3", "stablelm")
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -108,7 +109,7 @@ def write_tower(folder: Path, kind: str) -> Path:
     )
 
     torch.manual_seed(1)
-    shape = dict(hidden_size=32, num_hidden_layers=3, num_attention_heads=2, image_size=32, patch_size=8)
+    shape = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "image_size": 32, "patch_size": 8}
     if kind == "clip":
         model = CLIPVisionModel(CLIPVisionConfig(**shape, intermediate_size=48, projection_dim=16))
     elif kind == "siglip":
@@ -119,7 +120,9 @@ def write_tower(folder: Path, kind: str) -> Path:
         torch.nn.init.normal_(parameter, std=0.2)
     model.save_pretrained(folder)
     processor = {
-        "image_processor_type": {"clip": "CLIPImageProcessor", "siglip": "SiglipImageProcessor"}.get(kind, "BitImageProcessor"),
+        "image_processor_type": {"clip": "CLIPImageProcessor", "siglip": "SiglipImageProcessor"}.get(
+            kind, "BitImageProcessor"
+        ),
         "do_resize": True,
         "size": {"height": 32, "width": 32} if kind == "siglip" else {"shortest_edge": 32},
         "do_center_crop": kind != "siglip",
@@ -153,20 +156,20 @@ def llm_config(model_type: str, vocab_size: int):
     """Return a 4-layer text config of width 32."""
     from transformers import AutoConfig
 
-    shape = dict(
-        vocab_size=vocab_size,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=4 if model_type == "phi" else 2,
-        max_position_embeddings=2048,
-        initializer_range=0.2,
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=0,
-        tie_word_embeddings=False,
-    )
+    shape = {
+        "vocab_size": vocab_size,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4 if model_type == "phi" else 2,
+        "max_position_embeddings": 2048,
+        "initializer_range": 0.2,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+        "tie_word_embeddings": False,
+    }
     if model_type == "qwen3":
         shape["head_dim"] = 8
     return AutoConfig.for_model(model_type, **shape)
@@ -200,10 +203,12 @@ def toy_model(toy_llm_dir, toy_tower_dir):
     from llava_lite.model.upcycle import upcycle
 
     def make(model_type: str = "llama", moe: dict | None = None, tower: str | None = "clip", **overrides):
-        torch.manual_seed(3)
         overrides = {"mm_projector_type": "mlp2x_gelu"} | overrides
         folder = str(toy_tower_dir(tower)) if tower else None
-        model = assemble(str(toy_llm_dir(model_type)), folder, config_overrides=overrides, dtype=torch.float32)
+        llm = str(toy_llm_dir(model_type))
+        # Only now, since the first call of a session makes the folders.
+        torch.manual_seed(3)
+        model = assemble(llm, folder, config_overrides=overrides, dtype=torch.float32)
         if moe is not None:
             upcycle(model, moe)
         return model.eval()
@@ -222,9 +227,11 @@ def draw_picture(seed: int, size: int = 40) -> Image.Image:
 
 @pytest.fixture(scope="session")
 def toy_data(tmp_path_factory):
-    """Return a function: (folder, num_records, text_only_every, num_turns) -> (json path, picture folder), LLaVA's format."""
+    """Return a function: folder, number of records, ... -> (json path, picture folder) in LLaVA's format."""
 
-    def make(folder: Path | None = None, num_records: int = 24, text_only_every: int = 3, num_turns: int = 2, seed: int = 0):
+    def make(
+        folder: Path | None = None, num_records: int = 24, text_only_every: int = 3, num_turns: int = 2, seed: int = 0
+    ):
         folder = Path(folder) if folder is not None else tmp_path_factory.mktemp("data")
         pictures = folder / "images"
         pictures.mkdir(parents=True, exist_ok=True)
@@ -232,7 +239,7 @@ def toy_data(tmp_path_factory):
         records = []
         for i in range(num_records):
             turns = []
-            for turn in range(num_turns):
+            for _ in range(num_turns):
                 turns.append({"from": "human", "value": " ".join(rng.choices(WORDS, k=rng.randint(3, 9)))})
                 turns.append({"from": "gpt", "value": " ".join(rng.choices(WORDS, k=rng.randint(1, 8)))})
             record = {"id": f"toy_{i:03d}", "conversations": turns}

@@ -17,11 +17,13 @@ from llava_lite.model.weights import load_into, read_weights
 logger = logging.getLogger(__name__)
 
 
-def assemble(model_name_or_path: str, vision_tower: str | None = None, *, config_overrides: dict | None = None, **kwargs):
+def assemble(
+    model_name_or_path: str, vision_tower: str | None = None, *, config_overrides: dict | None = None, **kwargs
+):
     """Return a LLaVA model, in eval mode.
 
-    model_name_or_path: a plain LLM (Llama, Mistral, Phi, Qwen2, Qwen3, StableLM), or a LLaVA model. vision_tower: hub id
-    or path of the tower; None keeps that of a LLaVA model, and gives a text-only model otherwise. config_overrides:
+    model_name_or_path: a plain LLM (Llama, Mistral, Phi, Qwen2, Qwen3, StableLM), or a LLaVA model. vision_tower: hub
+    id or path of the tower; None keeps that of a LLaVA model, and gives a text-only model otherwise. config_overrides:
     config keys to set (mm_projector_type, mm_vision_select_layer, ...). kwargs go to `from_pretrained`. A connector
     that the checkpoint lacks starts from random weights. Raises ValueError for an unknown decoder, tower or connector.
     """
@@ -33,7 +35,9 @@ def assemble(model_name_or_path: str, vision_tower: str | None = None, *, config
         return reopen(model_class, model_name_or_path, stock, vision_tower, overrides, kwargs)
     config = model_class.config_class(**(text_fields(stock) | overrides | tower_fields(vision_tower)))
     kwargs["attn_implementation"] = choose_attention(kwargs.pop("attn_implementation", None))
-    model, _ = model_class._open_whole(model_name_or_path, config=config, hub=hub, new_parts=(CONNECTOR, TOWER), **kwargs)
+    model, _ = model_class._open_whole(
+        model_name_or_path, config=config, hub=hub, new_parts=(CONNECTOR, TOWER), **kwargs
+    )
     return model
 
 
@@ -44,12 +48,15 @@ def reopen(model_class, path: str, config, vision_tower: str | None, overrides: 
         logger.warning("%s was trained with tower %r; %r is taken as another copy of it.", path, own, vision_tower)
         config.mm_vision_tower = vision_tower
     if vision_tower is not None and not config.has_vision_tower:
-        raise ValueError(f"{path!r} is a LLaVA checkpoint without a tower; start from its plain LLM to add {vision_tower!r}.")
+        raise ValueError(
+            f"{path!r} is a LLaVA checkpoint without a tower; start from its plain LLM to add {vision_tower!r}."
+        )
     fixed = {"mm_projector_type"} if config.has_vision_tower else set()
     for key, value in overrides.items():
         if key in fixed and value != getattr(config, key):
             raise ValueError(
-                f"{path!r} has {key} {getattr(config, key)!r}; {value!r} was asked for. Leave the flag out to keep its own."
+                f"{path!r} has {key} {getattr(config, key)!r}; {value!r} was asked for. "
+                "Leave the flag out to keep its own."
             )
         setattr(config, key, value)
     return model_class.from_pretrained(path, config=config, **kwargs)

@@ -25,7 +25,7 @@ UNSET = object()
 
 
 class ExpertsMixin:
-    """What transformers must know of a model class whose layers may hold experts; the stack and the whole both are one."""
+    """What transformers must know of a class whose layers may hold experts: the stack and the whole model alike."""
 
     # transformers looks for its decorator in the model's own file, does not find it there and refuses grouped experts.
     _can_set_experts_implementation_cached_value = True
@@ -38,7 +38,7 @@ class ExpertsMixin:
 
 
 class LlavaMetaModel(ExpertsMixin):
-    """The decoder stack with `vision_tower` and `mm_projector` beside `layers`, and MoE blocks in place of some MLPs."""
+    """The decoder stack with `vision_tower` and `mm_projector` beside `layers`; MoE blocks replace some MLPs."""
 
     def __init__(self, config):
         super().__init__(config)
@@ -93,7 +93,9 @@ class LlavaMetaForCausalLM(SharingMixin, LoadingMixin):
         """Return features [N, P, D] of pictures [N, 3, H, W] (or a list of [3, H, W] or [n, 3, H, W])."""
         tower = self.get_vision_tower()
         if tower is None:
-            raise ValueError("this model has no vision tower but pictures were given; set mm_vision_tower in its config.")
+            raise ValueError(
+                "this model has no vision tower but pictures were given; set mm_vision_tower in its config."
+            )
         features = tower(stack_images(images))
         weight = next(self.model.mm_projector.parameters(), features)
         if weight.is_floating_point() and not torch.is_autocast_enabled(features.device.type):
@@ -158,8 +160,8 @@ class LlavaMetaForCausalLM(SharingMixin, LoadingMixin):
     ) -> LlavaOutput | tuple:
         """Return loss and logits of token ids [B, T] in which placeholders stand for pictures [N, 3, H, W].
 
-        input_ids: one placeholder a picture or one a feature; config.image_token_index or -200. images and pixel_values
-        are two names for the pictures of the whole batch, in reading order. labels: [B, T], IGNORE_INDEX where nothing
+        input_ids: one placeholder a picture or one a feature; config.image_token_index or -200. images, pixel_values:
+        two names for the pictures of the whole batch, in reading order. labels: [B, T], IGNORE_INDEX where nothing
         is learned. num_items_in_batch: supervised tokens of the whole optimizer step, the divisor of the loss (else
         those of this batch). image_sizes is LLaVA's, read for any-resolution only. Raises ValueError when placeholders
         and pictures do not match.

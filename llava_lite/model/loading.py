@@ -131,8 +131,8 @@ def settle_tower(model, tower_in_checkpoint: bool, hub: dict) -> None:
     except OSError as error:
         if not tower_in_checkpoint:
             raise OSError(
-                f"vision tower {model.config.mm_vision_tower!r} cannot be loaded and the checkpoint holds no tower weights "
-                f"({error}). Name an existing folder or hub id as mm_vision_tower."
+                f"vision tower {model.config.mm_vision_tower!r} cannot be loaded and the checkpoint holds no weights "
+                f"of it ({error}). Name an existing folder or hub id as mm_vision_tower."
             ) from error
         logger.warning("vision tower %r cannot be found; the checkpoint's copy is used.", model.config.mm_vision_tower)
 
@@ -141,8 +141,11 @@ def refuse_strays(path, class_name: str, missing: set[str], unexpected: set[str]
     """Raise ValueError naming weights that the checkpoint lacks or the model has no place for."""
     if not missing and not unexpected:
         return
-    found = [f"{len(keys)} {word}, such as {sorted(keys)[:5]}" for keys, word in
-             ((missing, "missing"), (unexpected, "unexpected")) if keys]
+    found = [
+        f"{len(keys)} {word}, such as {sorted(keys)[:5]}"
+        for keys, word in ((missing, "missing"), (unexpected, "unexpected"))
+        if keys
+    ]
     raise ValueError(
         f"weights of {str(path)!r} do not fit {class_name}: {'; '.join(found)}. "
         "Its config.json and its weights disagree, or the checkpoint is incomplete."
@@ -171,7 +174,9 @@ def load_trained(model, state_dict: dict, what: str) -> None:
     targets = dict(model.named_parameters())
     unknown = sorted(set(state_dict) - set(targets))
     if unknown:
-        raise ValueError(f"{what}: the model has no {unknown[:5]} ({len(unknown)} in all); its config names another shape.")
+        raise ValueError(
+            f"{what}: the model has no {unknown[:5]} ({len(unknown)} in all); its config names another shape."
+        )
     targets = {k: targets[k] for k in state_dict}
     check_shapes(targets, state_dict, what)
     with torch.no_grad(), gathered(targets.values(), modify=True):
@@ -185,7 +190,9 @@ def merge_adapter(model, path, hub: dict):
     try:
         from peft import PeftModel
     except ImportError as error:
-        raise ImportError(f"{str(path)!r} holds a LoRA adapter; install peft (pip install 'llava-lite[peft]').") from error
-    return PeftModel.from_pretrained(model, path, **{k: v for k, v in hub.items() if k != "force_download"}).merge_and_unload()
-
-
+        raise ImportError(
+            f"{str(path)!r} holds a LoRA adapter; install peft (pip install 'llava-lite[peft]')."
+        ) from error
+    return PeftModel.from_pretrained(
+        model, path, **{k: v for k, v in hub.items() if k != "force_download"}
+    ).merge_and_unload()

@@ -70,13 +70,17 @@ class RoutingContext:
         """Return the balance losses, scalars with gradient, in layer order."""
         return [self._losses[layer_idx] for layer_idx in sorted(self._losses)]
 
+    def counts(self):
+        """Return for each layer (load [E], dropped choices, tokens), still on the device, for a caller who adds up."""
+        return {layer_idx: self._counts[layer_idx] for layer_idx in sorted(self._counts)}
+
     def stats(self):
         """Return for each layer the expert load and what was lost, read from the device now.
 
         load: [E] shares of all choices before dropping, sum 1. dead: number of experts that no token chose. dropped:
         share of the choices. tokens: how many were routed.
         """
-        return {layer_idx: _layer_stats(*self._counts[layer_idx]) for layer_idx in sorted(self._counts)}
+        return {layer_idx: _layer_stats(*counts) for layer_idx, counts in self.counts().items()}
 
 
 def _layer_stats(load, dropped, num_tokens):

@@ -27,12 +27,15 @@ def placeholder_mask(input_ids: torch.Tensor, image_token_index: int) -> torch.T
     return (input_ids == image_token_index) | (input_ids == -200)
 
 
-def expand_placeholders(batch: Batch, is_picture: torch.Tensor, num_features: int, pad_left: bool | None = None) -> Batch:
+def expand_placeholders(
+    batch: Batch, is_picture: torch.Tensor, num_features: int, pad_left: bool | None = None
+) -> Batch:
     """Repeat each placeholder once for every feature of its picture, dropping and redoing the padding.
 
-    is_picture: [B, T] bool. num_features: P. pad_left: side of the new padding; None keeps the side that the mask shows
-    (right if none). Labels are IGNORE_INDEX at pictures and padding. Returns a batch of [B, L]; `attention_mask` stays
-    None if it was None and no row needs padding, `position_ids` likewise (else they count the real tokens from 0).
+    is_picture: [B, T] bool. num_features: P. pad_left: side of the new padding; None keeps the side that the mask
+    shows (right if none). Labels are IGNORE_INDEX at pictures and padding. Returns a batch of [B, L];
+    `attention_mask` stays None if it was None and no row needs padding, `position_ids` likewise (else they count the
+    real tokens from 0).
     """
     ids = batch.input_ids
     real = torch.ones_like(ids, dtype=torch.bool) if batch.attention_mask is None else batch.attention_mask.bool()
@@ -76,8 +79,8 @@ def check_counts(num_placeholders: int, num_pictures: int, num_features: int) ->
     if num_placeholders == num_pictures:
         return True
     raise ValueError(
-        f"{num_placeholders} image placeholders in input_ids but {num_pictures} pictures of {num_features} features each; "
-        f"expected {num_pictures} (one a picture) or {num_pictures * num_features} (one a feature). "
+        f"{num_placeholders} image placeholders in input_ids but {num_pictures} pictures of {num_features} features "
+        f"each; expected {num_pictures} (one a picture) or {num_pictures * num_features} (one a feature). "
         "Check that truncation did not cut a picture and that every <image> has its file."
     )
 

@@ -31,18 +31,23 @@ def gathered(params: Iterable[torch.Tensor], modify: bool = False) -> AbstractCo
     return deepspeed.zero.GatheredParameters(partitioned, modifier_rank=0 if modify else None)
 
 
-def load_into(module: nn.Module, state_dict: Mapping[str, torch.Tensor], what: str, ignore: tuple[str, ...] = ()) -> None:
+def load_into(
+    module: nn.Module, state_dict: Mapping[str, torch.Tensor], what: str, ignore: tuple[str, ...] = ()
+) -> None:
     """Copy `state_dict` into `module`, every key accounted for.
 
-    what: names the weights in errors, e.g. "connector weights of 'mm_projector.bin'". ignore: prefixes of keys that may
-    be missing on either side. Raises ValueError with the names if keys are missing or unexpected or a shape differs.
+    what: names the weights in errors, e.g. "connector weights of 'mm_projector.bin'". ignore: prefixes of keys that
+    may be missing on either side. Raises ValueError with the names if keys are missing or unexpected or a shape
+    differs.
     """
     # Non-persistent buffers (position ids) are saved by old checkpoints and made by the constructor in new ones.
     targets = dict(module.named_parameters())
     targets.update({name: b for name, b in module.named_buffers() if name in module.state_dict()})
     buffers = {name for name, _ in module.named_buffers()}
     missing = [k for k in targets if k not in state_dict and not k.startswith(ignore or ("\0",))]
-    unexpected = [k for k in state_dict if k not in targets and k not in buffers and not k.startswith(ignore or ("\0",))]
+    unexpected = [
+        k for k in state_dict if k not in targets and k not in buffers and not k.startswith(ignore or ("\0",))
+    ]
     if missing or unexpected:
         raise ValueError(
             f"{what} do not fit {type(module).__name__}: missing {missing[:8]} ({len(missing)} in all), "

@@ -37,7 +37,9 @@ def test_mlp2x_gelu_is_linear_gelu_linear():
 def test_identity_passes_features_on_and_needs_equal_widths():
     x = torch.randn(2, 6)
     assert build_connector(config("identity", 6, 6))(x) is x
-    with pytest.raises(ValueError, match="needs a tower as wide as the decoder; got mm_hidden_size 6 and hidden_size 10"):
+    with pytest.raises(
+        ValueError, match="needs a tower as wide as the decoder; got mm_hidden_size 6 and hidden_size 10"
+    ):
         build_connector(config("identity"))
 
 

@@ -94,7 +94,12 @@ def test_both_conventions_of_generate_give_the_same_new_tokens(toy_model):
     ids, mask, _ = prompt_batch()
     new = model.generate(ids, images=pictures(), attention_mask=mask, max_new_tokens=5, do_sample=False)
     whole = model.generate(
-        input_ids=ids, pixel_values=pictures(), attention_mask=mask, max_new_tokens=5, do_sample=False, repetition_penalty=1.0
+        input_ids=ids,
+        pixel_values=pictures(),
+        attention_mask=mask,
+        max_new_tokens=5,
+        do_sample=False,
+        repetition_penalty=1.0,
     )
     assert torch.equal(whole[:, -new.shape[1] :], new)
     assert whole.shape[1] == 5 + 32 + new.shape[1]  # 5 words and 2 pictures of 16 in the longest row

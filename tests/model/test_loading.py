@@ -11,7 +11,13 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from llava_lite.model import LlavaLlamaForCausalLM
 from llava_lite.model.assemble import assemble, load_connector
 
-MOE = {"moe_enable": True, "moe_mode": "sparse", "num_experts": [2, 3], "top_k_experts": 2, "router_aux_loss_coef": 0.01}
+MOE = {
+    "moe_enable": True,
+    "moe_mode": "sparse",
+    "num_experts": [2, 3],
+    "top_k_experts": 2,
+    "router_aux_loss_coef": 0.01,
+}
 
 
 def same_weights(a, b):
@@ -28,7 +34,9 @@ def edit_config(folder, **changes):
 @pytest.mark.parametrize("model_type", ["llama", "phi"])
 @pytest.mark.parametrize("moe", [None, MOE], ids=["dense", "moe"])
 @pytest.mark.parametrize("tower", ["clip", "siglip", "dinov2"])
-def test_a_saved_model_reopens_bit_equal_from_a_random_folder_name(model_type, moe, tower, toy_model, tmp_path, toy_tower_dir):
+def test_a_saved_model_reopens_bit_equal_from_a_random_folder_name(
+    model_type, moe, tower, toy_model, tmp_path, toy_tower_dir
+):
     model = toy_model(model_type, moe=moe, tower=tower)
     folder = tmp_path / "x91"
     model.save_pretrained(folder)
@@ -50,7 +58,9 @@ def test_missing_and_unexpected_weights_are_named(toy_model, tmp_path):
     weights = load_file(tmp_path / "model.safetensors")
     weights["model.mm_projector.9.weight"] = weights.pop("model.mm_projector.0.weight")
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ValueError, match="1 missing, such as .*mm_projector.0.weight.*1 unexpected.*mm_projector.9.weight"):
+    with pytest.raises(
+        ValueError, match=r"1 missing, such as .*mm_projector.0.weight.*1 unexpected.*mm_projector.9.weight"
+    ):
         LlavaLlamaForCausalLM.from_pretrained(tmp_path)
 
 
@@ -132,17 +142,21 @@ def test_a_partial_folder_may_name_a_base_relative_to_itself(toy_model, toy_llm_
 
 def test_a_base_that_moved_is_an_error_that_says_what_to_do(toy_model, tmp_path):
     write_partial(toy_model(), tmp_path, "/nowhere/vicuna", ["mm_projector"])
-    with pytest.raises(OSError, match="its base '/nowhere/vicuna' is not there.*--save_full True"):
+    with pytest.raises(OSError, match=r"its base '/nowhere/vicuna' is not there.*--save_full True"):
         LlavaLlamaForCausalLM.from_pretrained(tmp_path)
 
 
-@pytest.mark.parametrize("prefix", ["model.mm_projector.", "base_model.model.model.mm_projector.", "model.mm_projector.image_spatial_proj."])
+@pytest.mark.parametrize(
+    "prefix", ["model.mm_projector.", "base_model.model.model.mm_projector.", "model.mm_projector.image_spatial_proj."]
+)
 def test_connector_weights_load_under_every_prefix_in_use(prefix, toy_model, tmp_path):
     model, other = toy_model(), toy_model()
     with torch.no_grad():
         for parameter in other.model.mm_projector.parameters():
             parameter.normal_()
-    torch.save({prefix + k: v for k, v in other.model.mm_projector.state_dict().items()}, tmp_path / "mm_projector.bin")
+    torch.save(
+        {prefix + k: v for k, v in other.model.mm_projector.state_dict().items()}, tmp_path / "mm_projector.bin"
+    )
     load_connector(model, str(tmp_path / "mm_projector.bin"))
     assert same_weights(model.model.mm_projector, other.model.mm_projector)
 

@@ -10,7 +10,7 @@ IMAGE = -200
 
 
 def plain_splice(ids, mask, labels, embed, features, left):
-    """Build rows one by one, as the sentence says: text embedded, each placeholder replaced by its picture's features."""
+    """Build rows one by one, in plain words: text embedded, each placeholder replaced by its features."""
     rows, row_labels, picture = [], [], 0
     for row_ids, row_mask, row_label in zip(ids, mask, labels, strict=True):
         vectors, learned = [], []

@@ -59,6 +59,10 @@ def test_an_unknown_tower_is_refused_with_the_known_ones(tmp_path, toy_llm_dir):
 
     from llava_lite.model.assemble import assemble
 
-    ViTModel(ViTConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8)).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="unknown vision tower of model_type 'vit'.*known: clip_vision_model, dinov2, siglip"):
+    ViTModel(
+        ViTConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8)
+    ).save_pretrained(tmp_path)
+    with pytest.raises(
+        ValueError, match=r"unknown vision tower of model_type 'vit'.*known: clip_vision_model, dinov2, siglip"
+    ):
         assemble(str(toy_llm_dir()), str(tmp_path))

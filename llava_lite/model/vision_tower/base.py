@@ -146,6 +146,7 @@ def find_image_processor(config):
         except (OSError, ValueError) as error:
             errors.append(f"{place!r}: {error}")
     raise OSError(
-        "no image processor found; tried " + ("; ".join(errors) or "nothing, since config names no folder or tower")
+        "no image processor found; tried "
+        + ("; ".join(errors) or "nothing, since config names no folder or tower")
         + ". Save one beside the model (preprocessor_config.json)."
     )
