@@ -31,34 +31,28 @@ def gathered(params: Iterable[torch.Tensor], modify: bool = False) -> AbstractCo
     return deepspeed.zero.GatheredParameters(partitioned, modifier_rank=0 if modify else None)
 
 
-def load_into(
-    module: nn.Module, state_dict: Mapping[str, torch.Tensor], what: str, ignore: tuple[str, ...] = ()
-) -> None:
+def load_into(module: nn.Module, state_dict: Mapping[str, torch.Tensor], what: str) -> None:
     """Copy `state_dict` into `module`, every key accounted for.
 
-    what: names the weights in errors, e.g. "connector weights of 'mm_projector.bin'". ignore: prefixes of keys that
-    may be missing on either side. Raises ValueError with the names if keys are missing or unexpected or a shape
-    differs.
+    what: names the weights in errors, e.g. "connector weights of 'mm_projector.bin'". Raises ValueError with the
+    names if keys are missing or unexpected or a shape differs.
     """
     # Non-persistent buffers (position ids) are saved by old checkpoints and made by the constructor in new ones.
     targets = dict(module.named_parameters())
     targets.update({name: b for name, b in module.named_buffers() if name in module.state_dict()})
     buffers = {name for name, _ in module.named_buffers()}
-    missing = [k for k in targets if k not in state_dict and not k.startswith(ignore or ("\0",))]
-    unexpected = [
-        k for k in state_dict if k not in targets and k not in buffers and not k.startswith(ignore or ("\0",))
-    ]
+    missing = [k for k in targets if k not in state_dict]
+    unexpected = [k for k in state_dict if k not in targets and k not in buffers]
     if missing or unexpected:
         raise ValueError(
             f"{what} do not fit {type(module).__name__}: missing {missing[:8]} ({len(missing)} in all), "
             f"unexpected {unexpected[:8]} ({len(unexpected)} in all). Give weights made for this configuration."
         )
-    names = [k for k in targets if k in state_dict]
-    check_shapes({k: targets[k] for k in names}, state_dict, what)
-    with torch.no_grad(), gathered([targets[k] for k in names], modify=True):
-        for name in names:
-            if targets[name].numel():
-                targets[name].copy_(state_dict[name])
+    check_shapes(targets, state_dict, what)
+    with torch.no_grad(), gathered(targets.values(), modify=True):
+        for name, target in targets.items():
+            if target.numel():
+                target.copy_(state_dict[name])
 
 
 def check_shapes(targets: Mapping[str, torch.Tensor], state_dict: Mapping[str, torch.Tensor], what: str) -> None:
