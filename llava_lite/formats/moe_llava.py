@@ -7,7 +7,7 @@ layer are fused: `mlp.experts.gate_up_proj` [E, 2I, D] and `down_proj` [E, D, I]
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 import torch
 
@@ -17,8 +17,7 @@ PREFIXES = (
     ("model.mm_projector.", "model.mm_projector.image_spatial_proj."),
     ("model.vision_tower.vision_tower.", "model.image_tower.image_tower."),
 )
-# Our fused weight: the linear layers of an expert that it holds, side by side. Only the weights of gated experts
-# (gate_up_proj) and of Phi's (up_proj) differ in name; `down_proj` is read by what stands beside it.
+# Our fused weight: the linear layers of an expert that it holds, side by side; of gated experts and of Phi's.
 GATED = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
 PLAIN = {"up_proj": ("fc1",), "down_proj": ("fc2",)}
 CONFIG_KEYS = {"mm_image_tower": "mm_vision_tower", "image_projector_type": "mm_projector_type"}
@@ -32,7 +31,8 @@ _THEIR_EXPERTS = re.compile(
 def moe_llava_names(name, num_experts=1, gated=None):
     """Return MoE-LLaVA's names for the parameter that is `name` here: one, or one for each expert and linear layer.
 
-    gated: whether the experts have a gate_proj; None (not known) names `down_proj` both ways, down_proj and fc2.
+    These are the names that --train_modules is written in. gated: whether the experts have a gate_proj; None, not
+    known, names `down_proj` both ways, down_proj and fc2.
     """
     match = _OUR_EXPERTS.fullmatch(name)
     if match is None:
@@ -51,33 +51,6 @@ def _replace_prefix(name, ours, theirs):
         if name.startswith(pair[ours]) and not (theirs and name.startswith(pair[theirs])):
             return pair[theirs] + name.removeprefix(pair[ours])
     return name
-
-
-def trained_by(names: Iterable[str], train_modules: Iterable[str]) -> dict[str, list[str]]:
-    """Return for each entry of --train_modules the parameters that it trains: those whose name there contains it.
-
-    names: our names of the parameters that may train; leave the vision tower's out, CLIP has an fc1 too. Raises
-    ValueError for an entry that trains nothing, and for one that names a part of a fused weight whose other part no
-    entry names (gate_proj without up_proj).
-    """
-    names, entries = list(names), list(train_modules)
-    gated = any(name.endswith("mlp.experts.gate_up_proj") for name in names)
-    theirs = {name: moe_llava_names(name, gated=gated) for name in names}
-    trained = {entry: [name for name in names if any(entry in one for one in theirs[name])] for entry in entries}
-    idle = [entry for entry in entries if not trained[entry]]
-    if idle:
-        known = sorted({one.rsplit(".", 2)[-2] for name in names for one in theirs[name] if "." in one})
-        raise ValueError(
-            f"--train_modules {' '.join(idle)}: no parameter is named so. Names here: {', '.join(known)}."
-        )
-    for name in {name for entry in entries for name in trained[entry]}:
-        left = [one for one in theirs[name] if not any(entry in one for entry in entries)]
-        if left:
-            raise ValueError(
-                f"--train_modules {' '.join(entries)} trains a part of {name}, which is one tensor here; "
-                f"add {left[0].rsplit('.', 2)[-2]}."
-            )
-    return trained
 
 
 def to_moe_llava(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
