@@ -241,10 +241,11 @@ class CheckpointMixin:
         if is_writer:
             if projector:
                 torch.save(projector, staged / PROJECTOR)
-            if trained:
-                save_file(trained, staged / TRAINED, metadata={"format": "pt"})
             self._export_callbacks()
             self.state.save_to_json(str(staged / TRAINER_STATE))
+            if trained:
+                save_file(trained, staged / TRAINED, metadata={"format": "pt"})
+                paper.as_readable_as(staged, [TRAINED], staged / TRAINER_STATE)
 
     def _export_callbacks(self) -> None:
         """Put the state of callbacks that have one into the trainer state, as the stock save does."""

@@ -167,6 +167,7 @@ def findable(name: str) -> str:
 def take_place(staged: Path, output_dir: Path) -> None:
     """Move the written files to their place; config.json goes first and comes last, so half a folder is no model."""
     names = paper.files_of(staged)
+    paper.as_readable_as(staged, names, staged / "config.json")
     paper.fsync_tree(staged, names)
     (output_dir / "config.json").unlink(missing_ok=True)
     for pattern in (*STALE, TRAINED):

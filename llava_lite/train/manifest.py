@@ -75,6 +75,12 @@ def fsync_tree(folder: str | Path, names: Iterable[str]) -> None:
         fsync(path)
 
 
+def as_readable_as(folder: str | Path, names: Iterable[str], model: str | Path) -> None:
+    """Give the named files the permissions of `model`; safetensors writes its files for their owner alone."""
+    for name in names:
+        os.chmod(Path(folder) / name, os.stat(model).st_mode & 0o777)
+
+
 def digests(folder: str | Path, names: Sequence[str]) -> dict[str, dict]:
     """Return {name: {"size": bytes, "sha256": hex}} of the named files, several hashed at a time."""
     root = Path(folder)
