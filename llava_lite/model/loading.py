@@ -73,13 +73,17 @@ class LoadingMixin:
         """Open a folder that holds what was trained: the base it names first, then its own weights."""
         base = find_base(config.base_model_name_or_path, path)
         config = copy.deepcopy(config)
-        config.base_model_name_or_path = None
         base_config, _ = config.__class__.get_config_dict(base)
+        # A stage that started from the folder of another, itself only what was trained.
+        config.base_model_name_or_path = base_config.get("base_model_name_or_path")
         new_parts = () if base_config.get("model_type", "").startswith("llava") else (CONNECTOR, TOWER)
         if base_config.get("vision_config") is None:
             new_parts = (*new_parts, TOWER)
         base_kwargs = {k: v for k, v in kwargs.items() if k not in HUB_ARGUMENTS or k in ("cache_dir", "token")}
-        model, _ = cls._open_whole(base, config=config, hub={}, new_parts=new_parts, **base_kwargs)
+        if config.base_model_name_or_path:
+            model = cls._open_on_base(base, config, {}, base_kwargs)
+        else:
+            model, _ = cls._open_whole(base, config=config, hub={}, new_parts=new_parts, **base_kwargs)
         trained = cached_file(path, "trained.safetensors", _raise_exceptions_for_missing_entries=False, **hub)
         trained = trained or cached_file(path, "mm_projector.bin", **hub)
         load_trained(model, read_weights(trained), f"weights of {trained!r}")

@@ -117,6 +117,18 @@ def test_partial_folder_names_its_base(toy_model, toy_tokenizer, toy_llm_dir, tm
         load_pretrained_model(folder, str(tmp_path / "nowhere"), device="cpu")
 
 
+def test_base_may_itself_be_only_what_was_trained(toy_model, toy_tokenizer, toy_llm_dir, tmp_path):
+    first = projector_folder(toy_model(), tmp_path / "first", str(toy_llm_dir("llama")), toy_tokenizer)
+    model = toy_model(conv_template="v1")
+    with torch.no_grad():
+        model.model.mm_projector[0].weight.mul_(2)
+    second = projector_folder(model, tmp_path / "second", str(first))
+    tokenizer, loaded, image_processor, _ = load_pretrained_model(second, device="cpu")
+    assert loaded.config.conv_template == "v1"
+    assert loaded.config.base_model_name_or_path is None
+    assert torch.equal(logits(loaded, tokenizer, image_processor), logits(model, toy_tokenizer, image_processor))
+
+
 @pytest.mark.skipif(importlib.util.find_spec("peft") is None, reason="needs the extra 'peft'")
 def test_lora_folder_is_merged_into_its_base(toy_model, toy_tokenizer, toy_llm_dir, tmp_path):
     from peft import LoraConfig, get_peft_model
