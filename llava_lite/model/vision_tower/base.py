@@ -13,7 +13,7 @@ from torch import nn
 
 from llava_lite.mm_utils import load_image_processor
 from llava_lite.model.configuration import has_class_token
-from llava_lite.model.weights import load_into
+from llava_lite.model.weights import full_state_dict, load_into
 
 
 class NamedEncoder(nn.Module):
@@ -82,7 +82,7 @@ class VisionTower(nn.Module, ABC):
         """Fill the weights from the tower's own checkpoint, by hub id or path."""
         name = name or self.vision_tower_name
         stock = self.pretrained_class.from_pretrained(name, config=self.config, **kwargs)
-        load_into(self.encoder, stock.state_dict(), f"weights of vision tower {name!r}")
+        load_into(self.encoder, full_state_dict(stock), f"weights of vision tower {name!r}")
 
     @cached_property
     def image_processor(self):
