@@ -50,15 +50,16 @@ class RoutingContext:
         """Return the flat positions [S] that are no padding, None if all are real; looked up once a forward pass."""
         if self.attention_mask is None:
             return None
-        if length not in self._positions:
+        shape = (batch_size, length)
+        if shape not in self._positions:
             mask = self.attention_mask[:, -length:]
-            if mask.shape != (batch_size, length):
+            if mask.shape != shape:
                 raise ValueError(
                     f"the attention mask has shape {tuple(self.attention_mask.shape)}, "
                     f"the hidden states have {batch_size} rows of {length}; give one mask column a token."
                 )
-            self._positions[length] = None if mask.all() else mask.flatten().nonzero().squeeze(1)
-        return self._positions[length]
+            self._positions[shape] = None if mask.all() else mask.flatten().nonzero().squeeze(1)
+        return self._positions[shape]
 
     def record(self, layer_idx, routes: Routes):
         """Keep the balance loss and the counts of a layer, the first time it runs."""

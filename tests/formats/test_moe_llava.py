@@ -10,7 +10,7 @@ from transformers.models.phi.modeling_phi import PhiMLP
 from llava_lite.formats.moe_llava import config_from_moe_llava, from_moe_llava, moe_llava_names, to_moe_llava
 from llava_lite.model.experts import Experts, MlpShape
 
-SHAPE = dict(hidden_size=8, intermediate_size=12, num_attention_heads=2)
+SHAPE = {"hidden_size": 8, "intermediate_size": 12, "num_attention_heads": 2}
 LAYER = "model.layers.0.mlp.deepspeed_moe"
 KINDS = {"llama": (LlamaConfig(**SHAPE), LlamaMLP), "phi": (PhiConfig(**SHAPE), PhiMLP)}
 
