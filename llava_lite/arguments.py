@@ -152,8 +152,8 @@ class TrainingArguments(transformers.TrainingArguments):
             self.bf16 = not self.fp16 and self.default_bf16()
         if self.tf32 is None and not self.use_cpu and machine_has("tf32"):
             self.tf32 = True
-        # Pinned memory speeds up copies to a GPU; without one torch only warns.
-        self.dataloader_pin_memory = self.dataloader_pin_memory and machine_has("gpu")
+        # Said aloud, accelerate starts gloo for ranks on a CPU, under DeepSpeed too; else it would see one process.
+        self.use_cpu = self.use_cpu or not machine_has("device")
         super().__post_init__()
 
     def default_bf16(self):

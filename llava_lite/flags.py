@@ -161,12 +161,17 @@ def fit_machine(name, values, on_cpu):
 
 
 def machine_has(name):
-    """Say whether this machine has a device that computes in `name`: "bf16", "fp16" or "tf32"; or a "gpu" at all."""
+    """Say whether this machine has a device that computes in `name`: "bf16", "fp16" or "tf32"; or any "device"."""
     import torch
     from transformers.utils import is_torch_bf16_gpu_available, is_torch_tf32_available
 
-    gpu = torch.cuda.is_available
-    return {"bf16": is_torch_bf16_gpu_available, "fp16": gpu, "gpu": gpu, "tf32": is_torch_tf32_available}[name]()
+    has = {
+        "bf16": is_torch_bf16_gpu_available,
+        "fp16": torch.cuda.is_available,
+        "tf32": is_torch_tf32_available,
+        "device": torch.accelerator.is_available,
+    }
+    return has[name]()
 
 
 def yaml_flags(path):

@@ -3,6 +3,7 @@
 import copy
 import logging
 import sys
+from importlib import import_module
 
 import torch
 from transformers import set_seed
@@ -21,7 +22,7 @@ def train(argv=None):
     """Train a stage as the flags `argv` say (default: the command line) and return its trainer."""
     start_logging()
     model_args, data_args, training_args = parse_args(sys.argv[1:] if argv is None else argv)
-    quiet_other_ranks(training_args)
+    join_ranks(training_args)
     set_seed(training_args.seed)
     tokenizer = build_tokenizer(model_args, training_args)
     model = build_model(model_args, data_args, training_args)
@@ -49,8 +50,13 @@ def start_logging():
     logging.getLogger("llava_lite").setLevel(logging.INFO)
 
 
-def quiet_other_ranks(training_args):
-    """Leave the log to rank 0; warnings and errors come from all."""
+def join_ranks(training_args):
+    """Let DeepSpeed know the ranks, and leave the log to the first; warnings and errors come from all."""
+    if training_args.deepspeed and training_args.world_size > 1:
+        import deepspeed
+
+        # accelerate does this on a GPU only; unaware of the ranks, ZeRO-3 would take the first for all there are.
+        deepspeed.init_distributed(auto_mpi_discovery=False)
     if training_args.process_index != 0:
         logging.getLogger("llava_lite").setLevel(logging.WARNING)
 
@@ -63,6 +69,8 @@ def build_tokenizer(model_args, training_args):
     """
     if model_args.model_name_or_path is None:
         raise ValueError("--model_name_or_path is needed: a language model, or the output of an earlier stage.")
+    # Registers our model types, by which transformers finds a checkpoint's tokenizer.
+    import_module("llava_lite.model")
     tokenizer = load_tokenizer(model_args.model_name_or_path, cache_dir=training_args.cache_dir)
     tokenizer.model_max_length, tokenizer.padding_side = training_args.model_max_length, "right"
     if tokenizer.pad_token is None:
@@ -247,9 +255,11 @@ def checkpoint_to_resume(training_args):
 def save(trainer, tokenizer, model_args, data_args):
     """Write the final folder: weights, config, tokenizer, image processor, card."""
     from llava_lite.processing import LlavaLiteProcessor
+    from llava_lite.train.card import card_of_run
     from llava_lite.train.final import save_final
 
     args, model = trainer.args, trainer.unwrapped
+    whole = args.save_full or args.tuning in ("full", "moe")
     tower = model.get_vision_tower()
     image_processor = None if tower is None else tower.image_processor
     trainer.save_state()
@@ -258,8 +268,9 @@ def save(trainer, tokenizer, model_args, data_args):
         args.output_dir,
         parts=[LlavaLiteProcessor.from_config(model.config, tokenizer, image_processor), image_processor],
         base=model_args.model_name_or_path,
-        whole=args.save_full or args.tuning in ("full", "moe"),
+        whole=whole,
         conv_template=model_args.version,
+        card=card_of_run(trainer, model_args, data_args, whole),
         is_writer=args.should_save,
     )
 
