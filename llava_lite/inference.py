@@ -60,8 +60,7 @@ def reply(
         images, history, alone = images or [None] * len(question), history or [None] * len(question), False
     inputs, mark = prepare(processor, question, images, conv_template, history)
     generation = _generation_arguments(model, processor, mark, temperature, num_beams, generate_kwargs)
-    with torch.inference_mode():
-        tokens = _generate(model, inputs, max_new_tokens=max_new_tokens, **generation)
+    tokens = _generate(model, inputs, max_new_tokens=max_new_tokens, **generation)
     answers = [_without_mark(text, mark) for text in processor.batch_decode(tokens, skip_special_tokens=True)]
     return answers[0] if alone else answers
 
@@ -89,15 +88,8 @@ def stream(
 
     def work():
         try:
-            with torch.inference_mode():
-                _generate(
-                    model,
-                    inputs,
-                    max_new_tokens=max_new_tokens,
-                    streamer=streamer,
-                    stopping_criteria=criteria,
-                    **generation,
-                )
+            arguments = {"streamer": streamer, "stopping_criteria": criteria, **generation}
+            _generate(model, inputs, max_new_tokens=max_new_tokens, **arguments)
         except Exception as error:
             failures.append(error)
             streamer.end()

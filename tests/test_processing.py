@@ -167,18 +167,6 @@ def test_text_only_model_has_a_processor_too(toy_llm_dir, tmp_path):
     assert json.loads((tmp_path / "processor_config.json").read_text())["conv_template"] == "v1"
 
 
-@pytest.mark.parametrize(
-    ("model_type", "template"),
-    [("llama", "v1"), ("mistral", "mistral_instruct"), ("qwen2", "qwen"), ("phi", "phi"), ("stablelm", "stablelm")],
-)
-def test_checkpoint_that_names_no_template_is_asked_as_its_recipe_was(toy_model, toy_tokenizer, model_type, template):
-    config = toy_model(model_type, tower=None).config
-    assert LlavaLiteProcessor.from_config(config, toy_tokenizer).conv_template == template
-
-
-# ---------------------------------------------------------------------- messages
-
-
 def user(*parts):
     return {"role": "user", "content": list(parts)}
 

@@ -75,7 +75,7 @@ def read_config(model_path, model_base, customized_config, overwrite_config, hub
     if isinstance(source, dict):
         overwrite_config, source = {**source, **(overwrite_config or {})}, model_path
     if isinstance(source, (str, Path)):
-        _check_folder(Path(source), model_base)
+        _check_folder(str(source), model_base)
         only_adapter = model_base is not None and not _has_file(source, "config.json", hub)
         config = AutoConfig.from_pretrained(model_base if only_adapter else source, **hub)
     else:
@@ -167,11 +167,12 @@ def context_len(config):
     return next((length for length in named if length is not None), DEFAULT_CONTEXT_LEN)
 
 
-def _check_folder(path, model_base):
-    """Refuse a folder that lacks what makes it a checkpoint, with what it lacks."""
+def _check_folder(name, model_base):
+    """Refuse a folder that lacks what makes it a checkpoint, with what it lacks; a hub id passes."""
+    path = Path(name)
     if not path.is_dir():
-        if path.is_absolute() or str(path).startswith("."):
-            raise OSError(f"there is no folder {str(path)!r}.")
+        if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
+            raise OSError(f"there is no folder {name!r}.")
         return
     if (path / "config.json").is_file() or (model_base is not None and (path / "adapter_config.json").is_file()):
         return

@@ -5,6 +5,7 @@ import sys
 
 from llava_lite.conversation import SeparatorStyle, get_template
 from llava_lite.inference import load, place_marks, stream
+from llava_lite.messages import upright_picture
 
 INTRODUCTION = "Ask about the picture, or anything; an empty line ends the chat."
 
@@ -65,20 +66,25 @@ def main(argv=None):
     path = options.model or options.model_path
     if path is None or (options.model and options.model_path):
         parser.error("name one model: llava-lite chat MODEL, or --model-path MODEL.")
-    if options.conv_mode is not None:
-        get_template(options.conv_mode)
-    model, processor = load(
-        path,
-        device=options.device,
-        model_base=options.model_base,
-        load_8bit=options.load_8bit,
-        load_4bit=options.load_4bit,
-    )
+    try:
+        if options.conv_mode is not None:
+            get_template(options.conv_mode)
+        # Before the model: a wrong path shows at once, not after minutes of loading.
+        pictures = [upright_picture(path) for path in options.image_file]
+        model, processor = load(
+            path,
+            device=options.device,
+            model_base=options.model_base,
+            load_8bit=options.load_8bit,
+            load_4bit=options.load_4bit,
+        )
+    except (OSError, ValueError, ImportError) as error:
+        parser.exit(1, f"{parser.prog}: {error}\n")
     _say(f"{INTRODUCTION}\n")
     chat(
         model,
         processor,
-        options.image_file,
+        pictures,
         _ask,
         _say,
         conv_template=options.conv_mode,

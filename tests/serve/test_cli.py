@@ -91,9 +91,19 @@ def test_chat_wants_one_model(arguments, capsys):
     assert "name one model" in capsys.readouterr().err
 
 
-def test_unknown_format_is_refused_before_anything_is_loaded():
-    with pytest.raises(ValueError, match=r"unknown conversation template 'v9'"):
-        cli.main(["nowhere", "--conv-mode", "v9"])
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["nowhere", "--conv-mode", "v9"], "unknown conversation template 'v9'"),
+        (["nowhere", "--image-file", "none.jpg"], "cannot use the picture 'none.jpg': there is no such file."),
+        (["./nowhere"], "there is no folder './nowhere'."),
+    ],
+)
+def test_what_is_wrong_is_said_in_a_line(arguments, words, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(arguments)
+    assert stopped.value.code == 1
+    assert f"llava-lite chat: {words}" in capsys.readouterr().err
 
 
 def test_chat_runs_in_a_terminal(checkpoint, toy_pair):
