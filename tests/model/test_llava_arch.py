@@ -216,3 +216,32 @@ def test_a_model_builds_from_its_config_alone():
     assert out.loss.isfinite()
     assert 3 < float(out.lm_loss) < 7
     assert config.num_image_tokens == 16
+
+
+def padded_and_alone(model, mask=None):
+    """Return new tokens of a ragged batch and of its shortest row alone."""
+    ids, real, _ = prompt_batch()
+    together = model.generate(
+        ids, images=pictures(), attention_mask=real if mask is None else mask, max_new_tokens=6, min_new_tokens=6
+    )
+    alone = model.generate(ids[2:, :3], images=None, max_new_tokens=6, min_new_tokens=6)
+    return together[2], alone[0]
+
+
+def test_the_mask_is_what_makes_batched_answers_equal_single_ones(toy_model):
+    model = toy_model()
+    together, alone = padded_and_alone(model)
+    assert torch.equal(together, alone)
+    together, alone = padded_and_alone(model, mask=torch.ones(3, 7, dtype=torch.long))
+    assert not torch.equal(together, alone)
+
+
+def test_the_mask_is_what_keeps_padding_from_the_router(toy_model, monkeypatch):
+    model = toy_model(moe=MOE)
+    ids, mask, labels = prompt_batch()
+    row = {"input_ids": ids[2:, :3], "labels": labels[2:, :3], "attention_mask": mask[2:, :3]}
+    padded = {"input_ids": ids[2:], "labels": labels[2:], "attention_mask": mask[2:]}
+    assert torch.allclose(model(**row).moe_loss, model(**padded).moe_loss, atol=1e-6)
+    start_routing = type(model).start_routing
+    monkeypatch.setattr(type(model), "start_routing", lambda self, attention_mask: start_routing(self, None))
+    assert not torch.allclose(model(**row).moe_loss, model(**padded).moe_loss, atol=1e-6)
