@@ -9,6 +9,7 @@ import dataclasses
 import difflib
 import json
 import os
+import socket
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -154,6 +155,8 @@ class TrainingArguments(transformers.TrainingArguments):
             self.tf32 = True
         # Said aloud, accelerate starts gloo for ranks on a CPU, under DeepSpeed too; else it would see one process.
         self.use_cpu = self.use_cpu or not machine_has("device")
+        if self.deepspeed and "LOCAL_RANK" not in os.environ:
+            stand_alone()
         super().__post_init__()
 
     def default_bf16(self):
@@ -165,9 +168,23 @@ class TrainingArguments(transformers.TrainingArguments):
         return enabled if isinstance(enabled, bool) else not self.use_cpu and machine_has("bf16")
 
     @property
+    def uses_deepspeed(self):
+        """Whether DeepSpeed drives the run, by --deepspeed or by the config of `accelerate launch`."""
+        return self.deepspeed_plugin is not None
+
+    @property
     def zero_stage(self):
-        """Return the ZeRO stage of the DeepSpeed JSON, 0 without one."""
-        return int(read_deepspeed(self.deepspeed).get("zero_optimization", {}).get("stage", 0))
+        """Return the ZeRO stage of the run, 0 without DeepSpeed."""
+        return int(self.deepspeed_plugin.zero_stage) if self.uses_deepspeed else 0
+
+
+def stand_alone():
+    """Set what a launcher would set for a single process: without it, DeepSpeed asks MPI who it is."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
+    os.environ.update(alone | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)})
 
 
 def read_deepspeed(config):

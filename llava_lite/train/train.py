@@ -52,7 +52,7 @@ def start_logging():
 
 def join_ranks(training_args):
     """Let DeepSpeed know the ranks, and leave the log to the first; warnings and errors come from all."""
-    if training_args.deepspeed and training_args.world_size > 1:
+    if training_args.uses_deepspeed:
         import deepspeed
 
         # accelerate does this on a GPU only; unaware of the ranks, ZeRO-3 would take the first for all there are.

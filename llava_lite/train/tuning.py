@@ -214,13 +214,13 @@ def loading_dtype(training_args):
 
     DeepSpeed keeps float32 copies of what trains; without it the weights themselves are those copies.
     """
-    keeps_master = bool(training_args.deepspeed) or training_args.tuning in ("projector", "lora")
+    keeps_master = training_args.uses_deepspeed or training_args.tuning in ("projector", "lora")
     return compute_dtype(training_args) if keeps_master else torch.float32
 
 
 def settle_dtypes(model, training_args):
     """Without DeepSpeed: keep what trains in float32, for small updates, and what does not in the run's dtype."""
-    if training_args.deepspeed or compute_dtype(training_args) == torch.float32:
+    if training_args.uses_deepspeed or compute_dtype(training_args) == torch.float32:
         return
     for param in model.parameters():
         if param.is_floating_point():
