@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from llava_lite.train import manifest as paper
 from llava_lite.train.engine_state import load_engine, save_engine
 from llava_lite.train.final import save_final
-from llava_lite.train.interrupt import EXIT_RESUMABLE, ProgressCallback, start_worker
+from llava_lite.train.interrupt import EXIT_RESUMABLE, ProgressCallback
 from llava_lite.train.manifest import SaveError, newest_whole_checkpoint
 from llava_lite.train.ranks import everyone, raise_together
 from llava_lite.train.resume import find_checkpoint, refuse_incomplete, refuse_other_run
@@ -93,7 +93,8 @@ class CheckpointMixin:
             "world_size": args.world_size,
             "per_device_train_batch_size": args.per_device_train_batch_size,
             "gradient_accumulation_steps": args.gradient_accumulation_steps,
-            "seed": [args.seed, args.data_seed],
+            "seed": args.seed,
+            "data_seed": args.data_seed,
             "group_by_modality_length": getattr(args, "group_by_modality_length", None),
             "samples": len(data) if hasattr(data, "__len__") else None,
             "checksum of the samples' lengths": None if lengths is None else zlib.crc32(np.asarray(lengths).tobytes()),
@@ -136,12 +137,6 @@ class CheckpointMixin:
             load_engine(self.model_wrapped, path)
         else:
             self._load_from_checkpoint(path)
-
-    def get_train_dataloader(self):
-        """Return the stock loader, its workers deaf to SIGTERM so that the last step can end."""
-        loader = super().get_train_dataloader()
-        loader.worker_init_fn = start_worker(loader.worker_init_fn)
-        return loader
 
     def _run_epoch(self, *args, **kwargs):
         """Tell the innermost sampler its epoch; the loader that skips batches after a resume hides it on 2 ranks."""

@@ -5,8 +5,6 @@ from __future__ import annotations
 import signal
 import threading
 import time
-from collections.abc import Callable
-from functools import partial
 
 import torch
 from transformers import TrainerCallback
@@ -57,14 +55,24 @@ class ProgressCallback(TrainerCallback):
             trainer.load_progress_state(saved["more"])
             self.saved = None
         if threading.current_thread() is threading.main_thread():
-            self._handler = signal.signal(signal.SIGTERM, self._on_sigterm)
+            self._listen()
 
-    def _on_sigterm(self, signum, frame):
+    def _listen(self) -> None:
+        """Note SIGTERM instead of dying of it.
+
+        Launchers and schedulers send it to the whole process tree. Loader workers inherit that it is blocked, so none
+        dies of it and takes the rank along before it could save; a handler set in a worker would come too late for one
+        that is just starting. Threads that were there before do not block it: for them there is the handler.
+        """
+        self._handler = signal.signal(signal.SIGTERM, self._note_sigterm)
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+
+    def _note_sigterm(self, signum, frame):
         self._signalled = True
 
     def on_step_end(self, args, state, control, **kwargs):
         """Save and stop once any rank was told to; launchers tell them at different moments."""
-        if any_rank(self._signalled, args.device):
+        if any_rank(self._signalled or signal.SIGTERM in signal.sigpending(), args.device):
             # SIGKILL follows SIGTERM, mostly after 30 s: the save comes before an evaluation that is due.
             self.stop_requested, control.should_save, control.should_evaluate = True, True, False
 
@@ -72,6 +80,7 @@ class ProgressCallback(TrainerCallback):
         """Hand SIGTERM back to whoever had it."""
         if self._handler is not None:
             signal.signal(signal.SIGTERM, self._handler)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
             self._handler = None
 
 
@@ -82,19 +91,3 @@ def any_rank(flag: bool, device: torch.device) -> bool:
     number = torch.tensor(int(flag), device=device)
     torch.distributed.all_reduce(number, op=torch.distributed.ReduceOp.MAX)
     return bool(number.item())
-
-
-def start_worker(init: Callable[[int], None] | None) -> Callable[[int], None]:
-    """Return a loader's worker_init_fn that leaves SIGTERM to the rank.
-
-    Launchers and schedulers signal the whole process tree; a worker that died of it would take the rank down before
-    the rank could save.
-    """
-    return partial(_start_worker, init)
-
-
-def _start_worker(init: Callable[[int], None] | None, worker_id: int) -> None:
-    # A Python function and not SIG_IGN: the worker still wakes up and sees that its rank is gone.
-    signal.signal(signal.SIGTERM, lambda signum, frame: None)
-    if init is not None:
-        init(worker_id)
