@@ -128,7 +128,11 @@ def verify(folder: str | Path) -> dict:
         size = (root / name).stat().st_size
         if size != expected["size"]:
             raise BrokenCheckpoint(folder, name, f"has {size} bytes, the manifest says {expected['size']}")
-    for name, found in digests(root, sorted(manifest["files"])).items():
+    try:
+        found_now = digests(root, sorted(manifest["files"]))
+    except OSError as error:
+        raise BrokenCheckpoint(folder, str(error.filename), f"cannot be read ({error.strerror})") from error
+    for name, found in found_now.items():
         if found["sha256"] != manifest["files"][name]["sha256"]:
             raise BrokenCheckpoint(folder, name, "has the right size but other bytes (sha256 differs)")
     return manifest

@@ -1,84 +1,124 @@
-"""Train toy stages, whole and resumed, and write what each run saw: `resume_cases.py cases.json results_RANK.json`.
+"""Train toy stages, whole and resumed, and write what each run saw: `resume_cases.py CASES.json RESULTS_RANK.json`.
 
-Started by test_resume.py, alone or by a launcher on several ranks; one start runs many cases.
+Started by test_resume.py, alone or by a launcher on several ranks; one start runs many cases. A case: "argv", "output"
+(a folder), "resume_from" (steps), "broken" (guards to take out, see BREAKS), "full_disk_on" (a rank).
 """
 
 import hashlib
 import json
 import os
+import random
+import resource
 import shutil
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import torch
-from transformers.trainer_utils import set_seed
 
-from llava_lite.train.checkpoint import CheckpointMixin
+from llava_lite.train.checkpoint import CheckpointMixin, SaveError, newest_whole_checkpoint
 from llava_lite.train.llava_trainer import LLaVATrainer
 from llava_lite.train.train import train
 from llava_lite.train.trained_weights import trained_state
 
-SAMPLES_SEEN = []
+RANK = int(os.environ.get("RANK", "0"))
 # Depends on the clock.
 NOT_COMPARED = {"tokens_per_s", "mfu", "train_runtime", "train_samples_per_second", "train_steps_per_second"}
-NOT_COMPARED |= {"total_flos"}
 
 
-def watch_samples():
-    """Note the ids of every micro-batch."""
-    step = LLaVATrainer.training_step
-
-    def noting_step(self, model, inputs, *args, **kwargs):
-        SAMPLES_SEEN.append(list(inputs["sample_ids"]))
-        return step(self, model, inputs, *args, **kwargs)
-
-    LLaVATrainer.training_step = noting_step
+def stock_epoch(trainer, *args, **kwargs):
+    """Run an epoch as transformers does."""
+    return super(CheckpointMixin, trainer)._run_epoch(*args, **kwargs)
 
 
 # Each takes one guard of the resume out, to show that the comparison sees it.
 BREAKS = {
-    "random state": ("_load_rng_state", lambda self, checkpoint: None),
-    "epoch of the sampler": ("_run_epoch", lambda self, *args, **kwargs: super(CheckpointMixin, self)._run_epoch(*args, **kwargs)),
+    "random state": {"_load_rng_state": lambda trainer, checkpoint: None},
+    "epoch of the sampler": {"_run_epoch": stock_epoch},
+    "counters of the log": {"load_progress_state": lambda trainer, state: None},
 }
+
+
+@contextmanager
+def replaced(methods):
+    """Give LLaVATrainer other methods for a while."""
+    own = {name: LLaVATrainer.__dict__.get(name) for name in methods}
+    for name, method in methods.items():
+        setattr(LLaVATrainer, name, method)
+    try:
+        yield
+    finally:
+        for name, method in own.items():
+            delattr(LLaVATrainer, name) if method is None else setattr(LLaVATrainer, name, method)
 
 
 def digest(model):
     """Return the SHA-256 of all weights that train, whole on every rank."""
-    state = trained_state(model)
-    return hashlib.sha256(b"".join(state[n].contiguous().view(torch.uint8).numpy().tobytes() for n in sorted(state))).hexdigest()
+    total = hashlib.sha256()
+    for _, weight in sorted(trained_state(model).items()):
+        total.update(weight.contiguous().view(torch.uint8).numpy().tobytes())
+    return total.hexdigest()
 
 
-def run(argv, broken=None):
+def run(argv, **replacements):
     """Train once; return weights, log and samples."""
-    SAMPLES_SEEN.clear()
-    # A run begins in a new process, so nothing may hang on the random state that the last one left.
-    set_seed(7777)
-    name, replacement = BREAKS[broken] if broken else ("_load_rng_state", LLaVATrainer._load_rng_state)
-    own = LLaVATrainer.__dict__.get(name)
-    setattr(LLaVATrainer, name, replacement)
-    try:
+    samples, step = [], LLaVATrainer.training_step
+
+    def noting_step(trainer, model, inputs, *args, **kwargs):
+        samples.append(list(inputs["sample_ids"]))
+        return step(trainer, model, inputs, *args, **kwargs)
+
+    # A run begins in a new process: nothing may hang on the random state that the last one left.
+    for seed in (random.seed, np.random.seed, torch.manual_seed):
+        seed(7777)
+    with replaced({"training_step": noting_step, **replacements}):
         trainer = train(argv)
-    finally:
-        delattr(LLaVATrainer, name) if own is None else setattr(LLaVATrainer, name, own)
     log = [{k: v for k, v in line.items() if k not in NOT_COMPARED} for line in trainer.state.log_history]
-    return {"weights": digest(trainer.model), "log": log, "samples": list(SAMPLES_SEEN), "step": trainer.state.global_step}
+    return {"weights": digest(trainer.model), "log": log, "samples": samples}
+
+
+def fill_disk(argv, output, full_rank):
+    """Train with a disk that is full for one rank from step 6 on; return what this rank was told and what is left."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    stock = LLaVATrainer._save_checkpoint
+
+    def save(trainer, *args, **kwargs):
+        if trainer.state.global_step > 6 and full_rank == RANK:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (2000, hard))
+        try:
+            stock(trainer, *args, **kwargs)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+    try:
+        with replaced({"_save_checkpoint": save}):
+            train([*argv, "--output_dir", output])
+    except SaveError as error:
+        left = sorted(path.name for path in Path(output).glob("*checkpoint-*"))
+        return {"error": str(error), "left": left, "newest": newest_whole_checkpoint(output)}
+
+
+def run_case(argv, output, resume_from=(), broken=(), full_disk_on=None):
+    """Run a case and return its results by name."""
+    if full_disk_on is not None:
+        return {"full disk": fill_disk(argv, output, full_disk_on)}
+    results = {"whole": run([*argv, "--output_dir", f"{output}/whole"])}
+    for step in resume_from:
+        for guard in (None, *broken):
+            again, name = f"{output}/from_{step}", f"{step} without {guard}" if guard else str(step)
+            flags = ["--output_dir", again, "--resume_from_checkpoint", f"{output}/whole/checkpoint-{step}"]
+            results[name] = run([*argv, *flags], **BREAKS.get(guard, {}))
+            if RANK == 0:
+                shutil.rmtree(again)
+    return results
 
 
 def main(cases_file, results_file):
     """Run every case and write the results of this rank."""
-    watch_samples()
-    results = {}
-    for name, case in json.loads(Path(cases_file).read_text()).items():
-        whole = f"{case['output']}/whole"
-        results[name] = {"whole": run([*case["argv"], "--output_dir", whole])}
-        for step in case["resume_from"]:
-            for broken in [None, *case.get("broken", [])]:
-                again = f"{case['output']}/from_{step}"
-                flags = ["--output_dir", again, "--resume_from_checkpoint", f"{whole}/checkpoint-{step}"]
-                results[name][f"{step} without {broken}" if broken else str(step)] = run([*case["argv"], *flags], broken)
-                if os.environ.get("RANK", "0") == "0":
-                    shutil.rmtree(again)
-    Path(results_file.replace("RANK", os.environ.get("RANK", "0"))).write_text(json.dumps(results))
+    cases = json.loads(Path(cases_file).read_text())
+    results = {name: run_case(**case) for name, case in cases.items()}
+    Path(results_file.replace("RANK", str(RANK))).write_text(json.dumps(results))
 
 
 if __name__ == "__main__":
