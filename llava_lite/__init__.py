@@ -20,6 +20,7 @@ _EXPORTS = {
     "LlavaStableLmForCausalLM": "model",
     "LlavaLiteProcessor": "processing",
     "conv_templates": "conversation",
+    "load": "inference",
     "load_pretrained_model": "model.builder",
     "reply": "inference",
     "stream": "inference",

@@ -65,7 +65,7 @@ part() { # name, command...
 stage() { # recipe, flags...
     local recipe=$1
     shift
-    LAUNCHER=deepspeed NUM_GPUS=$RANKS ZERO=$ZERO MASTER_PORT=$(free_port) OMP_NUM_THREADS=$THREADS \
+    LAUNCHER=deepspeed LAUNCHER_ARGS=--quiet NUM_GPUS=$RANKS ZERO=$ZERO MASTER_PORT=$(free_port) OMP_NUM_THREADS=$THREADS \
         bash "$ROOT/scripts/v1_5/$recipe.sh" \
         --per_device_train_batch_size $((GLOBAL_BATCH / RANKS)) \
         --gradient_accumulation_steps 1 \

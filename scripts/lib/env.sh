@@ -6,7 +6,7 @@ ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 EXTRAS=train,peft,dev
 MIN_FREE_GIB=4
 
-say() { printf '%s\n' "$*" >&2; }
+say() { printf '%s\n' "$@" >&2; }
 
 fail() {
     say "error: $*"
@@ -116,7 +116,7 @@ has_gpu() { python -c 'import sys, torch; sys.exit(not torch.cuda.is_available()
 remove_dead_locks() {
     local lock
     find "$TORCH_EXTENSIONS_DIR" -maxdepth 3 -name lock -type f 2>/dev/null | while read -r lock; do
-        if ! find /proc/[0-9]*/fd -lname "$lock" 2>/dev/null | grep -q .; then
+        if [ -z "$(find /proc/[0-9]*/fd -lname "$lock" -print -quit 2>/dev/null)" ]; then
             say "Removing $lock, left by a build that was killed."
             rm -f "$lock"
         fi

@@ -7,10 +7,16 @@
 #   NNODES NODE_RANK MASTER_ADDR MASTER_PORT    one call a node, for torchrun and accelerate: scripts/slurm
 #                (with deepspeed and HOSTFILE, NODE_RANK starts this node only, without ssh)
 #   ZERO         2 | 3, or the path of a DeepSpeed JSON; default: the recipe's
+#   LAUNCHER_ARGS  further options of the launcher: LAUNCHER_ARGS="--include worker-0:0,1"
 #   LAUNCHER_CMD a command to use in place of the launcher and its options
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 export PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}"
+
+die() {
+    echo "error: $*" >&2
+    exit 2
+}
 
 zero_config() { # the recipe's stage
     case ${ZERO:-$1} in
@@ -20,6 +26,7 @@ zero_config() { # the recipe's stage
 }
 
 deepspeed_options() {
+    [ -z "${NODE_RANK:-}" ] || [ -n "${HOSTFILE:-}" ] || die "NODE_RANK=$NODE_RANK with LAUNCHER=deepspeed needs HOSTFILE; or use LAUNCHER=torchrun."
     [ -z "${NUM_GPUS:-}" ] || printf '%s\n' --num_accelerators "$NUM_GPUS"
     [ -z "${HOSTFILE:-}" ] || printf '%s\n' --hostfile "$HOSTFILE"
     [ -z "${NODE_RANK:-}" ] || printf '%s\n' --no_ssh --node_rank "$NODE_RANK"
@@ -27,32 +34,44 @@ deepspeed_options() {
     [ -z "${MASTER_PORT:-}" ] || printf '%s\n' --master_port "$MASTER_PORT"
 }
 
+processes_per_node() { echo "${NUM_GPUS:-$(python -c 'import torch; print(max(1, torch.cuda.device_count()))')}"; }
+
 torchrun_options() {
-    printf '%s\n' --nnodes "${NNODES:-1}" --nproc_per_node "${NUM_GPUS:-gpu}" --node_rank "${NODE_RANK:-0}"
+    printf '%s\n' --nnodes "${NNODES:-1}" --nproc_per_node "$(processes_per_node)" --node_rank "${NODE_RANK:-0}"
     printf '%s\n' --master_addr "${MASTER_ADDR:-127.0.0.1}" --master_port "${MASTER_PORT:-29500}"
 }
 
-# accelerate counts the processes of all nodes, and asks for a number where the others find one.
+# accelerate counts the processes of all nodes. --multi_gpu is its word for several processes; a CPU will do.
 accelerate_options() {
-    local per_node=${NUM_GPUS:-$(python -c 'import torch; print(max(1, torch.cuda.device_count()))')}
-    printf '%s\n' launch --num_machines "${NNODES:-1}" --num_processes $((per_node * ${NNODES:-1})) --machine_rank "${NODE_RANK:-0}"
+    local total
+    total=$(($(processes_per_node) * ${NNODES:-1}))
+    printf '%s\n' launch --num_machines "${NNODES:-1}" --num_processes "$total" --machine_rank "${NODE_RANK:-0}"
     printf '%s\n' --main_process_ip "${MASTER_ADDR:-127.0.0.1}" --main_process_port "${MASTER_PORT:-29500}"
     printf '%s\n' --mixed_precision no --dynamo_backend no
+    [ "$total" -eq 1 ] || printf '%s\n' --multi_gpu
+}
+
+# The command that the flags of training are added to.
+launcher_command() { # sets COMMAND
+    local launcher=${LAUNCHER:-deepspeed} options
+    if [ -n "${LAUNCHER_CMD:-}" ]; then
+        read -ra COMMAND <<<"$LAUNCHER_CMD"
+        return
+    fi
+    case $launcher in
+        deepspeed | torchrun | accelerate) ;;
+        *) die "unknown LAUNCHER '$launcher'; known: deepspeed, torchrun, accelerate." ;;
+    esac
+    command -v "$launcher" >/dev/null || PATH="$ROOT/.venv/bin:$PATH"
+    command -v "$launcher" >/dev/null || die "no '$launcher' on PATH; bash scripts/quickstart.sh makes an environment, or: pip install -e '${ROOT}[train]' -c '$ROOT/constraints.txt'"
+    options=$("${launcher}_options")
+    mapfile -t COMMAND <<<"$launcher${options:+$'\n'$options}"
+    # shellcheck disable=SC2206  # Several options in one variable.
+    COMMAND+=(${LAUNCHER_ARGS:-})
 }
 
 launch_train() { # flags of llava-lite train
-    local launcher=${LAUNCHER:-deepspeed} command options
-    case $launcher in
-        deepspeed | torchrun | accelerate) ;;
-        *) echo "error: unknown LAUNCHER '$launcher'; known: deepspeed, torchrun, accelerate." >&2 && exit 2 ;;
-    esac
-    if [ -n "${LAUNCHER_CMD:-}" ]; then
-        read -ra command <<<"$LAUNCHER_CMD"
-    else
-        command -v "$launcher" >/dev/null || PATH="$ROOT/.venv/bin:$PATH"
-        command -v "$launcher" >/dev/null || { echo "error: no '$launcher' on PATH. Install it: pip install -e '${ROOT}[train]' -c '$ROOT/constraints.txt', or bash scripts/quickstart.sh." >&2 && exit 127; }
-        mapfile -t options < <("${launcher}_options")
-        command=("$launcher" "${options[@]}")
-    fi
-    exec "${command[@]}" "$ROOT/llava_lite/train/train_mem.py" "$@"
+    local COMMAND
+    launcher_command
+    exec "${COMMAND[@]}" "$ROOT/llava_lite/train/train_mem.py" "$@"
 }
