@@ -12,12 +12,14 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from llava_lite.conversation import get_template
 
 from .text import MAX_LEN, notes, scene_questions, text_question
-from .world import COLOURS, EMPTY
+from .world import COLOURS, EMPTY, items
 
 BATCH = 48
 # Answers are what is to be learned; system prompt, questions and random notes only keep the rest of the text alive.
 TEXT_WEIGHT = 0.05
 NOTE_KINDS = {"digit": 3, "colour": 2, "count": 1, "where": 3, "colour_of": 3, "caption": 1}
+# Looking up comes first, on short documents: without this a model of this size picks an item at random for ever.
+LOOK_UP_SHARE = 0.45
 SIZES = {
     "hidden_size": 128,
     "intermediate_size": 256,
@@ -52,30 +54,49 @@ def plain_talk(rng):
     return [turn for q in questions for turn in (("human", q.text), ("gpt", q.answer))]
 
 
+def notes_in_order(digit, colour, order, rng):
+    """Return the items of a scene in a random order, each with its (colour, digit, place) in the given order."""
+    said = [text.split() for text in items(digit, colour, rng.permutation(4))]
+    return ", ".join(" ".join(words[i] for i in order) for words in said) + "."
+
+
 def repeated_notes(rng):
-    """Return notes said twice, in another order, and the span of the second time.
+    """Return notes said three times, their words in another order each time, and the span of the repetitions.
 
     Repetition is where a small model finds out how to look things up (Olsson et al. 2022, "In-context learning and
-    induction heads", https://arxiv.org/abs/2209.11895).
+    induction heads", https://arxiv.org/abs/2209.11895); the other orders teach it to do so from any word of an item.
     """
     digit, colour = random_items(rng)
     once = notes(digit, colour, rng)
-    text = f"{once} {notes(digit, colour, rng)}\n"
+    text = " ".join([once, *(notes_in_order(digit, colour, rng.permutation(3), rng) for _ in range(2))])
     return text, ((len(once), len(text)),)
 
 
-def document(rng):
-    """Return a text and the character spans that count in full."""
+def short_quiz(rng):
+    """Return notes, questions and answers without any template, and the spans of the answers."""
+    digit, colour = random_items(rng)
+    text, answers = notes(digit, colour, rng) + "\n", []
+    for question in scene_questions(digit, colour, 5, rng, NOTE_KINDS):
+        start = len(text) + len(question.text)
+        text += f"{question.text} {question.answer}\n"
+        answers.append((start, len(text)))
+    return text, tuple(answers)
+
+
+def document(rng, is_early):
+    """Return a text and the character spans that count in full. is_early: short ones only."""
     drawn = rng.random()
-    if drawn < 0.15:
+    if is_early:
+        return repeated_notes(rng) if drawn < 0.5 else short_quiz(rng)
+    if drawn < 0.1:
         return repeated_notes(rng)
-    rendered = get_template("v1").with_turns(plain_talk(rng) if drawn < 0.25 else noted_talk(rng)).render()
+    rendered = get_template("v1").with_turns(plain_talk(rng) if drawn < 0.2 else noted_talk(rng)).render()
     return rendered.text, rendered.answers
 
 
-def batch_of(tokenizer, num, rng):
+def batch_of(tokenizer, num, rng, is_early):
     """Return input_ids and attention_mask [B, T], and the weight [B, T] of each token as a target."""
-    documents = [document(rng) for _ in range(num)]
+    documents = [document(rng, is_early) for _ in range(num)]
     batch = tokenizer([text for text, _ in documents], padding=True, return_offsets_mapping=True, return_tensors="pt")
     offsets = batch["offset_mapping"]  # [B, T, 2]
     weight = TEXT_WEIGHT * batch["attention_mask"].float()
@@ -103,8 +124,9 @@ def train_llm(tokenizer, num_steps, seed, learning_rate=2e-3):
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.01, betas=(0.9, 0.98))
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, num_steps, pct_start=0.03)
     bar = tqdm(range(num_steps), desc="llm", unit="step", mininterval=2)
-    for _ in bar:
-        input_ids, attention_mask, weight = batch_of(tokenizer, BATCH, rng)
+    for step in bar:
+        is_early = step < LOOK_UP_SHARE * num_steps
+        input_ids, attention_mask, weight = batch_of(tokenizer, BATCH, rng, is_early)
         logits = model(input_ids=input_ids, attention_mask=attention_mask).logits
         loss = weighted_loss(logits, input_ids, weight)
         optimizer.zero_grad()

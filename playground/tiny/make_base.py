@@ -2,9 +2,9 @@
 
 python -m playground.tiny.make_base --out playground/tiny
 
-Base models are downloaded elsewhere; here they are made once and committed: `tower`, a CLIPVisionModel with its image
-processor, and `llm`, a LlamaForCausalLM with its tokenizer, as transformers saves them. Neither has seen a held-out scan,
-and the language model has seen no picture.
+Base models are downloaded elsewhere; here they are made once and committed, as transformers saves them: `tower`, a
+CLIPVisionModel with its image processor, and `llm`, a LlamaForCausalLM with its tokenizer. The tower has seen no
+held-out scan, the language model no picture.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from .tower import probe_accuracy, train_tower
 from .world import HELD_OUT_FOLD, draw_tiles, training_folds
 
 TOWER_STEPS = 5000
-LLM_STEPS = 2000
+LLM_STEPS = 1500
 VARIANTS = 16
 
 

@@ -116,7 +116,7 @@ def moved(start, now):
 
 
 def expert_moves(dense_folder, moe_folder, seed):
-    """Return how far routers and experts of each layer went from their start, which is remade from stage 2 and the seed."""
+    """Return how far routers and experts went from their start, which is made again from stage 2 and the seed."""
     start, _ = load(dense_folder, device="cpu", dtype=torch.float32)
     now, _ = load(moe_folder, device="cpu", dtype=torch.float32)
     upcycle(start, now.config.moe, seed)
