@@ -10,7 +10,7 @@ from transformers import set_seed
 
 from llava_lite.arguments import parse_args
 from llava_lite.companions import load_tokenizer
-from llava_lite.train.tuning import choose_what_trains, describe, loading_dtype, settle_dtypes
+from llava_lite.train.tuning import choose_what_trains, compute_dtype, describe, loading_dtype, settle_dtypes
 
 logger = logging.getLogger(__name__)
 
@@ -263,6 +263,9 @@ def save(trainer, tokenizer, model_args, data_args):
     tower = model.get_vision_tower()
     image_processor = None if tower is None else tower.image_processor
     trainer.save_state()
+    if not args.uses_deepspeed and args.bits == 16:
+        # What trained was kept in float32 for its small updates; a checkpoint is as wide as the run's products.
+        trainer.model.to(compute_dtype(args))
     save_final(
         trainer.model,
         args.output_dir,

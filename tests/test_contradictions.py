@@ -1,0 +1,57 @@
+"""Flags that cannot both hold are refused, and both are named."""
+
+import pytest
+
+from llava_lite.arguments import parse_args
+
+PAIRS = {
+    "--tune_mm_mlp_adapter True --lora_enable True": ("tune_mm_mlp_adapter", "lora_enable"),
+    "--tuning full --moe_enable True": ("tuning full", "moe_enable"),
+    "--tuning projector --freeze_mm_mlp_adapter True": ("tuning projector", "freeze_mm_mlp_adapter"),
+    "--tune_mm_mlp_adapter True --freeze_mm_mlp_adapter True": ("tuning projector", "freeze_mm_mlp_adapter"),
+    "--tuning projector --unfreeze_mm_vision_tower True": ("tuning projector", "unfreeze_mm_vision_tower"),
+    "--bits 4 --tuning full": ("bits 4", "lora_enable"),
+    "--mm_projector_lr 1e-5 --freeze_mm_mlp_adapter True": ("mm_projector_lr", "freeze_mm_mlp_adapter"),
+    "--mm_vision_tower_lr 1e-5": ("mm_vision_tower_lr", "unfreeze_mm_vision_tower"),
+    "--train_modules wg": ("train_modules wg", "moe_enable"),
+    "--num_experts 4 --tuning full": ("num_experts 4", "tuning full"),
+    "--freeze_backbone True --lora_enable True": ("freeze_backbone", "tuning lora"),
+    "--eval_split 0.1 --eval_data_path x.json": ("eval_data_path", "eval_split"),
+    "--eval_strategy steps": ("eval_strategy steps", "eval_data_path"),
+    "--group_by_modality_length True --group_by_length True": ("group_by_modality_length", "train_sampling_strategy"),
+    "--top_k_experts 5 --moe_enable True": ("top_k_experts 5", "num_experts 4"),
+    "--moe_enable True --ep_size 2": ("ep_size 2",),
+    "--fp16 True --bf16 True --use_cpu True": ("bf16 True", "fp16 True"),
+    "--mm_use_im_start_end True --tune_mm_mlp_adapter True": ("mm_use_im_start_end", "tuning projector"),
+    "--moe_enable True --moe_second_expert_sampling always --top_k_experts 1": (
+        "moe_second_expert_sampling always",
+        "top_k_experts",
+    ),
+    "--label_smoothing_factor 0.1": ("label_smoothing_factor 0.1",),
+}
+
+
+@pytest.mark.parametrize("said", PAIRS)
+def test_both_flags_are_named(said, tmp_path, monkeypatch):
+    monkeypatch.setattr("llava_lite.flags.machine_has", lambda name: name != "tf32")
+    with pytest.raises(ValueError, match="--") as error:
+        parse_args([*said.split(), "--output_dir", str(tmp_path)])
+    for name in PAIRS[said]:
+        assert name in str(error.value)
+
+
+def test_reentrant_checkpointing_with_experts_is_refused(tmp_path):
+    said = ["--moe_enable", "True", "--gradient_checkpointing_kwargs", '{"use_reentrant": true}']
+    with pytest.raises(ValueError, match=r'--tuning moe needs .*"use_reentrant": false.*got.*"use_reentrant": true'):
+        parse_args([*said, "--output_dir", str(tmp_path)])
+
+
+def test_unknown_template_is_refused_with_the_list(tmp_path):
+    with pytest.raises(ValueError, match=r"v9.*plain") as error:
+        parse_args(["--version", "v9", "--output_dir", str(tmp_path)])
+    assert "v1" in str(error.value)
+
+
+def test_unknown_aspect_ratio_is_refused_with_the_list(tmp_path):
+    with pytest.raises(ValueError, match="unknown --image_aspect_ratio 'anyres'; known: square, pad"):
+        parse_args(["--image_aspect_ratio", "anyres", "--output_dir", str(tmp_path)])
