@@ -36,7 +36,9 @@ def clip_config_from_shapes(shapes: Mapping[str, tuple[int, ...]]) -> CLIPVision
 def read_shapes(path: str | Path, **hub) -> dict[str, tuple[int, ...]]:
     """Return the shape of every weight of a checkpoint by name; of safetensors only the headers are read."""
     index = cached_file(path, "model.safetensors.index.json", _raise_exceptions_for_missing_entries=False, **hub)
-    index = index or cached_file(path, "pytorch_model.bin.index.json", _raise_exceptions_for_missing_entries=False, **hub)
+    index = index or cached_file(
+        path, "pytorch_model.bin.index.json", _raise_exceptions_for_missing_entries=False, **hub
+    )
     if index:
         files = sorted(set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values()))
     else:
