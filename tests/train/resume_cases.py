@@ -53,12 +53,14 @@ def replaced(methods):
             delattr(LLaVATrainer, name) if method is None else setattr(LLaVATrainer, name, method)
 
 
-def digest(model):
-    """Return the SHA-256 of all weights that train, whole on every rank."""
-    total = hashlib.sha256()
-    for _, weight in sorted(trained_state(model).items()):
-        total.update(weight.contiguous().view(torch.uint8).numpy().tobytes())
-    return total.hexdigest()
+def digests(model):
+    """Return the SHA-256 of each weight that trains, whole on every rank, by name."""
+    return {name: digest(weight) for name, weight in sorted(trained_state(model).items())}
+
+
+def digest(weight):
+    """Return the SHA-256 of a tensor's bytes."""
+    return hashlib.sha256(weight.contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
 
 
 def run(argv, **replacements):
@@ -75,7 +77,7 @@ def run(argv, **replacements):
     with replaced({"training_step": noting_step, **replacements}):
         trainer = train(argv)
     log = [{k: v for k, v in line.items() if k not in NOT_COMPARED} for line in trainer.state.log_history]
-    return {"weights": digest(trainer.model), "log": log, "samples": samples}
+    return {"weights": digests(trainer.model), "log": log, "samples": samples}
 
 
 def fill_disk(argv, output, full_rank):

@@ -91,7 +91,7 @@ def test_only_so_many_checkpoints_are_kept_and_the_best_among_them(tmp_path):
 # Going on.
 
 
-@pytest.mark.parametrize("step", [4, 10])
+@pytest.mark.parametrize("step", [4, 10, 11])
 def test_a_resumed_run_is_the_same_run_also_between_two_logged_steps(whole_run, tmp_path, step):
     resumed = plain.build_trainer(tmp_path)
     result = resumed.train(resume_from_checkpoint=str(whole_run[0] / f"checkpoint-{step}"))
@@ -266,11 +266,16 @@ def test_sigterm_saves_within_the_step_and_leaves_with_the_documented_code(whole
     assert_same_run(resumed, whole_run[1])
 
 
+def environment():
+    """Return the environment of a script that finds this package."""
+    paths = os.pathsep.join(filter(None, [str(HERE.parents[1]), os.environ.get("PYTHONPATH")]))
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
+
+
 def run_script(name, *arguments, timeout_s):
     """Run a neighbour script and return its RESULT."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parents[1])}
     command = [sys.executable, str(HERE / name), *map(str, arguments)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout_s, check=False)
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=timeout_s, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(next(line for line in done.stdout.splitlines() if line.startswith("RESULT "))[7:])
 
@@ -300,9 +305,8 @@ def test_sigterm_to_the_whole_process_tree_saves_although_the_loader_has_workers
         f"build_trainer({str(tmp_path)!r}, num_train_epochs=2000, save_steps=10**6, dataloader_num_workers=2, "
         "logging_steps=1).train()"
     )
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parents[1])}
     run = subprocess.Popen(
-        [sys.executable, "-c", code], env=environment, start_new_session=True, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", code], env=environment(), start_new_session=True, stdout=subprocess.PIPE, text=True
     )
     try:
         next(line for line in run.stdout if "'loss'" in line)
