@@ -98,6 +98,8 @@ class DataArguments:
     image_folder: str | None = knob(None, "Folder that the records' picture paths start from.")
     image_aspect_ratio: str = knob("square", "square: crop as the tower's processor does (stage 1); pad (stage 2).")
     bad_record: Literal["raise", "skip"] = knob("raise", "A broken record or picture stops the run, or is left out.")
+    max_bad_share: float = knob(0.01, "Largest share of records that --bad_record skip may leave out.")
+    follow_links: bool = knob(False, "Read pictures through links that lead out of image_folder.")
     eval_data_path: list[str] | None = knob(None, "Files of records to evaluate on.")
     eval_split: float = knob(0.0, "Records held out of data_path to evaluate on: below 1 a share, else a number.")
     num_eval_generations: int = knob(4, "Answers generated and written at each evaluation.")

@@ -187,7 +187,9 @@ def load_data(model, tokenizer, model_args, data_args, training_args):
             max_length=training_args.model_max_length,
             mm_use_im_start_end=model_args.mm_use_im_start_end,
             num_workers=training_args.dataloader_num_workers,
+            follow_links=data_args.follow_links,
             bad_record=data_args.bad_record,
+            max_bad_share=data_args.max_bad_share,
             ledger_path=f"{training_args.output_dir}/{ledger}" if data_args.bad_record == "skip" else None,
         )
         if len(set(everyone(report.digest))) > 1:
