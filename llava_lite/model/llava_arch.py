@@ -60,7 +60,7 @@ class LlavaMetaModel(ExpertsMixin):
     get_image_tower = get_vision_tower
 
 
-class LlavaMetaForCausalLM(SharingMixin, LoadingMixin):
+class LlavaMetaForCausalLM(SharingMixin, LoadingMixin, ExpertsMixin):
     """Everything that LLaVA adds to a decoder with a vocabulary head; a backbone names its `decoder_class`."""
 
     decoder_class: type

@@ -172,3 +172,32 @@ def test_under_zero3_it_is_the_same_model_and_takes_the_same_step(tmp_path):
         assert distances["upcycled"] == 0, case
         # Gradients of two ranks are summed in another order than those of two batches.
         assert distances["stepped"] < 1e-6, case
+
+
+@pytest.mark.parametrize("model_type", BACKBONES)
+def test_a_model_with_experts_uses_grouped_products_and_lets_the_user_choose(toy_model, model_type):
+    model = toy_model(model_type, moe={"num_experts": 4, "moe_mode": "sparse"}, tower=None)
+    assert model.config._experts_implementation == "grouped_mm"
+    with torch.no_grad():
+        grouped = model(IDS, attention_mask=MASK).logits
+        model.set_experts_implementation("eager")
+        assert model.moe_layers()[0].experts.config._experts_implementation == "eager"
+        eager = model(IDS, attention_mask=MASK).logits
+    torch.testing.assert_close(grouped[MASK.bool()], eager[MASK.bool()], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("model_type", BACKBONES)
+def test_a_model_built_from_its_config_has_its_experts_drawn(toy_model, model_type):
+    moe = {"num_experts": 4, "moe_mode": "sparse", "use_residual": True}
+    config = toy_model(model_type, moe=moe, tower=None).config
+    torch.use_deterministic_algorithms(True)  # memory that nobody wrote to is NaN then
+    try:
+        model = type(toy_model(model_type, tower=None))(config)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    block = model.moe_layers()[0]
+    for name, param in block.named_parameters():
+        assert param.isfinite().all(), name
+    up = getattr(block.experts, block.experts.up_name)
+    assert up.std().item() == pytest.approx(config.initializer_range, rel=0.05)
+    assert block.gate.weight.abs().max() <= 32**-0.5
