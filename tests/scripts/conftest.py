@@ -11,12 +11,13 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def bash(script, *arguments, path=None, **variables):
+def bash(script, *arguments, path=None, cwd=None, **variables):
     """Run a script with variables beside a plain environment and return the finished process."""
     kept = {name: os.environ[name] for name in ("HOME", "LANG", "TMPDIR") if name in os.environ}
     folders = [str(folder) for folder in (path, Path(sys.executable).parent) if folder is not None]
     env = {**kept, **variables, "PATH": os.pathsep.join([*folders, os.environ["PATH"]])}
-    return subprocess.run(["bash", str(script), *arguments], env=env, capture_output=True, text=True, timeout=60)
+    command = ["bash", str(script), *arguments]
+    return subprocess.run(command, env=env, cwd=cwd, capture_output=True, text=True, timeout=60)
 
 
 @pytest.fixture(name="bash")

@@ -81,6 +81,27 @@ def test_launcher_that_cannot_work_is_refused(variables, message, bash, echo):
     assert done.stdout == ""
 
 
+def test_slurm_example_calls_the_recipe_once_a_node(bash, echo):
+    (echo / "scontrol").write_text("#!/bin/sh\nprintf 'n7\\nn8\\n'\n")
+    (echo / "srun").write_text('#!/bin/sh\nshift\nSLURM_NODEID=1 exec "$@"\n')
+    for name in ("scontrol", "srun"):
+        (echo / name).chmod(0o755)
+    job = {"SLURM_NNODES": "2", "SLURM_GPUS_ON_NODE": "8", "SLURM_JOB_ID": "12", "SLURM_JOB_NODELIST": "n[7-8]"}
+    done = bash(ROOT / "scripts/slurm/finetune.sbatch", "finetune", "--seed", "5", path=echo, cwd=ROOT, **job)
+    assert done.returncode == 0, done.stderr
+    command = json.loads(done.stdout)
+    options = dict(zip(command[1:11:2], command[2:12:2], strict=True))
+    assert command[0] == "torchrun"
+    assert options == {
+        "--nnodes": "2",
+        "--nproc_per_node": "8",
+        "--node_rank": "1",
+        "--master_addr": "n7",
+        "--master_port": "20012",
+    }
+    assert command[-2:] == ["--seed", "5"]
+
+
 def free_port():
     """Return a port that nothing listens on."""
     with socket.socket() as sock:
