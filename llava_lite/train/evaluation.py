@@ -6,6 +6,11 @@ from llava_lite.constants import IGNORE_INDEX
 from llava_lite.train.generations import generate_answers, report_answers, write_answers
 
 
+def count_of_rank(num_records, rank, batch_size):
+    """Return how many of the last `num_records` a rank has; ranks take a batch each, in order."""
+    return max(0, num_records - rank * batch_size)
+
+
 class EvaluationMixin:
     """Trainer overrides; a subclass sets eval_examples, eval_max_new_tokens and meter."""
 
@@ -23,12 +28,11 @@ class EvaluationMixin:
         return loss / num_learned.clamp(min=1), None, None
 
     def hide_repeats(self, labels):
-        """Take the labels off the records that fill up the last batches of the ranks: they were counted already."""
+        """Take the labels off the records that fill up the ranks' last batches: they were counted already."""
         progress = self.accelerator.gradient_state
-        if not progress.end_of_dataloader or progress.remainder <= 0:
-            return
-        first_repeat = max(0, progress.remainder - self.accelerator.process_index * self.args.eval_batch_size)
-        labels[first_repeat:] = IGNORE_INDEX
+        if progress.end_of_dataloader and progress.remainder > 0:
+            rank = self.accelerator.process_index
+            labels[count_of_rank(progress.remainder, rank, self.args.eval_batch_size) :] = IGNORE_INDEX
 
     def evaluation_loop(self, *args, metric_key_prefix="eval", **kwargs):
         """Run the stock loop; the loss is the mean over all learned tokens, whatever batches they came in."""

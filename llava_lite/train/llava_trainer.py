@@ -168,8 +168,8 @@ class LLaVATrainer(CheckpointMixin, EvaluationMixin, Trainer):
 
     def groups_without_gradient(self):
         """Return the groups that may get none: equal experts tell a router nothing, only the balance loss does."""
-        moe = self.unwrapped.config.moe
-        return ("router",) if moe and not moe["router_aux_loss_coef"] else ()
+        blocks = self.unwrapped.moe_layers().values()
+        return ("router",) if all(block.moe.router_aux_loss_coef == 0 for block in blocks) else ()
 
     def _save_checkpoint(self, *args, **kwargs):
         """Save, with the clock of the meter stopped."""

@@ -8,6 +8,7 @@ import os
 from dataclasses import dataclass
 
 import numpy as np
+from torch import nn
 
 from llava_lite.model.moe import MoeBlock
 from llava_lite.train.tuning import choose_what_trains, compute_dtype, count, describe, loading_dtype
@@ -57,18 +58,23 @@ def weight_bytes(model, zero_stage, num_ranks):
 def layer_activation_bytes(layer, config, dtype_bytes):
     """Return the bytes a token that a stock decoder layer keeps for its backward pass.
 
-    s * (n D + 2 kv + m I K + e K D): n = 8 with trained weights, 4 with frozen ones (which need no input), 2 more in
-    half precision for the norms' float32; kv the width of keys; m = 4 or 3 in a gated MLP (input, gate, up, product),
-    5 or 4 in Phi's; e = 2 or 1 in a layer with experts. Counted with saved-tensor hooks on transformers 5.23.
+    s * (n D + 2 kv + m I K + e K D): n = 3 + 2.5 an RMSNorm + 2 a LayerNorm with trained weights, 2 + 1 a norm with
+    frozen ones (which need no input), 1 more an RMSNorm in half precision, for its float32; kv the width of keys;
+    m = 4 or 3 in a gated MLP (input, gate, up, product), 5 or 4 in Phi's; e = 3 or 2 in a layer with experts, 1
+    more in half precision. Counted with saved-tensor hooks on transformers 5.23.
     """
     trains = any(param.requires_grad for param in layer.parameters())
     block = layer.mlp if isinstance(layer.mlp, MoeBlock) else None
     visits = 0 if block is None else block.moe.top_k_experts
     is_gated = hasattr(layer.mlp, "gate_proj") if block is None else block.experts.shape.gated
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    width = config.hidden_size * ((8 if trains else 4) + (2 if dtype_bytes < 4 else 0) + visits * (2 if trains else 1))
+    norms = [m for m in layer.children() if "norm" in type(m).__name__.lower()]
+    num_rms = sum(not isinstance(norm, nn.LayerNorm) for norm in norms)
+    of_norms = 2 * len(norms) + 0.5 * num_rms if trains else len(norms)
+    is_half = dtype_bytes < 4
+    width = (3 if trains else 2) + of_norms + is_half * num_rms + visits * ((3 if trains else 2) + is_half)
     inner = config.intermediate_size * max(visits, 1) * ((4 if trains else 3) + (0 if is_gated else 1))
-    return dtype_bytes * (width + inner + 2 * head_dim * config.num_key_value_heads)
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return dtype_bytes * (width * config.hidden_size + inner + 2 * head_dim * config.num_key_value_heads)
 
 
 def activation_bytes(model, num_tokens, dtype_bytes, checkpointing):

@@ -1,0 +1,41 @@
+"""Toy stages: the flags of a run of seconds, and a function that runs them in this process."""
+
+import pytest
+
+# What each stage says beside the common flags; MODEL and ADAPTER are filled in.
+STAGES = {
+    "projector": "--tuning projector --version plain --learning_rate 1e-2",
+    "full": "--tuning full --version v1 --image_aspect_ratio pad --learning_rate 1e-3",
+    "lora": "--tuning lora --lora_r 4 --version v1 --learning_rate 1e-3",
+    "moe": "--tuning moe --moe_mode sparse --num_experts 4 --version v1 --learning_rate 1e-3",
+}
+
+
+@pytest.fixture
+def stage_flags(tmp_path, monkeypatch, toy_llm_dir, toy_tower_dir, toy_data):
+    """Return a function: (stage, output folder, more flags) -> flags of a run; later flags win."""
+    monkeypatch.setenv("LLAVA_LITE_CACHE", str(tmp_path / "cache"))
+
+    def make(stage, output_dir, *more, data=None, model=None):
+        if data is None:
+            data = toy_data(
+                tmp_path / f"data_{stage}", **({"text_only_every": 0, "num_turns": 1} if stage == "projector" else {})
+            )
+        common = (
+            f"--model_name_or_path {model or toy_llm_dir('llama')} --vision_tower {toy_tower_dir('clip')} "
+            f"--data_path {data[0]} --image_folder {data[1]} --output_dir {output_dir} --use_cpu True "
+            "--per_device_train_batch_size 4 --lr_scheduler_type constant --warmup_steps 0 --save_strategy no "
+            "--disable_tqdm True"
+        )
+        fresh = "" if model else "--mm_projector_type mlp2x_gelu"
+        return [*common.split(), *fresh.split(), *STAGES[stage].split(), *map(str, more)]
+
+    return make
+
+
+@pytest.fixture
+def run_stage(stage_flags):
+    """Return a function: the arguments of stage_flags -> the trainer after its run."""
+    from llava_lite.train.train import train
+
+    return lambda *args, **kwargs: train(stage_flags(*args, **kwargs))
