@@ -46,6 +46,14 @@ def answers(model, processor, records, pictures):
     return [text.strip() for text in said]
 
 
+def blind_answers(model, processor, records, blank):
+    """Return the answers to records of one kind with a blank picture; equal questions are asked once."""
+    once = list({record["question"]: record for record in records}.values())
+    said = answers(model, processor, once, [blank] * len(once))
+    by_question = dict(zip((record["question"] for record in once), said, strict=True))
+    return [by_question[record["question"]] for record in records]
+
+
 def ask(model, processor, records, title="asking"):
     """Return the records with what was said: "picture" (or text alone) and, for questions of one word, "blank"."""
     asked = []
@@ -54,7 +62,7 @@ def ask(model, processor, records, title="asking"):
     for batch in batches(records):
         seen = answers(model, processor, batch, [record["image"] for record in batch])
         is_blind_too = batch[0]["kind"] in {**DIRECT, **SEARCH}
-        unseen = answers(model, processor, batch, [blank] * len(batch)) if is_blind_too else [None] * len(batch)
+        unseen = blind_answers(model, processor, batch, blank) if is_blind_too else [None] * len(batch)
         triples = zip(batch, seen, unseen, strict=True)
         asked += [{**record, "picture": with_it, "blank": without} for record, with_it, without in triples]
         bar.update(len(batch))

@@ -18,8 +18,8 @@ from tqdm import tqdm
 from .text import scene_questions, text_question
 from .world import HELD_OUT_FOLD, QUESTIONS, caption, draw, draw_tiles, filled_places, sample_scenes, training_folds
 
-NUM_CAPTIONS = 3840
-NUM_TALKS = 24000
+NUM_CAPTIONS = 19200
+NUM_TALKS = 27000
 NUM_MOE_TALKS = 9600
 TEXT_SHARE = 0.08
 KINDS = {"digit": 5, "colour": 2, "count": 1, "where": 2, "colour_of": 2, "caption": 1}
