@@ -49,8 +49,12 @@ class ModelArguments:
     mm_patch_merge_type: Literal["flat"] = knob(
         "flat", "How crops of one picture are joined (LLaVA-1.5 has one crop)."
     )
-    mm_use_im_start_end: bool = knob(False, "Put <im_start> and <im_end> around each picture (LLaVA v1).")
-    mm_use_im_patch_token: bool = knob(False, "Add <im_patch> to the vocabulary (LLaVA v0; all scripts say False).")
+    mm_use_im_start_end: bool | None = knob(
+        None, "Put <im_start> and <im_end> around pictures (LLaVA v1); default: as the model.", nargs="?", const=True
+    )
+    mm_use_im_patch_token: bool | None = knob(
+        None, "Add <im_patch> to the vocabulary (LLaVA v0); default: as the model.", nargs="?", const=True
+    )
     attn_implementation: Literal["auto", "flash_attention_2", "varlen", "sdpa", "eager"] = knob(
         "auto", "Attention kernel; auto takes the best that is installed for the device and logs which."
     )
@@ -96,7 +100,10 @@ class DataArguments:
 
     data_path: list[str] | None = knob(None, "LLaVA JSON or JSONL files, or YAML mixtures of them.")
     image_folder: str | None = knob(None, "Folder that the records' picture paths start from.")
-    image_aspect_ratio: str = knob("square", "square: crop as the tower's processor does (stage 1); pad (stage 2).")
+    image_aspect_ratio: str | None = knob(
+        None,
+        "square: crop as the tower's processor does (stage 1); pad (stage 2); default: as the model, else square.",
+    )
     bad_record: Literal["raise", "skip"] = knob("raise", "A broken record or picture stops the run, or is left out.")
     max_bad_share: float = knob(0.01, "Largest share of records that --bad_record skip may leave out.")
     follow_links: bool = knob(False, "Read pictures through links that lead out of image_folder.")

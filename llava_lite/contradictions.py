@@ -65,7 +65,7 @@ def check_data(args):
     from llava_lite.pictures import ASPECT_RATIOS
 
     refuse(
-        args.image_aspect_ratio not in ASPECT_RATIOS,
+        args.image_aspect_ratio not in (None, *ASPECT_RATIOS),
         f"unknown --image_aspect_ratio {args.image_aspect_ratio!r}; known: {', '.join(ASPECT_RATIOS)}.",
     )
     refuse(args.eval_split < 0, f"--eval_split {args.eval_split}: give a share below 1 or a number of records.")

@@ -15,7 +15,13 @@ from llava_lite.train.tuning import choose_what_trains, compute_dtype, describe,
 logger = logging.getLogger(__name__)
 
 # Config keys that are set where a flag says something, and else are the model's own.
-MODEL_KEYS = ("mm_vision_select_layer", "mm_vision_select_feature", "mm_projector_type")
+MODEL_KEYS = (
+    "mm_vision_select_layer",
+    "mm_vision_select_feature",
+    "mm_projector_type",
+    "mm_use_im_start_end",
+    "mm_use_im_patch_token",
+)
 
 
 def train(argv=None):
@@ -26,7 +32,7 @@ def train(argv=None):
     set_seed(training_args.seed)
     tokenizer = build_tokenizer(model_args, training_args)
     model = build_model(model_args, data_args, training_args)
-    fit_vocabulary(model, tokenizer, model_args)
+    fit_vocabulary(model, tokenizer)
     add_experts(model, model_args, training_args)
     model = choose_what_trains(model, model_args, training_args)
     settle_dtypes(model, training_args)
@@ -82,15 +88,14 @@ def build_model(model_args, data_args, training_args):
     """Return the model with tower and connector, in training mode; a connector of stage 1 is filled in."""
     from llava_lite.model.assemble import assemble, load_connector
 
-    chosen = {key: getattr(model_args, key) for key in MODEL_KEYS if getattr(model_args, key) is not None}
+    chosen = {key: getattr(model_args, key) for key in MODEL_KEYS} | {
+        "image_aspect_ratio": data_args.image_aspect_ratio
+    }
     model = assemble(
         model_args.model_name_or_path,
         model_args.vision_tower,
         config_overrides={
-            **chosen,
-            "mm_use_im_start_end": model_args.mm_use_im_start_end,
-            "mm_use_im_patch_token": model_args.mm_use_im_patch_token,
-            "image_aspect_ratio": data_args.image_aspect_ratio,
+            **{key: value for key, value in chosen.items() if value is not None},
             "tokenizer_padding_side": "right",
             "tokenizer_model_max_length": training_args.model_max_length,
             "conv_template": model_args.version,
@@ -135,7 +140,7 @@ def quantization(training_args):
     return {"quantization_config": config}
 
 
-def fit_vocabulary(model, tokenizer, model_args):
+def fit_vocabulary(model, tokenizer):
     """Add the words that mark pictures, if asked for, and make room for all of the tokenizer's words.
 
     New rows start as the mean of the old ones, as LLaVA does; transformers would draw them.
@@ -143,8 +148,8 @@ def fit_vocabulary(model, tokenizer, model_args):
     from llava_lite.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_PATCH_TOKEN
     from llava_lite.model.weights import gathered
 
-    words = [DEFAULT_IMAGE_PATCH_TOKEN] if model_args.mm_use_im_patch_token else []
-    words += [DEFAULT_IM_START_TOKEN, DEFAULT_IM_END_TOKEN] if model_args.mm_use_im_start_end else []
+    words = [DEFAULT_IMAGE_PATCH_TOKEN] if model.config.mm_use_im_patch_token else []
+    words += [DEFAULT_IM_START_TOKEN, DEFAULT_IM_END_TOKEN] if model.config.mm_use_im_start_end else []
     tokenizer.add_tokens(words, special_tokens=True)
     num_rows = model.config.vocab_size
     if len(tokenizer) > num_rows:
@@ -182,10 +187,10 @@ def load_data(model, tokenizer, model_args, data_args, training_args):
             None if tower is None else tower.image_processor,
             model_args.version,
             image_folder=data_args.image_folder,
-            image_aspect_ratio=data_args.image_aspect_ratio,
+            image_aspect_ratio=model.config.image_aspect_ratio,
             num_image_tokens=0 if tower is None else model.config.num_image_tokens,
             max_length=training_args.model_max_length,
-            mm_use_im_start_end=model_args.mm_use_im_start_end,
+            mm_use_im_start_end=model.config.mm_use_im_start_end,
             num_workers=training_args.dataloader_num_workers,
             follow_links=data_args.follow_links,
             bad_record=data_args.bad_record,
@@ -268,6 +273,9 @@ def save(trainer, tokenizer, model_args, data_args):
     if not args.uses_deepspeed and args.bits == 16:
         # What trained was kept in float32 for its small updates; a checkpoint is as wide as the run's products.
         trainer.model.to(compute_dtype(args))
+    if model.config.vision_config is not None:
+        # transformers opens a tower in the dtype that its own config names.
+        model.config.vision_config.dtype = tower.dtype
     save_final(
         trainer.model,
         args.output_dir,

@@ -1,0 +1,167 @@
+"""The told steps, one after the other: three stages on toys, and what is refused before the first step."""
+
+import json
+import sys
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from llava_lite.arguments import ModelArguments
+from llava_lite.train.train import build_tokenizer, fit_vocabulary, main, quantization, split, train
+
+
+@pytest.fixture
+def mixed_data(toy_data, tmp_path):
+    return toy_data(tmp_path / "mixed")
+
+
+def losses(folder):
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [line["loss"] for line in lines if "loss" in line]
+
+
+def test_three_stages_end_in_a_model_that_opens(run_stage, mixed_data, tmp_path):
+    one, two, three = (tmp_path / f"stage{i}" for i in (1, 2, 3))
+    run_stage("projector", one, "--num_train_epochs", 2)
+    adapter = ["--pretrain_mm_mlp_adapter", one / "mm_projector.bin"]
+    run_stage("full", two, *adapter, "--num_train_epochs", 2, "--group_by_modality_length", True, data=mixed_data)
+    run_stage("moe", three, "--num_train_epochs", 2, data=mixed_data, model=two)
+    for folder in (one, two, three):
+        assert losses(folder)[-1] < losses(folder)[0]
+    config = AutoConfig.from_pretrained(three)
+    assert config.moe["moe_layers_idx"] == [0, 2]
+    assert config.conv_template == "v1"
+    assert config.image_aspect_ratio == "pad"
+    assert AutoConfig.from_pretrained(one).conv_template == "plain"
+    model = AutoModelForCausalLM.from_pretrained(three)
+    tokenizer = AutoTokenizer.from_pretrained(three)
+    ids = torch.tensor([[1, -200, *tokenizer("What is it?").input_ids[1:]]])
+    assert model.generate(ids, images=torch.randn(1, 3, 32, 32), max_new_tokens=3).shape[1] <= 3
+    assert {p.name for p in three.iterdir()} >= {"README.md", "mm_projector.bin", "loss.png", "expert_load.png"}
+
+
+def test_connector_of_stage_one_is_where_stage_two_begins(run_stage, mixed_data, tmp_path):
+    run_stage("projector", tmp_path / "one", "--max_steps", 1)
+    path = tmp_path / "one/mm_projector.bin"
+    saved = torch.load(path, weights_only=True)
+    still = ["--learning_rate", 0, "--max_steps", 1, "--pretrain_mm_mlp_adapter", path]
+    model = run_stage("full", tmp_path / "two", *still, data=mixed_data).model
+    for name, weight in saved.items():
+        torch.testing.assert_close(model.get_parameter(name).detach(), weight, rtol=0, atol=0)
+
+
+def test_first_step_of_stage_three_has_the_loss_of_the_dense_model(run_stage, mixed_data, tmp_path):
+    run_stage("full", tmp_path / "two", "--max_steps", 2, data=mixed_data)
+    # Grouped, for the same records in both: drawing experts takes from the state that shuffles.
+    still = ["--learning_rate", 0, "--max_steps", 1, "--router_aux_loss_coef", 0, "--group_by_modality_length", True]
+    run_stage("full", tmp_path / "dense", *still, data=mixed_data, model=tmp_path / "two")
+    run_stage("moe", tmp_path / "moe", *still, data=mixed_data, model=tmp_path / "two")
+    assert losses(tmp_path / "moe") == pytest.approx(losses(tmp_path / "dense"), rel=1e-6)
+
+
+def test_experts_of_experts_are_refused(run_stage, stage_flags, mixed_data, tmp_path):
+    run_stage("moe", tmp_path / "moe", "--max_steps", 1, data=mixed_data)
+    with pytest.raises(ValueError, match=r"layers \[0, 2\] of this model have experts already"):
+        train(stage_flags("moe", tmp_path / "again", data=mixed_data, model=tmp_path / "moe"))
+
+
+def test_model_with_experts_is_tuned_further_without_new_ones(run_stage, mixed_data, tmp_path):
+    run_stage("moe", tmp_path / "moe", "--max_steps", 1, data=mixed_data)
+    trainer = run_stage("full", tmp_path / "more", "--max_steps", 1, data=mixed_data, model=tmp_path / "moe")
+    assert {group.name for group in trainer.groups} == {"embeddings", "decoder", "mm_projector", "experts", "router"}
+
+
+def test_connector_of_another_width_is_refused(stage_flags, mixed_data, tmp_path):
+    path = tmp_path / "mm_projector.bin"
+    shapes = {"0.weight": (48, 32), "0.bias": (48,), "2.weight": (48, 48), "2.bias": (48,)}
+    torch.save({f"model.mm_projector.{name}": torch.zeros(shape) for name, shape in shapes.items()}, path)
+    with pytest.raises(ValueError, match=r"mm_projector.*\(48, 32\).*\(32, 32\)"):
+        train(stage_flags("full", tmp_path / "out", "--pretrain_mm_mlp_adapter", path, data=mixed_data))
+
+
+def test_entry_of_train_modules_that_trains_nothing_is_refused(stage_flags, mixed_data, tmp_path):
+    with pytest.raises(ValueError, match="--train_modules fc1 trains nothing"):
+        train(stage_flags("moe", tmp_path / "out", "--train_modules", "wg", "fc1", data=mixed_data))
+
+
+def test_missing_picture_is_named_before_the_first_step(stage_flags, mixed_data, tmp_path):
+    from pathlib import Path
+
+    (Path(mixed_data[1]) / "1.png").unlink()
+    with pytest.raises(ValueError, match="toy_001"):
+        train(stage_flags("full", tmp_path / "out", data=mixed_data))
+    assert not (tmp_path / "out/metrics.jsonl").exists()
+
+
+def test_model_and_data_must_be_named(stage_flags, tmp_path):
+    with pytest.raises(ValueError, match="--model_name_or_path is needed"):
+        train(["--output_dir", str(tmp_path), "--use_cpu", "True"])
+    flags = stage_flags("full", tmp_path / "out")
+    at = flags.index("--data_path")
+    with pytest.raises(ValueError, match="--data_path is needed"):
+        train(flags[:at] + flags[at + 2 :])
+
+
+def test_language_model_without_eyes_learns_from_text(toy_data, toy_llm_dir, tmp_path, monkeypatch):
+    monkeypatch.setenv("LLAVA_LITE_CACHE", str(tmp_path / "cache"))
+    data = toy_data(tmp_path / "text", text_only_every=1)
+    flags = (
+        f"--model_name_or_path {toy_llm_dir('qwen2')} --data_path {data[0]} --output_dir {tmp_path / 'out'} "
+        "--max_steps 2 --learning_rate 1e-3 --warmup_steps 0 --save_strategy no --disable_tqdm True"
+    )
+    main(flags.split())
+    assert len(losses(tmp_path / "out")) == 2
+    assert not (tmp_path / "out/mm_projector.bin").exists()
+
+
+def test_half_precision_without_deepspeed_is_saved_in_half(run_stage, mixed_data, tmp_path):
+    trainer = run_stage("full", tmp_path / "out", "--bf16", True, "--max_steps", 2, data=mixed_data)
+    assert trainer.args.bf16
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert {param.dtype for param in model.parameters()} == {torch.bfloat16}
+
+
+def test_tokenizer_without_a_pad_token_gets_one(toy_llm_dir):
+    from types import SimpleNamespace
+
+    args = SimpleNamespace(cache_dir=None, model_max_length=77)
+    tokenizer = build_tokenizer(ModelArguments(model_name_or_path=str(toy_llm_dir("llama"))), args)
+    assert (tokenizer.pad_token, tokenizer.padding_side, tokenizer.model_max_length) == ("<unk>", "right", 77)
+
+
+def test_words_that_mark_pictures_begin_as_the_mean_of_all_others(toy_model, toy_tokenizer):
+    toy_tokenizer.pad_token = toy_tokenizer.unk_token
+    model = toy_model(mm_use_im_start_end=True)
+    num_rows = model.config.vocab_size
+    before = [layer.weight.detach().clone() for layer in (model.get_input_embeddings(), model.get_output_embeddings())]
+    fit_vocabulary(model, toy_tokenizer)
+    assert model.config.vocab_size == len(toy_tokenizer) == num_rows + 2
+    for layer, old in zip((model.get_input_embeddings(), model.get_output_embeddings()), before, strict=True):
+        assert torch.equal(layer.weight[:num_rows], old)
+        torch.testing.assert_close(layer.weight[num_rows:], old.mean(0).expand(2, -1))
+    fit_vocabulary(model, toy_tokenizer)
+    assert model.config.vocab_size == num_rows + 2
+
+
+def test_records_held_out_are_not_learned(run_stage, mixed_data, tmp_path):
+    trainer = run_stage("full", tmp_path / "out", "--eval_split", 0.25, "--max_steps", 1, data=mixed_data)
+    learned, held_out = (
+        {part[i]["id"] for i in range(len(part))} for part in (trainer.train_dataset, trainer.eval_dataset)
+    )
+    assert (len(learned), len(held_out)) == (18, 6)
+    assert not learned & held_out
+
+
+def test_split_must_leave_records_on_both_sides():
+    with pytest.raises(ValueError, match="--eval_split 5 holds out 5 of 5 records"):
+        split(range(5), 5, seed=0)
+
+
+def test_four_bits_without_bitsandbytes_are_refused(monkeypatch):
+    from types import SimpleNamespace
+
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    assert quantization(SimpleNamespace(bits=16)) == {}
+    with pytest.raises(ImportError, match="--bits 4 needs bitsandbytes"):
+        quantization(SimpleNamespace(bits=4))
