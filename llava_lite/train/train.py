@@ -34,6 +34,7 @@ def train(argv=None):
     model = build_model(model_args, data_args, training_args)
     fit_vocabulary(model, tokenizer)
     add_experts(model, model_args, training_args)
+    gather_experts_together(model)
     model = choose_what_trains(model, model_args, training_args)
     settle_dtypes(model, training_args)
     train_set, eval_set = load_data(model, tokenizer, model_args, data_args, training_args)
@@ -169,6 +170,21 @@ def add_experts(model, model_args, training_args):
         from llava_lite.model.upcycle import upcycle
 
         upcycle(model, model_args.moe_config(), seed=training_args.seed)
+
+
+def gather_experts_together(model):
+    """Let ZeRO-3 treat the experts of a layer as one leaf, whatever DeepSpeed JSON the run uses.
+
+    Fetched one by one they would come in the order of the tokens, which differs from rank to rank: a hang.
+    """
+    from transformers.integrations import is_deepspeed_zero3_enabled
+
+    if model.moe_layers() and is_deepspeed_zero3_enabled():
+        from deepspeed.utils import set_z3_leaf_modules
+
+        from llava_lite.model.moe import MoeBlock
+
+        set_z3_leaf_modules(model, [MoeBlock])
 
 
 def load_data(model, tokenizer, model_args, data_args, training_args):

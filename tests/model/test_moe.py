@@ -2,7 +2,6 @@
 
 import copy
 import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -250,17 +249,6 @@ def test_an_mlp_of_unknown_layers_is_refused():
     mlp = torch.nn.ModuleDict({"w1": torch.nn.Linear(2, 2)})
     with pytest.raises(ValueError, match="ModuleDict has layers w1; experts are made from gate_proj"):
         MoeBlock(config, settings, 4, mlp)
-
-
-@pytest.mark.parametrize("name", ["zero3.json"])
-def test_the_zero3_json_names_the_block_as_a_leaf_module(name):
-    leaf = pytest.importorskip("deepspeed.utils.z3_leaf_module")
-    settings = json.loads((Path(__file__).parents[2] / name).read_text())
-    classes = settings["zero_optimization"]["leaf_module"]["classes"]
-    model = torch.nn.ModuleList([block_of()])
-    assert leaf.set_z3_leaf_modules(model, classes) == [model[0]]
-    # A dense model has no such module, which must not stop a run.
-    assert leaf.set_z3_leaf_modules(torch.nn.Linear(2, 2), classes, raise_if_not_found=False) == []
 
 
 @pytest.mark.parametrize(

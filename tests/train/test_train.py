@@ -8,7 +8,15 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from llava_lite.arguments import ModelArguments
-from llava_lite.train.train import build_tokenizer, fit_vocabulary, main, quantization, split, train
+from llava_lite.train.train import (
+    build_tokenizer,
+    fit_vocabulary,
+    gather_experts_together,
+    main,
+    quantization,
+    split,
+    train,
+)
 
 
 @pytest.fixture
@@ -156,6 +164,19 @@ def test_records_held_out_are_not_learned(run_stage, mixed_data, tmp_path):
 def test_split_must_leave_records_on_both_sides():
     with pytest.raises(ValueError, match="--eval_split 5 holds out 5 of 5 records"):
         split(range(5), 5, seed=0)
+
+
+@pytest.mark.parametrize("is_zero3", [True, False])
+def test_zero3_takes_the_experts_of_a_layer_as_one_whatever_the_json_says(is_zero3, toy_model, monkeypatch):
+    from deepspeed.utils import get_z3_leaf_modules
+
+    monkeypatch.setattr("transformers.integrations.is_deepspeed_zero3_enabled", lambda: is_zero3)
+    moe = {"moe_enable": True, "moe_mode": "sparse", "num_experts": [2], "top_k_experts": 2}
+    model, dense = toy_model(moe=moe), toy_model()
+    for either in (model, dense):
+        gather_experts_together(either)
+    assert get_z3_leaf_modules(model) == (list(model.moe_layers().values()) if is_zero3 else [])
+    assert get_z3_leaf_modules(dense) == []
 
 
 def test_four_bits_without_bitsandbytes_are_refused(monkeypatch):
