@@ -16,12 +16,26 @@ from PIL import Image
 from tqdm import tqdm
 
 from .text import scene_questions, text_question
-from .world import HELD_OUT_FOLD, QUESTIONS, caption, draw, draw_tiles, filled_places, sample_scenes, training_folds
+from .world import (
+    EMPTY,
+    HELD_OUT_FOLD,
+    QUESTIONS,
+    caption,
+    draw,
+    draw_tiles,
+    filled_places,
+    sample_scenes,
+    training_folds,
+)
 
 NUM_CAPTIONS = 19200
-NUM_TALKS = 27000
+NUM_TALKS = 24000
 NUM_MOE_TALKS = 9600
 TEXT_SHARE = 0.08
+# Some talks lose their picture and keep their answers, as conditions are dropped for classifier-free guidance (Ho and
+# Salimans 2022, https://arxiv.org/abs/2207.12598): of a blank picture the model then guesses a digit or a colour,
+# where it would talk nonsense.
+HIDDEN_SHARE = 0.02
 KINDS = {"digit": 5, "colour": 2, "count": 1, "where": 2, "colour_of": 2, "caption": 1}
 TURNS = (1, 1, 2, 3)
 # Public folders, each for the kind of question that comes first in a talk.
@@ -94,6 +108,13 @@ def talk_records(scenes, rng, prefix):
     return records
 
 
+def hide_some(scenes, records, rng):
+    """Return the scenes with HIDDEN_SHARE of them empty; never one that is described in full."""
+    is_described = np.array(["Describe" in str(record["conversations"]) for record in records])
+    hidden = (rng.random(len(records)) < HIDDEN_SHARE) & ~is_described
+    return scenes._replace(tile=np.where(hidden[:, None], EMPTY, scenes.tile))
+
+
 def text_records(num, rng):
     """Return records without pictures."""
     return [
@@ -154,12 +175,13 @@ def make_world(out, held_out_fold=HELD_OUT_FOLD, seed=0, scale=1.0):
 
     finetune = out / "LLaVA-Finetune"
     records = talk_records(talks, rng, "")
+    pictures = draw(hide_some(talks, records, rng), tiles, rng)
     records += text_records(round(TEXT_SHARE * sizes[1]), rng)
-    write_stage(finetune / "llava_v1_5_mix665k.json", finetune / "data", records, draw(talks, tiles, rng), "talks")
+    write_stage(finetune / "llava_v1_5_mix665k.json", finetune / "data", records, pictures, "talks")
 
     moe = out / "MoE-LLaVA"
     records = talk_records(moe_talks, rng, "llava_image_tune/")
-    pictures = draw(moe_talks, tiles, rng)
+    pictures = draw(hide_some(moe_talks, records, rng), tiles, rng)
     write_stage(moe / "ft_json/llava_image_tune_.json", moe, records, pictures, "talks for experts")
     write_json(moe / "ft_json/nlp_tune.json", text_records(round(TEXT_SHARE * sizes[2]), rng))
 

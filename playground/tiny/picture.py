@@ -2,7 +2,7 @@
 
 from PIL import Image
 
-from llava_lite.train.plots import new_figure, series, smooth
+from llava_lite.train.plots import series, smooth
 from llava_lite.train.run_log import read_metrics
 
 SAMPLES = {"digit": 3, "colour": 2, "count": 2, "where": 2, "colour_of": 1, "caption": 2}
@@ -10,14 +10,15 @@ COLUMNS = 6
 
 
 def samples(asked):
-    """Return a few records of each kind, the first with each answer before any other."""
+    """Return SAMPLES[kind] records of each kind, evenly from those that were asked."""
     chosen = []
     for kind, num in SAMPLES.items():
-        chosen += [record for record in asked if record["kind"] == kind][:: max(1, 97 // num)][:num]
+        records = [record for record in asked if record["kind"] == kind]
+        chosen += [records[i * len(records) // num] for i in range(min(num, len(records)))]
     return chosen
 
 
-def wrap(text, width=30):
+def wrap(text, width=26):
     """Return `text` broken at blanks."""
     lines = [""]
     for word in text.split():
@@ -31,9 +32,10 @@ def draw_samples(axes, asked):
         with Image.open(record["image"]) as picture:
             axis.imshow(picture.convert("RGB"), interpolation="nearest")
         axis.set(xticks=[], yticks=[])
-        axis.set_title(wrap(record["question"]), fontsize=8)
+        axis.set_title(wrap(record["question"]), fontsize=10)
         is_right = record["picture"] == record["answer"]
-        axis.set_xlabel(wrap(record["picture"]), fontsize=8, color="green" if is_right else "red")
+        said = record["picture"] if is_right else f"{record['picture']} (right: {record['answer']})"
+        axis.set_xlabel(wrap(said), fontsize=10, color="green" if is_right else "red")
 
 
 def draw_losses(axis, out, stages):
@@ -60,15 +62,19 @@ def draw_load(axis, load):
         axis.bar([f"layer {layer}" for layer in layers], shares, bottom=bottom, label=f"expert {expert}")
         bottom = [low + share for low, share in zip(bottom, shares, strict=True)]
     axis.set(title="expert load", ylabel="share of choices", ylim=(0, 1))
-    axis.legend(fontsize=8)
+    axis.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
 
 
 def draw_report(out, report, asked):
     """Write report.png below `out`; asked: the records that stage 3 answered."""
-    figure, grid = new_figure(3, COLUMNS, 15, 8.5)
-    draw_samples(grid[: 2 * COLUMNS], samples(asked))
-    for axis in grid[2 * COLUMNS :]:
-        axis.remove()
-    draw_losses(figure.add_subplot(3, 2, 5), out, report["stages"])
-    draw_load(figure.add_subplot(3, 2, 6), report["experts"]["load"])
-    figure.savefig(out / "report.png", dpi=120)
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(15, 11), layout="constrained")
+    FigureCanvasAgg(figure)
+    above, below = figure.subfigures(2, 1, height_ratios=(2, 1))
+    draw_samples(above.subplots(2, COLUMNS).flatten(), samples(asked))
+    losses, load = below.subplots(1, 2)
+    draw_losses(losses, out, report["stages"])
+    draw_load(load, report["experts"]["load"])
+    figure.savefig(out / "report.png", dpi=100)

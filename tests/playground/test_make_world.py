@@ -55,6 +55,19 @@ def test_the_second_stage_mixes_folders_of_llava_and_talks_without_a_picture(roo
     assert all("image" not in record for record in read(root / "MoE-LLaVA/ft_json/nlp_tune.json"))
 
 
+def test_a_few_talks_lose_their_picture_and_none_that_describes_it():
+    rng = np.random.default_rng(0)
+    tiles = world.draw_tiles([3], 1, rng)
+    scenes = world.sample_scenes(4000, tiles, rng)
+    records = make_world.talk_records(scenes, rng, "")
+    left = make_world.hide_some(scenes, records, rng)
+    hidden = (left.tile == world.EMPTY).all(axis=1)
+    assert (left.tile[~hidden] == scenes.tile[~hidden]).all()
+    # 4000 draws, a fifth of them described: three standard deviations of 0.016 are 0.006.
+    assert hidden.mean() == pytest.approx(0.016, abs=0.006)
+    assert not any("Describe" in json.dumps(records[i]) for i in np.flatnonzero(hidden))
+
+
 def test_the_same_seed_makes_the_same_world(root, tmp_path):
     make_world.make_world(tmp_path, scale=0.005)
     files = sorted(path.relative_to(root) for path in root.rglob("*") if path.is_file())
