@@ -102,6 +102,7 @@ ensure_environment() { # constraints file
         [ -z "${TORCH_INDEX_URL:-}" ] || index=(--extra-index-url "$TORCH_INDEX_URL")
         quietly "Installing llava_lite into $VENV" "$VENV/install.log" \
             "$VENV/bin/python" -m pip install "${index[@]}" -c "$constraints" -e "${ROOT}[$EXTRAS]"
+        rm -rf "$VENV/torch_extensions"
         stamp_of "$constraints" >"$VENV/.llava_lite"
     fi
     export VENV PATH="$VENV/bin:$PATH"
@@ -127,6 +128,7 @@ remove_dead_locks() {
 build_ops() {
     mkdir -p "$TORCH_EXTENSIONS_DIR"
     remove_dead_locks
+    [ -z "$(find "$TORCH_EXTENSIONS_DIR" -name deepspeed_shm_comm.so -print -quit)" ] || return 0
     quietly "Building DeepSpeed's CPU communication" "$VENV/build.log" env DS_ACCELERATOR=cpu python -c \
         'from deepspeed.accelerator import get_accelerator; get_accelerator().create_op_builder("ShareMemCommBuilder").load()'
 }
