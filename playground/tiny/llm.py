@@ -143,7 +143,7 @@ def notes_accuracy(model, tokenizer, seed, num=300):
     """Return {kind: share of answers right} on fresh notes of two items or more, one question each, greedy."""
     rng = np.random.default_rng(seed)
     right = {}
-    for kind in NOTE_KINDS:
+    for kind in tqdm(NOTE_KINDS, desc="questions about notes", unit="kind"):
         hits = []
         for _ in range(num // len(NOTE_KINDS)):
             digit, colour = random_items(rng)

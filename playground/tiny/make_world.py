@@ -20,6 +20,7 @@ from .world import (
     EMPTY,
     HELD_OUT_FOLD,
     QUESTIONS,
+    Scenes,
     caption,
     draw,
     draw_tiles,
@@ -66,8 +67,14 @@ def write_json(path, records):
     path.write_text(json.dumps(records, indent=1))
 
 
+def pictures_of(scenes, tiles, rng, portion=64):
+    """Yield the picture [H, W, 3] of each scene; drawn in portions, since all at once take gigabytes."""
+    for first in range(0, len(scenes.digit), portion):
+        yield from draw(Scenes(*(column[first : first + portion] for column in scenes)), tiles, rng)
+
+
 def write_pictures(folder, names, pictures, title):
-    """Write pictures [N, H, W, 3] as PNG files below `folder`."""
+    """Write pictures [H, W, 3] as PNG files below `folder`, one for each name."""
     for parent in {(folder / name).parent for name in names}:
         parent.mkdir(parents=True, exist_ok=True)
     for name, picture in zip(tqdm(names, desc=title, unit="picture", mininterval=1), pictures, strict=True):
@@ -137,7 +144,7 @@ def held_out_questions(kind, tiles, rng):
                 asked[pair] += 1
                 rows.append(row)
                 questions.append(question)
-    return type(scenes)(*(np.stack(column) for column in zip(*rows, strict=True))), questions
+    return Scenes(*(np.stack(column) for column in zip(*rows, strict=True))), questions
 
 
 def write_held_out(folder, tiles, rng):
@@ -146,7 +153,7 @@ def write_held_out(folder, tiles, rng):
     for kind in HELD_OUT:
         scenes, questions = held_out_questions(kind, tiles, rng)
         names = [f"images/{kind}_{i:04d}.png" for i in range(len(questions))]
-        write_pictures(folder, names, draw(scenes, tiles, rng), f"held-out {kind}")
+        write_pictures(folder, names, pictures_of(scenes, tiles, rng), f"held-out {kind}")
         pairs = zip(names, questions, strict=True)
         records += [{"kind": q.kind, "image": name, "question": q.text, "answer": q.answer} for name, q in pairs]
     texts = [text_question(rng) for _ in range(NUM_HELD_OUT_TEXT)]
@@ -155,7 +162,7 @@ def write_held_out(folder, tiles, rng):
 
 
 def write_stage(json_path, image_folder, records, pictures, title):
-    """Write records and their pictures [N, H, W, 3]."""
+    """Write records and the pictures [H, W, 3] of those that have one."""
     write_json(json_path, records)
     write_pictures(image_folder, [record["image"] for record in records if "image" in record], pictures, title)
 
@@ -170,18 +177,18 @@ def make_world(out, held_out_fold=HELD_OUT_FOLD, seed=0, scale=1.0):
 
     pretrain = out / "LLaVA-Pretrain"
     records = caption_records(captions)
-    pictures = draw(captions, tiles, rng)
+    pictures = pictures_of(captions, tiles, rng)
     write_stage(pretrain / "blip_laion_cc_sbu_558k.json", pretrain / "images", records, pictures, "captions")
 
     finetune = out / "LLaVA-Finetune"
     records = talk_records(talks, rng, "")
-    pictures = draw(hide_some(talks, records, rng), tiles, rng)
+    pictures = pictures_of(hide_some(talks, records, rng), tiles, rng)
     records += text_records(round(TEXT_SHARE * sizes[1]), rng)
     write_stage(finetune / "llava_v1_5_mix665k.json", finetune / "data", records, pictures, "talks")
 
     moe = out / "MoE-LLaVA"
     records = talk_records(moe_talks, rng, "llava_image_tune/")
-    pictures = draw(hide_some(moe_talks, records, rng), tiles, rng)
+    pictures = pictures_of(hide_some(moe_talks, records, rng), tiles, rng)
     write_stage(moe / "ft_json/llava_image_tune_.json", moe, records, pictures, "talks for experts")
     write_json(moe / "ft_json/nlp_tune.json", text_records(round(TEXT_SHARE * sizes[2]), rng))
 

@@ -13,6 +13,7 @@ from collections import Counter
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 from llava_lite.inference import load
 from llava_lite.model.upcycle import upcycle
@@ -196,10 +197,13 @@ def main():
     parser.add_argument("--ranks", type=int, default=1, help="processes that trained")
     parser.add_argument("--seed", type=int, default=42, help="--seed of stage 3")
     args = parser.parse_args()
-    report = make_report(args.out, args.ranks, args.seed)
-    (args.out / "report.json").write_text(json.dumps(report, indent=2) + "\n")
-    asked = [read_asked(args.out / stage) for stage in STAGES]
-    draw_report(args.out, report, asked[-1])
+    with tqdm(total=2, desc="report", unit="part") as bar:
+        report = make_report(args.out, args.ranks, args.seed)
+        (args.out / "report.json").write_text(json.dumps(report, indent=2) + "\n")
+        bar.update()
+        asked = [read_asked(args.out / stage) for stage in STAGES]
+        draw_report(args.out, report, asked[-1])
+        bar.update()
     print(table(report, [direct_accuracy(records, "blank") for records in asked]))
     missed = missed_figures(report)
     for sentence in missed:

@@ -116,7 +116,7 @@ def probe_accuracy(vision_model, processor, tiles, unseen_tiles, seed, num_scene
 
     rng = np.random.default_rng(seed)
     found = []
-    for source in (tiles, unseen_tiles):
+    for source in tqdm((tiles, unseen_tiles), desc="features to probe", unit="set"):
         scenes = sample_scenes(num_scenes, source, rng)
         filled = scenes.digit != EMPTY
         features = place_features(vision_model, processor, scenes, source, rng)[torch.from_numpy(filled)]

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
+from tqdm import tqdm
 
 PLACES = ("top-left", "top-right", "bottom-left", "bottom-right")
 COUNTS = ("one", "two", "three", "four")
@@ -82,7 +83,8 @@ def draw_tiles(folds, variants, rng):
     """Return Tiles with every scan of `folds` drawn `variants` times."""
     pixels, digits, number = scans_of_folds(folds)
     order = np.repeat(np.argsort(digits, kind="stable"), variants)
-    alpha = np.stack([draw_tile(pixels[scan], rng) for scan in order])
+    bar = tqdm(order, desc="digits", unit="digit", mininterval=1)
+    alpha = np.stack([draw_tile(pixels[scan], rng) for scan in bar])
     return Tiles(alpha, np.searchsorted(digits[order], np.arange(11)), number[order])
 
 
