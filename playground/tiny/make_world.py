@@ -30,7 +30,7 @@ from .world import (
 )
 
 NUM_CAPTIONS = 19200
-NUM_TALKS = 24000
+NUM_TALKS = 26700
 NUM_MOE_TALKS = 9600
 TEXT_SHARE = 0.08
 # Some talks lose their picture and keep their answers, as conditions are dropped for classifier-free guidance (Ho and
