@@ -17,7 +17,14 @@ from typing import Literal
 import transformers
 from transformers import HfArgumentParser
 
-from llava_lite.contradictions import check_data, check_model, check_together, check_training, fold_tuning
+from llava_lite.contradictions import (
+    check_data,
+    check_loggers,
+    check_model,
+    check_together,
+    check_training,
+    fold_tuning,
+)
 from llava_lite.flags import machine_has, translate, yaml_flags
 
 MOE_KEYS = (
@@ -29,6 +36,15 @@ MOE_KEYS = (
 def knob(default, text, **metadata):
     """Return a dataclass field with its default and its one sentence for `--help`."""
     return dataclasses.field(default=default, metadata={"help": text, **metadata})
+
+
+CONFIG_KEYS = (
+    "mm_vision_select_layer",
+    "mm_vision_select_feature",
+    "mm_projector_type",
+    "mm_use_im_start_end",
+    "mm_use_im_patch_token",
+)
 
 
 @dataclass
@@ -86,6 +102,10 @@ class ModelArguments:
     def __post_init__(self):
         """Refuse what contradicts itself."""
         check_model(self)
+
+    def config_choices(self):
+        """Return the config keys of the model that a flag says something about; the others are the model's own."""
+        return {key: getattr(self, key) for key in CONFIG_KEYS if getattr(self, key) is not None}
 
     def moe_config(self):
         """Return the nested `moe` dict of the model's config, with MoE-LLaVA's keys."""
@@ -167,6 +187,7 @@ class TrainingArguments(transformers.TrainingArguments):
         if self.deepspeed and "LOCAL_RANK" not in os.environ:
             stand_alone()
         super().__post_init__()
+        check_loggers(self.report_to)
 
     def default_bf16(self):
         """Return what the launcher, the DeepSpeed JSON or else the device says about bfloat16."""

@@ -100,6 +100,16 @@ def check_training(args):
     )
 
 
+def check_loggers(names):
+    """Raise ValueError for a logger that is not installed, before a model is loaded for it."""
+    from transformers.integrations import get_available_reporting_integrations
+
+    missing = sorted(set(names) - set(get_available_reporting_integrations()))
+    refuse(
+        bool(missing), f"--report_to {' '.join(missing)}: not installed; pip install {' '.join(missing)}, or drop it."
+    )
+
+
 def check_together(model_args, data_args, training_args):
     """Raise ValueError for contradictions between the three groups, both flags named; `tuning` is folded by now."""
     tuning = training_args.tuning

@@ -55,3 +55,10 @@ def test_unknown_template_is_refused_with_the_list(tmp_path):
 def test_unknown_aspect_ratio_is_refused_with_the_list(tmp_path):
     with pytest.raises(ValueError, match="unknown --image_aspect_ratio 'anyres'; known: square, pad"):
         parse_args(["--image_aspect_ratio", "anyres", "--output_dir", str(tmp_path)])
+
+
+def test_logger_that_is_not_installed_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("transformers.integrations.get_available_reporting_integrations", lambda: ["tensorboard"])
+    with pytest.raises(ValueError, match="--report_to wandb: not installed; pip install wandb, or drop it"):
+        parse_args(["--report_to", "wandb", "--output_dir", str(tmp_path)])
+    parse_args(["--report_to", "tensorboard", "--output_dir", str(tmp_path)])

@@ -148,15 +148,13 @@ def empty_model(model_args, training_args):
 
     from llava_lite.model import model_class_for
     from llava_lite.model.assemble import text_fields, tower_fields
-    from llava_lite.train.train import MODEL_KEYS
 
     stock = AutoConfig.from_pretrained(model_args.model_name_or_path, cache_dir=training_args.cache_dir)
     model_class = model_class_for(stock.model_type)
     config = stock
     if not stock.model_type.startswith("llava_"):
         fields = text_fields(stock) | tower_fields(model_args.vision_tower)
-        chosen = {key: getattr(model_args, key) for key in MODEL_KEYS if getattr(model_args, key) is not None}
-        config = model_class.config_class(**(fields | chosen))
+        config = model_class.config_class(**(fields | model_args.config_choices()))
     if training_args.tuning == "moe":
         config.moe = model_args.moe_config()
     with torch.device("meta"):

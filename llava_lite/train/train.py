@@ -14,15 +14,6 @@ from llava_lite.train.tuning import choose_what_trains, compute_dtype, describe,
 
 logger = logging.getLogger(__name__)
 
-# Config keys that are set where a flag says something, and else are the model's own.
-MODEL_KEYS = (
-    "mm_vision_select_layer",
-    "mm_vision_select_feature",
-    "mm_projector_type",
-    "mm_use_im_start_end",
-    "mm_use_im_patch_token",
-)
-
 
 def train(argv=None):
     """Train a stage as the flags `argv` say (default: the command line) and return its trainer."""
@@ -89,14 +80,13 @@ def build_model(model_args, data_args, training_args):
     """Return the model with tower and connector, in training mode; a connector of stage 1 is filled in."""
     from llava_lite.model.assemble import assemble, load_connector
 
-    chosen = {key: getattr(model_args, key) for key in MODEL_KEYS} | {
-        "image_aspect_ratio": data_args.image_aspect_ratio
-    }
+    aspect_ratio = data_args.image_aspect_ratio
     model = assemble(
         model_args.model_name_or_path,
         model_args.vision_tower,
         config_overrides={
-            **{key: value for key, value in chosen.items() if value is not None},
+            **model_args.config_choices(),
+            **({} if aspect_ratio is None else {"image_aspect_ratio": aspect_ratio}),
             "tokenizer_padding_side": "right",
             "tokenizer_model_max_length": training_args.model_max_length,
             "conv_template": model_args.version,
