@@ -5,6 +5,7 @@ from functools import cached_property
 
 import torch
 from transformers import Trainer
+from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_callback import ProgressCallback, TrainerCallback
 
 from llava_lite.train.checkpoint import CheckpointMixin
@@ -83,6 +84,7 @@ class LLaVATrainer(CheckpointMixin, EvaluationMixin, Trainer):
     def begin_run(self):
         """Begin the log, the clock and the watch on the first gradients."""
         self.run_log.start(self.state.global_step)
+        self.last_figures_step = min(self.last_figures_step, self.state.global_step)
         self.watch = GradientWatch(self.groups)
         self.meter.start_clock()
 
@@ -187,9 +189,16 @@ class LLaVATrainer(CheckpointMixin, EvaluationMixin, Trainer):
         super().log(logs, start_time)
         line = {"step": self.state.global_step, **logs}
         if reports:
-            self.callback_handler.on_log(self.args, self.state, self.control, flat_report(reports))
+            self.report(flat_report(reports))
             line["experts"] = {str(layer): report for layer, report in reports.items()}
         self.run_log.write(line)
+
+    def report(self, numbers):
+        """Send numbers to TensorBoard, W&B and the like alone: too many for a terminal and the trainer's state."""
+        reporters = tuple(get_reporting_integration_callbacks(self.args.report_to))
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, reporters):
+                callback.on_log(self.args, self.state, self.control, model=self.model, logs=numbers)
 
     def figures(self, loss):
         """Return what is logged beside the loss, mean over ranks; all of them must call this."""
