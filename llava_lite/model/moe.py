@@ -75,10 +75,6 @@ class RoutingContext:
         """Return for each layer (load [E], dropped choices, tokens), still on the device, for a caller who adds up."""
         return {layer_idx: self._counts[layer_idx] for layer_idx in sorted(self._counts)}
 
-    def counts(self):
-        """Return for each layer (load [E], dropped), numbers of choices, on the device: nothing is waited for."""
-        return {layer_idx: self._counts[layer_idx][:2] for layer_idx in sorted(self._counts)}
-
     def stats(self):
         """Return for each layer the expert load and what was lost, read from the device now.
 

@@ -16,7 +16,7 @@ class ExpertMeter:
     def add(self, routing):
         """Add the RoutingContext of a forward pass."""
         losses = routing.balance_losses()
-        for (layer, (load, dropped)), loss in zip(routing.counts().items(), losses, strict=True):
+        for (layer, (load, dropped, _)), loss in zip(routing.counts().items(), losses, strict=True):
             row = torch.cat(
                 [load.float(), torch.stack([dropped.float(), loss.detach().float(), torch.ones_like(loss)])]
             )
