@@ -73,11 +73,15 @@ PUBLISHED = {
 def parsed(flags, tmp_path):
     """Return {name: value} of a recipe's flags; DeepSpeed's JSON is put beside, since opening it would start ranks."""
     from llava_lite.arguments import parse_args
+    from llava_lite.model.configuration import LlavaConfigMixin
 
     at = flags.index("--deepspeed")
     flags, config = flags[:at] + flags[at + 2 :], flags[at + 1]
     arguments = parse_args([*flags, "--output_dir", str(tmp_path / "out"), "--use_cpu", "True"])
     values = {name: value for group in arguments for name, value in vars(group).items()}
+    # A flag that is left out leaves the model's config as it is; a plain LLM has these.
+    fresh = LlavaConfigMixin.__dataclass_fields__
+    values |= {name: fresh[name].default for name, value in values.items() if value is None and name in fresh}
     values["zero"] = Path(config).name
     values["global_batch"] = 8 * values["per_device_train_batch_size"] * values["gradient_accumulation_steps"]
     return values
