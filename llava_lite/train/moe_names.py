@@ -3,33 +3,15 @@
 import re
 from collections.abc import Iterable, Mapping
 
-# The last part of our fused expert weights -> the layers of one expert in MoE-LLaVA: gated MLPs, then Phi's.
-GATED = {"gate_up_proj": ("gate_proj.weight", "up_proj.weight"), "down_proj": ("down_proj.weight",)}
-UNGATED = {
-    "up_proj": ("fc1.weight",),
-    "up_proj_bias": ("fc1.bias",),
-    "down_proj": ("fc2.weight",),
-    "down_proj_bias": ("fc2.bias",),
-}
-LAYER = re.compile(r"\.layers\.(\d+)\.mlp\.")
+from llava_lite.formats.moe_llava import moe_llava_names
+
+LAYER = re.compile(r"\.layers\.(\d+)\.")
 
 
-def moe_llava_names(name, num_experts: Mapping[int, int], gated=True) -> list[str]:
-    """Return the names that MoE-LLaVA has for our parameter `name`: several for a fused one.
-
-    num_experts: experts by layer index; a parameter of another layer, or outside the MLPs, keeps its name.
-    """
+def layer_of(name):
+    """Return the layer that a parameter of this name belongs to, None for one outside the layers."""
     found = LAYER.search(name)
-    if found is None or int(found[1]) not in num_experts:
-        return [name]
-    head, leaf = name[: found.end()], name[found.end() :]
-    if leaf == "gate.weight":
-        return [f"{head}deepspeed_moe.gate.wg.weight"]
-    if not leaf.startswith("experts."):
-        return [name]
-    layers = (GATED if gated else UNGATED)[leaf.removeprefix("experts.")]
-    experts = f"{head}deepspeed_moe.experts.deepspeed_experts"
-    return [f"{experts}.{e}.{layer}" for e in range(num_experts[int(found[1])]) for layer in layers]
+    return None if found is None else int(found[1])
 
 
 def match_train_modules(
@@ -37,13 +19,14 @@ def match_train_modules(
 ) -> list[str]:
     """Return those of our parameter `names` whose name in MoE-LLaVA contains one of `entries`; None: all MLPs.
 
-    Raises ValueError for an entry that is part of no name, and for entries that take a part of a fused weight only.
+    num_experts: experts by layer index. Raises ValueError for an entry that is part of no name, and for entries that
+    take a part of a fused weight only.
     """
     names = list(names)
     if entries is None:
         return [name for name in names if ".mlp." in name]
     gated = any(name.endswith(".mlp.experts.gate_up_proj") for name in names)
-    theirs = {name: moe_llava_names(name, num_experts, gated) for name in names}
+    theirs = {name: moe_llava_names(name, num_experts.get(layer_of(name), 1), gated) for name in names}
     for entry in entries:
         if not any(entry in alias for aliases in theirs.values() for alias in aliases):
             known = sorted({alias.split(".")[-2] for aliases in theirs.values() for alias in aliases})

@@ -2,7 +2,7 @@
 
 import pytest
 
-from llava_lite.train.moe_names import match_train_modules, moe_llava_names
+from llava_lite.train.moe_names import match_train_modules
 
 GATED = [
     "model.layers.0.mlp.gate.weight",
@@ -25,19 +25,6 @@ PHI = [
     "model.layers.1.self_attn.dense.weight",
 ]
 EXPERTS = {0: 2}
-
-
-def test_names_are_those_of_moe_llava():
-    assert moe_llava_names(GATED[0], EXPERTS) == ["model.layers.0.mlp.deepspeed_moe.gate.wg.weight"]
-    stem = "model.layers.0.mlp.deepspeed_moe.experts.deepspeed_experts"
-    assert moe_llava_names(GATED[1], EXPERTS) == [
-        f"{stem}.{expert}.{layer}_proj.weight" for expert in (0, 1) for layer in ("gate", "up")
-    ]
-    assert moe_llava_names(GATED[4], EXPERTS) == [GATED[4]]
-    assert moe_llava_names("model.layers.0.mlp.experts.down_proj_bias", EXPERTS, gated=False) == [
-        f"{stem}.0.fc2.bias",
-        f"{stem}.1.fc2.bias",
-    ]
 
 
 def test_recipe_of_the_gated_backbones_takes_experts_dense_mlps_and_router():
