@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import os
 import sys
 from importlib import import_module
 
@@ -67,6 +68,7 @@ def build_tokenizer(model_args, training_args):
     """
     if model_args.model_name_or_path is None:
         raise ValueError("--model_name_or_path is needed: a language model, or the output of an earlier stage.")
+    refuse_missing_folder(model_args.model_name_or_path)
     # Registers our model types, by which transformers finds a checkpoint's tokenizer.
     import_module("llava_lite.model")
     tokenizer = load_tokenizer(model_args.model_name_or_path, cache_dir=training_args.cache_dir)
@@ -74,6 +76,16 @@ def build_tokenizer(model_args, training_args):
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
     return tokenizer
+
+
+def refuse_missing_folder(model_name_or_path):
+    """Raise ValueError for what can only be meant as a folder and is none; the Hub would call it a bad id."""
+    is_path = model_name_or_path.startswith(("/", ".", "~")) or model_name_or_path.count("/") > 1
+    if is_path and not os.path.isdir(model_name_or_path):
+        raise ValueError(
+            f"--model_name_or_path {model_name_or_path!r}: there is no such folder. Give the output folder of "
+            "an earlier stage, the folder of a language model, or a hub id such as lmsys/vicuna-7b-v1.5."
+        )
 
 
 def build_model(model_args, data_args, training_args):

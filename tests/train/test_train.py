@@ -111,6 +111,13 @@ def test_model_and_data_must_be_named(stage_flags, tmp_path):
         train(flags[:at] + flags[at + 2 :])
 
 
+@pytest.mark.parametrize("name", ["./checkpoints/gone", "/nowhere/vicuna", "a/b/c"])
+def test_a_folder_that_is_not_there_is_named(name, stage_flags, mixed_data, tmp_path):
+    flags = stage_flags("full", tmp_path / "out", data=mixed_data, model=name)
+    with pytest.raises(ValueError, match=f"--model_name_or_path '{name}': there is no such folder"):
+        train(flags)
+
+
 def test_language_model_without_eyes_learns_from_text(toy_data, toy_llm_dir, tmp_path, monkeypatch):
     monkeypatch.setenv("LLAVA_LITE_CACHE", str(tmp_path / "cache"))
     data = toy_data(tmp_path / "text", text_only_every=1)
