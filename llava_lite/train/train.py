@@ -13,7 +13,8 @@ from llava_lite.arguments import parse_args
 from llava_lite.companions import load_tokenizer
 from llava_lite.train.tuning import choose_what_trains, compute_dtype, describe, loading_dtype, settle_dtypes
 
-logger = logging.getLogger(__name__)
+# By its full name: as `python -m` starts it, __name__ is "__main__" and the table of what trains would go unseen.
+logger = logging.getLogger("llava_lite.train.train")
 
 
 def train(argv=None):

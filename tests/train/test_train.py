@@ -1,6 +1,7 @@
 """The told steps, one after the other: three stages on toys, and what is refused before the first step."""
 
 import json
+import subprocess
 import sys
 
 import pytest
@@ -193,3 +194,13 @@ def test_four_bits_without_bitsandbytes_are_refused(monkeypatch):
     assert quantization(SimpleNamespace(bits=16)) == {}
     with pytest.raises(ImportError, match="--bits 4 needs bitsandbytes"):
         quantization(SimpleNamespace(bits=4))
+
+
+def test_run_as_a_module_shows_what_trains(stage_flags, tmp_path):
+    flags = stage_flags("projector", tmp_path / "one", "--max_steps", 1)
+    done = subprocess.run(
+        [sys.executable, "-m", "llava_lite.train.train", *flags], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    for words in ("what trains (--tuning projector)", "% of them learned", "estimated memory of a rank"):
+        assert words in done.stderr
