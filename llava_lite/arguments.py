@@ -25,7 +25,7 @@ from llava_lite.contradictions import (
     check_training,
     fold_tuning,
 )
-from llava_lite.flags import machine_has, translate, yaml_flags
+from llava_lite.flags import machine_has, open_yaml, translate
 
 MOE_KEYS = (
     "moe_enable moe_mode moe_layers_idx ep_size top_k_experts capacity_factor eval_capacity_factor min_capacity "
@@ -232,10 +232,13 @@ def parse_args(argv):
     Flags of LLaVA, MoE-LLaVA and transformers 4 are translated. Raises ValueError for an unknown flag and for flags
     that contradict each other.
     """
-    argv = list(argv)
-    if argv and argv[0].endswith((".yaml", ".yml")):
-        argv = yaml_flags(argv[0]) + argv[1:]
-    parser = HfArgumentParser((ModelArguments, DataArguments, TrainingArguments), allow_abbrev=False)
+    argv = open_yaml(argv)
+    # The usage is one line: that of 250 flags would hide the error below it.
+    parser = HfArgumentParser(
+        (ModelArguments, DataArguments, TrainingArguments),
+        allow_abbrev=False,
+        usage="%(prog)s [run.yaml] [--flag value ...]; --help lists the flags",
+    )
     known = {action.dest for action in parser._actions}
     model_args, data_args, training_args, unknown = parser.parse_args_into_dataclasses(
         translate(argv, known), return_remaining_strings=True, look_for_args_file=False

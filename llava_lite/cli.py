@@ -45,7 +45,9 @@ def main(argv=None):
 
 def launch_hint(arguments):
     """Say that this is one process and how the same flags run on all devices."""
-    flags = shlex.join(arguments if "--deepspeed" in arguments else ["--deepspeed", "zero2.json", *arguments])
+    # A YAML file stands first and may name a DeepSpeed config itself, which a flag would override.
+    complete = "--deepspeed" in arguments or (arguments and not arguments[0].startswith("-"))
+    flags = shlex.join(arguments if complete else ["--deepspeed", "zero2.json", *arguments])
     return (
         "llava-lite train: one process on one device. For all GPUs of this machine, or of a hostfile, with ZeRO:\n"
         f"  deepspeed --module llava_lite.train.train {flags}"

@@ -174,6 +174,19 @@ def machine_has(name):
     return has[name]()
 
 
+def open_yaml(argv):
+    """Return a command line with the flags of the YAML file that it begins with, if it does, in the file's place.
+
+    Flags that follow come later and win.
+    """
+    argv = list(argv)
+    # What deepspeed puts before the words that a person wrote.
+    at = 1 if argv and argv[0].startswith("--local_rank=") else 0
+    if not argv[at:] or not argv[at].endswith((".yaml", ".yml")):
+        return argv
+    return argv[:at] + yaml_flags(argv[at]) + argv[at + 1 :]
+
+
 def yaml_flags(path):
     """Return the command line that a YAML file of `flag: value` stands for; sections are only headings."""
     import yaml

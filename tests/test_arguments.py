@@ -94,6 +94,13 @@ def test_yaml_and_flags_that_override_it(tmp_path):
     assert training_args.gradient_checkpointing_kwargs == {"use_reentrant": False}
 
 
+def test_yaml_is_read_behind_the_rank_that_deepspeed_puts_first(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("learning_rate: 1.0e-3\nseed: 3\n")
+    training_args = parse_args(["--local_rank=0", str(path), "--seed", "4", "--output_dir", str(tmp_path)])[2]
+    assert (training_args.learning_rate, training_args.seed) == (1e-3, 4)
+
+
 def test_yaml_that_is_no_table_is_refused(tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text("- a\n- b\n")
@@ -104,6 +111,14 @@ def test_yaml_that_is_no_table_is_refused(tmp_path):
 def test_unknown_flag_is_refused_with_the_likely_one(tmp_path):
     with pytest.raises(ValueError, match=r"unknown flag '--lerning_rate'. Did you mean --learning_rate\?"):
         parse("--lerning_rate 1", tmp_path)
+
+
+def test_error_in_a_value_is_not_hidden_below_a_list_of_all_flags(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        parse("--attn_implementation flash", tmp_path)
+    said = capsys.readouterr().err
+    assert "invalid choice: 'flash'" in said
+    assert len(said.splitlines()) < 5
 
 
 def test_tuning_by_name_equals_tuning_by_old_flag(tmp_path):

@@ -63,6 +63,7 @@ def test_train_says_how_the_same_flags_run_on_all_devices(monkeypatch, capsys):
     cli.main(["train", "--output_dir", "x"])
     assert capsys.readouterr().err == ""
     assert "--output_dir 'my run'" in cli.launch_hint(["--output_dir", "my run"])
+    assert cli.launch_hint(["run.yaml", "--seed", "1"]).endswith(" llava_lite.train.train run.yaml --seed 1")
 
 
 def test_installed_command_is_this_one():
