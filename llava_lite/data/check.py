@@ -36,7 +36,8 @@ class BadRecord(NamedTuple):
     def __str__(self):
         """Say it on one line."""
         where = f"{os.path.basename(self.file)}[{self.position}]"
-        return self.reason if where in self.reason else f"record {self.id!r} ({where}): {self.reason}"
+        name = where if self.id is None else f"record {self.id!r} ({where})"
+        return self.reason if where in self.reason else f"{name}: {self.reason}"
 
 
 @dataclass

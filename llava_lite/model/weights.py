@@ -85,8 +85,16 @@ def read_weights(path: str | Path) -> dict[str, torch.Tensor]:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no weights file at {str(path)!r}; give the path of a .safetensors or .bin file.")
-    if path.suffix == ".safetensors":
-        from safetensors.torch import load_file
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
 
-        return load_file(path)
-    return torch.load(path, map_location="cpu", weights_only=True)
+            return load_file(path)
+        return torch.load(path, map_location="cpu", weights_only=True)
+    # On a broken file the readers raise nearly everything: struct.error, EOFError, SafetensorError, ...
+    except Exception as error:
+        reason = (str(error).splitlines() or ["it is cut short"])[0]
+        raise ValueError(
+            f"{str(path)!r} cannot be read as weights ({type(error).__name__}: {reason}). "
+            "Copy it again, or name the right file."
+        ) from error

@@ -105,6 +105,8 @@ def write_json(path: str | Path, content: dict) -> None:
 def read_manifest(folder: str | Path) -> dict:
     """Return the manifest of a checkpoint; raises BrokenCheckpoint where there is none or it does not parse."""
     path = Path(folder) / MANIFEST
+    if not Path(folder).is_dir():
+        raise BrokenCheckpoint(folder, "the folder", "does not exist")
     if not path.is_file():
         raise BrokenCheckpoint(folder, MANIFEST, "is missing")
     try:

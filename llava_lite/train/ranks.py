@@ -16,7 +16,10 @@ def everyone(value) -> list:
 
 def raise_together(error: Exception | None, kind: type[Exception], advice: str) -> None:
     """Raise `kind` on every rank if one of them has an error; without it the others would wait for it for ever."""
-    reports = everyone(None if error is None else f"{type(error).__name__}: {error}")
-    failed = [f"rank {rank}: {report}" for rank, report in enumerate(reports) if report is not None]
-    if failed:
-        raise kind(f"{'; '.join(failed)}. {advice}") from error
+    reports = everyone(None if error is None else (type(error).__name__, str(error)))
+    failed = [f"rank {rank}: {': '.join(report)}" for rank, report in enumerate(reports) if report is not None]
+    if not failed:
+        return
+    # A single process has no ranks to tell apart, and what is raised there says its kind.
+    found = reports[0][1] if len(reports) == 1 else "; ".join(failed)
+    raise kind(f"{found.rstrip('.')}. {advice}") from error

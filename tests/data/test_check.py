@@ -125,6 +125,18 @@ def test_every_kind_of_bad_record_is_found_at_once_and_the_first_twenty_are_name
     assert "... and 22 more" in lines[-2]
 
 
+def test_record_that_is_no_json_is_named_by_its_place(write_json, check):
+    turns = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Yes."}]
+    path = write_json([{"id": 1, "conversations": turns}, {"id": 2, "conversations": turns}])
+    with open(path) as file:
+        text = file.read()
+    with open(path, "w") as file:
+        file.write(text.replace('"from":', '"from"', 1))
+    reason = r"\n  train.json\[0\]: .*train.json, line \d+, column \d+: not JSON: Expecting ':'"
+    with pytest.raises(DataError, match=reason):
+        check(path, None)
+
+
 @pytest.mark.parametrize("max_length", [20, 60, 100, 140, 200, 400])
 def test_lengths_and_truncation_agree_with_the_tokens_themselves(write_json, encoder, tmp_path, max_length):
     from PIL import Image

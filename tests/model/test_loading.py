@@ -175,3 +175,11 @@ def test_unknown_connector_and_decoder_are_refused_with_the_known_ones(toy_llm_d
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
     with pytest.raises(ValueError, match="unknown language model of model_type 'gpt2'; known: llama, mistral"):
         assemble(str(tmp_path), str(toy_tower_dir()))
+
+
+@pytest.mark.parametrize("name", ["mm_projector.bin", "mm_projector.safetensors"])
+@pytest.mark.parametrize("content", [b"junk", b"", b"\x80\x04cut"])
+def test_file_that_is_no_weights_is_named(toy_model, tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=rf"{name}' cannot be read as weights \(.+\)\. Copy it again"):
+        load_connector(toy_model(), str(tmp_path / name))

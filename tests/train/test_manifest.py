@@ -8,6 +8,7 @@ import pytest
 
 from llava_lite.train import manifest as paper
 from llava_lite.train.manifest import BrokenCheckpoint
+from llava_lite.train.resume import find_checkpoint
 
 
 @pytest.fixture
@@ -136,3 +137,12 @@ def test_json_appears_whole(tmp_path):
     paper.write_json(tmp_path / "a.json", {"b": 1})
     assert json.loads((tmp_path / "a.json").read_text()) == {"b": 1}
     assert os.listdir(tmp_path) == ["a.json"]
+
+
+def test_a_checkpoint_that_is_not_there_is_said_to_be_so(tmp_path):
+    with pytest.raises(ValueError, match=r"none is not whole: the folder does not exist\. Nothing was changed\."):
+        find_checkpoint(tmp_path, str(tmp_path / "none"))
+    with pytest.raises(
+        ValueError, match=r"^--resume_from_checkpoint True, but .* Give its path\. Nothing was changed"
+    ):
+        find_checkpoint(tmp_path, True)
