@@ -15,7 +15,8 @@ from llava_lite.pictures import MAX_PICTURE_PIXELS, PICTURE_FORMATS, PictureErro
 OTHER_SUFFIXES = (".jpg", ".png", ".gif", ".jpeg", ".JPG", ".PNG")
 # Cameras and editors leave a few bytes behind the end mark.
 TAIL_BYTES = 4096
-_END_MARKS = {"JPEG": b"\xff\xd9", "MPO": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82", "GIF": b"\x3b"}
+# GIF ends in one byte, which one cut in 256 ends in by chance: it is decoded.
+_END_MARKS = {"JPEG": b"\xff\xd9", "MPO": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82"}
 
 
 class PictureFile(NamedTuple):
@@ -101,8 +102,6 @@ def _has_end(path: str, kind: str) -> bool:
             return False
         file.seek(max(0, size - TAIL_BYTES))
         tail = file.read()
-    if kind == "GIF":
-        return tail.rstrip(b"\x00").endswith(_END_MARKS[kind])
     return _END_MARKS[kind] in tail
 
 

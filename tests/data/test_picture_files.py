@@ -116,6 +116,14 @@ def test_a_picture_cut_short_is_found_without_decoding_all_others(root, kind, mo
         inspect_picture(str(path))
 
 
+def test_a_gif_cut_behind_a_byte_that_looks_like_its_end_is_found(root):
+    data = encoded(noise((256, 256), "P"), "GIF")
+    path = root / "cut.gif"
+    path.write_bytes(data[: data.index(b";", len(data) // 2) + 1])
+    with pytest.raises(PictureError):
+        inspect_picture(str(path))
+
+
 def test_bytes_behind_the_end_mark_do_no_harm(root):
     for extra in (b"\x00" * 100, b"trailer" * 2000):
         path = root / "tail.jpg"
