@@ -8,6 +8,7 @@ where all scripts agree, and those of the two `train.py` where they do not.
 import dataclasses
 import difflib
 import json
+import logging
 import os
 import socket
 from dataclasses import dataclass
@@ -24,8 +25,11 @@ from llava_lite.contradictions import (
     check_together,
     check_training,
     fold_tuning,
+    without_effect,
 )
 from llava_lite.flags import machine_has, open_yaml, translate
+
+logger = logging.getLogger(__name__)
 
 MOE_KEYS = (
     "moe_enable moe_mode moe_layers_idx ep_size top_k_experts capacity_factor eval_capacity_factor min_capacity "
@@ -248,4 +252,6 @@ def parse_args(argv):
         raise ValueError(f"unknown flag {unknown[0]!r}." + (f" Did you mean --{near[0]}?" if near else " See --help."))
     fold_tuning(model_args, training_args)
     check_together(model_args, data_args, training_args)
+    for flag, reason in without_effect(model_args, training_args):
+        logger.info("%s has no effect: %s.", flag, reason)
     return model_args, data_args, training_args

@@ -7,6 +7,10 @@ TUNING_NAMES = ("projector", "full", "lora", "moe")
 TUNING_FLAGS = {"tune_mm_mlp_adapter": "projector", "lora_enable": "lora", "moe_enable": "moe"}
 # Flags that say something only about experts.
 MOE_FLAGS = ("train_modules", "num_experts", "moe_layers_idx")
+# Those of them that have a default, which many scripts repeat: told, not refused, where they have no effect.
+MOE_SETTINGS = ["moe_mode", "top_k_experts", "use_residual", "router_aux_loss_coef", "moe_drop_tokens", "moe_second_expert_sampling", "moe_count_padding"]
+CAPACITY_FLAGS = ("capacity_factor", "eval_capacity_factor", "min_capacity")
+LORA_FLAGS = ("lora_r", "lora_alpha", "lora_dropout", "lora_bias", "lora_vision_tower")
 
 
 def refuse(condition, message):
@@ -136,6 +140,24 @@ def check_together(model_args, data_args, training_args):
     evaluates = data_args.eval_data_path is not None or data_args.eval_split > 0
     strategy = getattr(training_args.eval_strategy, "value", training_args.eval_strategy)
     refuse(strategy != "no" and not evaluates, f"--eval_strategy {strategy} needs --eval_data_path or --eval_split.")
+
+
+def without_effect(model_args, training_args):
+    """Return the flags, with their values, that say something this run does not ask about, and why it does not."""
+    tuning = training_args.tuning
+    idle = []
+    if tuning != "moe":
+        idle += [(model_args, MOE_SETTINGS + list(CAPACITY_FLAGS), f"--tuning {tuning} makes no experts")]
+    elif not model_args.moe_drop_tokens:
+        idle += [(model_args, CAPACITY_FLAGS, "without --moe_drop_tokens True no token is dropped")]
+    if tuning != "lora":
+        idle += [(training_args, LORA_FLAGS, f"--tuning {tuning} has no adapters")]
+    return [
+        (f"--{flag} {getattr(args, flag)}", reason)
+        for args, flags, reason in idle
+        for flag in flags
+        if getattr(args, flag) != type(args).__dataclass_fields__[flag].default
+    ]
 
 
 def check_checkpointing(tuning, kwargs):

@@ -143,6 +143,10 @@ def translate(argv, known):
             flags.append((checkpointing(name, known), values))
         else:
             flags.append((RENAMED.get(name, name), values))
+    last = dict(flags)
+    if all(name in last and is_true(last[name]) for name in ("bf16", "fp16")):
+        # Here too, since both are turned off below on a machine that has neither.
+        raise ValueError("--bf16 True and --fp16 True contradict each other; drop one.")
     on_cpu = any(name == "use_cpu" and is_true(values) for name, values in flags)
     return join_flags([(name, fit_machine(name, values, on_cpu)) for name, values in flags])
 

@@ -1,5 +1,7 @@
 """Flags that cannot both hold are refused, and both are named."""
 
+import logging
+
 import pytest
 
 from llava_lite.arguments import parse_args
@@ -62,3 +64,27 @@ def test_logger_that_is_not_installed_is_refused(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="--report_to wandb: not installed; pip install wandb, or drop it"):
         parse_args(["--report_to", "wandb", "--output_dir", str(tmp_path)])
     parse_args(["--report_to", "tensorboard", "--output_dir", str(tmp_path)])
+
+
+def test_flags_that_the_run_does_not_ask_about_are_told(tmp_path, caplog):
+    def told(said):
+        caplog.clear()
+        with caplog.at_level(logging.INFO, logger="llava_lite"):
+            parse_args([*said.split(), "--output_dir", str(tmp_path)])
+        return [line for line in caplog.messages if "has no effect" in line]
+
+    assert told("--lora_r 128 --use_residual True") == [
+        "--use_residual True has no effect: --tuning full makes no experts.",
+        "--lora_r 128 has no effect: --tuning full has no adapters.",
+    ]
+    assert told("--moe_enable True --capacity_factor 1.5 --moe_mode sparse") == [
+        "--capacity_factor 1.5 has no effect: without --moe_drop_tokens True no token is dropped."
+    ]
+    assert told("--moe_enable True --capacity_factor 1.5 --moe_drop_tokens True --use_residual True") == []
+    assert told("--lora_enable True --lora_r 128 --lora_alpha 256") == []
+
+
+def test_two_precisions_are_refused_also_where_the_machine_has_neither(tmp_path, monkeypatch):
+    monkeypatch.setattr("llava_lite.flags.machine_has", lambda name: False)
+    with pytest.raises(ValueError, match="--bf16 True and --fp16 True contradict each other"):
+        parse_args(["--bf16", "True", "--fp16", "True", "--output_dir", str(tmp_path)])
