@@ -57,6 +57,10 @@ def reply(
     if isinstance(question, str):
         question, images, history, alone = [question], [images], [history], True
     else:
+        if images is not None and not isinstance(images, (list, tuple)):
+            raise ValueError(
+                f"{len(question)} questions but one picture; give a list with an entry (or None) for every question."
+            )
         images, history, alone = images or [None] * len(question), history or [None] * len(question), False
     inputs, mark = prepare(processor, question, images, conv_template, history)
     generation = _generation_arguments(model, processor, mark, temperature, num_beams, generate_kwargs)

@@ -2,6 +2,7 @@
 
 import base64
 import io
+import os
 
 from PIL import Image, ImageOps
 
@@ -29,6 +30,11 @@ def upright_picture(picture):
     """Return a PIL picture, a path or the bytes of a file as an RGB picture, turned as its EXIF entry says."""
     if isinstance(picture, Image.Image):
         return to_rgb(ImageOps.exif_transpose(picture))
+    if not isinstance(picture, (str, os.PathLike, bytes)) and not hasattr(picture, "read"):
+        raise TypeError(
+            f"a picture is a PIL image, a path, an open file or the bytes of one; got {type(picture).__name__}. "
+            "PIL.Image.fromarray makes a picture of an array."
+        )
     if not isinstance(picture, bytes):
         return open_picture(picture, upright=True)
     try:

@@ -2,6 +2,7 @@
 
 import threading
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -255,3 +256,13 @@ def test_load_gives_a_model_and_its_processor(toy_pair, tmp_path):
     assert (reader.conv_template, reader.image_aspect_ratio, reader.num_image_tokens) == ("v1", "pad", 16)
     question = ("What colour is the square?", picture(1))
     assert reply(loaded, reader, *question, max_new_tokens=8) == reply(model, processor, *question, max_new_tokens=8)
+
+
+def test_one_picture_for_many_questions_is_refused(toy_pair):
+    with pytest.raises(ValueError, match="2 questions but one picture; give a list"):
+        reply(*toy_pair(), ["What is it?", "And this?"], images="picture.jpg")
+
+
+def test_array_is_refused_with_what_makes_it_a_picture(toy_pair):
+    with pytest.raises(TypeError, match=r"got ndarray\. PIL\.Image\.fromarray"):
+        reply(*toy_pair(), "What is it?", images=np.zeros((8, 8, 3), np.uint8))
