@@ -4,6 +4,7 @@ import copy
 import logging
 import os
 import sys
+import warnings
 from importlib import import_module
 
 import torch
@@ -47,7 +48,10 @@ def main(argv=None):
 def start_logging():
     """Show the log of this package beside the progress bars."""
     logging.basicConfig(format="%(asctime)s %(name)s: %(message)s", datefmt="%H:%M:%S", level=logging.WARNING)
-    logging.getLogger("llava_lite").setLevel(logging.INFO)
+    # The launcher's word, since flags are read, and spoken of, before the ranks know each other.
+    logging.getLogger("llava_lite").setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING)
+    # Of torch's, DeepSpeed's and PEFT's use of one another, a page on every rank: nobody who trains can act on them.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(torch|transformers|deepspeed|peft)\.")
 
 
 def join_ranks(training_args):

@@ -1,8 +1,10 @@
 """The told steps, one after the other: three stages on toys, and what is refused before the first step."""
 
 import json
+import logging
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from llava_lite.train.train import (
     main,
     quantization,
     split,
+    start_logging,
     train,
 )
 
@@ -204,3 +207,20 @@ def test_run_as_a_module_shows_what_trains(stage_flags, tmp_path):
     assert done.returncode == 0, done.stderr
     for words in ("what trains (--tuning projector)", "% of them learned", "estimated memory of a rank"):
         assert words in done.stderr
+
+
+@pytest.mark.parametrize(("rank", "level"), [("0", logging.INFO), ("1", logging.WARNING)])
+def test_first_rank_speaks_for_all_before_they_know_each_other(monkeypatch, rank, level):
+    monkeypatch.setenv("RANK", rank)
+    with warnings.catch_warnings():
+        start_logging()
+    assert logging.getLogger("llava_lite").level == level
+
+
+def test_libraries_advice_to_one_another_is_not_shown():
+    with warnings.catch_warnings(record=True) as shown:
+        warnings.simplefilter("always")
+        start_logging()
+        for module in ("torch.distributed.c10d_logger", "transformers.modeling_utils", "llava_lite.train.train"):
+            warnings.warn_explicit("old name", FutureWarning, "x.py", 1, module=module, registry={})
+    assert len(shown) == 1
