@@ -193,6 +193,12 @@ class TrainingArguments(transformers.TrainingArguments):
         super().__post_init__()
         check_loggers(self.report_to)
 
+    @property
+    def device(self):
+        """The device of this process; ranks on a CPU get "cpu:0" from a launcher, where torch restores nothing to."""
+        device = super().device
+        return type(device)("cpu") if device.type == "cpu" else device
+
     def default_bf16(self):
         """Return what the launcher, the DeepSpeed JSON or else the device says about bfloat16."""
         launcher = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")

@@ -161,3 +161,14 @@ def test_importing_arguments_imports_neither_models_nor_deepspeed():
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
     assert out.stdout.strip() == "[]"
+
+
+def test_a_rank_on_a_cpu_has_a_device_that_tensors_can_be_restored_to(tmp_path, monkeypatch):
+    import torch
+    import transformers
+
+    monkeypatch.setattr(transformers.TrainingArguments, "device", property(lambda self: torch.device("cpu", 0)))
+    args = TrainingArguments(output_dir=str(tmp_path), use_cpu=True)
+    path = tmp_path / "state.pt"
+    torch.save({"step": torch.ones(1)}, path)
+    assert torch.equal(torch.load(path, map_location=args.device)["step"], torch.ones(1))
