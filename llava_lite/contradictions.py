@@ -8,7 +8,15 @@ TUNING_FLAGS = {"tune_mm_mlp_adapter": "projector", "lora_enable": "lora", "moe_
 # Flags that say something only about experts.
 MOE_FLAGS = ("train_modules", "num_experts", "moe_layers_idx")
 # Those of them that have a default, which many scripts repeat: told, not refused, where they have no effect.
-MOE_SETTINGS = ["moe_mode", "top_k_experts", "use_residual", "router_aux_loss_coef", "moe_drop_tokens", "moe_second_expert_sampling", "moe_count_padding"]
+MOE_SETTINGS = (
+    "moe_mode",
+    "top_k_experts",
+    "use_residual",
+    "router_aux_loss_coef",
+    "moe_drop_tokens",
+    "moe_second_expert_sampling",
+    "moe_count_padding",
+)
 CAPACITY_FLAGS = ("capacity_factor", "eval_capacity_factor", "min_capacity")
 LORA_FLAGS = ("lora_r", "lora_alpha", "lora_dropout", "lora_bias", "lora_vision_tower")
 
@@ -147,7 +155,7 @@ def without_effect(model_args, training_args):
     tuning = training_args.tuning
     idle = []
     if tuning != "moe":
-        idle += [(model_args, MOE_SETTINGS + list(CAPACITY_FLAGS), f"--tuning {tuning} makes no experts")]
+        idle += [(model_args, MOE_SETTINGS + CAPACITY_FLAGS, f"--tuning {tuning} makes no experts")]
     elif not model_args.moe_drop_tokens:
         idle += [(model_args, CAPACITY_FLAGS, "without --moe_drop_tokens True no token is dropped")]
     if tuning != "lora":
