@@ -36,7 +36,11 @@ def chat(model, processor, pictures, ask, say, conv_template=None, debug=False, 
     user, assistant = role_names(conv_template or processor.conv_template)
     history = []
     while question := ask(f"{user}: ").strip():
-        question = place_marks(question, history, len(pictures))
+        try:
+            question = place_marks(question, history, len(pictures))
+        except ValueError as error:
+            say(f"{error}\n")
+            continue
         if debug:
             prompt = processor.render([*history, (question, None)], conv_template).text
             say(f"{prompt!r}\n")
@@ -95,10 +99,10 @@ def main(argv=None):
 
 
 def _ask(prompt):
-    """Read a line; the end of the input ends the chat as an empty line does."""
+    """Read a line; the end of the input and Ctrl-C end the chat as an empty line does."""
     try:
         return input(prompt)
-    except EOFError:
+    except (EOFError, KeyboardInterrupt):
         _say("\n")
         return ""
 

@@ -57,6 +57,22 @@ def test_talk_without_a_picture_ends_at_a_blank_line(toy_pair):
     assert [question for question, _ in history] == ["Hello!"]
 
 
+def test_mark_without_a_picture_is_answered_in_words_and_the_talk_goes_on(toy_pair):
+    model, processor = toy_pair
+    shown = io.StringIO()
+    history = cli.chat(model, processor, [], typed("<image> What?", "Hello!", ""), shown.write, max_new_tokens=3)
+    assert [question for question, _ in history] == ["Hello!"]
+    assert shown.getvalue().startswith("1 <image> marks in the conversation but 0 pictures.")
+
+
+def test_control_c_ends_the_chat_as_an_empty_line_does(monkeypatch):
+    def interrupted(prompt):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("builtins.input", interrupted)
+    assert cli._ask("USER: ") == ""
+
+
 def test_debug_shows_the_prompt_as_the_model_sees_it(toy_pair):
     model, processor = toy_pair
     shown = io.StringIO()
