@@ -276,10 +276,10 @@ def checkpoint_to_resume(training_args):
     """Return the checkpoint that the run goes on from, or False: the newest whole one unless a flag says otherwise."""
     from llava_lite.train.resume import find_checkpoint
 
-    return (
-        find_checkpoint(training_args.output_dir, training_args.resume_from_checkpoint, training_args.should_save)
-        or False
-    )
+    path = find_checkpoint(training_args.output_dir, training_args.resume_from_checkpoint, training_args.should_save)
+    if path is not None:
+        logger.info("going on from %s", path)
+    return path or False
 
 
 def save(trainer, tokenizer, model_args, data_args):

@@ -224,3 +224,11 @@ def test_libraries_advice_to_one_another_is_not_shown():
         for module in ("torch.distributed.c10d_logger", "transformers.modeling_utils", "llava_lite.train.train"):
             warnings.warn_explicit("old name", FutureWarning, "x.py", 1, module=module, registry={})
     assert len(shown) == 1
+
+
+def test_run_that_goes_on_says_from_where(run_stage, tmp_path, caplog):
+    saving = ["--save_strategy", "steps", "--save_steps", 1]
+    run_stage("projector", tmp_path / "one", *saving, "--max_steps", 1)
+    assert "going on from" not in caplog.text
+    run_stage("projector", tmp_path / "one", *saving, "--max_steps", 2)
+    assert f"going on from {tmp_path}/one/checkpoint-1" in caplog.text
