@@ -12,7 +12,7 @@ from llava_lite import __version__
 VERBS = {
     "train": ("llava_lite.train.train", "run a training stage; flags as in scripts/v1_5, or a YAML file"),
     "check": ("llava_lite.data.check", "look through data and pictures before any GPU time is spent"),
-    "plan": ("llava_lite.train.plan", "estimate parameters, memory and steps of a training run"),
+    "plan": ("llava_lite.train.plan", "estimate parameters and memory of a training run: its flags, and --num_devices N"),
     "chat": ("llava_lite.serve.cli", "talk to a model in the terminal: llava-lite chat MODEL --image-file x.jpg"),
 }
 # Set by deepspeed, torchrun and accelerate in the processes that they start.
@@ -40,7 +40,15 @@ def main(argv=None):
     if options.verb == "train" and LAUNCHED not in os.environ and not {"-h", "--help"} & set(options.arguments):
         print(launch_hint(options.arguments), file=sys.stderr)
     module, _ = VERBS[options.verb]
-    return import_module(module).main(options.arguments)
+    run = import_module(module).main
+    if options.verb == "train":
+        # An error in the middle of a run is told with all that leads to it.
+        return run(options.arguments)
+    try:
+        return run(options.arguments)
+    except (ValueError, OSError, ImportError) as error:
+        print(f"llava-lite {options.verb}: {error}", file=sys.stderr)
+        return 1
 
 
 def launch_hint(arguments):

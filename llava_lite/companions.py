@@ -36,6 +36,21 @@ def template_of(config, tokenizer=None):
     return guess
 
 
+def refuse_missing_model(name):
+    """Raise ValueError if no model is named, or what can only be meant as a folder and is none.
+
+    The Hub's client would call a folder that is not there a bad id.
+    """
+    if name is None:
+        raise ValueError("--model_name_or_path is needed: a language model, or the output of an earlier stage.")
+    is_path = name.startswith(("/", ".", "~")) or name.count("/") > 1
+    if is_path and not os.path.isdir(name):
+        raise ValueError(
+            f"--model_name_or_path {name!r}: there is no such folder. Give the output folder of an earlier stage, the "
+            "folder of a language model, or a hub id such as lmsys/vicuna-7b-v1.5."
+        )
+
+
 def load_tokenizer(name, base=None, **hub):
     """Load the tokenizer of a checkpoint, or that of its base where the folder holds only what was trained.
 

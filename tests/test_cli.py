@@ -66,6 +66,24 @@ def test_train_says_how_the_same_flags_run_on_all_devices(monkeypatch, capsys):
     assert cli.launch_hint(["run.yaml", "--seed", "1"]).endswith(" llava_lite.train.train run.yaml --seed 1")
 
 
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["plan", "--output_dir", "x"], "llava-lite plan: --model_name_or_path is needed"),
+        (["plan", "--tuning", "lora", "--moe_enable", "True"], "llava-lite plan: --tuning lora and --moe_enable True"),
+        (
+            ["check", "--data_path", "a.json", "--model_name_or_path", "./nowhere"],
+            "llava-lite check: --model_name_or_path './nowhere': there is no such folder.",
+        ),
+    ],
+)
+def test_what_is_wrong_is_said_in_a_line(arguments, words, capsys):
+    assert cli.main(arguments) == 1
+    said = capsys.readouterr().err
+    assert words in said
+    assert "Traceback" not in said
+
+
 def test_installed_command_is_this_one():
     done = subprocess.run(
         [sys.executable, "-m", "llava_lite.cli", "--version"], capture_output=True, text=True, env=os.environ

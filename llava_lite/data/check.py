@@ -5,6 +5,7 @@ import logging
 import os
 from collections import Counter
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -217,8 +218,7 @@ def main(argv=None) -> int:
     """Check annotation files from the command line: `llava-lite check`; 0 if a run could start, else 1."""
     import argparse
 
-    from transformers import AutoTokenizer
-
+    from llava_lite.companions import load_tokenizer, refuse_missing_model
     from llava_lite.data.index import open_annotations
 
     parser = argparse.ArgumentParser(prog="llava-lite check", description=__doc__)
@@ -233,7 +233,10 @@ def main(argv=None) -> int:
     parser.add_argument("--ledger", help="write the bad records to this file, one JSON object a line")
     parser.add_argument("--num_workers", type=int, default=os.cpu_count(), help="processes that count tokens")
     flags = parser.parse_args(argv)
-    encoder = RecordEncoder(AutoTokenizer.from_pretrained(flags.model_name_or_path), flags.version)
+    refuse_missing_model(flags.model_name_or_path)
+    # Registers our model types, by which transformers finds the tokenizer of an earlier stage.
+    import_module("llava_lite.model")
+    encoder = RecordEncoder(load_tokenizer(flags.model_name_or_path), flags.version)
     try:
         report = check_annotations(
             open_annotations(flags.data_path, flags.image_folder, num_workers=flags.num_workers),

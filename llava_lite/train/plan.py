@@ -146,9 +146,11 @@ def empty_model(model_args, training_args):
     import torch
     from transformers import AutoConfig
 
+    from llava_lite.companions import refuse_missing_model
     from llava_lite.model import model_class_for
     from llava_lite.model.assemble import text_fields, tower_fields
 
+    refuse_missing_model(model_args.model_name_or_path)
     stock = AutoConfig.from_pretrained(model_args.model_name_or_path, cache_dir=training_args.cache_dir)
     model_class = model_class_for(stock.model_type)
     config = stock

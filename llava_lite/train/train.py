@@ -11,7 +11,7 @@ import torch
 from transformers import set_seed
 
 from llava_lite.arguments import parse_args
-from llava_lite.companions import load_tokenizer
+from llava_lite.companions import load_tokenizer, refuse_missing_model
 from llava_lite.train.tuning import choose_what_trains, compute_dtype, describe, loading_dtype, settle_dtypes
 
 # By its full name: as `python -m` starts it, __name__ is "__main__" and the table of what trains would go unseen.
@@ -71,9 +71,7 @@ def build_tokenizer(model_args, training_args):
     Which one does not matter: the collator makes the mask, so padding may share its id with <unk> or with the end mark
     and a real one in the text still counts (LLaVA took the mask from the ids).
     """
-    if model_args.model_name_or_path is None:
-        raise ValueError("--model_name_or_path is needed: a language model, or the output of an earlier stage.")
-    refuse_missing_folder(model_args.model_name_or_path)
+    refuse_missing_model(model_args.model_name_or_path)
     # Registers our model types, by which transformers finds a checkpoint's tokenizer.
     import_module("llava_lite.model")
     tokenizer = load_tokenizer(model_args.model_name_or_path, cache_dir=training_args.cache_dir)
@@ -81,16 +79,6 @@ def build_tokenizer(model_args, training_args):
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
     return tokenizer
-
-
-def refuse_missing_folder(model_name_or_path):
-    """Raise ValueError for what can only be meant as a folder and is none; the Hub would call it a bad id."""
-    is_path = model_name_or_path.startswith(("/", ".", "~")) or model_name_or_path.count("/") > 1
-    if is_path and not os.path.isdir(model_name_or_path):
-        raise ValueError(
-            f"--model_name_or_path {model_name_or_path!r}: there is no such folder. Give the output folder of "
-            "an earlier stage, the folder of a language model, or a hub id such as lmsys/vicuna-7b-v1.5."
-        )
 
 
 def build_model(model_args, data_args, training_args):
