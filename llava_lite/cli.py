@@ -12,7 +12,7 @@ from llava_lite import __version__
 VERBS = {
     "train": ("llava_lite.train.train", "run a training stage; flags as in scripts/v1_5, or a YAML file"),
     "check": ("llava_lite.data.check", "look through data and pictures before any GPU time is spent"),
-    "plan": ("llava_lite.train.plan", "estimate parameters and memory of a training run: its flags, and --num_devices N"),
+    "plan": ("llava_lite.train.plan", "estimate parameters and memory of a run: flags of train, and --num_devices N"),
     "chat": ("llava_lite.serve.cli", "talk to a model in the terminal: llava-lite chat MODEL --image-file x.jpg"),
 }
 # Set by deepspeed, torchrun and accelerate in the processes that they start.
