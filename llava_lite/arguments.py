@@ -182,6 +182,8 @@ class TrainingArguments(transformers.TrainingArguments):
     def __post_init__(self):
         """Refuse what contradicts itself; take from the machine what was not said."""
         check_training(self)
+        # Before transformers opens it, which would say only that a file is missing.
+        read_deepspeed(self.deepspeed)
         if self.bf16 is None:
             self.bf16 = not self.fp16 and self.default_bf16()
         if self.tf32 is None and not self.use_cpu and machine_has("tf32"):
@@ -233,7 +235,14 @@ def read_deepspeed(config):
         return {}
     if isinstance(config, dict):
         return config
-    return json.loads(config if config.lstrip().startswith("{") else Path(config).read_text(encoding="utf-8"))
+    if config.lstrip().startswith("{"):
+        return json.loads(config)
+    if not Path(config).is_file():
+        raise ValueError(
+            f"--deepspeed {config}: there is no such file. Give a DeepSpeed JSON such as zero2.json or zero3.json, "
+            "from the folder that the run starts in."
+        )
+    return json.loads(Path(config).read_text(encoding="utf-8"))
 
 
 def parse_args(argv):

@@ -6,12 +6,14 @@ import os
 import sys
 import warnings
 from importlib import import_module
+from typing import NamedTuple
 
 import torch
 from transformers import set_seed
 
 from llava_lite.arguments import parse_args
 from llava_lite.companions import load_tokenizer, refuse_missing_model
+from llava_lite.train.refusal import told_in_a_line
 from llava_lite.train.tuning import choose_what_trains, compute_dtype, describe, loading_dtype, settle_dtypes
 
 # By its full name: as `python -m` starts it, __name__ is "__main__" and the table of what trains would go unseen.
@@ -20,6 +22,21 @@ logger = logging.getLogger("llava_lite.train.train")
 
 def train(argv=None):
     """Train a stage as the flags `argv` say (default: the command line) and return its trainer."""
+    return run(prepare(argv))
+
+
+class Stage(NamedTuple):
+    """A trainer and what its final folder needs; checkpoint: where it goes on, False for the start."""
+
+    trainer: object
+    tokenizer: object
+    model_args: object
+    data_args: object
+    checkpoint: str | bool
+
+
+def prepare(argv=None):
+    """Return the stage that the flags describe, ready for its first step."""
     start_logging()
     model_args, data_args, training_args = parse_args(sys.argv[1:] if argv is None else argv)
     join_ranks(training_args)
@@ -35,14 +52,21 @@ def train(argv=None):
     logger.info("what trains (--tuning %s):\n%s", training_args.tuning, describe(model, training_args))
     log_plan(model, train_set, training_args)
     trainer = build_trainer(model, tokenizer, train_set, eval_set, data_args, training_args)
-    trainer.train(resume_from_checkpoint=checkpoint_to_resume(training_args))
-    save(trainer, tokenizer, model_args, data_args)
-    return trainer
+    return Stage(trainer, tokenizer, model_args, data_args, checkpoint_to_resume(training_args))
+
+
+def run(stage):
+    """Train from the start or from the checkpoint, save, and return the trainer."""
+    stage.trainer.train(resume_from_checkpoint=stage.checkpoint)
+    save(stage.trainer, stage.tokenizer, stage.model_args, stage.data_args)
+    return stage.trainer
 
 
 def main(argv=None):
-    """Train a stage; for the command line and the launchers."""
-    train(argv).accelerator.end_training()
+    """Train a stage; for the command line and the launchers, where a refusal is one line."""
+    with told_in_a_line():
+        stage = prepare(argv)
+    run(stage).accelerator.end_training()
 
 
 def start_logging():
