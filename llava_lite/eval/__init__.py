@@ -1,0 +1,1 @@
+"""Ask a model what a benchmark asks, and look at what it does."""
