@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Literal
 
 import transformers
-from transformers import HfArgumentParser
 
 from llava_lite.contradictions import (
     check_data,
@@ -27,6 +26,7 @@ from llava_lite.contradictions import (
     fold_tuning,
     without_effect,
 )
+from llava_lite.flag_help import FlagParser
 from llava_lite.flags import machine_has, open_yaml, translate
 
 logger = logging.getLogger(__name__)
@@ -253,7 +253,7 @@ def parse_args(argv):
     """
     argv = open_yaml(argv)
     # The usage is one line: that of 250 flags would hide the error below it.
-    parser = HfArgumentParser(
+    parser = FlagParser(
         (ModelArguments, DataArguments, TrainingArguments),
         allow_abbrev=False,
         usage="%(prog)s [run.yaml] [--flag value ...]; --help lists the flags",

@@ -166,18 +166,20 @@ def empty_model(model_args, training_args):
 
 def main(argv=None):
     """Print the plan of a run: the flags of `llava-lite train`, and --num_devices N. Reads configs, no weights."""
+    import argparse
     import sys
 
     from llava_lite.arguments import parse_args
 
     argv = list(sys.argv[1:] if argv is None else argv)
-    num_devices = 1
-    if "--num_devices" in argv:
-        at = argv.index("--num_devices")
-        num_devices = int(argv[at + 1])
-        del argv[at : at + 2]
+    own = argparse.ArgumentParser(prog="llava-lite plan", add_help=False, allow_abbrev=False)
+    own.add_argument("--num_devices", "--num-devices", type=int, default=1, metavar="N", help="ranks (default: 1)")
+    options, flags = own.parse_known_args(argv)
+    num_devices = options.num_devices
+    if {"-h", "--help"} & set(flags):
+        print(f"{own.format_help()}\nand the flags of `llava-lite train`, which follow.\n")
     os.environ.setdefault("ACCELERATE_USE_CPU", "true")
-    model_args, _, training_args = parse_args(argv)
+    model_args, _, training_args = parse_args(flags)
     model = empty_model(model_args, training_args)
     print(describe(model, training_args))
     num_tokens = training_args.per_device_train_batch_size * training_args.model_max_length
