@@ -87,9 +87,15 @@ def draw_expert_load(lines, path):
     for axis, layer in zip(axes, layers, strict=False):
         loads = [(step, report[layer]["load"]) for step, report in reports if layer in report]
         curves = zip(*(smooth(curve) for curve in zip(*(load for _, load in loads), strict=True)), strict=True)
-        axis.stackplot([step for step, _ in loads], list(zip(*curves, strict=True)))
+        shares = list(zip(*curves, strict=True))
+        axis.stackplot([step for step, _ in loads], shares, labels=[f"expert {i}" for i in range(len(shares))])
         axis.set(title=f"layer {layer}", ylim=(0, 1), xlabel="step", ylabel="share of choices")
     for axis in axes[len(layers) :]:
         axis.set_visible(False)
+    # Once for all layers, from the one with the most experts; the topmost first, as they lie.
+    handles, labels = max(
+        (axis.get_legend_handles_labels() for axis in axes[: len(layers)]), key=lambda pair: len(pair[0])
+    )
+    figure.legend(handles[::-1], labels[::-1], loc="outside right upper")
     figure.savefig(path, dpi=120)
     return path
