@@ -19,6 +19,32 @@ from llava_lite.train.tuning import choose_what_trains, compute_dtype, describe,
 # By its full name: as `python -m` starts it, __name__ is "__main__" and the table of what trains would go unseen.
 logger = logging.getLogger("llava_lite.train.train")
 
+# What scripts written for LLaVA import from here, and the file it lives in.
+_LLAVA_NAMES = {
+    "ModelArguments": "arguments",
+    "DataArguments": "arguments",
+    "TrainingArguments": "arguments",
+    "LLaVATrainer": "train.llava_trainer",
+    "preprocess": "train.llava_data",
+    "preprocess_llama_2": "train.llava_data",
+    "preprocess_mpt": "train.llava_data",
+    "preprocess_multimodal": "train.llava_data",
+    "preprocess_plain": "train.llava_data",
+    "preprocess_v1": "train.llava_data",
+    "LazySupervisedDataset": "train.llava_data",
+    "DataCollatorForSupervisedDataset": "train.llava_data",
+    "make_supervised_data_module": "train.llava_data",
+    "conversation_lib": "train.llava_data",
+    "tokenizer_image_token": "mm_utils",
+}
+
+
+def __getattr__(name):
+    """Open LLaVA's name for something that lives elsewhere (PEP 562)."""
+    if name not in _LLAVA_NAMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}; known: {', '.join(_LLAVA_NAMES)}.")
+    return getattr(import_module(f"llava_lite.{_LLAVA_NAMES[name]}"), name)
+
 
 def train(argv=None):
     """Train a stage as the flags `argv` say (default: the command line) and return its trainer."""
