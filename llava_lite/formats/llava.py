@@ -1,4 +1,7 @@
-"""What LLaVA's own checkpoints say without saying it: the shape of the tower inside them."""
+"""Read what LLaVA wrote: its older model types, the wrapping of PEFT in its files, the shape of the tower inside.
+
+LLaVA (https://github.com/haotian-liu/LLaVA) and this package use the same names, so little is left to turn.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,37 @@ from transformers import CLIPVisionConfig
 from transformers.utils import cached_file
 
 PREFIX = "vision_tower.vision_model."
+# LLaVA v1 and the first v1.5 say "llava", as transformers' own LLaVA does; LLaVA-NeXT's Qwen is a Qwen2.
+MODEL_TYPES = {"llava": "llava_llama", "llava_qwen": "llava_qwen2"}
+# Fields that only transformers' LLaVA, MoE-LLaVA and Qwen's first generation have.
+NOT_LLAVA = ("text_config", "mm_image_tower", "image_projector_type", "kv_channels")
+
+
+def claims(config: Mapping) -> bool:
+    """Tell a LLaVA checkpoint whose model_type is not the one used here."""
+    return config.get("model_type") in MODEL_TYPES and not any(key in config for key in NOT_LLAVA)
+
+
+def config_from(config: Mapping) -> dict:
+    """Return the fields of our config: LLaVA's, with our model_type."""
+    return {**config, "model_type": MODEL_TYPES.get(config["model_type"], config["model_type"])}
+
+
+def weights_from(state_dict: Mapping, config: Mapping) -> dict:
+    """Return the weights under our names, which are LLaVA's without what PEFT puts around them.
+
+    `non_lora_trainables.bin` says base_model.model.model.mm_projector for model.mm_projector, and
+    x.modules_to_save.default.weight for x.weight.
+    """
+    return {plain_name(name): tensor for name, tensor in state_dict.items()}
+
+
+def plain_name(name: str) -> str:
+    """Return a weight's name in the model that PEFT wraps."""
+    name = name.removeprefix("base_model.model.").removeprefix("base_model.")
+    if name.startswith(("model.model.", "model.lm_head.")):
+        name = name.removeprefix("model.")
+    return name.replace(".modules_to_save.default.", ".").replace(".base_layer.", ".")
 
 
 def clip_config_from_shapes(shapes: Mapping[str, tuple[int, ...]]) -> CLIPVisionConfig:

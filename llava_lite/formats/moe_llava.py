@@ -11,6 +11,8 @@ from collections.abc import Mapping
 
 import torch
 
+from llava_lite.formats.llava import plain_name
+
 ROUTER = ("mlp.gate.weight", "mlp.deepspeed_moe.gate.wg.weight")
 EXPERT = "mlp.deepspeed_moe.experts.deepspeed_experts."
 PREFIXES = (
@@ -21,6 +23,22 @@ PREFIXES = (
 GATED = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
 PLAIN = {"up_proj": ("fc1",), "down_proj": ("fc2",)}
 CONFIG_KEYS = {"mm_image_tower": "mm_vision_tower", "image_projector_type": "mm_projector_type"}
+VIDEO_KEYS = (
+    "mm_video_tower",
+    "video_projector_type",
+    "video_global_proj",
+    "video_temproal_proj",  # as it is spelled there
+    "video_spatial_proj",
+)
+STABLELM_KEYS = {"rope_pct": "partial_rotary_factor", "norm_eps": "layer_norm_eps"}
+# The decoders that it trains, and ours where the name differs.
+DECODERS = {"qwen1_5": "qwen2"}
+REFUSED = {
+    "qwen": "Qwen's first generation has a decoder that transformers does not hold, only code beside its weights that "
+    "would run on opening. Use a checkpoint on Qwen1.5 (moe_llava_qwen1_5) or train on Qwen2.",
+    "minicpm": "MiniCPM's decoder is not in transformers, only code beside its weights that would run on opening. Use "
+    "a checkpoint on Phi, StableLM, Qwen1.5, Mistral or Llama.",
+}
 
 _OUR_EXPERTS = re.compile(r"(?P<layer>.*\.)mlp\.experts\.(?P<fused>gate_up_proj|up_proj|down_proj)(?P<bias>_bias)?")
 _THEIR_EXPERTS = re.compile(
@@ -106,16 +124,81 @@ def _fuse(layer, weights):
     }
 
 
-def config_from_moe_llava(config: Mapping) -> dict:
+def claims(config: Mapping) -> bool:
+    """Tell a checkpoint of MoE-LLaVA, dense or with experts, by its model_type or by keys that only it has."""
+    model_type = config.get("model_type") or ""
+    return (
+        model_type.startswith("moe_llava_")
+        or model_type in ("llava_qwen1_5", "llava_minicpm")
+        or (model_type == "llava_qwen" and "kv_channels" in config)
+        or any(key in config for key in (*CONFIG_KEYS, *VIDEO_KEYS))
+    )
+
+
+def config_from(config: Mapping) -> dict:
     """Return the fields of a config.json under our names; those under our names already stay, and count more.
 
     mm_image_tower is mm_vision_tower here, model_type moe_llava_llama is llava_llama: whether a model has experts is
-    told by the field `moe` alone.
+    told by the field `moe` alone. Raises ValueError for what this package cannot run: Qwen's first generation,
+    MiniCPM, a video tower.
     """
+    model_type = config.get("model_type") or ""
+    decoder = model_type.removeprefix("moe_").removeprefix("llava_")
+    if decoder in REFUSED:
+        raise ValueError(f"MoE-LLaVA's model type {model_type!r} cannot be opened: {REFUSED[decoder]}")
+    if config.get("mm_video_tower") is not None:
+        raise ValueError(
+            f"this checkpoint has a video tower, {config['mm_video_tower']!r}; videos are not supported here, only "
+            "MoE-LLaVA's models of pictures."
+        )
     renamed = {CONFIG_KEYS.get(key, key): value for key, value in config.items() if CONFIG_KEYS.get(key) not in config}
-    model_type = renamed.get("model_type", "")
-    if model_type.startswith("moe_llava_"):
-        renamed["model_type"] = model_type.removeprefix("moe_")
-    if "qwen1_5" in model_type:
-        renamed["model_type"] = "llava_qwen2"
+    renamed = {key: value for key, value in renamed.items() if key not in VIDEO_KEYS}
+    if decoder != model_type:
+        renamed["model_type"] = f"llava_{DECODERS.get(decoder, decoder)}"
+    if decoder == "stablelm":
+        # It has the fields of StableLM's code from before transformers had one, and that code's defaults.
+        for theirs, ours in STABLELM_KEYS.items():
+            if theirs in renamed:
+                renamed[ours] = renamed.pop(theirs)
+        renamed.setdefault("use_qkv_bias", True)
     return renamed
+
+
+def weights_from(state_dict: Mapping[str, torch.Tensor], config: Mapping) -> dict[str, torch.Tensor]:
+    """Return the weights of a checkpoint under our names: LoRA added in, each layer's experts fused.
+
+    Phi's vocabulary head has a bias here and none in MoE-LLaVA, which drops it: it is 0 then.
+    """
+    plain = {plain_name(name): tensor for name, tensor in state_dict.items()}
+    weights = from_moe_llava(fold_lora(plain, config.get("lora")))
+    head = weights.get("lm_head.weight")
+    if (config.get("model_type") or "").endswith("llava_phi") and head is not None:
+        weights.setdefault("lm_head.bias", torch.zeros(len(head), dtype=head.dtype))
+    return weights
+
+
+def fold_lora(state_dict: Mapping[str, torch.Tensor], lora: Mapping | None) -> dict[str, torch.Tensor]:
+    """Return the state dict with every `x.lora_A`, `x.lora_B` added to `x.weight`: W + lora_alpha / r * B A.
+
+    MoE-LLaVA writes a tuned model with experts so, LoRA beside the weights. lora: the field `lora` of config.json.
+    Raises ValueError if that field is absent or a pair is not whole.
+    """
+    downs = {name.split(".lora_A.")[0]: tensor for name, tensor in state_dict.items() if ".lora_A." in name}
+    ups = {name.split(".lora_B.")[0]: tensor for name, tensor in state_dict.items() if ".lora_B." in name}
+    plain = {name: tensor for name, tensor in state_dict.items() if ".lora_" not in name}
+    if not downs and not ups:
+        return plain
+    if not lora or "lora_alpha" not in lora:
+        raise ValueError(
+            f"the checkpoint holds LoRA weights of {len(downs)} layers, such as {sorted(downs)[:2]}, and its "
+            "config.json does not say how to scale them: it lacks the field lora with lora_alpha, as in "
+            '{"lora_enable": true, "lora_r": 128, "lora_alpha": 256}.'
+        )
+    incomplete = sorted(set(downs) ^ set(ups)) + [name for name in downs if f"{name}.weight" not in plain]
+    if incomplete:
+        raise ValueError(f"LoRA of {incomplete[:4]} is not whole: lora_A, lora_B and the weight itself are needed.")
+    for name, down in downs.items():
+        weight = plain[f"{name}.weight"]
+        update = ups[name].float() @ down.float()
+        plain[f"{name}.weight"] = (weight.float() + lora["lora_alpha"] / len(down) * update).to(weight.dtype)
+    return plain

@@ -11,8 +11,10 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.utils import cached_file
 
-from llava_lite.companions import HUB_ARGUMENTS, image_processor_of, load_tokenizer
+from llava_lite.companions import image_processor_of, load_tokenizer, read_json
 from llava_lite.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_PATCH_TOKEN
+from llava_lite.formats import foreign_format
+from llava_lite.hub import hub_arguments, in_words
 from llava_lite.model import model_class_for
 from llava_lite.model.attention import choose_attention
 
@@ -48,9 +50,10 @@ def load_pretrained_model(
     of the checkpoint's; overwrite_config: fields to replace. model_name, multimodal: LLaVA's and lmms-eval's, accepted
     and not needed. Further keywords go to `from_pretrained`.
     """
-    hub = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
+    hub = hub_arguments(kwargs)
     device, device_map = placement(device, device_map, quantised=load_8bit or load_4bit)
-    config = read_config(model_path, model_base, customized_config, overwrite_config, hub)
+    with in_words(model_path, **hub):
+        config = read_config(model_path, model_base, customized_config, overwrite_config, hub)
     arguments = {
         "dtype": _as_dtype(dtype if dtype is not None else torch_dtype),
         "attn_implementation": "flash_attention_2" if use_flash_attn else attn_implementation,
@@ -59,7 +62,8 @@ def load_pretrained_model(
         **kwargs,
     }
     arguments = {name: value for name, value in arguments.items() if value is not None}
-    model = _load_model(model_path, model_base, config, arguments, hub)
+    with in_words(model_path, **hub):
+        model = _load_model(model_path, model_base, config, arguments, hub)
     if device_map is None:
         # On the CPU half precision is slow and, in some kernels, absent.
         widen = device.type == "cpu" and model.dtype == torch.float16 and dtype is None and torch_dtype is None
@@ -77,13 +81,28 @@ def read_config(model_path, model_base, customized_config, overwrite_config, hub
     if isinstance(source, (str, Path)):
         _check_folder(str(source), model_base)
         only_adapter = model_base is not None and not _has_file(source, "config.json", hub)
-        config = AutoConfig.from_pretrained(model_base if only_adapter else source, **hub)
+        config = config_of(model_base if only_adapter else source, hub)
     else:
         config = source
     for key, value in (overwrite_config or {}).items():
         setattr(config, key, value)
     if model_base is not None and is_llava(config):
         config.base_model_name_or_path = str(model_base)
+    return config
+
+
+def config_of(name, hub):
+    """Return the config of a checkpoint, one of ours where its config.json is of a format that we read.
+
+    Not by AutoConfig alone: a LLaVA v1 and transformers' own LLaVA both say model_type "llava".
+    """
+    fields = read_json(name, "config.json", hub)
+    foreign = foreign_format(fields)
+    if foreign is None:
+        return AutoConfig.from_pretrained(name, **hub)
+    fields = foreign.config_from(fields)
+    config = model_class_for(fields["model_type"]).config_class.from_dict(fields)
+    config._name_or_path = str(name)
     return config
 
 

@@ -7,6 +7,10 @@ from functools import lru_cache
 
 from transformers import AutoConfig, PreTrainedConfig
 
+from llava_lite.anyres import PictureLayout, default_pinpoints, read_pinpoints
+from llava_lite.formats import foreign_format
+from llava_lite.hub import in_words
+
 
 @dataclass(kw_only=True)
 class LlavaConfigMixin:
@@ -14,10 +18,18 @@ class LlavaConfigMixin:
 
     mm_vision_tower: hub id or path of the tower. vision_config: the tower's own config (dict or object); where it is
     set, the tower's weights are in the checkpoint and loading looks nothing up. mm_image_size: side in pixels that the
-    tower is fed, None for the tower's own. image_token_index: placeholder in `input_ids`, -200 or a vocabulary id.
-    moe: MoE-LLaVA's nested dict, None for a dense model. conv_template: the prompt format that trained the checkpoint.
-    base_model_name_or_path: set only in a folder that holds what was trained and not the whole model.
+    tower is fed, None for the tower's own. image_grid_pinpoints: resolutions (width, height) that `anyres` cuts
+    pictures at, None for LLaVA-1.6's five at the tower's size; mm_patch_merge_type says how the features of the crops
+    are joined, and with `unpad` in it there is a weight `model.image_newline`. image_token_index: placeholder in
+    `input_ids`, -200 or a vocabulary id. moe: MoE-LLaVA's nested dict, None for a dense model. conv_template: the
+    prompt format that trained the checkpoint. base_model_name_or_path: set only in a folder that holds what was
+    trained and not the whole model.
     """
+
+    # Not annotated, so that they are no fields. What transformers sets on a config it sets on these too.
+    sub_configs = {"vision_config": AutoConfig}  # noqa: RUF012
+    # The placeholder under the name that transformers looks for.
+    attribute_map = {"image_token_id": "image_token_index"}  # noqa: RUF012
 
     mm_vision_tower: str | None = None
     vision_config: dict | PreTrainedConfig | None = None
@@ -35,6 +47,7 @@ class LlavaConfigMixin:
     freeze_mm_mlp_adapter: bool = False
     unfreeze_mm_vision_tower: bool = False
     image_aspect_ratio: str = "square"
+    image_grid_pinpoints: list | str | None = None
     image_token_index: int = -200
     tokenizer_padding_side: str = "right"
     tokenizer_model_max_length: int | None = None
@@ -44,15 +57,27 @@ class LlavaConfigMixin:
 
     def __post_init__(self, **kwargs):
         """Turn `vision_config` into a config object and fill `mm_hidden_size` from it."""
-        super().__post_init__(**kwargs)
+        # Before the parent, which hands the choice of attention and the like on to it.
         if isinstance(self.vision_config, dict):
             self.vision_config = vision_config_from_dict(self.vision_config)
+        super().__post_init__(**kwargs)
         if self.vision_config is not None and self.mm_hidden_size is None:
             self.mm_hidden_size = self.vision_config.hidden_size
         if self.mm_vision_select_feature not in ("patch", "cls_patch"):
             raise ValueError(
                 f"unknown mm_vision_select_feature {self.mm_vision_select_feature!r}; known: patch, cls_patch."
             )
+
+    @classmethod
+    def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
+        """Return the fields of a config.json under our names, LLaVA's and MoE-LLaVA's among them, and what is left."""
+        fields, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        return own_fields(fields), kwargs
+
+    @classmethod
+    def from_dict(cls, config_dict, **kwargs):
+        """Return a config from the fields of a config.json, under our names or those of a format that we read."""
+        return super().from_dict(own_fields(config_dict), **kwargs)
 
     @property
     def has_vision_tower(self) -> bool:
@@ -61,10 +86,33 @@ class LlavaConfigMixin:
 
     @property
     def num_image_tokens(self) -> int:
-        """Return the number of features of one picture, 576 for CLIP-L/14 at 336 px."""
+        """Return the number of features of one picture, or of one crop of it, 576 for CLIP-L/14 at 336 px."""
+        return self.picture_layout.num_features
+
+    @property
+    def has_newline(self) -> bool:
+        """Whether the model has a weight that closes rows of patches."""
+        return self.has_vision_tower and "unpad" in self.mm_patch_merge_type
+
+    @property
+    def picture_layout(self) -> PictureLayout:
+        """How a picture becomes crops and features; ValueError if the keys contradict each other."""
         vision = resolve_vision_config(self)
-        side = (self.mm_image_size or vision.image_size) // vision.patch_size
-        return side * side + (self.mm_vision_select_feature == "cls_patch" and has_class_token(vision))
+        crop_px = self.mm_image_size or vision.image_size
+        side = crop_px // vision.patch_size
+        num_features = side * side + (self.mm_vision_select_feature == "cls_patch" and has_class_token(vision))
+        pinpoints = ()
+        if self.image_aspect_ratio == "anyres":
+            pinpoints = tuple(read_pinpoints(self.image_grid_pinpoints or default_pinpoints(crop_px), crop_px))
+        return PictureLayout(
+            num_features, side, crop_px, self.image_aspect_ratio or "square", self.mm_patch_merge_type, pinpoints
+        )
+
+
+def own_fields(fields: dict) -> dict:
+    """Return the fields of a config.json under our names."""
+    foreign = foreign_format(fields)
+    return fields if foreign is None else foreign.config_from(fields)
 
 
 def has_class_token(vision_config: PreTrainedConfig) -> bool:
@@ -90,10 +138,11 @@ def resolve_vision_config(config) -> PreTrainedConfig:
 
 
 @lru_cache(maxsize=16)
-def load_vision_config(name: str) -> PreTrainedConfig:
+def load_vision_config(name: str, **hub) -> PreTrainedConfig:
     """Read the config of a tower by hub id or path; of a picture-and-text model the vision part."""
     try:
-        config = AutoConfig.from_pretrained(name)
+        with in_words(name, **hub):
+            config = AutoConfig.from_pretrained(name, **hub)
     except (OSError, ValueError) as error:
         raise OSError(
             f"vision tower {name!r} could not be read ({str(error).splitlines()[0]}). Give a hub id such as "

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import logging
+import pickle
+import re
+import zipfile
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -81,7 +84,10 @@ def full_state_dict(module: nn.Module, names: Iterable[str] | None = None) -> di
 
 
 def read_weights(path: str | Path) -> dict[str, torch.Tensor]:
-    """Read one weights file: .safetensors, or a pickle of tensors under `weights_only`."""
+    """Read one weights file, mapped where it can be: .safetensors, or a pickle of tensors under `weights_only`.
+
+    Raises ValueError for a file that is broken or cut short, and for a pickle that holds anything but tensors.
+    """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no weights file at {str(path)!r}; give the path of a .safetensors or .bin file.")
@@ -90,11 +96,34 @@ def read_weights(path: str | Path) -> dict[str, torch.Tensor]:
             from safetensors.torch import load_file
 
             return load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
+        # Only torch's own zip layout can be mapped; what torch wrote before 1.6 is read into memory.
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        state = dict(state)
     # On a broken file the readers raise nearly everything: struct.error, EOFError, SafetensorError, ...
     except Exception as error:
-        reason = (str(error).splitlines() or ["it is cut short"])[0]
-        raise ValueError(
-            f"{str(path)!r} cannot be read as weights ({type(error).__name__}: {reason}). "
-            "Copy it again, or name the right file."
-        ) from error
+        raise ValueError(f"{str(path)!r} cannot be read as weights ({what_broke(path, error)}") from error
+    strange = [name for name, value in state.items() if not isinstance(value, torch.Tensor)] if state else []
+    if strange:
+        raise ValueError(f"{str(path)!r} holds more than named tensors: {strange[:5]}. Name a file of weights alone.")
+    return state
+
+
+def what_broke(path: Path, error: Exception) -> str:
+    """Return why a weights file cannot be read and what to do: the rest of a sentence with an open bracket."""
+    found = re.search(r"GLOBAL (\w+(\.\w+)+)", str(error))
+    if found:
+        return (
+            f"{type(error).__name__}): it is a pickle with code in it, {found[1]}, which opening it would run. "
+            "Ask whoever wrote it for a safetensors file."
+        )
+    with path.open("rb") as stream:
+        start = stream.read(20)
+    if start == b"version https://git-":
+        return "it is a git-lfs pointer): the weights were not fetched. Run git lfs pull beside it."
+    # torch's own words of an UnpicklingError advise to open the file all the same.
+    said = "no tensors" if isinstance(error, pickle.UnpicklingError) else (str(error).splitlines() or ["no bytes"])[0]
+    reason = f"{type(error).__name__}: {said}"
+    cut = ("incomplete metadata", "invalid header length", "EOF", "finding central directory")
+    if any(word in str(error) for word in cut) or (start[:2] == b"PK" and not zipfile.is_zipfile(path)) or not start:
+        reason += f"; it is cut short after {path.stat().st_size} bytes"
+    return f"{reason}). Copy it again, or name the right file."

@@ -7,7 +7,7 @@ from transformers import LlamaConfig, PhiConfig
 from transformers.models.llama.modeling_llama import LlamaMLP
 from transformers.models.phi.modeling_phi import PhiMLP
 
-from llava_lite.formats.moe_llava import config_from_moe_llava, from_moe_llava, moe_llava_names, to_moe_llava
+from llava_lite.formats.moe_llava import config_from, from_moe_llava, moe_llava_names, to_moe_llava
 from llava_lite.model.experts import Experts, MlpShape
 
 SHAPE = {"hidden_size": 8, "intermediate_size": 12, "num_attention_heads": 2}
@@ -85,13 +85,13 @@ def test_a_checkpoint_with_one_ranks_experts_is_refused():
 
 def test_config_fields_get_our_names():
     theirs = {"model_type": "moe_llava_qwen1_5", "mm_image_tower": "tower", "image_projector_type": "mlp2x_gelu"}
-    assert config_from_moe_llava(theirs) == {
+    assert config_from(theirs) == {
         "model_type": "llava_qwen2",
         "mm_vision_tower": "tower",
         "mm_projector_type": "mlp2x_gelu",
     }
     ours = {"model_type": "llava_llama", "mm_vision_tower": "ours", "mm_image_tower": "theirs", "moe": {}}
-    assert config_from_moe_llava(ours) == {"model_type": "llava_llama", "mm_vision_tower": "ours", "moe": {}}
+    assert config_from(ours) == {"model_type": "llava_llama", "mm_vision_tower": "ours", "moe": {}}
 
 
 def test_state_of_a_dense_model_passes_unchanged():
