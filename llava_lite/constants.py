@@ -11,6 +11,16 @@ DEFAULT_IM_START_TOKEN = "<im_start>"
 DEFAULT_IM_END_TOKEN = "<im_end>"
 IMAGE_PLACEHOLDER = "<image-placeholder>"
 
+# MoE-LLaVA's, for videos; a record or a question has at most so many pictures and videos.
+DEFAULT_VIDEO_TOKEN = "<video>"
+DEFAULT_VIDEO_PATCH_TOKEN = "<im_patch>"
+DEFAULT_VID_START_TOKEN = "<vid_start>"
+DEFAULT_VID_END_TOKEN = "<vid_end>"
+VIDEO_PLACEHOLDER = "<video-placeholder>"
+MAX_IMAGE_LENGTH = 16
+MAX_VIDEO_LENGTH = 1
+PAD_LENGTH = 620
+
 # Serving: seconds between two heart beats of a worker, and after how many the controller gives it up.
 WORKER_HEART_BEAT_INTERVAL = 15
 CONTROLLER_HEART_BEAT_EXPIRATION = 30

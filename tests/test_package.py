@@ -18,6 +18,7 @@ FILES = sorted((ROOT / "llava_lite").rglob("*.py"))
 # A file imports from lower floors or from its own folder. What stands at the top and is not listed is on floor 1.
 FLOORS = {
     "__init__": 0,
+    "alias": 0,
     "constants": 0,
     "formats": 1,
     "data": 2,
