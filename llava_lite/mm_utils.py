@@ -3,6 +3,12 @@
 import torch
 from transformers import StoppingCriteria
 
+from llava_lite.anyres import (
+    divide_to_patches,
+    get_anyres_image_grid_shape,
+    resize_and_pad_image,
+    select_best_resolution,
+)
 from llava_lite.constants import DEFAULT_IMAGE_TOKEN, IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava_lite.pictures import (
     PictureError,
@@ -11,6 +17,7 @@ from llava_lite.pictures import (
     load_image_processor,
     open_picture,
     prepare_picture,
+    process_anyres_image,
     process_images,
     to_rgb,
 )
@@ -18,13 +25,18 @@ from llava_lite.pictures import (
 __all__ = [
     "KeywordsStoppingCriteria",
     "PictureError",
+    "divide_to_patches",
     "expand2square",
+    "get_anyres_image_grid_shape",
     "get_model_name_from_path",
     "load_image_from_base64",
     "load_image_processor",
     "open_picture",
     "prepare_picture",
+    "process_anyres_image",
     "process_images",
+    "resize_and_pad_image",
+    "select_best_resolution",
     "to_rgb",
     "tokenize_rendered",
     "tokenizer_image_token",
@@ -33,9 +45,9 @@ __all__ = [
 
 
 def tokenizer_image_token(prompt, tokenizer, image_token_index=IMAGE_TOKEN_INDEX, return_tensors=None):
-    """Return the ids of a prompt, one `image_token_index` for each `<image>`; BOS, if the tokenizer writes one, once.
+    """Return the ids of a prompt with one `image_token_index` for each `<image>`, behind BOS if the tokenizer has one.
 
-    A list, or a LongTensor [T] with return_tensors="pt".
+    A BOS that the prompt itself begins with stays, as in LLaVA. A list, or a LongTensor [T] with return_tensors="pt".
     """
     if return_tensors not in (None, "pt"):
         raise ValueError(f"unsupported return_tensors {return_tensors!r}; known: None, 'pt'.")
@@ -44,7 +56,7 @@ def tokenizer_image_token(prompt, tokenizer, image_token_index=IMAGE_TOKEN_INDEX
         if i:
             ids.append(image_token_index)
         ids.extend(tokenizer(chunk, add_special_tokens=False, verbose=False)["input_ids"])
-    ids = _missing_bos(ids, tokenizer) + ids
+    ids = _bos(tokenizer) + ids
     return ids if return_tensors is None else torch.tensor(ids, dtype=torch.long)
 
 

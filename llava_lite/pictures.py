@@ -6,6 +6,8 @@ import io
 import torch
 from PIL import Image, ImageOps
 
+from llava_lite.anyres import cut_crops, default_pinpoints
+
 # 256 MiB once decoded as RGB, where Pillow itself begins to warn. Phones and cameras end at 65 million pixels.
 MAX_PICTURE_PIXELS = 2**28 // 3
 # What people put into data sets. EPS and the like are left out: Pillow would start a program to read them.
@@ -17,7 +19,7 @@ MAX_PADDED_SIDE = 8192
 # many short sides are cut before (1 x 20000 pixels would be 336 x 6.7 million on the way).
 MAX_CROPPED_RATIO = 64
 
-ASPECT_RATIOS = ("square", "pad")
+ASPECT_RATIOS = ("square", "pad", "anyres")
 
 
 class PictureError(ValueError):
@@ -95,14 +97,16 @@ def expand2square(pil_img, background_color) -> Image.Image:
     return square
 
 
-def prepare_picture(pil, image_processor, aspect_ratio="square") -> torch.Tensor:
-    """Return the picture as the tower reads it: float32 [3, H, W].
+def prepare_picture(pil, image_processor, aspect_ratio="square", grid_pinpoints=None) -> torch.Tensor:
+    """Return the picture as the tower reads it: float32 [3, H, W], or its crops [n, 3, H, W] for `anyres`.
 
     aspect_ratio: `square`, what the processor makes of it (CLIP cuts out the middle); `pad`, first put on a square of
-    the mean colour, so that nothing is cut.
+    the mean colour, so that nothing is cut; `anyres`, cut into crops (grid_pinpoints: as in process_anyres_image).
     """
     if aspect_ratio not in ASPECT_RATIOS:
         raise ValueError(f"unknown image_aspect_ratio {aspect_ratio!r}; known: {', '.join(ASPECT_RATIOS)}.")
+    if aspect_ratio == "anyres":
+        return process_anyres_image(pil, image_processor, grid_pinpoints)
     picture = to_rgb(pil)
     if aspect_ratio == "pad":
         background = tuple(int(255 * mean) for mean in image_processor.image_mean)
@@ -113,11 +117,36 @@ def prepare_picture(pil, image_processor, aspect_ratio="square") -> torch.Tensor
     return pixels[0].float()
 
 
-def process_images(images, image_processor, model_cfg) -> torch.Tensor:
-    """Return the pictures [N, 3, H, W], prepared as `model_cfg.image_aspect_ratio` says (absent or None: `square`)."""
+def process_anyres_image(image, processor, grid_pinpoints=None) -> torch.Tensor:
+    """Return the crops of a picture as the tower reads them, float32 [n, 3, H, W]: the whole first, then the tiles.
+
+    grid_pinpoints: resolutions as in read_pinpoints; None for LLaVA-1.6's five at the tower's size. As in LLaVA the
+    picture is resized in its own mode: a palette takes the nearest pixel, transparent parts lose their colour.
+    """
+    # Pillow resizes most modes by itself; of 16 bits to_rgb knows how to keep the upper ones.
+    picture = to_rgb(image) if image.mode.startswith("I") else image
+    patch_size = picture_side(processor)
+    pinpoints = default_pinpoints(patch_size) if grid_pinpoints is None else grid_pinpoints
+    crops = cut_crops(picture, pinpoints, processor.size.get("shortest_edge", patch_size), patch_size)
+    return processor([to_rgb(crop) for crop in crops], return_tensors="pt")["pixel_values"].float()
+
+
+def process_images(images, image_processor, model_cfg) -> torch.Tensor | list[torch.Tensor]:
+    """Return the pictures, prepared as `model_cfg.image_aspect_ratio` says (absent or None: `square`).
+
+    [N, 3, H, W]; for `anyres` [N, n, 3, H, W], or a list of [n, 3, H, W] if they have unequal numbers of crops.
+    """
     # Evaluation tools hand over any object, with this one attribute or without it.
     aspect_ratio = getattr(model_cfg, "image_aspect_ratio", None) or "square"
-    return torch.stack([prepare_picture(image, image_processor, aspect_ratio) for image in images])
+    pinpoints = getattr(model_cfg, "image_grid_pinpoints", None)
+    prepared = [prepare_picture(image, image_processor, aspect_ratio, pinpoints) for image in images]
+    return torch.stack(prepared) if len({pixels.shape for pixels in prepared}) == 1 else prepared
+
+
+def picture_side(image_processor) -> int:
+    """Return the side in pixels of the square pictures that an image processor puts out."""
+    size = getattr(image_processor, "crop_size", None) or image_processor.size
+    return size["height"] if "height" in size else size["shortest_edge"]
 
 
 def load_image_processor(path_or_id, revision=None, **hub):

@@ -7,12 +7,13 @@ from typing import Any
 
 from transformers import AutoConfig
 
-from llava_lite.mm_utils import load_image_processor
+from llava_lite.hub import everywhere, hub_arguments, in_words
 from llava_lite.model import model_class_for
 from llava_lite.model.attention import choose_attention
 from llava_lite.model.configuration import load_vision_config
-from llava_lite.model.loading import CONNECTOR, HUB_ARGUMENTS, TOWER
+from llava_lite.model.loading import CONNECTOR, NEWLINE, TOWER
 from llava_lite.model.weights import load_into, read_weights
+from llava_lite.pictures import load_image_processor, picture_side
 
 logger = logging.getLogger(__name__)
 
@@ -27,16 +28,17 @@ def assemble(
     config keys to set (mm_projector_type, mm_vision_select_layer, ...). kwargs go to `from_pretrained`. A connector
     that the checkpoint lacks starts from random weights. Raises ValueError for an unknown decoder, tower or connector.
     """
-    hub = {k: v for k, v in kwargs.items() if k in HUB_ARGUMENTS}
-    stock = AutoConfig.from_pretrained(model_name_or_path, **hub)
+    hub = hub_arguments(kwargs)
+    with in_words(model_name_or_path, **hub):
+        stock = AutoConfig.from_pretrained(model_name_or_path, **hub)
     model_class = model_class_for(stock.model_type)
     overrides = dict(config_overrides or {})
     if stock.model_type.startswith("llava_"):
         return reopen(model_class, model_name_or_path, stock, vision_tower, overrides, kwargs)
-    config = model_class.config_class(**(text_fields(stock) | overrides | tower_fields(vision_tower)))
+    config = model_class.config_class(**(text_fields(stock) | overrides | tower_fields(vision_tower, hub)))
     kwargs["attn_implementation"] = choose_attention(kwargs.pop("attn_implementation", None))
     model, _ = model_class._open_whole(
-        model_name_or_path, config=config, hub=hub, new_parts=(CONNECTOR, TOWER), **kwargs
+        model_name_or_path, config=config, hub=hub, new_parts=(CONNECTOR, TOWER, NEWLINE), **kwargs
     )
     return model
 
@@ -70,22 +72,16 @@ def text_fields(stock) -> dict[str, Any]:
     return fields
 
 
-def tower_fields(vision_tower: str | None) -> dict[str, Any]:
+def tower_fields(vision_tower: str | None, hub: dict | None = None) -> dict[str, Any]:
     """Return the config keys that name a tower and its shape; its weights are saved with the model from now on."""
     if vision_tower is None:
         return {}
-    vision = load_vision_config(vision_tower)
+    vision = load_vision_config(vision_tower, **everywhere(hub or {}))
     fields = {"mm_vision_tower": vision_tower, "vision_config": vision, "mm_hidden_size": vision.hidden_size}
     if vision.model_type == "dinov2":
         # DINOv2's positions are for 518 px while its processor crops to 224: feed what the processor gives.
         fields["mm_image_size"] = picture_side(load_image_processor(vision_tower))
     return fields
-
-
-def picture_side(image_processor) -> int:
-    """Return the side in pixels of the square pictures that an image processor puts out."""
-    size = getattr(image_processor, "crop_size", None) or image_processor.size
-    return size["height"] if "height" in size else size["shortest_edge"]
 
 
 def load_connector(model, path: str) -> None:

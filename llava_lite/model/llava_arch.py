@@ -1,6 +1,7 @@
 """Join a stock decoder with a vision tower and a connector: encode pictures, forward, generate.
 
-B batch, T tokens before the splice, L after, N pictures, P features of a picture, D model width, V vocabulary.
+B batch, T tokens before the splice, L after, N pictures, P features of a crop of one, F of all, D model width,
+V vocabulary.
 """
 
 from __future__ import annotations
@@ -9,16 +10,19 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
+from transformers import initialization as init
 
 from llava_lite.constants import IGNORE_INDEX
 from llava_lite.model.connector import build_connector
+from llava_lite.model.crops import crops_of_each, merge_crops
+from llava_lite.model.crops import unpad_image as unpad_image  # LLaVA's place for it
 from llava_lite.model.loading import LoadingMixin
 from llava_lite.model.moe import MoeBlock, RoutingContext, init_moe_weights, read_moe_config, set_routing
 from llava_lite.model.outputs import LlavaOutput
 from llava_lite.model.sharing import SharingMixin
 from llava_lite.model.splice import Batch, check_counts, expand_placeholders, placeholder_mask, splice
 from llava_lite.model.vision_tower import VisionTower, build_vision_tower
-from llava_lite.model.weights import is_partitioned
+from llava_lite.model.weights import gathered, is_partitioned
 
 # Tells `generate(images=None)`, LLaVA's way, from a call that never says `images`, the way of transformers.
 UNSET = object()
@@ -33,8 +37,11 @@ class ExpertsMixin:
     @torch.no_grad()
     def _init_weights(self, module):
         super()._init_weights(module)
-        # Raw 3-D expert weights are unknown to transformers' own initialisation.
+        # Raw 3-D expert weights are unknown to transformers' own initialisation, and so is a parameter beside modules.
         init_moe_weights(module, self.config.initializer_range)
+        if isinstance(module, LlavaMetaModel) and module.config.has_newline:
+            # As wide as a token embedding usually is (LLaVA).
+            init.normal_(module.image_newline, std=module.config.hidden_size**-0.5)
 
 
 class LlavaMetaModel(ExpertsMixin):
@@ -47,6 +54,8 @@ class LlavaMetaModel(ExpertsMixin):
             if config.mm_hidden_size is None:
                 config.mm_hidden_size = self.vision_tower.hidden_size
             self.mm_projector = build_connector(config)
+        if config.has_newline:
+            self.image_newline = nn.Parameter(torch.empty(config.hidden_size))
         moe = read_moe_config(config.moe, config.num_hidden_layers)
         if moe is not None:
             for index, num_experts in zip(moe.layers, moe.num_experts, strict=True):
@@ -90,7 +99,7 @@ class LlavaMetaForCausalLM(SharingMixin, LoadingMixin, ExpertsMixin):
         return {i: layer.mlp for i, layer in enumerate(self.model.layers) if isinstance(layer.mlp, MoeBlock)}
 
     def encode_images(self, images: torch.Tensor | list[torch.Tensor]) -> torch.Tensor:
-        """Return features [N, P, D] of pictures [N, 3, H, W] (or a list of [3, H, W] or [n, 3, H, W])."""
+        """Return features [N, P, D] of pictures or crops [N, 3, H, W] (or a list of [3, H, W] or [n, 3, H, W])."""
         tower = self.get_vision_tower()
         if tower is None:
             raise ValueError(
@@ -102,13 +111,50 @@ class LlavaMetaForCausalLM(SharingMixin, LoadingMixin, ExpertsMixin):
             features = features.to(weight.dtype)
         return self.model.mm_projector(features)
 
+    def encode_pictures(self, images, image_sizes=None) -> tuple[torch.Tensor, list[int]]:
+        """Return the features [F, D] of all pictures, one picture after another, and how many each has.
+
+        images: [N, 3, H, W]; or [N, n, 3, H, W] or a list of [3, H, W] and [n, 3, H, W], where n crops are one picture
+        and are merged as the config says. image_sizes: (width, height) of each, needed to merge `spatial` crops.
+        A newline, if the model has one, follows at the end once more, whether it was used or not: see needs_dummy.
+        """
+        if isinstance(images, torch.Tensor) and images.dim() < 5:
+            crops = self.encode_images(images)  # [N, P, D]
+            pictures, newline = [crops.flatten(0, 1)], self.newline(crops.device)
+            lengths = [crops.shape[1]] * len(crops)
+        else:
+            layout = self.config.picture_layout
+            sizes = None if image_sizes is None else [tuple(int(side) for side in size) for size in image_sizes]
+            groups = crops_of_each(images, sizes, layout)
+            crops = self.encode_images(torch.cat(groups))
+            newline = self.newline(crops.device)
+            pictures = [
+                merge_crops(features, None if sizes is None else sizes[i], layout, newline)
+                for i, features in enumerate(crops.split([len(group) for group in groups]))
+            ]
+            lengths = [len(features) for features in pictures]
+        if newline is not None:
+            pictures.append(newline[None])
+        return torch.cat(pictures), lengths
+
+    def newline(self, device) -> torch.Tensor | None:
+        """Return the vector [D] that closes a row of patches, None in a model that has none."""
+        if not self.config.has_newline:
+            return None
+        weight = self.model.image_newline
+        if is_partitioned(weight) and not torch.is_grad_enabled():
+            # Outside a step nobody gathers a weight that is read beside its module's own forward.
+            with gathered([weight]):
+                weight = weight.detach().clone()
+        return weight.to(device)
+
     def dummy_images(self) -> torch.Tensor:
         """Return one blank picture [1, 3, H, W]."""
         tower = self.get_vision_tower()
         return torch.zeros(1, 3, tower.image_size, tower.image_size, device=tower.device, dtype=tower.dtype)
 
     def needs_dummy(self) -> bool:
-        """Tell whether a batch without pictures must still run tower and connector.
+        """Tell whether a batch without pictures must still run tower and connector, and read the newline.
 
         Every rank has to run the same collectives in the same order: ZeRO-3 gathers weights in the forward pass,
         ZeRO-2 reduces gradients in the backward pass. Without this, ranks with and without pictures hang.
@@ -117,17 +163,21 @@ class LlavaMetaForCausalLM(SharingMixin, LoadingMixin, ExpertsMixin):
             return False
         return self.training or any(is_partitioned(p) for p in self.model.mm_projector.parameters())
 
-    def embed_batch(self, batch: Batch, images, pad_left: bool | None = None) -> tuple[Batch, torch.Tensor]:
+    def embed_batch(
+        self, batch: Batch, images, image_sizes=None, pad_left: bool | None = None
+    ) -> tuple[Batch, torch.Tensor]:
         """Return the batch with expanded placeholders and its embeddings [B, L, D], pictures written in."""
         has_images = images is not None and len(images) > 0
-        features = None
-        if has_images or self.needs_dummy():
+        features, lengths = None, []
+        if has_images:
             # Before the decoder, once, on every rank: see needs_dummy.
-            features = self.encode_images(images if has_images else self.dummy_images())  # [N, P, D]
+            features, lengths = self.encode_pictures(images, image_sizes)
+        elif self.needs_dummy():
+            features, _ = self.encode_pictures(self.dummy_images())
         is_picture = placeholder_mask(batch.input_ids, self.config.image_token_index)
         num_placeholders = int(is_picture.sum())
-        if has_images and check_counts(num_placeholders, len(features), features.shape[1]):
-            batch = expand_placeholders(batch, is_picture, features.shape[1], pad_left)
+        if has_images and check_counts(num_placeholders, lengths):
+            batch = expand_placeholders(batch, is_picture, lengths, pad_left)
             is_picture = placeholder_mask(batch.input_ids, self.config.image_token_index)
         elif not has_images and num_placeholders:
             raise ValueError(
@@ -163,13 +213,13 @@ class LlavaMetaForCausalLM(SharingMixin, LoadingMixin, ExpertsMixin):
         input_ids: one placeholder a picture or one a feature; config.image_token_index or -200. images, pixel_values:
         two names for the pictures of the whole batch, in reading order. labels: [B, T], IGNORE_INDEX where nothing
         is learned. num_items_in_batch: supervised tokens of the whole optimizer step, the divisor of the loss (else
-        those of this batch). image_sizes is LLaVA's, read for any-resolution only. Raises ValueError when placeholders
-        and pictures do not match.
+        those of this batch). image_sizes: (width, height) of each picture, read under any-resolution only, where a
+        picture is several crops: see encode_pictures. Raises ValueError when placeholders and pictures do not match.
         """
         images = images if images is not None else pixel_values
         batch = Batch(input_ids, attention_mask, position_ids, labels)
         if inputs_embeds is None:
-            batch, inputs_embeds = self.embed_batch(batch, images)
+            batch, inputs_embeds = self.embed_batch(batch, images, image_sizes)
         self.routing = self.start_routing(batch.attention_mask)
         outputs = self.model(
             inputs_embeds=inputs_embeds,
@@ -254,7 +304,7 @@ class LlavaMetaForCausalLM(SharingMixin, LoadingMixin, ExpertsMixin):
         was_training = self.training
         self.eval()
         try:
-            batch, embeds = self.embed_batch(pad_rows_left(batch), pictures, pad_left=True)
+            batch, embeds = self.embed_batch(pad_rows_left(batch), pictures, image_sizes, pad_left=True)
             kwargs["attention_mask"] = (
                 torch.ones_like(batch.input_ids) if batch.attention_mask is None else batch.attention_mask
             )
@@ -276,7 +326,7 @@ def pad_rows_left(batch: Batch) -> Batch:
     if batch.attention_mask is None or bool(batch.attention_mask[:, -1].all()):
         return batch
     never = torch.zeros_like(batch.input_ids, dtype=torch.bool)
-    return expand_placeholders(batch, never, 1, pad_left=True)
+    return expand_placeholders(batch, never, [], pad_left=True)
 
 
 def stack_images(images) -> torch.Tensor:

@@ -1,10 +1,11 @@
 """Put picture features where placeholders stand.
 
-B batch, T tokens before, L after, N pictures, P features of a picture, D model width.
+B batch, T tokens before, L after, N pictures, F features of all pictures, D model width.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -28,18 +29,20 @@ def placeholder_mask(input_ids: torch.Tensor, image_token_index: int) -> torch.T
 
 
 def expand_placeholders(
-    batch: Batch, is_picture: torch.Tensor, num_features: int, pad_left: bool | None = None
+    batch: Batch, is_picture: torch.Tensor, lengths: Sequence[int], pad_left: bool | None = None
 ) -> Batch:
     """Repeat each placeholder once for every feature of its picture, dropping and redoing the padding.
 
-    is_picture: [B, T] bool. num_features: P. pad_left: side of the new padding; None keeps the side that the mask
-    shows (right if none). Labels are IGNORE_INDEX at pictures and padding. Returns a batch of [B, L];
-    `attention_mask` stays None if it was None and no row needs padding, `position_ids` likewise (else they count the
-    real tokens from 0).
+    is_picture: [B, T] bool. lengths: features of each picture, in reading order. pad_left: side of the new padding;
+    None keeps the side that the mask shows (right if none). Labels are IGNORE_INDEX at pictures and padding. Returns a
+    batch of [B, L]; `attention_mask` stays None if it was None and no row needs padding, `position_ids` likewise (else
+    they count the real tokens from 0).
     """
     ids = batch.input_ids
     real = torch.ones_like(ids, dtype=torch.bool) if batch.attention_mask is None else batch.attention_mask.bool()
-    repeats = torch.where(is_picture, num_features, 1) * real  # [B, T]
+    repeats = torch.ones_like(ids)
+    repeats[is_picture] = torch.as_tensor(lengths, dtype=ids.dtype, device=ids.device)
+    repeats *= real  # [B, T]
     row_len = repeats.sum(1)  # [B]
     length = int(row_len.max())
     if pad_left is None:
@@ -69,27 +72,28 @@ def positions_from_mask(mask: torch.Tensor) -> torch.Tensor:
     return (mask.long().cumsum(1) - 1).clamp(min=0)
 
 
-def check_counts(num_placeholders: int, num_pictures: int, num_features: int) -> bool:
+def check_counts(num_placeholders: int, lengths: Sequence[int]) -> bool:
     """Tell whether placeholders still need expanding; one a picture or one a feature are both understood.
 
-    Raises ValueError with the counts if they are neither.
+    lengths: features of each picture. Raises ValueError with the counts if they are neither.
     """
-    if num_placeholders == num_pictures * num_features:
+    num_features = sum(lengths)
+    if num_placeholders == num_features:
         return False
-    if num_placeholders == num_pictures:
+    if num_placeholders == len(lengths):
         return True
+    each = f"{min(lengths)}" if min(lengths) == max(lengths) else f"{min(lengths)} to {max(lengths)}"
     raise ValueError(
-        f"{num_placeholders} image placeholders in input_ids but {num_pictures} pictures of {num_features} features "
-        f"each; expected {num_pictures} (one a picture) or {num_pictures * num_features} (one a feature). "
+        f"{num_placeholders} image placeholders in input_ids but {len(lengths)} pictures of {each} features "
+        f"each; expected {len(lengths)} (one a picture) or {num_features} (one a feature). "
         "Check that truncation did not cut a picture and that every <image> has its file."
     )
 
 
 def splice(text_embeds: torch.Tensor, is_picture: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
-    """Write features [N, P, D] over the embeddings [B, L, D] where `is_picture` [B, L] is true, in reading order.
+    """Write features [F, D] over the embeddings [B, L, D] where `is_picture` [B, L] is true, in reading order.
 
-    With no placeholder at all nothing is written and the features get a gradient of zero: that keeps the tower and
+    With fewer places than features what is over is not written and gets a gradient of zero: that keeps the tower and
     the connector in the graph on a rank whose batch has text only.
     """
-    flat = features.to(text_embeds.dtype).flatten(0, 1)  # [N * P, D]
-    return text_embeds.masked_scatter(is_picture[..., None], flat)
+    return text_embeds.masked_scatter(is_picture[..., None], features.to(text_embeds.dtype))

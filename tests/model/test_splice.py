@@ -59,13 +59,16 @@ def test_splice_equals_a_plain_loop_on_random_batches(left):
     for _ in range(150):
         ids, mask, labels = random_batch(generator, left)
         embed = torch.randn(20, 6, generator=generator)
-        features = torch.randn(int((ids == IMAGE).sum()), 4, 6, generator=generator)
+        lengths = torch.randint(1, 6, (int((ids == IMAGE).sum()),), generator=generator).tolist()
+        features = [torch.randn(length, 6, generator=generator) for length in lengths]
         expected, expected_labels, expected_mask = plain_splice(ids, mask, labels, embed, features, left)
 
         is_picture = placeholder_mask(ids, IMAGE)
-        batch = expand_placeholders(Batch(ids, mask, None, labels), is_picture, 4, pad_left=left)
+        batch = expand_placeholders(Batch(ids, mask, None, labels), is_picture, lengths, pad_left=left)
         is_picture = placeholder_mask(batch.input_ids, IMAGE)
-        embeds = splice(embed[batch.input_ids.masked_fill(is_picture, 0)], is_picture, features)
+        embeds = splice(
+            embed[batch.input_ids.masked_fill(is_picture, 0)], is_picture, torch.cat([*features, torch.zeros(0, 6)])
+        )
 
         assert torch.equal(batch.attention_mask, expected_mask)
         assert torch.equal(batch.labels.masked_fill(is_picture, IGNORE_INDEX), expected_labels)
@@ -76,7 +79,7 @@ def test_splice_equals_a_plain_loop_on_random_batches(left):
 def test_positions_count_real_tokens_from_zero():
     ids = torch.tensor([[5, IMAGE, 6], [7, 8, 0]])
     mask = torch.tensor([[1, 1, 1], [1, 1, 0]])
-    batch = expand_placeholders(Batch(ids, mask, torch.arange(3).expand(2, 3)), ids == IMAGE, 2, pad_left=True)
+    batch = expand_placeholders(Batch(ids, mask, torch.arange(3).expand(2, 3)), ids == IMAGE, [2], pad_left=True)
     assert batch.input_ids.tolist() == [[5, IMAGE, IMAGE, 6], [0, 0, 7, 8]]
     assert batch.position_ids.tolist() == [[0, 1, 2, 3], [0, 0, 0, 1]]
     assert batch.attention_mask.tolist() == [[1, 1, 1, 1], [0, 0, 1, 1]]
@@ -84,18 +87,21 @@ def test_positions_count_real_tokens_from_zero():
 
 def test_no_mask_is_made_up_when_no_row_needs_padding():
     ids = torch.tensor([[5, IMAGE, 6], [IMAGE, 8, 9]])
-    assert expand_placeholders(Batch(ids), ids == IMAGE, 3).attention_mask is None
+    assert expand_placeholders(Batch(ids), ids == IMAGE, [3, 3]).attention_mask is None
 
 
 def test_features_without_a_placeholder_get_a_gradient_of_zero():
-    features = torch.full((1, 4, 6), float("inf"), requires_grad=True)
+    features = torch.full((4, 6), float("inf"), requires_grad=True)
     embeds = splice(torch.randn(2, 3, 6), torch.zeros(2, 3, dtype=torch.bool), features)
     embeds.sum().backward()
-    assert torch.equal(features.grad, torch.zeros(1, 4, 6))
+    assert torch.equal(features.grad, torch.zeros(4, 6))
 
 
 def test_counts_that_fit_neither_convention_are_refused_with_both_numbers():
-    assert check_counts(2, 2, 16) is True
-    assert check_counts(32, 2, 16) is False
+    assert check_counts(2, [16, 16]) is True
+    assert check_counts(32, [16, 16]) is False
+    assert check_counts(20, [16, 4]) is False
     with pytest.raises(ValueError, match="3 image placeholders in input_ids but 2 pictures of 16 features"):
-        check_counts(3, 2, 16)
+        check_counts(3, [16, 16])
+    with pytest.raises(ValueError, match=r"2 pictures of 4 to 16 features each; expected 2 .* or 20"):
+        check_counts(3, [16, 4])
