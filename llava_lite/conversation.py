@@ -138,8 +138,8 @@ class Conversation:
                 yield blank + text + seps[i % 2], self._is_answer(i)
 
     def _instructed(self, messages):
-        if not messages or messages[0][1] is None:
-            raise ValueError("a Llama-2 template needs a first message from the user; got none.")
+        if messages and messages[0][1] is None:
+            raise ValueError("a Llama-2 template needs a first message from the user; got an open one.")
         system = f"<<SYS>>\n{self.system}\n<</SYS>>\n\n" if self.system else ""
         for i, (_, text) in enumerate(messages):
             if text is None:
@@ -173,9 +173,9 @@ class Conversation:
 
     def dict(self) -> dict:
         """Return the fields that a log keeps, pictures left out."""
+        keys = ("system", "roles", "messages", "offset", "sep", "sep2")
         messages = [[role, text[0] if isinstance(text, tuple) else text] for role, text in self.messages]
-        keys = ("system", "roles", "offset", "sep", "sep2")
-        return {"messages": messages, **{key: getattr(self, key) for key in keys}}
+        return {key: getattr(self, key) for key in keys} | {"messages": messages}
 
     def process_image(
         self, image, image_process_mode, return_pil=False, image_format="PNG", max_len=1344, min_len=672
@@ -192,8 +192,10 @@ class Conversation:
             image = image.resize((336, 336))
         long, short = max(image.size), min(image.size)
         if long > max_len:
-            scale = min(max_len / long, min_len / short, 1.0)
-            image = image.resize(tuple(max(1, int(side * scale)) for side in image.size))
+            ratio = long / short
+            new_short = max(1, int(min(max_len / ratio, min_len, short)))
+            new_long = int(new_short * ratio)
+            image = image.resize((new_long, new_short) if image.width >= image.height else (new_short, new_long))
         return image if return_pil else _base64(image, image_format)
 
     def get_images(self, return_pil=False) -> list:

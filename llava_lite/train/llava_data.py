@@ -16,7 +16,7 @@ from llava_lite import conversation as conversation_lib
 from llava_lite.constants import IGNORE_INDEX
 from llava_lite.conversation import Rendered, SeparatorStyle, place_images
 from llava_lite.data.picture_files import find_picture
-from llava_lite.data.records import READERS, open_sources, parse_record, sample_positions
+from llava_lite.data.records import READERS, ROLES, open_sources, parse_record, sample_positions
 from llava_lite.data.scan import DataError
 from llava_lite.mm_utils import tokenize_rendered
 from llava_lite.pictures import PictureError, open_picture, process_images
@@ -115,24 +115,29 @@ def _expect(style) -> None:
         )
 
 
-def _as_lines(template, tokenizer) -> Rendered:
+def _by_template(source, tokenizer) -> Rendered:
+    turns = [(turn["from"], turn["value"]) for turn in source]
+    return conversation_lib.default_conversation.with_turns(turns).render(tokenizer)
+
+
+def _as_lines(source, tokenizer) -> Rendered:
     """Return the lines of a talk, each as `### Role: text`, with the spans that are learned."""
+    template = conversation_lib.default_conversation
+    roles = dict(zip(ROLES, template.roles, strict=True))
     text, learned = f"{template.system}\n\n", []
-    for i, (role, said) in enumerate(template.messages):
-        line = f"### {role}: {said}\n"
+    for turn in source:
+        line = f"### {roles[turn['from']]}: {turn['value']}\n"
         # The mark of a human line ends the answer before it.
-        learned.append((len(text), len(text) + (len(line) if i % 2 else len("###"))))
+        learned.append((len(text), len(text) + (len("###") if turn["from"] == ROLES[0] else len(line))))
         text += line
     return Rendered(text + "### ", (*learned, (len(text), len(text) + len("### "))))
 
 
-def _encode(sources, tokenizer, has_image, render=conversation_lib.Conversation.render):
+def _encode(sources, tokenizer, has_image, render=_by_template):
     """Return (ids, labels) of each talk; what has no pictures is cut at the tokenizer's maximum."""
     examples = []
     for source in sources:
-        turns = [(turn["from"], turn["value"]) for turn in source]
-        rendered = render(conversation_lib.default_conversation.with_turns(turns), tokenizer)
-        ids, labels = map(torch.tensor, tokenize_rendered(rendered, tokenizer, has_image))
+        ids, labels = map(torch.tensor, tokenize_rendered(render(source, tokenizer), tokenizer, has_image))
         end = None if has_image else tokenizer.model_max_length
         examples.append((ids[:end], labels[:end]))
     return examples
