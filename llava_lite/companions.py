@@ -6,6 +6,7 @@ import os
 from transformers import AutoTokenizer
 from transformers.utils import PROCESSOR_NAME, cached_file, logging
 
+from llava_lite.hub import everywhere, in_words
 from llava_lite.mm_utils import load_image_processor
 
 logger = logging.get_logger(__name__)
@@ -20,7 +21,6 @@ TEMPLATE_OF_DECODER = {
     "phi": "phi",
     "stablelm": "stablelm",
 }
-HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder", "proxies")
 
 
 def template_of(config, tokenizer=None):
@@ -59,8 +59,10 @@ def load_tokenizer(name, base=None, **hub):
     base = getattr(base, "base_model_name_or_path", base if isinstance(base, (str, os.PathLike)) else None)
     own = cached_file(name, "tokenizer_config.json", _raise_exceptions_for_missing_entries=False, **hub)
     if own is None and base is not None:
-        return AutoTokenizer.from_pretrained(base)
-    return AutoTokenizer.from_pretrained(name, **hub)
+        with in_words(base, **everywhere(hub)):
+            return AutoTokenizer.from_pretrained(base, **everywhere(hub))
+    with in_words(name, **hub):
+        return AutoTokenizer.from_pretrained(name, **hub)
 
 
 def image_processor_of(name, config, **hub):
@@ -72,7 +74,8 @@ def image_processor_of(name, config, **hub):
         return load_image_processor(name, **hub)
     if config.mm_vision_tower is None:
         raise OSError(f"{name} has no preprocessor_config.json and names no mm_vision_tower to take it from.")
-    return load_image_processor(config.mm_vision_tower)
+    with in_words(config.mm_vision_tower, **everywhere(hub)):
+        return load_image_processor(config.mm_vision_tower, **everywhere(hub))
 
 
 def read_json(name, file, hub):

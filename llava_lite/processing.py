@@ -3,6 +3,7 @@
 B texts, T tokens of the longest, N pictures of all texts together.
 """
 
+import math
 import os
 from importlib import import_module
 
@@ -10,21 +11,27 @@ import torch
 from transformers import AutoConfig, BatchFeature, ProcessorMixin
 from transformers.utils import PROCESSOR_NAME
 
-from llava_lite.companions import HUB_ARGUMENTS, image_processor_of, load_tokenizer, read_json, template_of
+from llava_lite.anyres import PictureLayout, default_pinpoints, read_pinpoints
+from llava_lite.companions import image_processor_of, load_tokenizer, read_json, template_of
 from llava_lite.constants import DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
 from llava_lite.conversation import Rendered, get_template, place_images
+from llava_lite.hub import hub_arguments, in_words
 from llava_lite.messages import pictures_of_each, read_messages
 from llava_lite.mm_utils import process_images, tokenize_rendered
+from llava_lite.pictures import picture_side
 
 # What a processor saves of its own, beside its parts.
 SETTINGS = ("conv_template", "image_aspect_ratio", "num_image_tokens", "image_token_index", "use_im_start_end")
+SETTINGS += ("image_grid_pinpoints", "mm_patch_merge_type")
 
 
 class LlavaLiteProcessor(ProcessorMixin):
     """The tokenizer, the image processor and the prompt format that belong to a checkpoint.
 
-    conv_template: key of `conv_templates`. num_image_tokens: features of one picture. image_token_index: the id that
-    stands for one feature, -200 or the id of `<image>` in the vocabulary. image_processor: None for a text-only model.
+    conv_template: key of `conv_templates`. num_image_tokens: features of one picture, or of one crop of it if
+    image_aspect_ratio is `anyres`; image_grid_pinpoints and mm_patch_merge_type then say how many crops there are and how
+    their features are joined. image_token_index: the id that stands for one feature, -200 or the id of `<image>` in the
+    vocabulary. image_processor: None for a text-only model.
     """
 
     def __init__(
@@ -37,6 +44,8 @@ class LlavaLiteProcessor(ProcessorMixin):
         image_token_index=IMAGE_TOKEN_INDEX,
         use_im_start_end=False,
         chat_template=None,
+        image_grid_pinpoints=None,
+        mm_patch_merge_type="flat",
     ):
         get_template(conv_template)
         self.conv_template = conv_template
@@ -44,6 +53,8 @@ class LlavaLiteProcessor(ProcessorMixin):
         self.num_image_tokens = num_image_tokens
         self.image_token_index = image_token_index
         self.use_im_start_end = use_im_start_end
+        self.image_grid_pinpoints = image_grid_pinpoints
+        self.mm_patch_merge_type = mm_patch_merge_type
         self.image_token = DEFAULT_IMAGE_TOKEN
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
 
@@ -67,7 +78,18 @@ class LlavaLiteProcessor(ProcessorMixin):
     @property
     def model_input_names(self):
         """The names under which `__call__` returns its tensors."""
-        return ["input_ids", "attention_mask", "pixel_values"]
+        return ["input_ids", "attention_mask", "pixel_values", "image_sizes"]
+
+    @property
+    def picture_layout(self):
+        """How a picture becomes crops and features; the model's config says the same."""
+        crop_px, pinpoints = 0, ()
+        if self.image_aspect_ratio == "anyres":
+            crop_px = picture_side(self.image_processor)
+            pinpoints = tuple(read_pinpoints(self.image_grid_pinpoints or default_pinpoints(crop_px), crop_px))
+        side = math.isqrt(self.num_image_tokens)
+        shape = (self.num_image_tokens, side, crop_px, self.image_aspect_ratio)
+        return PictureLayout(*shape, self.mm_patch_merge_type, pinpoints)
 
     @classmethod
     def from_config(cls, config, tokenizer, image_processor=None):
@@ -82,6 +104,8 @@ class LlavaLiteProcessor(ProcessorMixin):
             image_token_index=getattr(config, "image_token_index", IMAGE_TOKEN_INDEX),
             use_im_start_end=getattr(config, "mm_use_im_start_end", False),
             chat_template=getattr(tokenizer, "chat_template", None),
+            image_grid_pinpoints=getattr(config, "image_grid_pinpoints", None),
+            mm_patch_merge_type=getattr(config, "mm_patch_merge_type", "flat"),
         )
 
     @classmethod
@@ -92,13 +116,14 @@ class LlavaLiteProcessor(ProcessorMixin):
         folder without a tokenizer (projector, LoRA) takes that of `base_model_name_or_path`. Further keywords
         replace what was saved (conv_template="llava_v1"); those of the hub (revision, token, ...) go to every file.
         """
-        hub = {name: kwargs.pop(name) for name in HUB_ARGUMENTS if name in kwargs}
-        for private in ("_from_auto", "trust_remote_code", "config", "_from_pipeline", "_commit_hash"):
+        hub = hub_arguments(kwargs)
+        for private in (*hub, "_from_auto", "trust_remote_code", "config", "_from_pipeline", "_commit_hash"):
             kwargs.pop(private, None)
         name = str(pretrained_model_name_or_path)
         # Registers the config classes that the folder names; only here, since this page knows no model.
         import_module("llava_lite.model")
-        config = AutoConfig.from_pretrained(name, **hub)
+        with in_words(name, **hub):
+            config = AutoConfig.from_pretrained(name, **hub)
         tokenizer = load_tokenizer(name, config, **hub)
         processor = cls.from_config(config, tokenizer, image_processor_of(name, config, **hub))
         saved = read_json(name, PROCESSOR_NAME, hub)
@@ -131,9 +156,12 @@ class LlavaLiteProcessor(ProcessorMixin):
     ):
         """Return input_ids and attention_mask [B, T] and, where there are pictures, pixel_values [N, 3, H, W].
 
+        Under `anyres` pixel_values are [N, n, 3, H, W], filled up with zeros to the most crops that one of the pictures
+        has, and image_sizes [N, 2] are their widths and heights.
+
         text: a prompt or a list of B. images: a picture, all pictures in the order of their marks, or one list a text;
         a picture is a PIL image, a path or the bytes of a file, turned upright as its EXIF says. Every `<image>`
-        becomes `num_image_tokens` placeholders. Rows are padded on the left, which `generate` needs.
+        becomes as many placeholders as its picture has features. Rows are padded on the left, which `generate` needs.
         Raises ValueError if a text has more or fewer marks than pictures.
         """
         if text is None:
@@ -143,22 +171,31 @@ class LlavaLiteProcessor(ProcessorMixin):
         texts = [text] if isinstance(text, str) else list(text)
         pictures = pictures_of_each(images, texts)
         rows = [
-            self._token_ids(prompt, bool(group), add_special_tokens)
-            for prompt, group in zip(texts, pictures, strict=True)
+            self._token_ids(prompt, group, add_special_tokens) for prompt, group in zip(texts, pictures, strict=True)
         ]
         batch = pad_rows(rows, self.pad_token_id, padding_side)
         upright = [picture for group in pictures for picture in group]
         if upright:
-            if self.image_processor is None:
-                raise ValueError(f"{len(upright)} pictures for a model that has no vision tower.")
-            batch["pixel_values"] = process_images(upright, self.image_processor, self)
+            batch |= self._pixels(upright)
         return BatchFeature(batch)
 
-    def _token_ids(self, prompt, has_image, add_special_tokens):
+    def _token_ids(self, prompt, pictures, add_special_tokens):
         """Return the ids of one prompt, each mark already as long as the features of its picture."""
-        ids, _ = tokenize_rendered(Rendered(prompt, (), add_special_tokens), self.tokenizer, has_image)
-        place = [self.image_token_index] * self.num_image_tokens
-        return [token for one in ids for token in (place if one == IMAGE_TOKEN_INDEX else (one,))]
+        ids, _ = tokenize_rendered(Rendered(prompt, (), add_special_tokens), self.tokenizer, bool(pictures))
+        if pictures and self.image_processor is None:
+            raise ValueError(f"{len(pictures)} pictures for a model that has no vision tower.")
+        lengths = iter([self.picture_layout.num_tokens(picture.size) for picture in pictures])
+        places = ([self.image_token_index] * next(lengths) if one == IMAGE_TOKEN_INDEX else (one,) for one in ids)
+        return [token for place in places for token in place]
+
+    def _pixels(self, pictures):
+        """Return what the model needs of the pictures: pixel_values, and image_sizes where they have crops."""
+        prepared = process_images(pictures, self.image_processor, self)
+        if not self.picture_layout.is_anyres:
+            return {"pixel_values": prepared}
+        sizes = torch.tensor([picture.size for picture in pictures])  # [N, 2]
+        pixels = torch.nn.utils.rnn.pad_sequence(list(prepared), batch_first=True)  # [N, n, 3, H, W]
+        return {"pixel_values": pixels, "image_sizes": sizes}
 
     def render(self, turns, conv_template=None, system=None):
         """Return a conversation as the prompt that its format makes of it, a `Rendered`, marks placed as in training.
