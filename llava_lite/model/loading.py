@@ -9,19 +9,17 @@ import copy
 import logging
 import re
 from contextlib import contextmanager
-from pathlib import Path
 
 from transformers import GenerationConfig
-from transformers.utils import cached_file
 
 from llava_lite.companions import read_json
 from llava_lite.formats import foreign_format
 from llava_lite.formats.llava import clip_config_from_shapes, read_shapes
 from llava_lite.hub import HUB_ARGUMENTS, everywhere, hub_arguments, in_words
 from llava_lite.model.attention import choose_attention
-from llava_lite.model.configuration import load_vision_config
+from llava_lite.model.configuration import load_vision_config, own_fields
+from llava_lite.model.partial import base_of, find_base, refuse_strays, take_trained
 from llava_lite.model.weight_files import find_file, read_checkpoint
-from llava_lite.model.weights import check_shapes, gathered, read_weights
 
 logger = logging.getLogger(__name__)
 
@@ -40,28 +38,37 @@ class LoadingMixin:
         """Return the model of a folder or hub id, in eval mode.
 
         Takes what transformers' `from_pretrained` takes; attn_implementation may also be "auto" or "varlen". Raises
-        ValueError with the names if a weight is missing or unexpected, OSError if the vision tower cannot be found.
+        ValueError with the names if a weight is missing or unexpected, unless the caller asks for the names with
+        output_loading_info; OSError if the vision tower cannot be found.
         """
+        if "torch_dtype" in kwargs:
+            kwargs.setdefault("dtype", kwargs.pop("torch_dtype"))
+        kwargs["strict"] = not output_loading_info
         kwargs["attn_implementation"] = choose_attention(kwargs.pop("attn_implementation", None))
         with in_words(pretrained_model_name_or_path, **hub_arguments(kwargs)):
             model, info = cls._open(pretrained_model_name_or_path, *args, config=config, **kwargs)
         return (model, info) if output_loading_info else model
 
     @classmethod
-    def _open(cls, pretrained_model_name_or_path, *args, config, **kwargs):
+    def _open(cls, path, *args, config, adapter_kwargs=None, strict=True, **kwargs):
         """Open a whole model, or what was trained on its base; return it and what was missing."""
+        own_folder = (adapter_kwargs or {}).get("_adapter_model_path")
+        if own_folder not in (None, path) and find_file(own_folder, "config.json", hub_arguments(kwargs)) is not None:
+            # transformers' Auto class followed adapter_config.json to the base, away from the rest of the folder.
+            path, config = own_folder, None
         hub = hub_arguments(kwargs)
         if config is None:
-            config, kwargs = cls.config_class.from_pretrained(
-                pretrained_model_name_or_path, return_unused_kwargs=True, **kwargs
-            )
+            config, kwargs = cls.config_class.from_pretrained(path, return_unused_kwargs=True, **kwargs)
             kwargs = {**hub, **kwargs}
-        if config.base_model_name_or_path:
-            return cls._open_on_base(pretrained_model_name_or_path, config, hub, kwargs), {}
-        return cls._open_whole(pretrained_model_name_or_path, *args, config=config, hub=hub, **kwargs)
+        base = base_of(path, config, hub)
+        if base is None:
+            return cls._open_whole(path, *args, config=config, hub=hub, strict=strict, **kwargs)
+        model, unfilled = cls._open_on_base(path, base, config, hub, kwargs)
+        refuse_strays(path, f"{cls.__name__} on its base {base!r}", unfilled, set())
+        return model, {}
 
     @classmethod
-    def _open_whole(cls, path, *args, config, hub, new_parts: tuple[str, ...] = (), **kwargs):
+    def _open_whole(cls, path, *args, config, hub, new_parts: tuple[str, ...] = (), strict=True, **kwargs):
         """Open a checkpoint that holds every weight, but for `new_parts` (prefixes) and a tower that is named."""
         config = copy.deepcopy(config)
         tower_is_inside = config.vision_config is not None and TOWER not in new_parts
@@ -84,35 +91,44 @@ class LoadingMixin:
         if model.get_vision_tower() is not None and not tower_is_inside:
             settle_tower(model, tower_in_checkpoint=not any(k.startswith(TOWER) for k in missing), hub=hub)
             missing = {k for k in missing if not k.startswith(TOWER)}
-        missing = {k for k in missing if not k.startswith(new_parts or ("\0",))}
-        refuse_strays(path, type(model).__name__, missing, unexpected)
+        info["new_keys"] = {k for k in missing if k.startswith(new_parts or ("\0",))}
+        if strict:
+            refuse_strays(path, type(model).__name__, missing - info["new_keys"], unexpected)
         return model, info
 
     @classmethod
-    def _open_on_base(cls, path, config, hub, kwargs):
-        """Open a folder that holds what was trained: the base it names first, then its own weights."""
-        base = find_base(config.base_model_name_or_path, path)
+    def _open_on_base(cls, path, base: str, config, hub, kwargs):
+        """Open a folder that holds what was trained: its base first, then its own weights.
+
+        Returns the model and the names of weights that neither of them holds.
+        """
+        base, base_hub = find_base(base, path), everywhere(hub)
         config = copy.deepcopy(config)
-        base_config, _ = config.__class__.get_config_dict(base, **everywhere(hub))
-        # A stage that started from the folder of another, itself only what was trained.
-        config.base_model_name_or_path = base_config.get("base_model_name_or_path")
-        new_parts = () if base_config.get("model_type", "").startswith("llava") else (CONNECTOR, TOWER)
-        if "unpad" not in base_config.get("mm_patch_merge_type", "flat"):
+        num_rows = config.vocab_size
+        base_config = config.__class__.from_dict(config.__class__.get_config_dict(base, **base_hub)[0])
+        config.vocab_size, config.base_model_name_or_path = base_config.vocab_size, None
+        is_llava = has_llava_type(base, base_hub)
+        new_parts = () if is_llava else (CONNECTOR, TOWER)
+        if "unpad" not in base_config.mm_patch_merge_type:
             new_parts = (*new_parts, NEWLINE)
-        if base_config.get("vision_config") is None:
+        if base_config.vision_config is None:
             new_parts = (*new_parts, TOWER)
-        base_kwargs = {k: v for k, v in kwargs.items() if k not in HUB_ARGUMENTS} | everywhere(hub)
-        if config.base_model_name_or_path:
-            model = cls._open_on_base(base, config, everywhere(hub), base_kwargs)
+        base_kwargs = {k: v for k, v in kwargs.items() if k not in HUB_ARGUMENTS} | base_hub
+        # A stage that started from the folder of another, itself only what was trained.
+        base_of_base = base_of(base, base_config, base_hub) if is_llava else None
+        if base_of_base is not None:
+            model, unfilled = cls._open_on_base(base, base_of_base, config, base_hub, base_kwargs)
         else:
-            model, _ = cls._open_whole(base, config=config, hub=everywhere(hub), new_parts=new_parts, **base_kwargs)
-        trained = cached_file(path, "trained.safetensors", _raise_exceptions_for_missing_entries=False, **hub)
-        trained = trained or cached_file(path, "mm_projector.bin", **hub)
-        load_trained(model, read_weights(trained), f"weights of {trained!r}")
-        if cached_file(path, "adapter_config.json", _raise_exceptions_for_missing_entries=False, **hub):
-            model = merge_adapter(model, path, hub)
+            model, info = cls._open_whole(base, config=config, hub=base_hub, new_parts=new_parts, **base_kwargs)
+            unfilled = info["new_keys"]
+        model, filled = take_trained(model, path, num_rows, hub)
         model.config._name_or_path = str(path)
-        return model
+        return model, unfilled - filled
+
+
+def has_llava_type(path, hub: dict) -> bool:
+    """Tell a LLaVA checkpoint of any format from a plain language model."""
+    return own_fields(read_json(path, "config.json", hub)).get("model_type", "").startswith("llava_")
 
 
 def read_foreign(path, hub: dict) -> dict | None:
@@ -174,64 +190,3 @@ def settle_tower(model, tower_in_checkpoint: bool, hub: dict) -> None:
                 f"of it ({error}). Name an existing folder or hub id as mm_vision_tower."
             ) from error
         logger.warning("vision tower %r cannot be found; the checkpoint's copy is used.", model.config.mm_vision_tower)
-
-
-def refuse_strays(path, class_name: str, missing: set[str], unexpected: set[str]) -> None:
-    """Raise ValueError naming weights that the checkpoint lacks or the model has no place for."""
-    if not missing and not unexpected:
-        return
-    found = [
-        f"{len(keys)} {word}, such as {sorted(keys)[:5]}"
-        for keys, word in ((missing, "missing"), (unexpected, "unexpected"))
-        if keys
-    ]
-    raise ValueError(
-        f"weights of {str(path)!r} do not fit {class_name}: {'; '.join(found)}. "
-        "Its config.json and its weights disagree, or the checkpoint is incomplete."
-    )
-
-
-def find_base(base: str, path) -> str:
-    """Return the base as it can be opened: a hub id or folder as named, else beside the partial folder."""
-    if Path(base).exists() or Path(base).is_absolute():
-        found = base
-    else:
-        beside = Path(path) / base
-        found = str(beside) if beside.exists() else base
-    if Path(found).is_absolute() and not Path(found).exists():
-        raise OSError(
-            f"{str(path)!r} holds only what was trained; its base {base!r} is not there. Move the base back, correct "
-            "base_model_name_or_path in its config.json, or train with --save_full True."
-        )
-    return found
-
-
-def load_trained(model, state_dict: dict, what: str) -> None:
-    """Copy a part of the weights by name; a name or shape that the model lacks is an error."""
-    import torch
-
-    targets = dict(model.named_parameters())
-    unknown = sorted(set(state_dict) - set(targets))
-    if unknown:
-        raise ValueError(
-            f"{what}: the model has no {unknown[:5]} ({len(unknown)} in all); its config names another shape."
-        )
-    targets = {k: targets[k] for k in state_dict}
-    check_shapes(targets, state_dict, what)
-    with torch.no_grad(), gathered(targets.values(), modify=True):
-        for name, target in targets.items():
-            if target.numel():
-                target.copy_(state_dict[name])
-
-
-def merge_adapter(model, path, hub: dict):
-    """Fold the LoRA of a folder into the model's weights."""
-    try:
-        from peft import PeftModel
-    except ImportError as error:
-        raise ImportError(
-            f"{str(path)!r} holds a LoRA adapter; install peft (pip install 'llava-lite[peft]')."
-        ) from error
-    return PeftModel.from_pretrained(
-        model, path, **{k: v for k, v in hub.items() if k != "force_download"}
-    ).merge_and_unload()

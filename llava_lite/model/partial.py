@@ -1,0 +1,168 @@
+"""Put what a folder says was trained (connector, new words, LoRA) into the base model that it stands on."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import torch
+
+from llava_lite.companions import read_json
+from llava_lite.formats import foreign_format, llava
+from llava_lite.model.vocabulary import fit_rows
+from llava_lite.model.weight_files import PICKLED, SAFE, find_file
+from llava_lite.model.weights import check_shapes, gathered, read_weights
+
+logger = logging.getLogger(__name__)
+
+# Files of trained weights; where several hold a weight, the first counts.
+TRAINED = ("trained.safetensors", "non_lora_trainables.bin", "mm_projector.bin")
+ADAPTER, ADAPTER_WEIGHTS = "adapter_config.json", ("adapter_model.safetensors", "adapter_model.bin")
+EMBEDDING = "model.embed_tokens.weight"
+WHOLE = (SAFE, f"{SAFE}.index.json", PICKLED, f"{PICKLED}.index.json")
+
+
+def base_of(path, config, hub: dict) -> str | None:
+    """Return the base that a folder or hub id stands on, None for a whole checkpoint.
+
+    It is named in config.json, or, in LLaVA's LoRA folders, in adapter_config.json. Raises ValueError if what is there
+    was trained on a base that nothing names.
+    """
+    if config.base_model_name_or_path:
+        return config.base_model_name_or_path
+    if path is None or any(find_file(path, name, hub) is not None for name in WHOLE):
+        return None
+    named = read_json(path, ADAPTER, hub).get("base_model_name_or_path")
+    if named:
+        return named
+    parts = [name for name in (*TRAINED, *ADAPTER_WEIGHTS) if find_file(path, name, hub) is not None]
+    if parts:
+        raise ValueError(
+            f"{str(path)!r} holds only what was trained ({', '.join(parts)}) and names no base. Give the model that "
+            "it was trained on: load_pretrained_model(..., model_base=...), or base_model_name_or_path in its "
+            "config.json."
+        )
+    return None
+
+
+def find_base(base: str, path) -> str:
+    """Return the base as it can be opened: a hub id or folder as named, else beside the partial folder."""
+    if Path(base).exists() or Path(base).is_absolute():
+        found = base
+    else:
+        beside = Path(path) / base
+        found = str(beside) if beside.exists() else base
+    if Path(found).is_absolute() and not Path(found).exists():
+        raise OSError(
+            f"{str(path)!r} holds only what was trained; its base {base!r} is not there. Move the base back, name it "
+            "(load_pretrained_model(..., model_base=...), or base_model_name_or_path in its config.json), or train "
+            "with --save_full True."
+        )
+    return found
+
+
+def take_trained(model, path, num_rows: int, hub: dict):
+    """Return the model with a folder's own weights in it, LoRA folded in, and the names of those weights.
+
+    num_rows: vocab_size of the folder's config. Raises ValueError with the names of weights that do not fit.
+    """
+    files = [file for name in TRAINED if (file := find_file(path, name, hub)) is not None]
+    has_adapter = find_file(path, ADAPTER, hub) is not None
+    if not files and not has_adapter:
+        raise OSError(
+            f"{str(path)!r} stands on a base and holds nothing to put on it: none of "
+            f"{', '.join((*TRAINED, ADAPTER))}. Copy it again."
+        )
+    weights = {}
+    for file in reversed(files):
+        weights |= read_trained(file, read_json(path, "config.json", hub))
+    load_trained(model, take_new_rows(model, weights, num_rows), f"weights of {(files or [path])[0]!r}")
+    return merge_adapter(model, path, hub) if has_adapter else model, set(weights)
+
+
+def read_trained(file: str, fields: dict) -> dict:
+    """Return the weights of a file of trained weights under our names; fields: the raw config.json beside it."""
+    weights = llava.weights_from(read_weights(file), fields)
+    foreign = foreign_format(fields)
+    return weights if foreign is None else foreign.weights_from(weights, fields)
+
+
+def take_new_rows(model, weights: dict[str, torch.Tensor], num_rows: int) -> dict[str, torch.Tensor]:
+    """Fit the vocabulary to weights that were trained with other words than the base has; return those left to load.
+
+    num_rows: vocab_size of the config that came with the weights. LLaVA writes the embedding as a whole, or only the
+    rows of <im_start> and <im_end>, which are its last ones; those are copied here.
+    """
+    table = model.get_input_embeddings().weight
+    num_old, embedding = len(table), weights.get(EMBEDDING)
+    is_rows_alone = embedding is not None and len(embedding) <= 2 < num_old
+    if is_rows_alone and num_rows <= num_old:
+        # That config was written before the words were added: they come right after the base's.
+        num_rows = num_old + len(embedding)
+    elif embedding is not None and not is_rows_alone:
+        num_rows = len(embedding)
+        if num_rows < num_old:
+            # LLaVA cuts the padding of a vocabulary off.
+            model.resize_token_embeddings(num_rows)
+    fit_rows(model, num_rows, num_old)
+    if not is_rows_alone:
+        return weights
+    table = model.get_input_embeddings().weight
+    with torch.no_grad(), gathered([table], modify=True):
+        if table.numel():
+            table[num_rows - len(embedding) : num_rows] = embedding
+    return {name: weight for name, weight in weights.items() if name != EMBEDDING}
+
+
+def load_trained(model, state_dict: dict, what: str) -> None:
+    """Copy a part of the weights by name; a name or shape that the model lacks is an error."""
+    targets = dict(model.named_parameters())
+    unknown = sorted(set(state_dict) - set(targets))
+    if unknown:
+        raise ValueError(
+            f"{what}: the model has no {unknown[:5]} ({len(unknown)} in all); its config names another shape."
+        )
+    targets = {k: targets[k] for k in state_dict}
+    check_shapes(targets, state_dict, what)
+    with torch.no_grad(), gathered(targets.values(), modify=True):
+        for name, target in targets.items():
+            if target.numel():
+                target.copy_(state_dict[name])
+
+
+def merge_adapter(model, path, hub: dict):
+    """Return the model with the LoRA of a folder or hub id folded in: W + lora_alpha / r * B A, every key used.
+
+    PEFT itself only warns about keys that do not fit.
+    """
+    try:
+        from peft import PeftModel, get_peft_model_state_dict
+    except ImportError as error:
+        raise ImportError(
+            f"{str(path)!r} holds a LoRA adapter; install peft (pip install 'llava-lite[peft]')."
+        ) from error
+    files = [file for name in ADAPTER_WEIGHTS if (file := find_file(path, name, hub)) is not None]
+    if not files:
+        raise OSError(f"{str(path)!r} has an {ADAPTER} and no weights: {' and '.join(ADAPTER_WEIGHTS)} are missing.")
+    saved = set(read_weights(files[0]))
+    # A local folder, so that PEFT looks nothing up by itself.
+    folder = Path(find_file(path, ADAPTER, hub)).parent
+    tuned = PeftModel.from_pretrained(model, str(folder))
+    wanted = set(get_peft_model_state_dict(tuned, save_embedding_layers=False))
+    refuse_strays(files[0], "the LoRA that its adapter_config.json describes", wanted - saved, saved - wanted)
+    return tuned.merge_and_unload()
+
+
+def refuse_strays(path, what: str, missing: set[str], unexpected: set[str]) -> None:
+    """Raise ValueError naming weights that a checkpoint lacks or the model has no place for."""
+    if not missing and not unexpected:
+        return
+    found = [
+        f"{len(keys)} {word}, such as {sorted(keys)[:5]}"
+        for keys, word in ((missing, "missing"), (unexpected, "unexpected"))
+        if keys
+    ]
+    raise ValueError(
+        f"weights of {str(path)!r} do not fit {what}: {'; '.join(found)}. "
+        "Its config.json and its weights disagree, or the checkpoint is incomplete."
+    )
