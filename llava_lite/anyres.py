@@ -156,6 +156,14 @@ class PictureLayout:
                     f"but the tower gives {self.num_features} features; mm_vision_select_feature must be 'patch'."
                 )
 
+    @classmethod
+    def read(cls, num_features, side, crop_px, aspect_ratio, merge_type, grid_pinpoints=None):
+        """Return the layout that a checkpoint's keys describe; without resolutions LLaVA-1.6's five are meant."""
+        pinpoints = ()
+        if aspect_ratio == "anyres":
+            pinpoints = tuple(read_pinpoints(grid_pinpoints or default_pinpoints(crop_px), crop_px))
+        return cls(num_features, side, crop_px, aspect_ratio or "square", merge_type, pinpoints)
+
     @property
     def is_anyres(self) -> bool:
         """Whether pictures are cut into crops."""
@@ -185,10 +193,10 @@ class PictureLayout:
         """The most features that a picture may have, whatever its size."""
         if not self.is_anyres:
             return self.num_features
-        most = max(width * height for width, height in self.pinpoints) // self.crop_px**2
-        # Unpadding takes rows or columns away; a newline a row comes on top.
-        rows = max(height for _, height in self.pinpoints) // self.crop_px * self.side if self.unpads else 0
-        return self.num_features * (1 + most) + rows
+        grids = [(width // self.crop_px, height // self.crop_px) for width, height in self.pinpoints]
+        if not self.unpads:
+            return self.num_features * (1 + max(math.prod(grid) for grid in grids))
+        return self.num_features + max(rows * self.side * (columns * self.side + 1) for columns, rows in grids)
 
 
 @lru_cache(maxsize=2**20)

@@ -126,7 +126,7 @@ def process_anyres_image(image, processor, grid_pinpoints=None) -> torch.Tensor:
     # Pillow resizes most modes by itself; of 16 bits to_rgb knows how to keep the upper ones.
     picture = to_rgb(image) if image.mode.startswith("I") else image
     patch_size = picture_side(processor)
-    pinpoints = default_pinpoints(patch_size) if grid_pinpoints is None else grid_pinpoints
+    pinpoints = grid_pinpoints or default_pinpoints(patch_size)
     crops = cut_crops(picture, pinpoints, processor.size.get("shortest_edge", patch_size), patch_size)
     return processor([to_rgb(crop) for crop in crops], return_tensors="pt")["pixel_values"].float()
 

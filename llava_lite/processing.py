@@ -11,7 +11,7 @@ import torch
 from transformers import AutoConfig, BatchFeature, ProcessorMixin
 from transformers.utils import PROCESSOR_NAME
 
-from llava_lite.anyres import PictureLayout, default_pinpoints, read_pinpoints
+from llava_lite.anyres import PictureLayout
 from llava_lite.companions import image_processor_of, load_tokenizer, read_json, template_of
 from llava_lite.constants import DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
 from llava_lite.conversation import Rendered, get_template, place_images
@@ -29,9 +29,9 @@ class LlavaLiteProcessor(ProcessorMixin):
     """The tokenizer, the image processor and the prompt format that belong to a checkpoint.
 
     conv_template: key of `conv_templates`. num_image_tokens: features of one picture, or of one crop of it if
-    image_aspect_ratio is `anyres`; image_grid_pinpoints and mm_patch_merge_type then say how many crops there are and how
-    their features are joined. image_token_index: the id that stands for one feature, -200 or the id of `<image>` in the
-    vocabulary. image_processor: None for a text-only model.
+    image_aspect_ratio is `anyres`; image_grid_pinpoints and mm_patch_merge_type then say how many crops there are and
+    how their features are joined. image_token_index: the id that stands for one feature, -200 or the id of `<image>`
+    in the vocabulary. image_processor: None for a text-only model.
     """
 
     def __init__(
@@ -83,13 +83,14 @@ class LlavaLiteProcessor(ProcessorMixin):
     @property
     def picture_layout(self):
         """How a picture becomes crops and features; the model's config says the same."""
-        crop_px, pinpoints = 0, ()
-        if self.image_aspect_ratio == "anyres":
-            crop_px = picture_side(self.image_processor)
-            pinpoints = tuple(read_pinpoints(self.image_grid_pinpoints or default_pinpoints(crop_px), crop_px))
-        side = math.isqrt(self.num_image_tokens)
-        shape = (self.num_image_tokens, side, crop_px, self.image_aspect_ratio)
-        return PictureLayout(*shape, self.mm_patch_merge_type, pinpoints)
+        return PictureLayout.read(
+            self.num_image_tokens,
+            math.isqrt(self.num_image_tokens),
+            picture_side(self.image_processor),
+            self.image_aspect_ratio,
+            self.mm_patch_merge_type,
+            self.image_grid_pinpoints,
+        )
 
     @classmethod
     def from_config(cls, config, tokenizer, image_processor=None):
@@ -156,8 +157,8 @@ class LlavaLiteProcessor(ProcessorMixin):
     ):
         """Return input_ids and attention_mask [B, T] and, where there are pictures, pixel_values [N, 3, H, W].
 
-        Under `anyres` pixel_values are [N, n, 3, H, W], filled up with zeros to the most crops that one of the pictures
-        has, and image_sizes [N, 2] are their widths and heights.
+        Under `anyres` pixel_values are [N, n, 3, H, W], filled up with zeros to the most crops that a picture has, and
+        image_sizes [N, 2] are the widths and heights of the pictures.
 
         text: a prompt or a list of B. images: a picture, all pictures in the order of their marks, or one list a text;
         a picture is a PIL image, a path or the bytes of a file, turned upright as its EXIF says. Every `<image>`

@@ -7,7 +7,7 @@ from functools import lru_cache
 
 from transformers import AutoConfig, PreTrainedConfig
 
-from llava_lite.anyres import PictureLayout, default_pinpoints, read_pinpoints
+from llava_lite.anyres import PictureLayout
 from llava_lite.formats import foreign_format
 from llava_lite.hub import in_words
 
@@ -101,11 +101,8 @@ class LlavaConfigMixin:
         crop_px = self.mm_image_size or vision.image_size
         side = crop_px // vision.patch_size
         num_features = side * side + (self.mm_vision_select_feature == "cls_patch" and has_class_token(vision))
-        pinpoints = ()
-        if self.image_aspect_ratio == "anyres":
-            pinpoints = tuple(read_pinpoints(self.image_grid_pinpoints or default_pinpoints(crop_px), crop_px))
-        return PictureLayout(
-            num_features, side, crop_px, self.image_aspect_ratio or "square", self.mm_patch_merge_type, pinpoints
+        return PictureLayout.read(
+            num_features, side, crop_px, self.image_aspect_ratio, self.mm_patch_merge_type, self.image_grid_pinpoints
         )
 
 
