@@ -69,7 +69,7 @@ def expand_placeholders(
 
 def positions_from_mask(mask: torch.Tensor) -> torch.Tensor:
     """Number the real tokens of each row from 0; padding gets 0. [B, L] -> [B, L]."""
-    return (mask.long().cumsum(1) - 1).clamp(min=0)
+    return (mask.long().cumsum(1) - 1) * mask.long()
 
 
 def check_counts(num_placeholders: int, lengths: Sequence[int]) -> bool:

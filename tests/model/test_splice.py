@@ -83,6 +83,8 @@ def test_positions_count_real_tokens_from_zero():
     assert batch.input_ids.tolist() == [[5, IMAGE, IMAGE, 6], [0, 0, 7, 8]]
     assert batch.position_ids.tolist() == [[0, 1, 2, 3], [0, 0, 0, 1]]
     assert batch.attention_mask.tolist() == [[1, 1, 1, 1], [0, 0, 1, 1]]
+    batch = expand_placeholders(Batch(ids, mask, torch.arange(3).expand(2, 3)), ids == IMAGE, [2])
+    assert batch.position_ids.tolist() == [[0, 1, 2, 3], [0, 1, 0, 0]]
 
 
 def test_no_mask_is_made_up_when_no_row_needs_padding():
