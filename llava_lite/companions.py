@@ -59,8 +59,9 @@ def load_tokenizer(name, base=None, **hub):
     base = getattr(base, "base_model_name_or_path", base if isinstance(base, (str, os.PathLike)) else None)
     own = cached_file(name, "tokenizer_config.json", _raise_exceptions_for_missing_entries=False, **hub)
     if own is None and base is not None:
-        with in_words(base, **everywhere(hub)):
-            return AutoTokenizer.from_pretrained(base, **everywhere(hub))
+        # The base may itself be only what was trained.
+        of_base = read_json(base, "config.json", everywhere(hub)).get("base_model_name_or_path")
+        return load_tokenizer(base, of_base, **everywhere(hub))
     with in_words(name, **hub):
         return AutoTokenizer.from_pretrained(name, **hub)
 

@@ -8,6 +8,27 @@ from llava_lite.model.language_model.llava_phi import LlavaPhiConfig, LlavaPhiFo
 from llava_lite.model.language_model.llava_qwen2 import LlavaQwen2Config, LlavaQwen2ForCausalLM
 from llava_lite.model.language_model.llava_qwen3 import LlavaQwen3Config, LlavaQwen3ForCausalLM
 from llava_lite.model.language_model.llava_stablelm import LlavaStableLmConfig, LlavaStableLmForCausalLM
+from llava_lite.model.moe_llava_types import (
+    EvalMoELLaVALlamaForCausalLM,
+    EvalMoELLaVAMistralForCausalLM,
+    EvalMoELLaVAPhiForCausalLM,
+    EvalMoELLaVAQwen1_5ForCausalLM,
+    EvalMoELLaVAStablelmForCausalLM,
+    LlavaQwen1_5Config,
+    LlavaQwen1_5ForCausalLM,
+    LlavaStablelmConfig,
+    LlavaStablelmForCausalLM,
+    MoELLaVALlamaConfig,
+    MoELLaVALlamaForCausalLM,
+    MoELLaVAMistralConfig,
+    MoELLaVAMistralForCausalLM,
+    MoELLaVAPhiConfig,
+    MoELLaVAPhiForCausalLM,
+    MoELLaVAQwen1_5Config,
+    MoELLaVAQwen1_5ForCausalLM,
+    MoELLaVAStablelmConfig,
+    MoELLaVAStablelmForCausalLM,
+)
 from llava_lite.processing import LlavaLiteProcessor
 
 # LLaVA's name; transformers has another class of that name, so ours is registered as LlavaLlamaConfig.
@@ -43,6 +64,11 @@ for _model in BACKBONES.values():
 
 __all__ = [
     "BACKBONES",
+    "EvalMoELLaVALlamaForCausalLM",
+    "EvalMoELLaVAMistralForCausalLM",
+    "EvalMoELLaVAPhiForCausalLM",
+    "EvalMoELLaVAQwen1_5ForCausalLM",
+    "EvalMoELLaVAStablelmForCausalLM",
     "LlavaConfig",
     "LlavaLlamaConfig",
     "LlavaLlamaForCausalLM",
@@ -50,11 +76,25 @@ __all__ = [
     "LlavaMistralForCausalLM",
     "LlavaPhiConfig",
     "LlavaPhiForCausalLM",
+    "LlavaQwen1_5Config",
+    "LlavaQwen1_5ForCausalLM",
     "LlavaQwen2Config",
     "LlavaQwen2ForCausalLM",
     "LlavaQwen3Config",
     "LlavaQwen3ForCausalLM",
     "LlavaStableLmConfig",
     "LlavaStableLmForCausalLM",
+    "LlavaStablelmConfig",
+    "LlavaStablelmForCausalLM",
+    "MoELLaVALlamaConfig",
+    "MoELLaVALlamaForCausalLM",
+    "MoELLaVAMistralConfig",
+    "MoELLaVAMistralForCausalLM",
+    "MoELLaVAPhiConfig",
+    "MoELLaVAPhiForCausalLM",
+    "MoELLaVAQwen1_5Config",
+    "MoELLaVAQwen1_5ForCausalLM",
+    "MoELLaVAStablelmConfig",
+    "MoELLaVAStablelmForCausalLM",
     "model_class_for",
 ]

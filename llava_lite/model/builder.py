@@ -14,9 +14,12 @@ from transformers.utils import cached_file
 from llava_lite.companions import image_processor_of, load_tokenizer, read_json
 from llava_lite.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_PATCH_TOKEN
 from llava_lite.formats import foreign_format
-from llava_lite.hub import hub_arguments, in_words
+from llava_lite.hub import everywhere, hub_arguments, in_words
 from llava_lite.model import model_class_for
 from llava_lite.model.attention import choose_attention
+from llava_lite.model.loading import own_accounting, strays
+from llava_lite.model.partial import base_of, find_base, merge_adapter, refuse_strays
+from llava_lite.model.weight_files import broken_files_in_words
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +56,8 @@ def load_pretrained_model(
     hub = hub_arguments(kwargs)
     device, device_map = placement(device, device_map, quantised=load_8bit or load_4bit)
     with in_words(model_path, **hub):
-        config = read_config(model_path, model_base, customized_config, overwrite_config, hub)
+        base = base_named(model_path, model_base, hub)
+        config = read_config(model_path, base, customized_config, overwrite_config, hub)
     arguments = {
         "dtype": _as_dtype(dtype if dtype is not None else torch_dtype),
         "attn_implementation": "flash_attention_2" if use_flash_attn else attn_implementation,
@@ -63,31 +67,37 @@ def load_pretrained_model(
     }
     arguments = {name: value for name, value in arguments.items() if value is not None}
     with in_words(model_path, **hub):
-        model = _load_model(model_path, model_base, config, arguments, hub)
+        model = _load_model(model_path, base, config, arguments, hub)
     if device_map is None:
         # On the CPU half precision is slow and, in some kernels, absent.
         widen = device.type == "cpu" and model.dtype == torch.float16 and dtype is None and torch_dtype is None
         model = model.to(device, dtype=torch.float32 if widen else None)
-    tokenizer = load_tokenizer(model_path, model_base or config, **hub)
+    tokenizer = load_tokenizer(model_path, base, **hub)
     add_image_tokens(model, tokenizer)
     return tokenizer, model.eval(), image_processor_of(model_path, model.config, **hub), context_len(model.config)
 
 
-def read_config(model_path, model_base, customized_config, overwrite_config, hub):
+def base_named(model_path, model_base, hub):
+    """Return the base that a checkpoint stands on: the one given, else the one it names; None for a whole model."""
+    if isinstance(model_path, (str, Path)):
+        _check_folder(str(model_path))
+    named = read_json(model_path, "config.json", hub).get("base_model_name_or_path")
+    base = model_base or base_of(model_path, named, hub)
+    return base and find_base(str(base), model_path)
+
+
+def read_config(model_path, base, customized_config, overwrite_config, hub):
     """Return the config of a checkpoint, with the base it stands on and the caller's changes."""
-    source = customized_config or model_path
+    has_config = _has_file(model_path, "config.json", hub)
+    source = customized_config or (model_path if has_config else base)
     if isinstance(source, dict):
-        overwrite_config, source = {**source, **(overwrite_config or {})}, model_path
-    if isinstance(source, (str, Path)):
-        _check_folder(str(source), model_base)
-        only_adapter = model_base is not None and not _has_file(source, "config.json", hub)
-        config = config_of(model_base if only_adapter else source, hub)
-    else:
-        config = source
+        overwrite_config, source = {**source, **(overwrite_config or {})}, model_path if has_config else base
+    config = config_of(source, hub) if isinstance(source, (str, Path)) else source
     for key, value in (overwrite_config or {}).items():
-        setattr(config, key, value)
-    if model_base is not None and is_llava(config):
-        config.base_model_name_or_path = str(model_base)
+        old = getattr(config, key, None)
+        setattr(config, key, {**old, **value} if isinstance(old, dict) and isinstance(value, dict) else value)
+    if is_llava(config) and has_config:
+        config.base_model_name_or_path = base
     return config
 
 
@@ -111,17 +121,24 @@ def is_llava(config):
     return hasattr(config, "has_vision_tower")
 
 
-def _load_model(model_path, model_base, config, arguments, hub):
-    """Load the model that a config names, a LoRA on a plain LLM merged in."""
-    if is_llava(config):
+def _load_model(model_path, base, config, arguments, hub):
+    """Load the model that a config names; LoRA without a LLaVA config.json beside it is folded into its base."""
+    if is_llava(config) and (base is None or _has_file(model_path, "config.json", hub)):
         # By class: transformers' Auto class would open the base that a LoRA folder names and forget the folder.
         return model_class_for(config.model_type).from_pretrained(model_path, config=config, **arguments)
-    arguments["attn_implementation"] = choose_attention(arguments.get("attn_implementation"))
-    if model_base is None:
-        return AutoModelForCausalLM.from_pretrained(model_path, config=config, **arguments)
-    peft = _needed("peft", f"{model_path!r} is a LoRA on {model_base!r}", "peft")
-    model = AutoModelForCausalLM.from_pretrained(model_base, config=config, **arguments)
-    return peft.PeftModel.from_pretrained(model, model_path, **hub).merge_and_unload()
+    if base is None:
+        arguments["attn_implementation"] = choose_attention(arguments.get("attn_implementation"))
+        return open_plain(model_path, config, arguments, hub)
+    arguments = {name: value for name, value in arguments.items() if name not in hub} | everywhere(hub)
+    return merge_adapter(_load_model(base, None, config, arguments, everywhere(hub)), model_path, hub)
+
+
+def open_plain(path, config, arguments, hub):
+    """Return a plain language model, every weight accounted for; transformers only warns of those that are missing."""
+    with own_accounting(), broken_files_in_words(path, hub):
+        model, info = AutoModelForCausalLM.from_pretrained(path, config=config, output_loading_info=True, **arguments)
+    refuse_strays(path, type(model).__name__, *strays(info))
+    return model
 
 
 def placement(device, device_map, quantised=False):
@@ -186,14 +203,14 @@ def context_len(config):
     return next((length for length in named if length is not None), DEFAULT_CONTEXT_LEN)
 
 
-def _check_folder(name, model_base):
+def _check_folder(name):
     """Refuse a folder that lacks what makes it a checkpoint, with what it lacks; a hub id passes."""
     path = Path(name)
     if not path.is_dir():
         if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
             raise OSError(f"there is no folder {name!r}.")
         return
-    if (path / "config.json").is_file() or (model_base is not None and (path / "adapter_config.json").is_file()):
+    if (path / "config.json").is_file() or (path / "adapter_config.json").is_file():
         return
     steps = sorted(path.glob("checkpoint-*/config.json"))
     hint = f"; a checkpoint of it is {str(steps[-1].parent)!r}" if steps else ""

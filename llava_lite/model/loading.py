@@ -19,7 +19,7 @@ from llava_lite.hub import HUB_ARGUMENTS, everywhere, hub_arguments, in_words
 from llava_lite.model.attention import choose_attention
 from llava_lite.model.configuration import load_vision_config, own_fields
 from llava_lite.model.partial import base_of, find_base, refuse_strays, take_trained
-from llava_lite.model.weight_files import find_file, read_checkpoint
+from llava_lite.model.weight_files import broken_files_in_words, find_file, read_checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -58,9 +58,11 @@ class LoadingMixin:
             path, config = own_folder, None
         hub = hub_arguments(kwargs)
         if config is None:
+            # The config would take "auto" for a dtype.
+            dtype = {"dtype": kwargs.pop("dtype")} if "dtype" in kwargs else {}
             config, kwargs = cls.config_class.from_pretrained(path, return_unused_kwargs=True, **kwargs)
-            kwargs = {**hub, **kwargs}
-        base = base_of(path, config, hub)
+            kwargs = {**hub, **kwargs, **dtype}
+        base = base_of(path, config.base_model_name_or_path, hub)
         if base is None:
             return cls._open_whole(path, *args, config=config, hub=hub, strict=strict, **kwargs)
         model, unfilled = cls._open_on_base(path, base, config, hub, kwargs)
@@ -75,7 +77,7 @@ class LoadingMixin:
         state_dict = read_foreign(path, hub)
         if config.has_vision_tower and config.vision_config is None:
             config.vision_config = find_vision_config(config.mm_vision_tower, path, hub)
-        with own_accounting():
+        with own_accounting(), broken_files_in_words(path, hub):
             if state_dict is None:
                 model, info = super().from_pretrained(path, *args, config=config, output_loading_info=True, **kwargs)
             else:
@@ -83,8 +85,7 @@ class LoadingMixin:
                 model, info = super().from_pretrained(None, *args, config=config, output_loading_info=True, **kwargs)
                 model.config._name_or_path = str(path)
                 take_generation_config(model, path, hub)
-        missing = {k for k in info["missing_keys"] if not DERIVED.search(k)}
-        unexpected = {k for k in info["unexpected_keys"] if not DERIVED.search(k)}
+        missing, unexpected = strays(info)
         if not model.config.has_vision_tower:
             # LLaVA saves the tower with the model; one that the config does not name is not used.
             unexpected = {k for k in unexpected if not k.startswith(TOWER)}
@@ -115,7 +116,7 @@ class LoadingMixin:
             new_parts = (*new_parts, TOWER)
         base_kwargs = {k: v for k, v in kwargs.items() if k not in HUB_ARGUMENTS} | base_hub
         # A stage that started from the folder of another, itself only what was trained.
-        base_of_base = base_of(base, base_config, base_hub) if is_llava else None
+        base_of_base = base_of(base, base_config.base_model_name_or_path, base_hub) if is_llava else None
         if base_of_base is not None:
             model, unfilled = cls._open_on_base(base, base_of_base, config, base_hub, base_kwargs)
         else:
@@ -157,6 +158,12 @@ def own_accounting():
         yield
     finally:
         source.removeFilter(is_no_report)
+
+
+def strays(info: dict) -> tuple[set[str], set[str]]:
+    """Return the names of missing and of unexpected weights, but for those that the constructor computes."""
+    missing, unexpected = info["missing_keys"], info["unexpected_keys"]
+    return {k for k in missing if not DERIVED.search(k)}, {k for k in unexpected if not DERIVED.search(k)}
 
 
 def find_vision_config(name: str, path, hub: dict):

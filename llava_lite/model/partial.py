@@ -22,19 +22,19 @@ EMBEDDING = "model.embed_tokens.weight"
 WHOLE = (SAFE, f"{SAFE}.index.json", PICKLED, f"{PICKLED}.index.json")
 
 
-def base_of(path, config, hub: dict) -> str | None:
+def base_of(path, named: str | None, hub: dict) -> str | None:
     """Return the base that a folder or hub id stands on, None for a whole checkpoint.
 
-    It is named in config.json, or, in LLaVA's LoRA folders, in adapter_config.json. Raises ValueError if what is there
-    was trained on a base that nothing names.
+    named: what its config.json says of it; LLaVA's LoRA folders name it in adapter_config.json. Raises ValueError if
+    what is there was trained on a base that nothing names.
     """
-    if config.base_model_name_or_path:
-        return config.base_model_name_or_path
-    if path is None or any(find_file(path, name, hub) is not None for name in WHOLE):
-        return None
-    named = read_json(path, ADAPTER, hub).get("base_model_name_or_path")
     if named:
         return named
+    if path is None or any(find_file(path, name, hub) is not None for name in WHOLE):
+        return None
+    of_adapter = read_json(path, ADAPTER, hub).get("base_model_name_or_path")
+    if of_adapter:
+        return of_adapter
     parts = [name for name in (*TRAINED, *ADAPTER_WEIGHTS) if find_file(path, name, hub) is not None]
     if parts:
         raise ValueError(
@@ -69,9 +69,10 @@ def take_trained(model, path, num_rows: int, hub: dict):
     files = [file for name in TRAINED if (file := find_file(path, name, hub)) is not None]
     has_adapter = find_file(path, ADAPTER, hub) is not None
     if not files and not has_adapter:
+        is_whole = any(find_file(path, name, hub) is not None for name in WHOLE)
         raise OSError(
-            f"{str(path)!r} stands on a base and holds nothing to put on it: none of "
-            f"{', '.join((*TRAINED, ADAPTER))}. Copy it again."
+            f"{str(path)!r} holds nothing to put on a base: none of {', '.join((*TRAINED, ADAPTER))}. "
+            + ("It is a whole model: open it without a base." if is_whole else "Copy it again.")
         )
     weights = {}
     for file in reversed(files):
@@ -142,12 +143,14 @@ def merge_adapter(model, path, hub: dict):
             f"{str(path)!r} holds a LoRA adapter; install peft (pip install 'llava-lite[peft]')."
         ) from error
     files = [file for name in ADAPTER_WEIGHTS if (file := find_file(path, name, hub)) is not None]
+    config_file = find_file(path, ADAPTER, hub)
+    if config_file is None:
+        raise OSError(f"{str(path)!r} holds no LoRA to put on a base: it has no {ADAPTER}. Open it without a base.")
     if not files:
         raise OSError(f"{str(path)!r} has an {ADAPTER} and no weights: {' and '.join(ADAPTER_WEIGHTS)} are missing.")
     saved = set(read_weights(files[0]))
     # A local folder, so that PEFT looks nothing up by itself.
-    folder = Path(find_file(path, ADAPTER, hub)).parent
-    tuned = PeftModel.from_pretrained(model, str(folder))
+    tuned = PeftModel.from_pretrained(model, str(Path(config_file).parent))
     wanted = set(get_peft_model_state_dict(tuned, save_embedding_layers=False))
     refuse_strays(files[0], "the LoRA that its adapter_config.json describes", wanted - saved, saved - wanted)
     return tuned.merge_and_unload()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -77,3 +78,15 @@ def read_checkpoint(path, hub: dict) -> dict[str, torch.Tensor]:
             )
         return pickled
     return safe or pickled
+
+
+@contextmanager
+def broken_files_in_words(path, hub: dict):
+    """Say which file of a checkpoint is broken, or holds code, if transformers could not read it; all else passes."""
+    try:
+        yield
+    except Exception:
+        if path is not None:
+            for name in (SAFE, PICKLED):
+                read_files(find_weight_files(path, name, hub))
+        raise
