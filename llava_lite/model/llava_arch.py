@@ -16,6 +16,8 @@ from llava_lite.constants import IGNORE_INDEX
 from llava_lite.model.connector import build_connector
 from llava_lite.model.crops import crops_of_each, merge_crops
 from llava_lite.model.crops import unpad_image as unpad_image  # LLaVA's place for it
+from llava_lite.model.image_features import ImageFeaturesMixin
+from llava_lite.model.llava_names import LlavaNames, StackNames, without_blanks
 from llava_lite.model.loading import LoadingMixin
 from llava_lite.model.moe import MoeBlock, RoutingContext, init_moe_weights, read_moe_config, set_routing
 from llava_lite.model.outputs import LlavaOutput
@@ -28,11 +30,19 @@ from llava_lite.model.weights import gathered, is_partitioned
 UNSET = object()
 
 
+class OfAnInstance:
+    """Answer yes when a model is asked, no when its class is: only a model can tell whether it has experts."""
+
+    def __get__(self, model, owner):
+        """Return what is called as `model._can_set_experts_implementation()`."""
+        return lambda: model is not None
+
+
 class ExpertsMixin:
     """What transformers must know of a class whose layers may hold experts: the stack and the whole model alike."""
 
     # transformers looks for its decorator in the model's own file, does not find it there and refuses grouped experts.
-    _can_set_experts_implementation_cached_value = True
+    _can_set_experts_implementation = OfAnInstance()
 
     @torch.no_grad()
     def _init_weights(self, module):
@@ -44,7 +54,7 @@ class ExpertsMixin:
             init.normal_(module.image_newline, std=module.config.hidden_size**-0.5)
 
 
-class LlavaMetaModel(ExpertsMixin):
+class LlavaMetaModel(StackNames, ExpertsMixin):
     """The decoder stack with `vision_tower` and `mm_projector` beside `layers`; MoE blocks replace some MLPs."""
 
     def __init__(self, config):
@@ -69,7 +79,7 @@ class LlavaMetaModel(ExpertsMixin):
     get_image_tower = get_vision_tower
 
 
-class LlavaMetaForCausalLM(SharingMixin, LoadingMixin, ExpertsMixin):
+class LlavaMetaForCausalLM(LlavaNames, ImageFeaturesMixin, SharingMixin, LoadingMixin, ExpertsMixin):
     """Everything that LLaVA adds to a decoder with a vocabulary head; a backbone names its `decoder_class`."""
 
     decoder_class: type
@@ -166,7 +176,13 @@ class LlavaMetaForCausalLM(SharingMixin, LoadingMixin, ExpertsMixin):
     def embed_batch(
         self, batch: Batch, images, image_sizes=None, pad_left: bool | None = None
     ) -> tuple[Batch, torch.Tensor]:
-        """Return the batch with expanded placeholders and its embeddings [B, L, D], pictures written in."""
+        """Return the batch with expanded placeholders and its embeddings [B, L, D], pictures written in.
+
+        A row of text alone may bring a blank picture, as LLaVA's collator gives it one; it is not looked at.
+        """
+        if images is not None:
+            is_picture = placeholder_mask(batch.input_ids, self.config.image_token_index)
+            images, image_sizes = without_blanks(is_picture, images, image_sizes)
         has_images = images is not None and len(images) > 0
         features, lengths = None, []
         if has_images:
@@ -174,11 +190,19 @@ class LlavaMetaForCausalLM(SharingMixin, LoadingMixin, ExpertsMixin):
             features, lengths = self.encode_pictures(images, image_sizes)
         elif self.needs_dummy():
             features, _ = self.encode_pictures(self.dummy_images())
+        elif batch.input_ids.shape[1] == 1 or torch.compiler.is_compiling():
+            # A decoding step: its ids come from the vocabulary, and looking at them would wait for the device.
+            return batch, self.get_input_embeddings()(batch.input_ids)
         is_picture = placeholder_mask(batch.input_ids, self.config.image_token_index)
         num_placeholders = int(is_picture.sum())
         if has_images and check_counts(num_placeholders, lengths):
+            if pad_left is None and self.config.tokenizer_padding_side == "left":
+                pad_left = True
             batch = expand_placeholders(batch, is_picture, lengths, pad_left)
             is_picture = placeholder_mask(batch.input_ids, self.config.image_token_index)
+        elif not has_images and num_placeholders and not bool((batch.input_ids < 0).any()):
+            # Without pictures a placeholder of the vocabulary is a word like others, as in transformers.
+            is_picture = torch.zeros_like(is_picture)
         elif not has_images and num_placeholders:
             raise ValueError(
                 f"{num_placeholders} image placeholders in input_ids but no pictures; pass images= or pixel_values=."
@@ -206,6 +230,7 @@ class LlavaMetaForCausalLM(SharingMixin, LoadingMixin, ExpertsMixin):
         logits_to_keep: int | torch.Tensor = 0,
         num_items_in_batch: int | torch.Tensor | None = None,
         cache_position: torch.LongTensor | None = None,
+        shift_labels: torch.LongTensor | None = None,
         **kwargs,
     ) -> LlavaOutput | tuple:
         """Return loss and logits of token ids [B, T] in which placeholders stand for pictures [N, 3, H, W].
@@ -214,12 +239,17 @@ class LlavaMetaForCausalLM(SharingMixin, LoadingMixin, ExpertsMixin):
         two names for the pictures of the whole batch, in reading order. labels: [B, T], IGNORE_INDEX where nothing
         is learned. num_items_in_batch: supervised tokens of the whole optimizer step, the divisor of the loss (else
         those of this batch). image_sizes: (width, height) of each picture, read under any-resolution only, where a
-        picture is several crops: see encode_pictures. Raises ValueError when placeholders and pictures do not match.
+        picture is several crops: see encode_pictures. inputs_embeds: [B, L, D] in place of ids; `images` are then in
+        them already, as in LLaVA, and `pixel_values` go where the placeholder's embedding stands, as in transformers.
+        shift_labels: [B, L], labels that stand at the position that predicts them, as sequence parallelism cuts them;
+        they replace `labels`. Raises ValueError when placeholders and pictures do not match.
         """
-        images = images if images is not None else pixel_values
         batch = Batch(input_ids, attention_mask, position_ids, labels)
         if inputs_embeds is None:
+            images = images if images is not None else pixel_values
             batch, inputs_embeds = self.embed_batch(batch, images, image_sizes)
+        elif pixel_values is not None:
+            inputs_embeds = self.write_pictures(inputs_embeds, pixel_values, image_sizes)
         self.routing = self.start_routing(batch.attention_mask)
         outputs = self.model(
             inputs_embeds=inputs_embeds,
@@ -227,6 +257,7 @@ class LlavaMetaForCausalLM(SharingMixin, LoadingMixin, ExpertsMixin):
             position_ids=batch.position_ids,
             past_key_values=past_key_values,
             use_cache=use_cache,
+            return_dict=True,
             **drop_none(
                 output_attentions=output_attentions,
                 output_hidden_states=output_hidden_states,
@@ -236,12 +267,13 @@ class LlavaMetaForCausalLM(SharingMixin, LoadingMixin, ExpertsMixin):
         )
         hidden = outputs.last_hidden_state  # [B, L, D]
         logits = None
-        if batch.labels is None or not self.training:
+        learns = batch.labels is not None or shift_labels is not None
+        if not learns or not self.training:
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits = self.lm_head(hidden[:, kept])
         lm_loss = None
-        if batch.labels is not None:
-            lm_loss = self.supervised_loss(hidden, batch.labels, num_items_in_batch)
+        if learns:
+            lm_loss = self.supervised_loss(hidden, batch.labels, num_items_in_batch, shift_labels)
         loss, moe_loss, moe_losses = self.add_balance_loss(lm_loss)
         output = LlavaOutput(
             loss=loss,
@@ -253,17 +285,25 @@ class LlavaMetaForCausalLM(SharingMixin, LoadingMixin, ExpertsMixin):
             moe_loss=moe_loss,
             moe_loss_list=moe_losses,
         )
-        return output.to_tuple() if return_dict is False else output
+        wants_tuple = self.config.return_dict is False if return_dict is None else not return_dict
+        return output.to_tuple() if wants_tuple else output
 
-    def supervised_loss(self, hidden: torch.Tensor, labels: torch.Tensor, num_items=None) -> torch.Tensor:
+    def supervised_loss(self, hidden: torch.Tensor, labels, num_items=None, shift_labels=None) -> torch.Tensor:
         """Return the cross-entropy over supervised positions only, summed and divided by `num_items` (or their count).
 
-        hidden: [B, L, D]; labels: [B, L]. The vocabulary head runs at those positions alone: in stage 1 about 20 of
-        600 carry a label, and logits [B, L, V] are the largest tensor of the step.
+        hidden: [B, L, D]; labels, shift_labels: [B, L]. The vocabulary head runs at those positions alone: in stage 1
+        about 20 of 600 carry a label, and logits [B, L, V] are the largest tensor of the step.
         """
-        learned = labels[:, 1:] != IGNORE_INDEX
-        logits = self.lm_head(hidden[:, :-1][learned]).float()  # [supervised, V]
-        total = F.cross_entropy(logits, labels[:, 1:][learned], reduction="sum")
+        if shift_labels is None:
+            hidden, shift_labels = hidden[:, :-1], labels[:, 1:]
+        elif shift_labels.shape != hidden.shape[:2]:
+            raise ValueError(
+                f"shift_labels has shape {tuple(shift_labels.shape)}, the decoder reads {tuple(hidden.shape[:2])} "
+                "positions; give ids with one placeholder a feature and labels of the same length."
+            )
+        learned = shift_labels != IGNORE_INDEX
+        logits = self.lm_head(hidden[learned]).float()  # [supervised, V]
+        total = F.cross_entropy(logits, shift_labels[learned], reduction="sum")
         count = learned.sum().clamp(min=1) if num_items is None else num_items
         return total / count
 
@@ -297,8 +337,12 @@ class LlavaMetaForCausalLM(SharingMixin, LoadingMixin, ExpertsMixin):
         llava_way = images is not UNSET
         pictures = pixel_values if not llava_way or images is None else images
         input_ids = kwargs.pop("input_ids", None) if inputs is None else inputs
-        if input_ids is None or "inputs_embeds" in kwargs:
+        if input_ids is None or kwargs.get("inputs_embeds") is not None:
+            if pixel_values is not None:
+                embeds = self.write_pictures(kwargs["inputs_embeds"], pixel_values, image_sizes)
+                kwargs["inputs_embeds"] = embeds
             return super().generate(inputs=input_ids, **kwargs)
+        kwargs.pop("inputs_embeds", None)
         batch = Batch(input_ids, kwargs.pop("attention_mask", None))
         kwargs.pop("position_ids", None)
         was_training = self.training

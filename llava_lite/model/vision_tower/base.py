@@ -5,6 +5,7 @@ N pictures, S tokens of a picture inside the tower, P features that leave it, C 
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from functools import cached_property
 
@@ -12,8 +13,10 @@ import torch
 from torch import nn
 
 from llava_lite.mm_utils import load_image_processor
-from llava_lite.model.configuration import has_class_token
+from llava_lite.model.configuration import drops_first
 from llava_lite.model.weights import full_state_dict, load_into
+
+UNREAD = re.compile(r"\.vision_model\.(post_layernorm|layernorm|head|pooler)\.|mask_token")
 
 
 class NamedEncoder(nn.Module):
@@ -40,10 +43,11 @@ class VisionTower(nn.Module, ABC):
         self.llava_config = config
         self.config = vision_config
         self.vision_tower_name = config.mm_vision_tower
-        self.select_layer = config.mm_vision_select_layer
-        self.select_feature = config.mm_vision_select_feature
-        self.num_read_layers = count_read_layers(self.select_layer, vision_config.num_hidden_layers)
+        self.read(config.mm_vision_select_layer, config.mm_vision_select_feature)
         self.vision_tower = self.build_encoder(vision_config)
+        # Else whoever trains all that requires a gradient (DDP, a test of checkpointing) waits for theirs in vain.
+        for param in self.unread():
+            param.requires_grad_(False)
 
     @abstractmethod
     def build_encoder(self, vision_config) -> nn.Module:
@@ -63,20 +67,34 @@ class VisionTower(nn.Module, ABC):
         """The stock transformers model inside."""
         return self.vision_tower.vision_model
 
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
+    def read(self, select_layer: int, select_feature: str) -> None:
+        """Choose the layer that is read, and which of its tokens (SELECT_FEATURES)."""
+        self.select_layer = select_layer
+        self.select_feature = select_feature
+        self.num_read_layers = count_read_layers(select_layer, self.config.num_hidden_layers)
+
+    def forward(self, images: torch.Tensor | list[torch.Tensor]) -> torch.Tensor | list[torch.Tensor]:
         """Return features [N, P, C] of pictures [N, 3, H, W], in the tower's dtype.
 
-        A frozen tower runs without gradient: the graph would hold activations that nobody reads.
+        A list of pictures [3, H, W] gives a list of features [1, P, C], as in LLaVA. A frozen tower runs
+        without gradient: the graph would hold activations that nobody reads.
         """
+        if isinstance(images, list):
+            return [self(picture[None]) for picture in images]
         trains = any(p.requires_grad for p in self.parameters())
         with torch.set_grad_enabled(torch.is_grad_enabled() and trains):
             hidden = self.embed(images.to(device=self.device, dtype=self.dtype))  # [N, S, C]
             for layer in self.layers[: self.num_read_layers]:
                 hidden = layer(hidden, attention_mask=None) if self.layers_take_mask else layer(hidden)
                 hidden = hidden[0] if isinstance(hidden, tuple) else hidden
-            if has_class_token(self.config) and self.select_feature == "patch":
+            if drops_first(self.select_feature, self.config):
                 hidden = hidden[:, 1:]
         return hidden
+
+    def unread(self) -> set[nn.Parameter]:
+        """Return the weights that no forward pass reads: later layers, what follows the last, pre-training's token."""
+        late = {param for layer in self.layers[self.num_read_layers :] for param in layer.parameters()}
+        return late | {param for name, param in self.named_parameters() if UNREAD.search(name)}
 
     def load_pretrained(self, name: str | None = None, **kwargs) -> None:
         """Fill the weights from the tower's own checkpoint, by hub id or path."""
@@ -93,6 +111,14 @@ class VisionTower(nn.Module, ABC):
     def is_loaded(self) -> bool:
         """Always true: the tower is built with the model (LLaVA's name for a delayed load)."""
         return True
+
+    def load_model(self, device_map=None) -> None:
+        """Do nothing: see is_loaded."""
+
+    @property
+    def dummy_feature(self) -> torch.Tensor:
+        """A feature of zeros [1, C], as a stand-in for a picture."""
+        return torch.zeros(1, self.hidden_size, device=self.device, dtype=self.dtype)
 
     @property
     def dtype(self) -> torch.dtype:

@@ -1,0 +1,96 @@
+"""Turn pixels into image features under the names and shapes that transformers' tools ask for.
+
+N pictures, S tokens of a picture inside the tower, P features of a picture, C tower width, D model width,
+B batch, L positions.
+"""
+
+from __future__ import annotations
+
+import torch
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from llava_lite.model.configuration import has_class_token
+from llava_lite.model.splice import check_counts, splice
+
+# transformers' words for which tokens of the tower are read, and LLaVA's.
+STRATEGIES = {"default": "patch", "full": "cls_patch"}
+
+
+class ImageFeaturesMixin:
+    """`get_image_features`, and pictures in a call that brings embeddings in place of ids."""
+
+    def get_image_features(
+        self,
+        pixel_values: torch.Tensor,
+        image_sizes=None,
+        vision_feature_layer: int | None = None,
+        vision_feature_select_strategy: str | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        return_dict: bool | None = None,
+        **kwargs,
+    ) -> BaseModelOutputWithPooling | tuple:
+        """Return the whole tower's output for pictures [N, 3, H, W], with what the decoder reads as `pooler_output`.
+
+        pooler_output: a tuple of [P, D], one a picture. last_hidden_state: [N, S, C], of the last layer, which LLaVA
+        does not read. Crops (see `encode_pictures`) count one by one in all but pooler_output. The layers after the
+        one that is read run here and nowhere else: `encode_images` is what a forward call uses.
+        """
+        tower, vision = self.get_vision_tower(), self.config.vision_config
+        if tower is None:
+            raise ValueError("this model has no vision tower; set mm_vision_tower in its config.")
+        crops = (
+            pixel_values.flatten(0, -4)
+            if isinstance(pixel_values, torch.Tensor)
+            else torch.cat(
+                [picture.flatten(0, -4) if picture.dim() > 3 else picture[None] for picture in pixel_values]
+            )
+        )
+        wanted = self.config if vision is None else vision
+        outputs = tower.encoder(
+            crops.to(tower.device, tower.dtype),
+            output_hidden_states=True,
+            output_attentions=wanted.output_attentions if output_attentions is None else output_attentions,
+        )
+        if isinstance(pixel_values, torch.Tensor) and pixel_values.dim() < 5:
+            layer = self.config.mm_vision_select_layer if vision_feature_layer is None else vision_feature_layer
+            strategy = STRATEGIES.get(vision_feature_select_strategy, self.config.mm_vision_select_feature)
+            read = outputs.hidden_states[layer]
+            if strategy == "patch" and has_class_token(tower.config):
+                read = read[:, 1:]
+            features = tuple(self.model.mm_projector(read))
+        else:
+            joined, lengths = self.encode_pictures(pixel_values, image_sizes)
+            features = joined[: sum(lengths)].split(lengths)
+        shown = wanted.output_hidden_states if output_hidden_states is None else output_hidden_states
+        output = BaseModelOutputWithPooling(
+            last_hidden_state=outputs.last_hidden_state,
+            pooler_output=features,
+            hidden_states=outputs.hidden_states if shown else None,
+            attentions=outputs.attentions,
+        )
+        plain = self.config.return_dict is False if return_dict is None else not return_dict
+        return output.to_tuple() if plain else output
+
+    def write_pictures(self, inputs_embeds: torch.Tensor, images, image_sizes=None) -> torch.Tensor:
+        """Return embeddings [B, L, D] with pictures written over those of the placeholder, one position a feature.
+
+        For a caller who looked the ids up himself, which needs a placeholder of the vocabulary. Raises ValueError if
+        there are not as many positions as features.
+        """
+        index = self.config.image_token_index
+        if index < 0:
+            raise ValueError(
+                f"pixel_values with inputs_embeds, but image_token_index {index} has no embedding to find them by. "
+                "Give input_ids, or write the features of get_image_features into inputs_embeds and leave "
+                "pixel_values out."
+            )
+        features, lengths = self.encode_pictures(images, image_sizes)
+        mark = self.get_input_embeddings()(torch.tensor(index, device=inputs_embeds.device))  # [D]
+        is_picture = (inputs_embeds == mark).all(-1)  # [B, L]
+        if check_counts(int(is_picture.sum()), lengths):
+            raise ValueError(
+                f"{len(lengths)} embeddings of image placeholders; in inputs_embeds there must be one a feature, "
+                f"{sum(lengths)}."
+            )
+        return splice(inputs_embeds, is_picture, features)
