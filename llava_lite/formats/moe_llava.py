@@ -139,8 +139,8 @@ def config_from(config: Mapping) -> dict:
     """Return the fields of a config.json under our names; those under our names already stay, and count more.
 
     mm_image_tower is mm_vision_tower here, model_type moe_llava_llama is llava_llama: whether a model has experts is
-    told by the field `moe` alone. Raises ValueError for what this package cannot run: Qwen's first generation,
-    MiniCPM, a video tower.
+    told by the field `moe` alone; `patch` of a SigLIP tower is drop_first. Raises ValueError for what this package
+    cannot run: Qwen's first generation, MiniCPM, a video tower.
     """
     model_type = config.get("model_type") or ""
     decoder = model_type.removeprefix("moe_").removeprefix("llava_")
@@ -161,6 +161,10 @@ def config_from(config: Mapping) -> dict:
             if theirs in renamed:
                 renamed[ours] = renamed.pop(theirs)
         renamed.setdefault("use_qkv_bias", True)
+    tower = str(renamed.get("mm_vision_tower"))
+    if "siglip" in tower.lower() and renamed.get("mm_vision_select_feature", "patch") == "patch":
+        # It was trained without SigLIP's first patch, taken for a CLS token.
+        renamed["mm_vision_select_feature"] = "drop_first"
     return renamed
 
 

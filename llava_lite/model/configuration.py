@@ -11,6 +11,10 @@ from llava_lite.anyres import PictureLayout
 from llava_lite.formats import foreign_format
 from llava_lite.hub import in_words
 
+# Of a tower's tokens: the patches; these and the CLS token, where there is one; all but the first, whatever that is.
+# The last is for MoE-LLaVA's 384 px checkpoints: it takes SigLIP's first patch for a CLS token and drops it.
+SELECT_FEATURES = ("patch", "cls_patch", "drop_first")
+
 
 @dataclass(kw_only=True)
 class LlavaConfigMixin:
@@ -63,9 +67,10 @@ class LlavaConfigMixin:
         super().__post_init__(**kwargs)
         if self.vision_config is not None and self.mm_hidden_size is None:
             self.mm_hidden_size = self.vision_config.hidden_size
-        if self.mm_vision_select_feature not in ("patch", "cls_patch"):
+        if self.mm_vision_select_feature not in SELECT_FEATURES:
             raise ValueError(
-                f"unknown mm_vision_select_feature {self.mm_vision_select_feature!r}; known: patch, cls_patch."
+                f"unknown mm_vision_select_feature {self.mm_vision_select_feature!r}; "
+                f"known: {', '.join(SELECT_FEATURES)}."
             )
 
     @classmethod
@@ -100,7 +105,7 @@ class LlavaConfigMixin:
         vision = resolve_vision_config(self)
         crop_px = self.mm_image_size or vision.image_size
         side = crop_px // vision.patch_size
-        num_features = side * side + (self.mm_vision_select_feature == "cls_patch" and has_class_token(vision))
+        num_features = side * side + has_class_token(vision) - drops_first(self.mm_vision_select_feature, vision)
         return PictureLayout.read(
             num_features, side, crop_px, self.image_aspect_ratio, self.mm_patch_merge_type, self.image_grid_pinpoints
         )
@@ -115,6 +120,11 @@ def own_fields(fields: dict) -> dict:
 def has_class_token(vision_config: PreTrainedConfig) -> bool:
     """Tell whether the tower puts a CLS token before the patches; SigLIP does not."""
     return not vision_config.model_type.startswith("siglip")
+
+
+def drops_first(select_feature: str, vision_config: PreTrainedConfig) -> bool:
+    """Tell whether the first of a tower's tokens is left out."""
+    return select_feature == "drop_first" or (select_feature == "patch" and has_class_token(vision_config))
 
 
 def vision_config_from_dict(fields: dict) -> PreTrainedConfig:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from llava_lite.model.configuration import has_class_token
+from llava_lite.model.configuration import drops_first
 from llava_lite.model.splice import check_counts, splice
 
 # transformers' words for which tokens of the tower are read, and LLaVA's.
@@ -56,7 +56,7 @@ class ImageFeaturesMixin:
             layer = self.config.mm_vision_select_layer if vision_feature_layer is None else vision_feature_layer
             strategy = STRATEGIES.get(vision_feature_select_strategy, self.config.mm_vision_select_feature)
             read = outputs.hidden_states[layer]
-            if strategy == "patch" and has_class_token(tower.config):
+            if drops_first(strategy, tower.config):
                 read = read[:, 1:]
             features = tuple(self.model.mm_projector(read))
         else:

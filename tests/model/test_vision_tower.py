@@ -30,6 +30,13 @@ def test_cls_patch_keeps_the_class_token(toy_model):
     assert model.config.num_image_tokens == 17
 
 
+def test_siglips_first_patch_is_dropped_where_a_checkpoint_was_trained_so(toy_model):
+    whole = toy_model(tower="siglip").get_vision_tower()(pictures())
+    model = toy_model(tower="siglip", mm_vision_select_feature="drop_first")
+    assert torch.equal(model.get_vision_tower()(pictures()), whole[:, 1:])
+    assert model.config.num_image_tokens == 15
+
+
 def test_layers_after_the_one_that_is_read_never_run(toy_model):
     tower = toy_model().get_vision_tower()
     ran = []

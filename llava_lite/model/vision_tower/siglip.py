@@ -1,6 +1,7 @@
 """SigLIP's vision transformer (Zhai et al. 2023, arXiv 2303.15343): no CLS token, every token is a patch.
 
-MoE-LLaVA drops the first token here too and so loses a patch; we keep all 729 of so400m-patch14-384.
+MoE-LLaVA drops the first token here too and so loses a patch; we keep all 729 of so400m-patch14-384, unless
+`mm_vision_select_feature` is drop_first, as it is in a checkpoint of MoE-LLaVA.
 """
 
 from transformers import SiglipVisionModel
