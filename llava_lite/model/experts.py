@@ -50,7 +50,7 @@ class MlpShape:
 
 
 @use_experts_implementation
-class Experts(nn.Module):
+class FusedExperts(nn.Module):
     """The weights of all experts of a layer, empty until they are drawn, copied or loaded."""
 
     def __init__(self, config, num_experts, shape: MlpShape, dtype=None, device=None):
@@ -104,3 +104,17 @@ class Experts(nn.Module):
         # unbind and not weight[expert]: the gradient of an index is as large as all experts, once for each of them.
         biases = getattr(self, f"{name}_bias").unbind(0) if self.shape.biased else [None] * self.num_experts
         return getattr(self, name).unbind(0), biases
+
+
+class Experts(FusedExperts):
+    """Experts of any width."""
+
+    def forward(self, tokens, experts, weights):
+        """Return the weighted sum of the chosen experts' outputs [S, D], as the config's implementation computes it.
+
+        A grouped product reads rows of whole 16 bytes; experts of another width run one after the other.
+        """
+        row_bytes = (side * tokens.element_size() for side in (self.shape.hidden_size, self.shape.intermediate_size))
+        if self.config._experts_implementation == "grouped_mm" and any(size % 16 for size in row_bytes):
+            return FusedExperts.forward.__wrapped__(self, tokens, experts, weights)
+        return super().forward(tokens, experts, weights)

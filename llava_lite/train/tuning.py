@@ -15,15 +15,13 @@ logger = logging.getLogger(__name__)
 # The part of the model that a parameter belongs to: the first pattern that its name contains.
 PARTS = {
     "vision_tower": re.compile(r"(^|\.)vision_tower\."),
-    "mm_projector": re.compile(r"(^|\.)mm_projector\."),
+    "mm_projector": re.compile(r"(^|\.)(mm_projector\.|image_newline$)"),
     "lora": re.compile(r"\.lora_"),
     "router": re.compile(r"\.mlp\.(gate|coefficient)\."),
     "experts": re.compile(r"\.mlp\.experts\."),
     "embeddings": re.compile(r"(^|\.)(embed_tokens|lm_head)\."),
     "decoder": re.compile(""),
 }
-# Ends of the tower that come after the layer that is read, and a token that only pre-training uses.
-UNREAD_IN_TOWER = re.compile(r"\.vision_model\.(post_layernorm|layernorm|head|pooler)\.|mask_token")
 
 
 def part_of(name):
@@ -118,9 +116,9 @@ def train_parts(model, parts, trains=True):
 
 def train_read_layers(tower):
     """Mark the tower's parameters up to the layer that is read; the rest would never see a gradient."""
-    unread = {param for layer in tower.layers[tower.num_read_layers :] for param in layer.parameters()}
-    for name, param in tower.named_parameters(prefix="model"):
-        param.requires_grad_(param not in unread and not UNREAD_IN_TOWER.search(name))
+    unread = tower.unread()
+    for param in tower.parameters():
+        param.requires_grad_(param not in unread)
 
 
 def in_decoder(name):
