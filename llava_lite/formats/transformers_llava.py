@@ -2,7 +2,7 @@
 
 There the text model, the tower and the connector have a config and a prefix each, a picture is an id of the
 vocabulary, and the connector is always two linear layers with an activation between them. What this package knows
-beyond that (the prompt format, LLaVA's keys) travels in config.json under RECORD.
+beyond that (the prompt format, LLaVA's keys) travels in config.json under RECORD, as "config".
 """
 
 import re
@@ -100,7 +100,7 @@ def config_from(config: Mapping) -> dict:
             "mm_patch_merge_type": "spatial_unpad",
             "image_grid_pinpoints": [[width, height] for height, width in pinpoints],
         }
-    return fields | dict(config.get(RECORD) or {})
+    return fields | (config.get(RECORD) or {}).get("config", {})
 
 
 def weights_from(state_dict: Mapping[str, torch.Tensor], config: Mapping) -> dict[str, torch.Tensor]:
@@ -135,9 +135,9 @@ def config_to(config: Mapping, image_token_index: int) -> dict:
         "projector_hidden_act": "gelu" if config["mm_projector_type"] == "mlp2x_gelu" else "linear",
         "multimodal_projector_bias": True,
         "vision_feature_layer": config["mm_vision_select_layer"],
-        "vision_feature_select_strategy": _strategy(config),
+        "vision_feature_select_strategy": strategy(config),
         "tie_word_embeddings": bool(config.get("tie_word_embeddings", False)),
-        RECORD: {key: config[key] for key in KEPT if config.get(key) is not None},
+        RECORD: {"config": _kept(config)},
     }
     for key in ("pad_token_id", "bos_token_id", "eos_token_id"):
         fields[key] = config.get(key)
@@ -193,7 +193,8 @@ def refusal(config: Mapping) -> str | None:
     if size is not None and size != config["vision_config"]["image_size"]:
         return f"the tower is fed {size} pixels and built for {config['vision_config']['image_size']}. {kept}"
     if is_anyres(config) and "unpad" not in config.get("mm_patch_merge_type", "flat"):
-        return f"LlavaNext always merges crops as 'spatial_unpad'; this model has {config['mm_patch_merge_type']!r}. {kept}"
+        merge = config.get("mm_patch_merge_type", "flat")
+        return f"LlavaNext always merges crops as 'spatial_unpad'; this model has {merge!r}. {kept}"
     return None
 
 
@@ -205,19 +206,23 @@ def is_anyres(config: Mapping) -> bool:
 def num_features(config: Mapping) -> int:
     """Return the number of features of one picture, or of one crop."""
     vision = config["vision_config"]
-    return (vision["image_size"] // vision["patch_size"]) ** 2 + _num_class_tokens_read(config)
+    num_tokens = (vision["image_size"] // vision["patch_size"]) ** 2 + CLASS_TOKENS[vision["model_type"]]
+    return num_tokens - (strategy(config) == "default")
 
 
-def _num_class_tokens_read(config: Mapping) -> int:
-    if config["mm_vision_select_feature"] == "patch":
-        return 0
-    return CLASS_TOKENS[config["vision_config"]["model_type"]]
+def _kept(config: Mapping) -> dict:
+    """Return the keys of ours that the layout has no place for; of a tower its hub id, and no path of this machine."""
+    kept = {key: config[key] for key in KEPT if config.get(key) is not None}
+    tower = config.get("mm_vision_tower")
+    is_hub_id = isinstance(tower, str) and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", tower)
+    return kept | ({"mm_vision_tower": tower} if is_hub_id else {})
 
 
-def _strategy(config: Mapping) -> str:
+def strategy(config: Mapping) -> str:
     """Return "default", which drops the first feature, or "full"."""
     has_class_token = CLASS_TOKENS[config["vision_config"]["model_type"]] > 0
-    return "default" if has_class_token and config["mm_vision_select_feature"] == "patch" else "full"
+    feature = config["mm_vision_select_feature"]
+    return "default" if feature == "drop_first" or (feature == "patch" and has_class_token) else "full"
 
 
 def _text_config(config: Mapping, decoder: str) -> dict:
@@ -256,12 +261,10 @@ def _layer_from(config: Mapping) -> int:
 def _feature_from(config: Mapping, vision: Mapping) -> str:
     has_class_token = CLASS_TOKENS.get(vision["model_type"], 1) > 0
     is_full = config.get("vision_feature_select_strategy", "default") == "full"
-    if not has_class_token and not is_full:
-        raise ValueError(
-            f"vision_feature_select_strategy 'default' drops the first patch of a {vision['model_type']}, which has "
-            "no class token; here all patches are read. Set it to 'full' if the model was trained so."
-        )
-    return "cls_patch" if is_full and has_class_token else "patch"
+    if has_class_token:
+        return "cls_patch" if is_full else "patch"
+    # `default` drops the first token whatever it is, as MoE-LLaVA does.
+    return "patch" if is_full else "drop_first"
 
 
 def _first_match(name: str) -> str:
