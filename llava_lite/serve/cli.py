@@ -64,9 +64,12 @@ def role_names(conv_template):
 
 
 def main(argv=None):
-    """Load a model and chat; returns when the user is done."""
+    """Load a model and chat; returns when the user is done.
+
+    argv: the flags; or, as LLaVA calls it, an object with their values (a missing one is the default).
+    """
     parser = build_parser()
-    options = parser.parse_args(argv)
+    options = parser.parse_args(argv) if argv is None or isinstance(argv, list) else options_of(argv, parser)
     path = options.model or options.model_path
     if path is None or (options.model and options.model_path):
         parser.error("name one model: llava-lite chat MODEL, or --model-path MODEL.")
@@ -96,6 +99,16 @@ def main(argv=None):
         temperature=options.temperature,
         max_new_tokens=options.max_new_tokens,
     )
+
+
+def options_of(args, parser):
+    """Return the parser's options with the values that an object holds; one picture may stand without a list."""
+    options = parser.parse_args([])
+    for name in vars(options):
+        setattr(options, name, getattr(args, name, getattr(options, name)))
+    if not isinstance(options.image_file, list):
+        options.image_file = [] if options.image_file is None else [options.image_file]
+    return options
 
 
 def _ask(prompt):

@@ -5,6 +5,7 @@ import os
 import shlex
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 from PIL import Image
@@ -98,6 +99,28 @@ def test_flags_are_llavas(toy_pair):
     assert (options.temperature, options.max_new_tokens, options.load_8bit, options.debug) == (0.5, 7, True, True)
     defaults = cli.build_parser().parse_args(["m"])
     assert (defaults.temperature, defaults.max_new_tokens, defaults.conv_mode) == (0.2, 512, None)
+
+
+def test_object_of_values_is_as_good_as_flags(checkpoint, toy_pair, monkeypatch, capsys):
+    """LLaVA's `main(args)` gets what its own parser made: one picture, no list."""
+    lines = iter(["What colour?", ""])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
+    picture = str(checkpoint / "a.png")
+    args = SimpleNamespace(
+        model_path=str(checkpoint / "model"),
+        model_base=None,
+        image_file=picture,
+        device="cpu",
+        conv_mode=None,
+        temperature=0,
+        max_new_tokens=6,
+        load_8bit=False,
+        load_4bit=False,
+        debug=False,
+    )
+    cli.main(args)
+    answer = reply(*toy_pair, "What colour?", picture, max_new_tokens=6)
+    assert capsys.readouterr().out.endswith(f"ASSISTANT: {answer}\n")
 
 
 @pytest.mark.parametrize("arguments", [[], ["m", "--model-path", "n"]])
