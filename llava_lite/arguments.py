@@ -46,6 +46,7 @@ CONFIG_KEYS = (
     "mm_vision_select_layer",
     "mm_vision_select_feature",
     "mm_projector_type",
+    "mm_patch_merge_type",
     "mm_use_im_start_end",
     "mm_use_im_patch_token",
 )
@@ -66,8 +67,8 @@ class ModelArguments:
         None, "Connector: identity, linear, mlpNx_gelu (LLaVA-1.5: mlp2x_gelu); default: the model's, else linear."
     )
     pretrain_mm_mlp_adapter: str | None = knob(None, "Connector weights of stage 1, mm_projector.bin.")
-    mm_patch_merge_type: Literal["flat"] = knob(
-        "flat", "How crops of one picture are joined (LLaVA-1.5 has one crop)."
+    mm_patch_merge_type: Literal["flat", "spatial", "spatial_unpad"] | None = knob(
+        None, "How crops of one picture are joined (LLaVA-1.6: spatial_unpad); default: the model's, else flat."
     )
     mm_use_im_start_end: bool | None = knob(
         None, "Put <im_start> and <im_end> around pictures (LLaVA v1); default: as the model.", nargs="?", const=True
@@ -126,7 +127,13 @@ class DataArguments:
     image_folder: str | None = knob(None, "Folder that the records' picture paths start from.")
     image_aspect_ratio: str | None = knob(
         None,
-        "square: crop as the tower's processor does (stage 1); pad (stage 2); default: as the model, else square.",
+        "square: crop as the tower's processor does (stage 1); pad (stage 2); anyres: a picture is several crops "
+        "(LLaVA-1.6); default: as the model, else square.",
+    )
+    image_grid_pinpoints: str | None = knob(
+        None,
+        "Resolutions that anyres cuts pictures at, [(width, height), ...] in pixels or (1x1),...,(6x6) in crops; "
+        "default: the model's, else LLaVA-1.6's five.",
     )
     bad_record: Literal["raise", "skip"] = knob("raise", "A broken record or picture stops the run, or is left out.")
     max_bad_share: float = knob(0.01, "Largest share of records that --bad_record skip may leave out.")
@@ -141,6 +148,11 @@ class DataArguments:
     def __post_init__(self):
         """Refuse what contradicts itself."""
         check_data(self)
+
+    def config_choices(self):
+        """Return the config keys of the model that a flag says something about; the others are the model's own."""
+        choices = {"image_aspect_ratio": self.image_aspect_ratio, "image_grid_pinpoints": self.image_grid_pinpoints}
+        return {key: value for key, value in choices.items() if value is not None}
 
 
 @dataclass

@@ -74,12 +74,21 @@ def check_model(args):
 
 def check_data(args):
     """Raise ValueError for what contradicts itself in DataArguments."""
+    from llava_lite.anyres import read_pinpoints
     from llava_lite.pictures import ASPECT_RATIOS
 
     refuse(
         args.image_aspect_ratio not in (None, *ASPECT_RATIOS),
         f"unknown --image_aspect_ratio {args.image_aspect_ratio!r}; known: {', '.join(ASPECT_RATIOS)}.",
     )
+    refuse_pair(
+        args.image_grid_pinpoints is not None and args.image_aspect_ratio not in (None, "anyres"),
+        f"image_grid_pinpoints {args.image_grid_pinpoints}",
+        f"image_aspect_ratio {args.image_aspect_ratio}",
+    )
+    if args.image_grid_pinpoints is not None:
+        # Whether they fit the tower is seen when it is known.
+        read_pinpoints(args.image_grid_pinpoints, 1)
     refuse(args.eval_split < 0, f"--eval_split {args.eval_split}: give a share below 1 or a number of records.")
     refuse_pair(
         args.eval_data_path is not None and args.eval_split > 0, "eval_data_path", f"eval_split {args.eval_split}"

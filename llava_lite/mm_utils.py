@@ -1,5 +1,7 @@
 """Turn a rendered conversation into token ids and labels; the picture functions of pictures.py under LLaVA's names."""
 
+from itertools import accumulate
+
 import torch
 from transformers import StoppingCriteria
 
@@ -138,8 +140,8 @@ def _labels(ids, spans, answers) -> list[int]:
 def truncate_example(input_ids, labels, max_length, num_image_tokens=None, image_token_index=IMAGE_TOKEN_INDEX):
     """Cut ids and labels [L] behind max_length; return them with the number of whole pictures that were cut off.
 
-    input_ids: one placeholder for each feature. num_image_tokens: features of a picture; without it, placeholders in a
-    row count as one picture. Raises ValueError where the cut would go through a picture.
+    input_ids: one placeholder for each feature. num_image_tokens: features of a picture, or a list of those of each;
+    without it, placeholders in a row count as one picture. Raises ValueError where the cut would go through a picture.
     """
     if len(input_ids) <= max_length:
         return input_ids, labels, 0
@@ -158,8 +160,11 @@ def truncate_example(input_ids, labels, max_length, num_image_tokens=None, image
 def _picture_spans(input_ids, num_image_tokens, image_token_index) -> list[tuple[int, int]]:
     """Return the [start, end) of each picture."""
     places = [i for i, token in enumerate(input_ids) if int(token) == image_token_index]
-    if num_image_tokens is not None:
+    if isinstance(num_image_tokens, int):
         return [(start, start + num_image_tokens) for start in places[::num_image_tokens]]
+    if num_image_tokens is not None:
+        lengths = list(num_image_tokens)
+        return [(places[end - n], places[end - 1] + 1) for end, n in zip(accumulate(lengths), lengths, strict=True)]
     starts = [i for i, before in zip(places, [-2, *places], strict=False) if i != before + 1]
     ends = [i + 1 for i, after in zip(places, [*places[1:], -1], strict=True) if after != i + 1]
     return list(zip(starts, ends, strict=True))

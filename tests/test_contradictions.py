@@ -55,8 +55,8 @@ def test_unknown_template_is_refused_with_the_list(tmp_path):
 
 
 def test_unknown_aspect_ratio_is_refused_with_the_list(tmp_path):
-    with pytest.raises(ValueError, match="unknown --image_aspect_ratio 'anyres'; known: square, pad"):
-        parse_args(["--image_aspect_ratio", "anyres", "--output_dir", str(tmp_path)])
+    with pytest.raises(ValueError, match="unknown --image_aspect_ratio 'round'; known: square, pad, anyres"):
+        parse_args(["--image_aspect_ratio", "round", "--output_dir", str(tmp_path)])
 
 
 def test_logger_that_is_not_installed_is_refused(tmp_path, monkeypatch):
@@ -88,3 +88,18 @@ def test_two_precisions_are_refused_also_where_the_machine_has_neither(tmp_path,
     monkeypatch.setattr("llava_lite.flags.machine_has", lambda name: False)
     with pytest.raises(ValueError, match="--bf16 True and --fp16 True contradict each other"):
         parse_args(["--bf16", "True", "--fp16", "True", "--output_dir", str(tmp_path)])
+
+
+def test_pinpoints_need_anyres_and_are_read_at_once(tmp_path):
+    flags = ["--output_dir", str(tmp_path), "--image_grid_pinpoints"]
+    with pytest.raises(
+        ValueError, match=r"--image_grid_pinpoints \(1x1\),\(2x2\) and --image_aspect_ratio pad contra"
+    ):
+        parse_args([*flags, "(1x1),(2x2)", "--image_aspect_ratio", "pad"])
+    with pytest.raises(ValueError, match="'336' are no resolutions"):
+        parse_args([*flags, "336", "--image_aspect_ratio", "anyres"])
+    _, data_args, _ = parse_args([*flags, "[(336, 672), (672, 336)]", "--image_aspect_ratio", "anyres"])
+    assert data_args.config_choices() == {
+        "image_aspect_ratio": "anyres",
+        "image_grid_pinpoints": "[(336, 672), (672, 336)]",
+    }

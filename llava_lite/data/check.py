@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import os
 from collections import Counter
 from dataclasses import dataclass
@@ -11,12 +12,14 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
+from llava_lite.anyres import MERGE_TYPES, PictureLayout
 from llava_lite.data.cache import key_of
 from llava_lite.data.encode import RecordEncoder
 from llava_lite.data.facts import slots_of
 from llava_lite.data.index import Annotations
 from llava_lite.data.picture_files import PictureMeter
 from llava_lite.data.scan import DataError
+from llava_lite.pictures import ASPECT_RATIOS
 
 logger = logging.getLogger(__name__)
 
@@ -87,9 +90,10 @@ def _kinds(bad: list[BadRecord]) -> str:
 def token_end(annotations: Annotations) -> tuple[np.ndarray, np.ndarray]:
     """Return where the last picture ends and where the first learned token stands, [N] each, features counted."""
     facts = annotations.token_facts()
-    more = annotations.tables.num_image_tokens - 1
-    picture_end = np.where(facts.last_picture < 0, 0, facts.last_picture + 1 + annotations.num_pictures * more)
-    return picture_end, facts.first_learned + facts.pictures_before * more
+    more = annotations.picture_tokens() - annotations.num_pictures
+    picture_end = np.where(facts.last_picture < 0, 0, facts.last_picture + 1 + more)
+    more_before = annotations.picture_tokens(facts.pictures_before) - facts.pictures_before
+    return picture_end, facts.first_learned + more_before
 
 
 def _length_problems(annotations: Annotations, max_length: int) -> dict[int, str]:
@@ -107,9 +111,7 @@ def _length_problems(annotations: Annotations, max_length: int) -> dict[int, str
     return problems
 
 
-def _find_problems(
-    annotations, encoder, num_image_tokens, max_length, meter, num_workers
-) -> dict[int, tuple[str, str]]:
+def _find_problems(annotations, encoder, layout, max_length, meter, num_workers) -> dict[int, tuple[str, str]]:
     """Return kind and reason of every record in use that cannot be used; the tables are complete afterwards."""
     found = {}
     pictures = f"pictures-{key_of(meter.decode, meter.follow_links)}"
@@ -119,7 +121,7 @@ def _find_problems(
             annotations[i]
         except ValueError as error:
             found[i] = ("record", str(error))
-    for i, error in annotations.count_tokens(encoder, num_image_tokens, num_workers).items():
+    for i, error in annotations.count_tokens(encoder, layout, num_workers).items():
         found.setdefault(i, ("text", str(error)))
     annotations.tables = annotations.tables._replace(pictures=pictures)
     checked = annotations.complete(pictures, 3, meter, "checking pictures", per_picture=True, num_threads=NUM_THREADS)
@@ -147,7 +149,7 @@ def _other_suffixes(annotations: Annotations) -> int:
 def check_annotations(
     annotations: Annotations,
     encoder: RecordEncoder,
-    num_image_tokens: int,
+    layout: PictureLayout,
     max_length: int,
     bad_record: Literal["raise", "skip"] = "raise",
     max_bad_share: float = 0.01,
@@ -158,14 +160,14 @@ def check_annotations(
 ) -> Report:
     """Return what the records hold, having looked at every one of them and at every picture.
 
-    num_image_tokens: features of a picture; max_length: tokens of a sequence, features counted.
+    layout: how a picture becomes features; max_length: tokens of a sequence, features counted.
     bad_record: `raise` refuses the data, naming the first 20 records and counting all; `skip` leaves them out and
     writes them to `ledger_path` (one JSON object a line), unless they are more than `max_bad_share` of all.
     decode: decode every picture as well, which takes as long as an epoch of loading. follow_links: see safe_path.
     What is left depends on the data alone, so ranks agree without talking; Report.digest lets them make sure.
     """
     meter = PictureMeter(decode, follow_links)
-    problems = _find_problems(annotations, encoder, num_image_tokens, max_length, meter, num_workers)
+    problems = _find_problems(annotations, encoder, layout, max_length, meter, num_workers)
     bad = [_bad_record(annotations, i, *problem) for i, problem in problems.items()]
     _apply_policy(bad, len(annotations), bad_record, max_bad_share)
     if bad:
@@ -228,6 +230,10 @@ def main(argv=None) -> int:
     parser.add_argument("--version", default="v1", help="conversation template (default v1)")
     parser.add_argument("--model_max_length", type=int, default=2048, help="tokens of a sequence (default 2048)")
     parser.add_argument("--num_image_tokens", type=int, default=576, help="features of a picture (default 576)")
+    parser.add_argument("--image_aspect_ratio", choices=ASPECT_RATIOS, help="anyres counts the crops of a picture")
+    parser.add_argument("--mm_patch_merge_type", choices=MERGE_TYPES, default="flat", help="how crops are joined")
+    parser.add_argument("--image_grid_pinpoints", help="resolutions of anyres (default: LLaVA-1.6's five)")
+    parser.add_argument("--image_size", type=int, default=336, help="pixels along a side of a crop (default 336)")
     parser.add_argument("--decode", action="store_true", help="decode every picture too; slow")
     parser.add_argument("--follow_links", action="store_true", help="allow links that lead out of the image folder")
     parser.add_argument("--ledger", help="write the bad records to this file, one JSON object a line")
@@ -241,7 +247,14 @@ def main(argv=None) -> int:
         report = check_annotations(
             open_annotations(flags.data_path, flags.image_folder, num_workers=flags.num_workers),
             encoder,
-            flags.num_image_tokens,
+            PictureLayout.read(
+                flags.num_image_tokens,
+                math.isqrt(flags.num_image_tokens),
+                flags.image_size,
+                flags.image_aspect_ratio,
+                flags.mm_patch_merge_type,
+                flags.image_grid_pinpoints,
+            ),
             flags.model_max_length,
             bad_record="skip" if flags.ledger else "raise",
             max_bad_share=1.0,

@@ -8,12 +8,22 @@ import torch
 from llava_lite.constants import IGNORE_INDEX
 
 
+def batch_pictures(examples: list[dict]) -> dict:
+    """Return {"images", "image_sizes"} of the examples as the model takes them, {} if none has a picture."""
+    pictures = [picture for example in examples for picture in example.get("images", ())]
+    if not pictures:
+        return {}
+    sizes = [size for example in examples for size in example.get("image_sizes", ())]
+    return {"images": torch.stack(pictures) if pictures[0].dim() == 3 else pictures, "image_sizes": sizes}
+
+
 @dataclass
 class DataCollatorForSupervisedDataset:
-    """Examples -> input_ids, labels, attention_mask [B, L], images [N, 3, H, W] if there are any, sample_ids.
+    """Examples -> input_ids, labels, attention_mask [B, L], sample_ids, and images and image_sizes if there are any.
 
     The mask says what is padding; it is not derived from the ids, so a pad token that stands in the text is kept.
-    Pictures stand one after another in the order of their examples; a batch without them has no key `images`.
+    Pictures stand one after another in the order of their examples, [N, 3, H, W], or in a list of [n, 3, H, W] where
+    they are cut into crops, with the (width, height) of each; a batch without them has no key `images`.
     """
 
     pad_token_id: int
@@ -34,10 +44,7 @@ class DataCollatorForSupervisedDataset:
             "attention_mask": self._pad([torch.ones_like(example["input_ids"]) for example in examples], 0),
             "sample_ids": [example["id"] for example in examples],
         }
-        pictures = [example["images"] for example in examples if "images" in example]
-        if pictures:
-            batch["images"] = torch.cat(pictures)
-        return batch
+        return batch | batch_pictures(examples)
 
     def _pad(self, rows: list[torch.Tensor], value: int) -> torch.Tensor:
         return torch.nn.utils.rnn.pad_sequence(

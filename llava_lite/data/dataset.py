@@ -1,8 +1,10 @@
 """Turn records into examples: token ids with every feature of a picture, labels, and the pictures as tensors."""
 
 import torch
+from PIL import Image
 from torch.utils.data import Dataset
 
+from llava_lite.anyres import PictureLayout
 from llava_lite.constants import IGNORE_INDEX
 from llava_lite.conversation import Conversation
 from llava_lite.data.check import Report, check_annotations
@@ -14,12 +16,16 @@ from llava_lite.data.scan import DataError
 from llava_lite.mm_utils import truncate_example
 from llava_lite.pictures import ASPECT_RATIOS, PictureError, open_picture, prepare_picture
 
+# LLaVA-1.5's tower, one crop a picture.
+CLIP_336 = PictureLayout(576)
+
 
 class LazySupervisedDataset(Dataset):
     """Examples made when asked for; costs a worker nothing but paths, the tokenizer and the image processor.
 
-    num_image_tokens: features of a picture. max_length: tokens of an example, features counted; text behind is cut.
-    image_folder: for records whose file names none. image_processor may be None where no record has pictures.
+    layout: how a picture is prepared and becomes features. max_length: tokens of an example, features counted; text
+    behind is cut. image_folder: for records whose file names none. image_processor may be None where no record has
+    pictures.
     """
 
     def __init__(
@@ -29,14 +35,14 @@ class LazySupervisedDataset(Dataset):
         image_processor,
         conv_template: str | Conversation,
         image_folder: str | None = None,
-        image_aspect_ratio: str = "square",
-        num_image_tokens: int = 576,
+        layout: PictureLayout = CLIP_336,
         max_length: int = 2048,
         mm_use_im_start_end: bool = False,
         follow_links: bool = False,
     ):
-        if image_aspect_ratio not in ASPECT_RATIOS:
-            raise ValueError(f"unknown image_aspect_ratio {image_aspect_ratio!r}; known: {', '.join(ASPECT_RATIOS)}.")
+        if layout.aspect_ratio not in ASPECT_RATIOS:
+            known = ", ".join(ASPECT_RATIOS)
+            raise ValueError(f"unknown image_aspect_ratio {layout.aspect_ratio!r}; known: {known}.")
         if image_processor is None and annotations.has_picture.any():
             raise ValueError(
                 "records have pictures but there is no image processor; name a tower with --vision_tower."
@@ -45,8 +51,7 @@ class LazySupervisedDataset(Dataset):
         self.encoder = RecordEncoder(tokenizer, conv_template, mm_use_im_start_end)
         self.image_processor = image_processor
         self.image_folder = image_folder
-        self.image_aspect_ratio = image_aspect_ratio
-        self.num_image_tokens = num_image_tokens
+        self.layout = layout
         self.max_length = max_length
         self.follow_links = follow_links
 
@@ -54,23 +59,28 @@ class LazySupervisedDataset(Dataset):
         return len(self.annotations)
 
     def __getitem__(self, i: int) -> dict:
-        """Return {"id", "input_ids" [L], "labels" [L], "images" [n, 3, H, W] if the record has pictures}.
+        """Return {"id", "input_ids" [L], "labels" [L]} and, if the record has pictures, "images" and "image_sizes".
 
-        Raises DataError naming the record where it cannot be used; a check before the run finds these.
+        images: a tensor a picture, [3, H, W], or its crops [n, 3, H, W] under any-resolution; image_sizes: width and
+        height of each. Raises DataError naming the record where it cannot be used; a check before the run finds these.
         """
         record = self.annotations[i]
-        input_ids, labels = self._encode(record)
+        pictures = [self._open(record, name) for name in record.images]
+        input_ids, labels = self._encode(record, pictures)
         example = {"id": record.id, "input_ids": torch.tensor(input_ids), "labels": torch.tensor(labels)}
-        if record.images:
-            example["images"] = torch.stack([self._picture(record, name) for name in record.images])
+        if pictures:
+            shape = self.layout.aspect_ratio, self.layout.pinpoints
+            example["images"] = [prepare_picture(picture, self.image_processor, *shape) for picture in pictures]
+            example["image_sizes"] = [picture.size for picture in pictures]
         return example
 
-    def _encode(self, record: Record) -> tuple[list[int], list[int]]:
+    def _encode(self, record: Record, pictures) -> tuple[list[int], list[int]]:
         input_ids, labels = self.encoder(record)
-        input_ids, labels = expand_image_tokens(input_ids, labels, [self.num_image_tokens] * len(record.images))
+        lengths = [self.layout.num_tokens(picture.size) for picture in pictures]
+        input_ids, labels = expand_image_tokens(input_ids, labels, lengths)
         length = len(input_ids)
         try:
-            input_ids, labels, num_cut = truncate_example(input_ids, labels, self.max_length, self.num_image_tokens)
+            input_ids, labels, num_cut = truncate_example(input_ids, labels, self.max_length, lengths)
         except ValueError as error:
             raise DataError(f"{record.name}: {error}") from error
         if num_cut:
@@ -79,10 +89,10 @@ class LazySupervisedDataset(Dataset):
             raise DataError(f"{record.name} has nothing to learn in {len(labels)} of its {length} tokens.")
         return input_ids, labels
 
-    def _picture(self, record: Record, name: str) -> torch.Tensor:
+    def _open(self, record: Record, name: str) -> Image.Image:
         try:
             path, _ = find_picture(record.image_folder or self.image_folder, name, self.follow_links)
-            return prepare_picture(open_picture(path), self.image_processor, self.image_aspect_ratio)
+            return open_picture(path)
         except PictureError as error:
             raise DataError(f"{record.name}: {error}") from error
 
@@ -103,8 +113,7 @@ def open_dataset(
     image_processor,
     conv_template: str | Conversation,
     image_folder: str | None = None,
-    image_aspect_ratio: str = "square",
-    num_image_tokens: int = 576,
+    layout: PictureLayout = CLIP_336,
     max_length: int = 2048,
     mm_use_im_start_end: bool = False,
     follow_links: bool = False,
@@ -122,7 +131,7 @@ def open_dataset(
     report = check_annotations(
         annotations,
         encoder,
-        num_image_tokens,
+        layout,
         max_length,
         follow_links=follow_links,
         num_workers=num_workers,
@@ -134,8 +143,7 @@ def open_dataset(
         image_processor,
         encoder.template,
         image_folder,
-        image_aspect_ratio,
-        num_image_tokens,
+        layout,
         max_length,
         mm_use_im_start_end,
         follow_links,

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from llava_lite.anyres import PictureLayout
 from llava_lite.data.cache import cache_root, file_key, key_of, load_array, locked, save_array
 from llava_lite.data.facts import Facts, slots_of
 from llava_lite.data.records import READERS, Record, Source, open_sources, sample_positions
@@ -104,10 +105,10 @@ class TokenFacts(NamedTuple):
 
 
 class Tables(NamedTuple):
-    """Which tables of the index hold token counts and picture sizes, and how many features a picture becomes."""
+    """Which tables of the index hold token counts and picture sizes, and how a picture becomes features."""
 
     tokens: str | None = None
-    num_image_tokens: int = 1
+    layout: PictureLayout = PictureLayout(1)
     pictures: str | None = None
 
 
@@ -200,27 +201,43 @@ class Annotations:
         """Which records have pictures, [N] bool."""
         return self.num_pictures > 0
 
-    def count_tokens(self, encoder, num_image_tokens: int, num_workers: int = 0) -> dict[int, ValueError]:
+    def count_tokens(self, encoder, layout: PictureLayout, num_workers: int = 0) -> dict[int, ValueError]:
         """Count the tokens of every record, if they are not yet counted; return the reason for each that has none.
 
-        encoder: a RecordEncoder; num_image_tokens: features of a picture; num_workers: processes.
+        encoder: a RecordEncoder; layout: how a picture becomes features; num_workers: processes.
         """
         name = f"tokens-{encoder.fingerprint}"
-        self.tables = self.tables._replace(tokens=name, num_image_tokens=num_image_tokens)
+        self.tables = self.tables._replace(tokens=name, layout=layout)
         columns = len(TokenFacts._fields)
         return self.complete(name, columns, encoder.measure, "counting tokens", num_workers=num_workers)
 
     def token_facts(self) -> TokenFacts:
         """Return the columns [N] that count_tokens has filled in, -1 where a record could not be counted."""
         if self.tables.tokens is None:
-            raise RuntimeError("tokens are known after count_tokens(encoder, num_image_tokens).")
+            raise RuntimeError("tokens are known after count_tokens(encoder, layout).")
         return TokenFacts(*self.facts(self.tables.tokens, len(TokenFacts._fields)).T)
 
     @property
     def token_lengths(self) -> np.ndarray:
         """Tokens of each record with every feature of its pictures, not truncated, [N]; 0 for what is no record."""
         text_len = self.token_facts().text_len
-        return np.where(text_len < 0, 0, text_len + self.num_pictures * (self.tables.num_image_tokens - 1))
+        return np.where(text_len < 0, 0, text_len + self.picture_tokens() - self.num_pictures)
+
+    def picture_tokens(self, num_first: np.ndarray | None = None) -> np.ndarray:
+        """Return the features [N] of each record's pictures, or of the `num_first` [N] of them alone.
+
+        Under any-resolution they are known once the pictures are; one that could not be measured counts for none.
+        """
+        num_pictures = self.num_pictures
+        counted = num_pictures if num_first is None else np.clip(num_first, 0, num_pictures)
+        layout = self.tables.layout
+        if not layout.is_anyres:
+            return counted * layout.num_features
+        sizes, kinds = np.unique(self.picture_sizes, axis=0, return_inverse=True)
+        tokens = np.array([layout.num_tokens(size) if min(size) > 0 else 0 for size in sizes.tolist()], np.int64)
+        sums = np.concatenate([[0], np.cumsum(tokens[kinds.reshape(-1)])])  # [S + 1]
+        starts = np.cumsum(num_pictures) - num_pictures
+        return sums[starts + counted] - sums[starts]
 
     @property
     def picture_sizes(self) -> np.ndarray:

@@ -12,6 +12,7 @@ from llava_lite.model import model_class_for
 from llava_lite.model.attention import choose_attention
 from llava_lite.model.configuration import load_vision_config
 from llava_lite.model.loading import CONNECTOR, NEWLINE, TOWER
+from llava_lite.model.partial import load_trained
 from llava_lite.model.weights import load_into, read_weights
 from llava_lite.pictures import load_image_processor, picture_side
 
@@ -36,6 +37,7 @@ def assemble(
     if stock.model_type.startswith("llava_"):
         return reopen(model_class, model_name_or_path, stock, vision_tower, overrides, kwargs)
     config = model_class.config_class(**(text_fields(stock) | overrides | tower_fields(vision_tower, hub)))
+    spell_out_pinpoints(config)
     kwargs["attn_implementation"] = choose_attention(kwargs.pop("attn_implementation", None))
     model, _ = model_class._open_whole(
         model_name_or_path, config=config, hub=hub, new_parts=(CONNECTOR, TOWER, NEWLINE), **kwargs
@@ -45,7 +47,7 @@ def assemble(
 
 def reopen(model_class, path: str, config, vision_tower: str | None, overrides: dict, kwargs: dict):
     """Open a LLaVA checkpoint; another tower than its own is refused, since its connector was trained for that one."""
-    own = config.mm_vision_tower
+    own, had_newline = config.mm_vision_tower, config.has_newline
     if vision_tower is not None and own is not None and vision_tower != own:
         logger.warning("%s was trained with tower %r; %r is taken as another copy of it.", path, own, vision_tower)
         config.mm_vision_tower = vision_tower
@@ -61,7 +63,16 @@ def reopen(model_class, path: str, config, vision_tower: str | None, overrides: 
                 "Leave the flag out to keep its own."
             )
         setattr(config, key, value)
+    spell_out_pinpoints(config)
+    if config.has_newline and not had_newline:
+        kwargs["new_parts"] = (NEWLINE,)
     return model_class.from_pretrained(path, config=config, **kwargs)
+
+
+def spell_out_pinpoints(config) -> None:
+    """Write the resolutions of `anyres` into the config as pairs of pixels, which LLaVA's own code reads too."""
+    if config.has_vision_tower and config.image_aspect_ratio == "anyres":
+        config.image_grid_pinpoints = [list(pair) for pair in config.picture_layout.pinpoints]
 
 
 def text_fields(stock) -> dict[str, Any]:
@@ -85,10 +96,23 @@ def tower_fields(vision_tower: str | None, hub: dict | None = None) -> dict[str,
 
 
 def load_connector(model, path: str) -> None:
-    """Fill the connector from LLaVA's `mm_projector.bin` (or .safetensors), whatever prefix its keys carry.
+    """Fill a model's connector from LLaVA's `mm_projector.bin` (or .safetensors), whatever prefix its keys carry.
 
+    The newline of LLaVA-1.6 is taken too where the model has one and the file holds it; else it stays as it was drawn.
     Raises ValueError with both shapes if it was trained for another width.
     """
+    fill_connector(model.get_model().mm_projector, path)
+    if not model.config.has_newline:
+        return
+    newlines = [tensor for name, tensor in read_weights(path).items() if name.endswith("image_newline")]
+    if newlines:
+        load_trained(model, {NEWLINE: newlines[0]}, f"weights of {path!r}")
+    else:
+        logger.info("%s holds no image_newline, which starts from random numbers.", path)
+
+
+def fill_connector(connector, path: str) -> None:
+    """Fill a connector from the weights in a file whose names hold `mm_projector.`."""
     weights = read_weights(path)
     picked = {}
     for name, tensor in weights.items():
@@ -96,4 +120,4 @@ def load_connector(model, path: str) -> None:
             picked[name.split("mm_projector.", 1)[1].removeprefix("image_spatial_proj.")] = tensor
     if not picked:
         raise ValueError(f"{path!r} holds no mm_projector weights; found {sorted(weights)[:5]}.")
-    load_into(model.get_model().mm_projector, picked, f"connector weights of {path!r}")
+    load_into(connector, picked, f"connector weights of {path!r}")

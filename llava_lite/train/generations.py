@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from llava_lite.constants import IGNORE_INDEX
+from llava_lite.data.collator import batch_pictures
 
 logger = logging.getLogger(__name__)
 
@@ -40,10 +41,10 @@ def generate_answers(model, tokenizer, examples, device, max_new_tokens):
     answers = []
     for example in examples:
         prompt, expected = prompt_and_answer(example["input_ids"], example["labels"])
-        images = example.get("images")
+        pictures = {"images": None} | batch_pictures([example])
         output = model.generate(
             prompt[None].to(device),
-            images=None if images is None else images.to(device),
+            **pictures,
             attention_mask=torch.ones_like(prompt[None], device=device),
             max_new_tokens=max_new_tokens,
             do_sample=False,

@@ -131,7 +131,20 @@ def plan_of_run(model, dataset, training_args):
         f"accumulated = {batch} a step, {num_steps:,} steps, ZeRO-{args.zero_stage}",
         f"estimated memory of a rank in its longest batch ({num_tokens:,} tokens):",
     ]
-    return "\n".join(head + memory_lines(memory))
+    tail = []
+    if dataset.layout.is_anyres:
+        tail = [picture_line(dataset.layout, args.model_max_length)]
+    return "\n".join(head + memory_lines(memory) + tail)
+
+
+def picture_line(layout, max_length):
+    """Return the line that says how long pictures are, and whether the longest fits."""
+    least = layout.num_tokens() if not layout.is_anyres else layout.num_features
+    length = f"{layout.most_tokens:,}" if least == layout.most_tokens else f"up to {layout.most_tokens:,}"
+    line = f"a picture is {length} tokens"
+    if layout.most_tokens < max_length:
+        return line
+    return f"{line}: more than --model_max_length {max_length:,} has room for; records with such a picture are refused"
 
 
 def steps_of_run(num_records, batch, args):
@@ -141,7 +154,7 @@ def steps_of_run(num_records, batch, args):
     return math.ceil(math.ceil(num_records / batch) * args.num_train_epochs)
 
 
-def empty_model(model_args, training_args):
+def empty_model(model_args, data_args, training_args):
     """Return the model of a run without weights: only configs are read, so that a laptop can plan for a cluster."""
     import torch
     from transformers import AutoConfig
@@ -156,7 +169,9 @@ def empty_model(model_args, training_args):
     config = stock
     if not stock.model_type.startswith("llava_"):
         fields = text_fields(stock) | tower_fields(model_args.vision_tower)
-        config = model_class.config_class(**(fields | model_args.config_choices()))
+        config = model_class.config_class(**fields)
+    for key, value in (model_args.config_choices() | data_args.config_choices()).items():
+        setattr(config, key, value)
     if training_args.tuning == "moe":
         config.moe = model_args.moe_config()
     with torch.device("meta"):
@@ -179,8 +194,8 @@ def main(argv=None):
     if {"-h", "--help"} & set(flags):
         print(f"{own.format_help()}\nand the flags of `llava-lite train`, which follow.\n")
     os.environ.setdefault("ACCELERATE_USE_CPU", "true")
-    model_args, _, training_args = parse_args(flags)
-    model = empty_model(model_args, training_args)
+    model_args, data_args, training_args = parse_args(flags)
+    model = empty_model(model_args, data_args, training_args)
     print(describe(model, training_args))
     num_tokens = training_args.per_device_train_batch_size * training_args.model_max_length
     weights, gradients, optimizer = weight_bytes(model, training_args.zero_stage, num_devices)
@@ -197,3 +212,5 @@ def main(argv=None):
         f"({training_args.per_device_train_batch_size} records of {training_args.model_max_length}, all learned):"
     )
     print("\n".join(memory_lines(memory)))
+    if model.config.has_vision_tower:
+        print(picture_line(model.config.picture_layout, training_args.model_max_length))

@@ -135,13 +135,12 @@ def build_model(model_args, data_args, training_args):
     """Return the model with tower and connector, in training mode; a connector of stage 1 is filled in."""
     from llava_lite.model.assemble import assemble, load_connector
 
-    aspect_ratio = data_args.image_aspect_ratio
     model = assemble(
         model_args.model_name_or_path,
         model_args.vision_tower,
         config_overrides={
             **model_args.config_choices(),
-            **({} if aspect_ratio is None else {"image_aspect_ratio": aspect_ratio}),
+            **data_args.config_choices(),
             "tokenizer_padding_side": "right",
             "tokenizer_model_max_length": training_args.model_max_length,
             "conv_template": model_args.version,
@@ -192,20 +191,13 @@ def fit_vocabulary(model, tokenizer):
     New rows start as the mean of the old ones, as LLaVA does; transformers would draw them.
     """
     from llava_lite.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_PATCH_TOKEN
-    from llava_lite.model.weights import gathered
+    from llava_lite.model.vocabulary import fit_rows
 
     words = [DEFAULT_IMAGE_PATCH_TOKEN] if model.config.mm_use_im_patch_token else []
     words += [DEFAULT_IM_START_TOKEN, DEFAULT_IM_END_TOKEN] if model.config.mm_use_im_start_end else []
+    num_known = min(len(tokenizer), model.config.vocab_size)
     tokenizer.add_tokens(words, special_tokens=True)
-    num_rows = model.config.vocab_size
-    if len(tokenizer) > num_rows:
-        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-        for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
-            with torch.no_grad(), gathered(list(layer.parameters()), modify=True):
-                for weight in layer.parameters():
-                    # Elsewhere than on rank 0 a gathered weight may still be empty here.
-                    if weight.numel():
-                        weight[num_rows:] = weight[:num_rows].mean(dim=0, keepdim=True)
+    fit_rows(model, len(tokenizer), num_known)
     model.config.pad_token_id = model.generation_config.pad_token_id = tokenizer.pad_token_id
 
 
@@ -234,6 +226,7 @@ def gather_experts_together(model):
 
 def load_data(model, tokenizer, model_args, data_args, training_args):
     """Return the records to learn from and those held out (or None), every one of them checked."""
+    from llava_lite.anyres import PictureLayout
     from llava_lite.data.dataset import open_dataset
     from llava_lite.train.ranks import everyone
 
@@ -248,8 +241,7 @@ def load_data(model, tokenizer, model_args, data_args, training_args):
             None if tower is None else tower.image_processor,
             model_args.version,
             image_folder=data_args.image_folder,
-            image_aspect_ratio=model.config.image_aspect_ratio,
-            num_image_tokens=0 if tower is None else model.config.num_image_tokens,
+            layout=PictureLayout(0) if tower is None else model.config.picture_layout,
             max_length=training_args.model_max_length,
             mm_use_im_start_end=model.config.mm_use_im_start_end,
             num_workers=training_args.dataloader_num_workers,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import zlib
 from collections.abc import Mapping
 
@@ -12,6 +13,7 @@ from llava_lite.model.weights import gathered, is_partitioned
 
 TRAINED = "trained.safetensors"
 PROJECTOR = "mm_projector.bin"
+IN_PROJECTOR_FILE = re.compile(r"(?:^|\.)(mm_projector\..*|image_newline)$")
 _SAMPLES = 64
 
 
@@ -73,17 +75,17 @@ def load_trained(model: nn.Module, state: Mapping[str, torch.Tensor], where: str
 
 
 def projector_state(model: nn.Module, keep: bool = True) -> dict[str, torch.Tensor]:
-    """Return LLaVA's mm_projector.bin: the connector's weights under `model.mm_projector.*`, on the CPU.
+    """Return LLaVA's mm_projector.bin, on the CPU: `model.mm_projector.*` and `model.image_newline` if there is one.
 
     All ranks must call it under ZeRO-3; those without `keep` get {}, as does a model without a connector.
     """
     found = {}
     for name, weight in model.state_dict(keep_vars=True).items():
-        _, mark, rest = name.partition("mm_projector.")
-        if mark:
+        part = IN_PROJECTOR_FILE.search(name)
+        if part:
             with gathered([weight]):
                 if keep:
-                    found[f"model.mm_projector.{rest}"] = weight.detach().to("cpu", copy=True)
+                    found[f"model.{part.group(1)}"] = weight.detach().to("cpu", copy=True)
     return found
 
 

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 
+from llava_lite.anyres import PictureLayout
 from llava_lite.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava_lite.data.check import check_annotations, main
 from llava_lite.data.encode import RecordEncoder
@@ -23,7 +24,7 @@ def encoder(toy_tokenizer):
 def check(encoder):
     def run(path, folder, **options):
         options = {"max_length": 2048} | options
-        return check_annotations(open_annotations(path, folder), encoder, P, **options)
+        return check_annotations(open_annotations(path, folder), encoder, PictureLayout(P), **options)
 
     return run
 
@@ -161,7 +162,9 @@ def test_lengths_and_truncation_agree_with_the_tokens_themselves(write_json, enc
         if not kept or IMAGE_TOKEN_INDEX in long_ids[max_length:]:
             bad.add(i)
         records[i]["length"] = len(long_ids)
-    report = check_annotations(annotations, encoder, P, max_length, bad_record="skip", max_bad_share=1.0)
+    report = check_annotations(
+        annotations, encoder, PictureLayout(P), max_length, bad_record="skip", max_bad_share=1.0
+    )
     assert {int(entry.id) for entry in report.bad} == bad
     assert annotations.token_lengths.tolist() == [item["length"] for item in records]
     left = [records[i]["length"] for i in range(40) if i not in bad]
@@ -176,7 +179,7 @@ def test_token_counts_are_kept_apart_for_each_tokenizer_and_template(write_json,
     for kind, template in (("llama", "v1"), ("llama", "plain"), ("gpt2", "v1"), ("qwen", "chat")):
         encoder = RecordEncoder(toy_tokenizer_for(kind), template)
         assert encoder.fingerprint == RecordEncoder(toy_tokenizer_for(kind), template).fingerprint
-        annotations.count_tokens(encoder, P)
+        annotations.count_tokens(encoder, PictureLayout(P))
         assert annotations.token_lengths.tolist() == [len(encoder(annotations[0])[0])]
         seen[encoder.fingerprint] = annotations.token_lengths[0]
     assert len(seen) == 4
@@ -196,12 +199,12 @@ def test_counting_stops_and_goes_on_where_it_was(write_json, encoder, monkeypatc
             return super().measure(record)
 
     with pytest.raises(KeyboardInterrupt):
-        annotations.count_tokens(Stopping(encoder.tokenizer, "v1"), P)
+        annotations.count_tokens(Stopping(encoder.tokenizer, "v1"), PictureLayout(P))
     assert len(np.flatnonzero(annotations.token_facts().text_len > 0)) == 8
     seen.clear()
     seen.append("one")
     with pytest.raises(KeyboardInterrupt):
-        annotations.count_tokens(Stopping(encoder.tokenizer, "v1"), P)
+        annotations.count_tokens(Stopping(encoder.tokenizer, "v1"), PictureLayout(P))
     assert seen[1] == "8"
 
 
@@ -211,10 +214,10 @@ def test_worker_processes_count_the_same_tokens(write_json, encoder, monkeypatch
     broken = {"id": 5, "conversations": turns[1:]}
     path = write_json([{"id": i, "conversations": turns * (1 + i % 3)} for i in range(40)] + [broken])
     alone = open_annotations(path)
-    alone.count_tokens(encoder, P)
+    alone.count_tokens(encoder, PictureLayout(P))
     monkeypatch.setenv("LLAVA_LITE_CACHE", str(tmp_path_factory.mktemp("other")))
     spread = open_annotations(path)
-    problems = spread.count_tokens(encoder, P, num_workers=2)
+    problems = spread.count_tokens(encoder, PictureLayout(P), num_workers=2)
     assert np.array_equal(spread.token_facts(), alone.token_facts())
     assert list(problems) == [40]
     assert "nothing remains" in str(problems[40])

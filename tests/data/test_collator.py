@@ -9,7 +9,8 @@ from llava_lite.data.collator import DataCollatorForSupervisedDataset
 def example(name, ids, labels, num_pictures=0, dtype=torch.float32):
     made = {"id": name, "input_ids": torch.tensor(ids), "labels": torch.tensor(labels)}
     if num_pictures:
-        made["images"] = torch.full((num_pictures, 3, 2, 2), len(ids)).to(dtype)
+        made["images"] = list(torch.full((num_pictures, 3, 2, 2), len(ids)).to(dtype))
+        made["image_sizes"] = [(2, 2)] * num_pictures
     return made
 
 

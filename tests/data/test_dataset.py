@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
+from llava_lite.anyres import PictureLayout
 from llava_lite.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava_lite.data.collator import DataCollatorForSupervisedDataset
 from llava_lite.data.dataset import LazySupervisedDataset, open_dataset
@@ -30,7 +31,7 @@ def opened(oddities, toy_tokenizer, processor):
     path, folder, _ = oddities
 
     def make(**options):
-        options = {"max_bad_share": 0.2, "bad_record": "skip", "num_image_tokens": P} | options
+        options = {"max_bad_share": 0.2, "bad_record": "skip", "layout": PictureLayout(P)} | options
         return open_dataset(path, toy_tokenizer, processor, "v1", folder, **options)
 
     return make
@@ -46,7 +47,7 @@ def test_marks_become_as_many_placeholders_as_features():
 
 @pytest.mark.parametrize("aspect_ratio", ["square", "pad"])
 def test_public_oddities_go_through_sampler_dataset_and_collator(opened, toy_tokenizer, aspect_ratio):
-    dataset, report = opened(image_aspect_ratio=aspect_ratio)
+    dataset, report = opened(layout=PictureLayout(P, aspect_ratio=aspect_ratio))
     assert len(dataset) == 11
     sampler = ModalityLengthGroupedSampler(dataset.lengths, dataset.has_picture, batch_size=3, world_size=1)
     collate = DataCollatorForSupervisedDataset(pad_token_id=toy_tokenizer.unk_token_id)
@@ -93,9 +94,9 @@ def test_a_greeting_from_gpt_changes_nothing(opened):
 
 @pytest.mark.parametrize("aspect_ratio", ["square", "pad"])
 def test_the_picture_is_the_one_that_mm_utils_prepares(opened, oddities, processor, aspect_ratio):
-    example = by_id(opened(image_aspect_ratio=aspect_ratio)[0], "ocr png")
+    example = by_id(opened(layout=PictureLayout(P, aspect_ratio=aspect_ratio))[0], "ocr png")
     picture = open_picture(f"{oddities[1]}/ocr_vqa/images/as_png.png")
-    assert example["images"].shape == (1, 3, 32, 32)
+    assert [pixels.shape for pixels in example["images"]] == [(3, 32, 32)]
     assert torch.equal(example["images"][0], prepare_picture(picture, processor, aspect_ratio))
 
 
@@ -110,7 +111,9 @@ def test_workers_get_paths_not_records(opened):
 def unchecked(oddities, tokenizer, processor, max_length=2048):
     path, folder, _ = oddities
     annotations = open_annotations(path, folder)
-    return LazySupervisedDataset(annotations, tokenizer, processor, "v1", num_image_tokens=P, max_length=max_length)
+    return LazySupervisedDataset(
+        annotations, tokenizer, processor, "v1", layout=PictureLayout(P), max_length=max_length
+    )
 
 
 @pytest.mark.parametrize(
@@ -139,7 +142,11 @@ def test_an_unknown_aspect_ratio_is_refused(oddities, toy_tokenizer, processor):
     path, folder, _ = oddities
     with pytest.raises(ValueError, match="unknown image_aspect_ratio 'round'; known: square, pad"):
         LazySupervisedDataset(
-            open_annotations(path, folder), toy_tokenizer, processor, "v1", image_aspect_ratio="round"
+            open_annotations(path, folder),
+            toy_tokenizer,
+            processor,
+            "v1",
+            layout=PictureLayout(P, aspect_ratio="round"),
         )
 
 
@@ -149,5 +156,6 @@ def test_loader_workers_make_the_same_batches(opened, toy_tokenizer):
     alone = list(DataLoader(dataset, batch_size=4, collate_fn=collate))
     spread = list(DataLoader(dataset, batch_size=4, collate_fn=collate, num_workers=2))
     for one, other in zip(alone, spread, strict=True):
-        assert one["sample_ids"] == other["sample_ids"]
-        assert all(torch.equal(one[key], other[key]) for key in one if key != "sample_ids")
+        assert one.keys() == other.keys()
+        for key, value in one.items():
+            assert torch.equal(value, other[key]) if isinstance(value, torch.Tensor) else value == other[key]
