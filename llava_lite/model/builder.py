@@ -50,8 +50,8 @@ def load_pretrained_model(
     config.json, and model_base replaces that name. dtype: None for the checkpoint's own (float32 for a float16 one on
     the CPU). device_map: a map of several places, or "auto" on several GPUs, spreads the model and needs accelerate;
     otherwise the model goes to `device` itself. customized_config: a config, its fields or where to read it, in place
-    of the checkpoint's; overwrite_config: fields to replace, those within `moe` one by one. model_name, multimodal: LLaVA's and lmms-eval's, accepted
-    and not needed. Further keywords go to `from_pretrained`.
+    of the checkpoint's; overwrite_config: fields to replace, those within `moe` one by one. model_name, multimodal:
+    LLaVA's and lmms-eval's, accepted and not needed. Further keywords go to `from_pretrained`.
 
     Experts lose no token and answer the same every time. MoE-LLaVA drops tokens above a capacity and draws the second
     expert, at inference too: overwrite_config={"moe": {"moe_drop_tokens": True, "moe_second_expert_sampling":

@@ -77,6 +77,8 @@ class LoadingMixin:
         state_dict = read_foreign(path, hub)
         if config.has_vision_tower and config.vision_config is None:
             config.vision_config = find_vision_config(config.mm_vision_tower, path, hub)
+        takes_any_shape = kwargs.pop("ignore_mismatched_sizes", False)
+        kwargs["ignore_mismatched_sizes"] = True
         with own_accounting(), broken_files_in_words(path, hub):
             if state_dict is None:
                 model, info = super().from_pretrained(path, *args, config=config, output_loading_info=True, **kwargs)
@@ -95,6 +97,10 @@ class LoadingMixin:
         info["new_keys"] = {k for k in missing if k.startswith(new_parts or ("\0",))}
         if strict:
             refuse_strays(path, type(model).__name__, missing - info["new_keys"], unexpected)
+        if not takes_any_shape:
+            # Of a tower that is not read from here the shapes do not matter.
+            prefix = TOWER if model.get_vision_tower() is not None and not tower_is_inside else "\0"
+            refuse_shapes(path, [found for found in info["mismatched_keys"] if not found[0].startswith(prefix)])
         return model, info
 
     @classmethod
@@ -164,6 +170,19 @@ def strays(info: dict) -> tuple[set[str], set[str]]:
     """Return the names of missing and of unexpected weights, but for those that the constructor computes."""
     missing, unexpected = info["missing_keys"], info["unexpected_keys"]
     return {k for k in missing if not DERIVED.search(k)}, {k for k in unexpected if not DERIVED.search(k)}
+
+
+def refuse_shapes(path, mismatched: list[tuple]) -> None:
+    """Raise ValueError with both shapes for weights [(name, shape in the checkpoint, shape of the model)]."""
+    if mismatched:
+        listed = [
+            f"{name} has shape {tuple(found)}, the model expects {tuple(wanted)}"
+            for name, found, wanted in sorted(mismatched)[:5]
+        ]
+        raise ValueError(
+            f"weights of {str(path)!r} have other shapes than config.json says, {len(mismatched)} in all: "
+            f"{'; '.join(listed)}. Its config.json belongs to another checkpoint, or was changed."
+        )
 
 
 def find_vision_config(name: str, path, hub: dict):

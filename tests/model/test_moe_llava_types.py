@@ -229,7 +229,7 @@ def test_logits_are_those_of_deepspeeds_own_layer(decoder, use_residual, written
 
 
 def test_dropping_as_the_original_does_can_be_asked_for(written, pixels, toy_tokenizer, tmp_path):
-    """Routing is dropless by default; with eval_capacity_factor 0.5 an expert takes ceil(27 / 4 * 2 * 0.5) = 7 tokens."""
+    """Nothing is dropped by default; with eval_capacity_factor 0.5 an expert takes 27 / 4 * 2 * 0.5, so 7 tokens."""
     pytest.importorskip("deepspeed", reason="the witness is DeepSpeed's MoE layer")
     there = written("llama", eval_capacity_factor=0.5)
     folder = there.write(tmp_path / "x", toy_tokenizer)
