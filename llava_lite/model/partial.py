@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from pathlib import Path
 
 import torch
@@ -19,6 +20,7 @@ logger = logging.getLogger(__name__)
 TRAINED = ("trained.safetensors", "non_lora_trainables.bin", "mm_projector.bin")
 ADAPTER, ADAPTER_WEIGHTS = "adapter_config.json", ("adapter_model.safetensors", "adapter_model.bin")
 EMBEDDING = "model.embed_tokens.weight"
+PICTURE_PARTS = re.compile(r"\.(vision_tower|mm_projector)\.")
 WHOLE = (SAFE, f"{SAFE}.index.json", PICKLED, f"{PICKLED}.index.json")
 
 
@@ -132,12 +134,17 @@ def load_trained(model, state_dict: dict, what: str) -> None:
 
 
 def merge_adapter(model, path, hub: dict):
-    """Return the model with the LoRA of a folder or hub id folded in: W + lora_alpha / r * B A, every key used.
+    """Return the model with the LoRA of a folder or hub id folded in: W + lora_alpha / r * B A, every key used."""
+    return open_adapter(model, path, hub).merge_and_unload()
+
+
+def open_adapter(model, path, hub: dict):
+    """Return the model with the LoRA of a folder or hub id beside its weights, as PEFT's model, every key used.
 
     PEFT itself only warns about keys that do not fit.
     """
     try:
-        from peft import PeftModel, get_peft_model_state_dict
+        from peft import PeftConfig, PeftModel, get_peft_model_state_dict
     except ImportError as error:
         raise ImportError(
             f"{str(path)!r} holds a LoRA adapter; install peft (pip install 'llava-lite[peft]')."
@@ -150,10 +157,15 @@ def merge_adapter(model, path, hub: dict):
         raise OSError(f"{str(path)!r} has an {ADAPTER} and no weights: {' and '.join(ADAPTER_WEIGHTS)} are missing.")
     saved = set(read_weights(files[0]))
     # A local folder, so that PEFT looks nothing up by itself.
-    tuned = PeftModel.from_pretrained(model, str(Path(config_file).parent))
+    folder = str(Path(config_file).parent)
+    config = PeftConfig.from_pretrained(folder)
+    if not any(PICTURE_PARTS.search(name) for name in saved):
+        # LLaVA names layers by their last word, q_proj, while its tower, which has one too, was not there yet.
+        config.exclude_modules = config.exclude_modules or f".*{PICTURE_PARTS.pattern}.*"
+    tuned = PeftModel.from_pretrained(model, folder, config=config)
     wanted = set(get_peft_model_state_dict(tuned, save_embedding_layers=False))
     refuse_strays(files[0], "the LoRA that its adapter_config.json describes", wanted - saved, saved - wanted)
-    return tuned.merge_and_unload()
+    return tuned
 
 
 def refuse_strays(path, what: str, missing: set[str], unexpected: set[str]) -> None:

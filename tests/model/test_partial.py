@@ -1,0 +1,289 @@
+"""Folders of what was trained, as LLaVA writes them, on their base: equal to the formula, nothing lost in silence."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, CLIPVisionModel
+
+from llava_lite.model import LlavaLlamaForCausalLM
+from llava_lite.model.builder import load_pretrained_model
+
+IDS = torch.tensor([[1, 50, 60, -200, 70, 80, 90, 31, 32, 33]])
+R, ALPHA = 4, 6
+FIELDS = {
+    "architectures": ["LlavaLlamaForCausalLM"],
+    "model_type": "llava_llama",
+    "image_aspect_ratio": "pad",
+    "mm_hidden_size": 32,
+    "mm_projector_type": "mlp2x_gelu",
+    "mm_resampler_type": None,
+    "mm_use_im_patch_token": False,
+    "mm_use_im_start_end": False,
+    "mm_vision_select_feature": "patch",
+    "mm_vision_select_layer": -2,
+    "use_mm_proj": True,
+}
+
+
+class Tuned:
+    """What LLaVA trained on a Llama: its files, and the stock parts with the weights that must come out."""
+
+    def __init__(self, llm_dir, tower_dir):
+        torch.manual_seed(11)
+        self.base = str(llm_dir)
+        self.stock = AutoModelForCausalLM.from_pretrained(llm_dir, dtype=torch.float32).eval()
+        self.tower = CLIPVisionModel.from_pretrained(tower_dir, dtype=torch.float32)
+        self.projector = nn.Sequential(nn.Linear(32, 32), nn.GELU(), nn.Linear(32, 32))
+        self.config = self.stock.config.to_dict() | FIELDS | {"mm_vision_tower": str(tower_dir)}
+
+    def connector(self, prefix="model."):
+        return {f"{prefix}mm_projector.{k}": v.detach().clone() for k, v in self.projector.state_dict().items()}
+
+    def write_config(self, folder):
+        folder.mkdir(exist_ok=True)
+        (folder / "config.json").write_text(json.dumps(self.config))
+        return folder
+
+    def write_projector(self, folder, **more):
+        """Write what stage 1 leaves: config.json and mm_projector.bin."""
+        self.write_config(folder)
+        torch.save(self.connector() | more, folder / "mm_projector.bin")
+        return folder
+
+    def write_lora(self, folder, form="safetensors", **more):
+        """Write what finetune_lora.sh leaves; the stock decoder becomes W + alpha / r * B A."""
+        self.write_config(folder)
+        adapter = {}
+        for name, weight in self.stock.named_parameters():
+            if name.endswith(("q_proj.weight", "down_proj.weight")):
+                down, up = torch.randn(R, weight.shape[1]) * 0.1, torch.randn(weight.shape[0], R) * 0.1
+                weight.data += ALPHA / R * up @ down
+                layer = f"base_model.model.{name.removesuffix('.weight')}"
+                adapter |= {f"{layer}.lora_A.weight": down, f"{layer}.lora_B.weight": up}
+        fields = {
+            "auto_mapping": None,
+            "base_model_name_or_path": self.base,
+            "bias": "none",
+            "fan_in_fan_out": False,
+            "inference_mode": True,
+            "init_lora_weights": True,
+            "lora_alpha": ALPHA,
+            "lora_dropout": 0.05,
+            "modules_to_save": None,
+            "peft_type": "LORA",
+            "r": R,
+            "target_modules": ["q_proj", "down_proj"],
+            "task_type": "CAUSAL_LM",
+        }
+        (folder / "adapter_config.json").write_text(json.dumps(fields))
+        if form == "safetensors":
+            save_file({k: v.contiguous() for k, v in adapter.items()}, folder / "adapter_model.safetensors")
+        else:
+            torch.save(adapter, folder / "adapter_model.bin")
+        torch.save(self.connector("base_model.model.model.") | more, folder / "non_lora_trainables.bin")
+        return folder
+
+    def expected(self, pixels, ids=IDS):
+        """Return the logits by the stock decoder, tower and connector."""
+        with torch.no_grad():
+            features = self.tower(pixels, output_hidden_states=True).hidden_states[-2][:, 1:]
+            words = self.stock.get_input_embeddings()(ids.clamp(min=0))[0]
+            place = int((ids[0] == -200).nonzero())
+            embeds = torch.cat([words[:place], self.projector(features)[0], words[place + 1 :]])[None]
+            return self.stock(inputs_embeds=embeds).logits
+
+
+@pytest.fixture
+def tuned(toy_llm_dir, toy_tower_dir):
+    return Tuned(toy_llm_dir("llama"), toy_tower_dir("clip"))
+
+
+@pytest.fixture
+def pixels():
+    return torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+
+
+def logits_of(model, pixels, ids=IDS):
+    with torch.no_grad():
+        return model(ids, images=pixels).logits
+
+
+def edit(file, **changes):
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+def test_a_projector_opens_on_the_base_that_is_given(tuned, pixels, tmp_path):
+    folder = tuned.write_projector(tmp_path / "x91")
+    tokenizer, model, _, _ = load_pretrained_model(str(folder), tuned.base, "mpt-lora", device="cpu")
+    torch.testing.assert_close(logits_of(model, pixels), tuned.expected(pixels), rtol=0, atol=1e-5)
+    assert len(tokenizer) == len(tuned.stock.get_input_embeddings().weight)
+    edit(folder / "config.json", base_model_name_or_path=tuned.base)
+    for opened in (LlavaLlamaForCausalLM.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)):
+        assert torch.equal(logits_of(opened, pixels), logits_of(model, pixels))
+
+
+def test_a_projector_without_a_base_says_what_to_give(tuned, tmp_path):
+    folder = tuned.write_projector(tmp_path / "x91")
+    for opened in (
+        LlavaLlamaForCausalLM.from_pretrained,
+        AutoModelForCausalLM.from_pretrained,
+        lambda path: load_pretrained_model(path, device="cpu"),
+    ):
+        with pytest.raises(
+            ValueError, match=r"only what was trained \(mm_projector.bin\) and names no base.*model_base"
+        ):
+            opened(folder)
+
+
+@pytest.mark.parametrize("form", ["safetensors", "bin"])
+def test_llavas_lora_is_the_formula(form, tuned, pixels, tmp_path):
+    pytest.importorskip("peft", reason="needs the extra 'peft'")
+    folder = tuned.write_lora(tmp_path / "x91", form)
+    tokenizer, model, image_processor, _ = load_pretrained_model(str(folder), tuned.base, "phi-moe", device="cpu")
+    for name, weight in tuned.stock.named_parameters():
+        torch.testing.assert_close(model.get_parameter(name), weight.detach(), rtol=0, atol=1e-6, check_device=False)
+    torch.testing.assert_close(logits_of(model, pixels), tuned.expected(pixels), rtol=0, atol=1e-5)
+    assert image_processor.crop_size["height"] == 32
+    # The folder has no tokenizer: it is the base's.
+    assert tokenizer.get_vocab() == load_pretrained_model(tuned.base, device="cpu")[0].get_vocab()
+
+
+@pytest.mark.parametrize("way", ["builder", "class", "auto"])
+def test_llavas_lora_finds_the_base_that_its_adapter_names(way, tuned, pixels, tmp_path):
+    pytest.importorskip("peft", reason="needs the extra 'peft'")
+    folder = tuned.write_lora(tmp_path / "x91")
+    opened = {
+        "builder": lambda: load_pretrained_model(folder, device="cpu")[1],
+        "class": lambda: LlavaLlamaForCausalLM.from_pretrained(folder),
+        "auto": lambda: AutoModelForCausalLM.from_pretrained(folder),
+    }[way]()
+    assert type(opened) is LlavaLlamaForCausalLM
+    assert not hasattr(opened, "peft_config")
+    torch.testing.assert_close(logits_of(opened, pixels), tuned.expected(pixels), rtol=0, atol=1e-5)
+
+
+def test_llavas_lora_without_any_base_says_what_to_give(tuned, tmp_path):
+    folder = tuned.write_lora(tmp_path / "x91")
+    edit(folder / "adapter_config.json", base_model_name_or_path=None)
+    with pytest.raises(ValueError, match=r"non_lora_trainables.bin, adapter_model.safetensors\) and names no base"):
+        load_pretrained_model(folder, device="cpu")
+    edit(folder / "adapter_config.json", base_model_name_or_path="/nowhere/vicuna")
+    with pytest.raises(OSError, match="its base '/nowhere/vicuna' is not there"):
+        load_pretrained_model(folder, device="cpu")
+
+
+def test_lora_keys_that_do_not_fit_are_named(tuned, tmp_path):
+    """PEFT itself warns of them and goes on."""
+    pytest.importorskip("peft", reason="needs the extra 'peft'")
+    folder = tuned.write_lora(tmp_path / "x91")
+    file = folder / "adapter_model.safetensors"
+    adapter = load_file(file)
+    layer = "base_model.model.model.layers"
+    adapter[f"{layer}.7.self_attn.q_proj.lora_A.weight"] = adapter.pop(f"{layer}.1.self_attn.q_proj.lora_A.weight")
+    save_file(adapter, file)
+    with pytest.raises(ValueError, match=r"1 missing.*layers\.1\.self_attn.*1 unexpected.*layers\.7\.self_attn"):
+        load_pretrained_model(folder, tuned.base, device="cpu")
+    file.unlink()
+    with pytest.raises(OSError, match=r"has an adapter_config\.json and no weights"):
+        load_pretrained_model(folder, tuned.base, device="cpu")
+
+
+def test_a_connector_that_neither_folder_nor_base_holds_is_an_error(tuned, tmp_path):
+    folder = tuned.write_lora(tmp_path / "x91")
+    (folder / "non_lora_trainables.bin").unlink()
+    for opened in (LlavaLlamaForCausalLM.from_pretrained, lambda path: load_pretrained_model(path, device="cpu")):
+        with pytest.raises(ValueError, match=r"4 missing, such as \['model.mm_projector.0.bias'"):
+            opened(folder)
+
+
+def test_trained_weights_that_the_model_lacks_are_named(tuned, tmp_path):
+    folder = tuned.write_projector(tmp_path / "x91", **{"model.vision_resampler.query": torch.ones(1)})
+    with pytest.raises(ValueError, match=r"the model has no \['model.vision_resampler.query'\]"):
+        load_pretrained_model(folder, tuned.base, device="cpu")
+    edit(folder / "config.json", mm_projector_type="mlp3x_gelu")
+    torch.save(tuned.connector(), folder / "mm_projector.bin")
+    with pytest.raises(ValueError, match=r"2 missing.*mm_projector\.4\.weight"):
+        load_pretrained_model(folder, tuned.base, device="cpu")
+
+
+def test_a_whole_model_with_a_base_says_to_leave_the_base_out(tuned, toy_model, tmp_path):
+    toy_model().save_pretrained(tmp_path)
+    with pytest.raises(OSError, match=r"holds nothing to put on a base.*It is a whole model: open it without a base"):
+        load_pretrained_model(tmp_path, tuned.base, device="cpu")
+
+
+def test_a_pickle_with_code_in_it_is_refused(tuned, tmp_path):
+    class Attack:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "attacked"), "w"))
+
+    folder = tuned.write_projector(tmp_path / "x91", attack=Attack())
+    with pytest.raises(ValueError, match=r"mm_projector.bin' cannot be read.*a pickle with code in it, .*open"):
+        load_pretrained_model(folder, tuned.base, device="cpu")
+    lora = tuned.write_lora(tmp_path / "x92", "bin")
+    torch.save({"a": Attack()}, lora / "adapter_model.bin")
+    with pytest.raises(ValueError, match=r"adapter_model.bin' cannot be read.*a pickle with code in it"):
+        load_pretrained_model(lora, tuned.base, device="cpu")
+    assert not (tmp_path / "attacked").exists()
+
+
+@pytest.mark.parametrize("form", ["whole", "two rows"])
+def test_the_rows_of_new_words_are_found(form, tuned, pixels, toy_tokenizer, tmp_path):
+    """With mm_use_im_start_end stage 1 trains the rows of <im_start> and <im_end>; the head's are the mean of all."""
+    rows = torch.randn(2, 32)
+    table, head = tuned.stock.get_input_embeddings().weight.data, tuned.stock.lm_head.weight.data
+    num_words = len(table)
+    table = torch.cat([table + 0.5 if form == "whole" else table, rows])
+    tuned.config |= {"mm_use_im_start_end": True, "vocab_size": num_words + 2}
+    embedding = table if form == "whole" else rows
+    folder = tuned.write_projector(tmp_path / "x91", **{"model.embed_tokens.weight": embedding})
+    tuned.stock.resize_token_embeddings(num_words + 2)
+    tuned.stock.get_input_embeddings().weight.data = table
+    tuned.stock.lm_head.weight.data = torch.cat([head, head.mean(dim=0, keepdim=True).expand(2, -1)])
+    tokenizer, model, _, _ = load_pretrained_model(folder, tuned.base, device="cpu")
+    assert tokenizer.convert_tokens_to_ids(["<im_start>", "<im_end>"]) == [num_words, num_words + 1]
+    ids = torch.cat(
+        [IDS[:, :3], torch.tensor([[num_words]]), IDS[:, 3:4], torch.tensor([[num_words + 1]]), IDS[:, 4:]], 1
+    )
+    torch.testing.assert_close(logits_of(model, pixels, ids), tuned.expected(pixels, ids), rtol=0, atol=1e-5)
+    direct = LlavaLlamaForCausalLM.from_pretrained(folder, config=with_base(folder, tuned.base))
+    assert torch.equal(logits_of(direct, pixels, ids), logits_of(model, pixels, ids))
+
+
+def with_base(folder, base):
+    config = AutoConfig.from_pretrained(folder)
+    config.base_model_name_or_path = base
+    return config
+
+
+def test_a_stage_on_a_stage_takes_the_tokenizer_of_the_last_base(tuned, pixels, tmp_path):
+    pytest.importorskip("peft", reason="needs the extra 'peft'")
+    first = tuned.write_projector(tmp_path / "first")
+    edit(first / "config.json", base_model_name_or_path=tuned.base)
+    tuned.projector[0].weight.data *= 2
+    tuned.base = str(first)
+    second = tuned.write_lora(tmp_path / "second")
+    tokenizer, model, _, _ = load_pretrained_model(second, device="cpu")
+    torch.testing.assert_close(logits_of(model, pixels), tuned.expected(pixels), rtol=0, atol=1e-5)
+    assert tokenizer("Hello!")["input_ids"]
+
+
+def test_lora_alone_goes_on_a_llava_model_too(tuned, toy_model, toy_tokenizer, pixels, tmp_path):
+    """What PEFT saves by itself: an adapter without a config.json, on a whole LLaVA model."""
+    peft = pytest.importorskip("peft", reason="needs the extra 'peft'")
+    whole = toy_model()
+    whole.save_pretrained(tmp_path / "whole")
+    toy_tokenizer.save_pretrained(tmp_path / "whole")
+    target = r"model\.layers\.\d+\.self_attn\.v_proj"
+    wrapped = peft.get_peft_model(whole, peft.LoraConfig(r=2, target_modules=target, init_lora_weights=False)).eval()
+    wrapped.save_pretrained(tmp_path / "adapter")
+    edit(tmp_path / "adapter" / "adapter_config.json", base_model_name_or_path=str(tmp_path / "whole"))
+    _, model, _, _ = load_pretrained_model(tmp_path / "adapter", device="cpu")
+    torch.testing.assert_close(logits_of(model, pixels), logits_of(wrapped, pixels), rtol=0, atol=1e-5)
+    shutil.move(tmp_path / "whole", tmp_path / "moved")
+    _, moved, _, _ = load_pretrained_model(tmp_path / "adapter", tmp_path / "moved", device="cpu")
+    assert torch.equal(logits_of(moved, pixels), logits_of(model, pixels))
