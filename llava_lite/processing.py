@@ -24,6 +24,10 @@ from llava_lite.pictures import picture_side
 SETTINGS = ("conv_template", "image_aspect_ratio", "num_image_tokens", "image_token_index", "use_im_start_end")
 SETTINGS += ("image_grid_pinpoints", "mm_patch_merge_type")
 
+# What the Auto classes and pipelines hand to processor and model alike, and no processor needs.
+OF_OTHERS = ("_from_auto", "_from_pipeline", "_commit_hash", "trust_remote_code", "code_revision", "config")
+OF_OTHERS += ("dtype", "torch_dtype", "device_map", "attn_implementation", "low_cpu_mem_usage", "use_fast", "backend")
+
 
 class LlavaLiteProcessor(ProcessorMixin):
     """The tokenizer, the image processor and the prompt format that belong to a checkpoint.
@@ -115,11 +119,11 @@ class LlavaLiteProcessor(ProcessorMixin):
 
         LLaVA's folders hold config.json and the tokenizer; the image processor is then that of `mm_vision_tower`. A
         folder without a tokenizer (projector, LoRA) takes that of `base_model_name_or_path`. Further keywords
-        replace what was saved (conv_template="llava_v1"); those of the hub (revision, token, ...) go to every file.
+        replace what was saved, of the processor (conv_template="llava_v1") or of a part of it (padding_side="right",
+        do_center_crop=False); those of the hub (revision, token, ...) go to every file.
         """
         hub = hub_arguments(kwargs)
-        for private in (*hub, "_from_auto", "trust_remote_code", "config", "_from_pipeline", "_commit_hash"):
-            kwargs.pop(private, None)
+        kwargs = {key: value for key, value in kwargs.items() if key not in (*hub, *OF_OTHERS)}
         name = str(pretrained_model_name_or_path)
         # Registers the config classes that the folder names; only here, since this page knows no model.
         import_module("llava_lite.model")
@@ -130,8 +134,14 @@ class LlavaLiteProcessor(ProcessorMixin):
         saved = read_json(name, PROCESSOR_NAME, hub)
         for key in SETTINGS:
             setattr(processor, key, kwargs.pop(key, saved.get(key, getattr(processor, key))))
-        if kwargs:
-            raise TypeError(f"unknown keywords for a processor: {', '.join(sorted(kwargs))}.")
+        for key, value in kwargs.items():
+            part = next(
+                (part for part in (processor, processor.tokenizer, processor.image_processor) if hasattr(part, key)),
+                None,
+            )
+            if part is None:
+                raise TypeError(f"unknown keyword {key!r}: neither processor, tokenizer nor image processor has it.")
+            setattr(part, key, value)
         get_template(processor.conv_template)
         return processor
 

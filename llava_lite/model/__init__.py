@@ -1,6 +1,6 @@
 """The models; importing this registers them with transformers' Auto classes."""
 
-from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
 
 from llava_lite.model.language_model.llava_llama import LlavaLlamaConfig, LlavaLlamaForCausalLM
 from llava_lite.model.language_model.llava_mistral import LlavaMistralConfig, LlavaMistralForCausalLM
@@ -58,9 +58,13 @@ def model_class_for(model_type: str) -> type:
 
 
 for _model in BACKBONES.values():
-    AutoConfig.register(_model.config_class.model_type, _model.config_class)
-    AutoModelForCausalLM.register(_model.config_class, _model)
-    AutoProcessor.register(_model.config_class, LlavaLiteProcessor)
+    _config = _model.config_class
+    # exist_ok: the package may be imported once more, after a test or a notebook dropped it.
+    AutoConfig.register(_config.model_type, _config, exist_ok=True)
+    AutoModel.register(_config, _model.decoder_class, exist_ok=True)
+    AutoModelForCausalLM.register(_config, _model, exist_ok=True)
+    AutoModelForImageTextToText.register(_config, _model, exist_ok=True)
+    AutoProcessor.register(_config, LlavaLiteProcessor, exist_ok=True)
 
 __all__ = [
     "BACKBONES",

@@ -1,0 +1,152 @@
+"""What transformers' Auto classes and pipelines make of a saved folder, beside transformers' own LLaVA."""
+
+import importlib
+import sys
+
+import pytest
+import torch
+import transformers
+from conftest import draw_picture
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    pipeline,
+)
+
+import llava_lite.model
+from llava_lite.mm_utils import load_image_processor
+from llava_lite.model import BACKBONES, LlavaLlamaConfig, LlavaLlamaForCausalLM
+from llava_lite.processing import LlavaLiteProcessor
+
+QUESTION = "What colour is the square?"
+
+
+@pytest.fixture(params=["-200", "vocabulary"])
+def folder(request, toy_model, toy_tokenizer, toy_tower_dir, tmp_path):
+    """A model with its processor, pictures marked by -200 or by an id of the vocabulary."""
+    overrides = {"conv_template": "v1"}
+    if request.param == "vocabulary":
+        toy_tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+        overrides["image_token_index"] = toy_tokenizer.convert_tokens_to_ids("<image>")
+    model = toy_model(**overrides)
+    model.resize_token_embeddings(len(toy_tokenizer))
+    processor = LlavaLiteProcessor.from_config(model.config, toy_tokenizer, load_image_processor(toy_tower_dir()))
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    return str(tmp_path)
+
+
+def message(picture, text=QUESTION):
+    return {"role": "user", "content": [{"type": "image", "image": picture}, {"type": "text", "text": text}]}
+
+
+def expected_answer(folder, prompt, pictures, **generate):
+    """Return the new text by the model and the processor alone."""
+    model = LlavaLlamaForCausalLM.from_pretrained(folder)
+    processor = LlavaLiteProcessor.from_pretrained(folder)
+    inputs = processor(text=prompt, images=pictures)
+    tokens = model.generate(**inputs, do_sample=False, **generate)
+    return processor.tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+def test_every_auto_class_opens_a_folder_as_what_it_is(folder):
+    assert type(AutoConfig.from_pretrained(folder)) is LlavaLlamaConfig
+    for auto in (AutoModelForCausalLM, AutoModelForImageTextToText):
+        assert type(auto.from_pretrained(folder)) is LlavaLlamaForCausalLM
+    stack = AutoModel.from_pretrained(folder)
+    assert type(stack) is LlavaLlamaForCausalLM.decoder_class
+    whole = LlavaLlamaForCausalLM.from_pretrained(folder).model
+    assert all(torch.equal(weight, whole.state_dict()[name]) for name, weight in stack.state_dict().items())
+    assert type(AutoProcessor.from_pretrained(folder)) is LlavaLiteProcessor
+
+
+def test_every_backbone_is_registered_under_its_own_name():
+    for name, model_class in BACKBONES.items():
+        config = AutoConfig.for_model(f"llava_{name}")
+        assert type(config) is model_class.config_class
+        for mapping in (AutoModelForCausalLM, AutoModelForImageTextToText):
+            assert mapping._model_mapping[type(config)] is model_class
+        assert AutoModel._model_mapping[type(config)] is model_class.decoder_class
+
+
+def test_transformers_own_llava_stays_what_it_is():
+    config = AutoConfig.for_model("llava")
+    assert type(config) is transformers.LlavaConfig is not llava_lite.model.LlavaConfig
+    assert AutoModelForImageTextToText._model_mapping[type(config)] is transformers.LlavaForConditionalGeneration
+    assert AutoModel._model_mapping[type(config)] is transformers.LlavaModel
+    assert type(AutoConfig.for_model("llava_next")) is transformers.LlavaNextConfig
+    assert AutoModelForCausalLM._model_mapping[transformers.LlamaConfig] is transformers.LlamaForCausalLM
+    assert transformers.LlavaProcessor.__module__.startswith("transformers.")
+
+
+def test_both_llavas_are_saved_and_opened_in_one_process(folder, tmp_path):
+    text = {"model_type": "llama", "vocab_size": 40, "hidden_size": 16, "intermediate_size": 16}
+    vision = {"model_type": "clip_vision_model", "hidden_size": 16, "intermediate_size": 16, "image_size": 8}
+    small = {"num_hidden_layers": 2, "num_attention_heads": 2}
+    stock = transformers.LlavaForConditionalGeneration(
+        transformers.LlavaConfig(text_config=text | small, vision_config=vision | small | {"patch_size": 4})
+    )
+    stock.save_pretrained(tmp_path / "stock")
+    opened = AutoModelForImageTextToText.from_pretrained(tmp_path / "stock")
+    assert type(opened) is transformers.LlavaForConditionalGeneration
+    assert type(AutoModelForImageTextToText.from_pretrained(folder)) is LlavaLlamaForCausalLM
+
+
+def test_importing_the_package_once_more_registers_its_classes_again(monkeypatch):
+    for name in [name for name in sys.modules if name.split(".")[0] == "llava_lite"]:
+        monkeypatch.delitem(sys.modules, name)
+    again = importlib.import_module("llava_lite.model")
+    try:
+        assert again is not llava_lite.model
+        assert type(AutoConfig.for_model("llava_llama")) is again.LlavaLlamaConfig
+        mapped = AutoModelForImageTextToText._model_mapping[again.LlavaLlamaConfig]
+        assert mapped is again.LlavaLlamaForCausalLM
+    finally:
+        for model_class in BACKBONES.values():
+            # Give the other tests the classes of the first import back.
+            config = model_class.config_class
+            AutoConfig.register(config.model_type, config, exist_ok=True)
+
+
+def test_pipeline_answers_a_prompt_with_its_picture(folder):
+    pipe = pipeline("image-text-to-text", model=folder)
+    prompt = f"USER: <image>\n{QUESTION} ASSISTANT:"
+    answer = expected_answer(folder, prompt, [draw_picture(1)], max_new_tokens=5)
+    (full,) = pipe(images=draw_picture(1), text=prompt, max_new_tokens=5)
+    # Alone, the tokenizer leaves the blank before the first word out.
+    assert full["generated_text"].startswith(prompt)
+    assert full["generated_text"].removeprefix(prompt).strip() == answer.strip() != ""
+    (new,) = pipe(images=draw_picture(1), text=prompt, max_new_tokens=5, return_full_text=False)
+    assert new["generated_text"].strip() == answer.strip()
+    (longer,) = pipe(images=draw_picture(1), text=prompt, max_new_tokens=9, return_full_text=False)
+    assert longer["generated_text"].strip() == expected_answer(folder, prompt, [draw_picture(1)], max_new_tokens=9)
+    (words,) = pipe(text="How many circles are", max_new_tokens=5, return_full_text=False)
+    assert words["generated_text"].strip() == expected_answer(folder, "How many circles are", None, max_new_tokens=5)
+
+
+def test_pipeline_answers_a_batch_as_one_by_one(folder):
+    pipe = pipeline("image-text-to-text", model=folder)
+    prompts = [f"USER: <image>\n{QUESTION} ASSISTANT:", "USER: <image>\nHello! ASSISTANT:"]
+    pictures = [draw_picture(1), draw_picture(2)]
+    together = pipe(images=pictures, text=prompts, max_new_tokens=5, return_full_text=False, batch_size=2)
+    alone = [
+        pipe(images=picture, text=prompt, max_new_tokens=5, return_full_text=False)[0]["generated_text"]
+        for picture, prompt in zip(pictures, prompts, strict=True)
+    ]
+    assert [entry["generated_text"] for entry in together] == alone
+
+
+def test_pipeline_answers_chat_messages_in_the_format_of_the_checkpoint(folder):
+    pipe = pipeline("image-text-to-text", model=folder)
+    messages = [message(draw_picture(1))]
+    prompt = LlavaLiteProcessor.from_pretrained(folder).render([(f"<image>\n{QUESTION}", None)]).text
+    answer = expected_answer(folder, prompt, [draw_picture(1)], max_new_tokens=5)
+    (new,) = pipe(text=messages, max_new_tokens=5, return_full_text=False)
+    assert new["generated_text"] == answer
+    (full,) = pipe(text=messages, max_new_tokens=5)
+    assert full["generated_text"][-1] == {"role": "assistant", "content": answer}
+    several = pipe(text=[messages, messages], max_new_tokens=5, return_full_text=False)
+    assert [entry[0]["generated_text"] for entry in several] == [answer, answer]
