@@ -14,6 +14,8 @@ VERBS = {
     "check": ("llava_lite.data.check", "look through data and pictures before any GPU time is spent"),
     "plan": ("llava_lite.train.plan", "estimate parameters and memory of a run: flags of train, and --num_devices N"),
     "chat": ("llava_lite.serve.cli", "talk to a model in the terminal: llava-lite chat MODEL --image-file x.jpg"),
+    "convert": ("llava_lite.convert", "write a model as transformers' own LLaVA, or back, and check that it is equal"),
+    "merge": ("llava_lite.merge", "fold LoRA, or a folder of what was trained, into a whole model and check it"),
 }
 # Set by deepspeed, torchrun and accelerate in the processes that they start.
 LAUNCHED = "WORLD_SIZE"
@@ -21,7 +23,7 @@ LAUNCHED = "WORLD_SIZE"
 
 def build_parser():
     """Return the parser of the verb; what follows it belongs to the verb's own parser."""
-    verbs = "\n".join(f"  {verb:7}{words}" for verb, (_, words) in VERBS.items())
+    verbs = "\n".join(f"  {verb:9}{words}" for verb, (_, words) in VERBS.items())
     parser = argparse.ArgumentParser(
         prog="llava-lite",
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -76,6 +76,12 @@ _WRITE_WITH_BLANKS = """\
 {{- ('' if loop.first else MARK) + ('' if loop.first or not part or part[0] == ' ' else ' ') + part -}}
 {%- endfor -%}
 """
+_SAID_WITH_BLANKS = """\
+{%- set parts = ns.said.split(MARK) -%}
+{%- set ns.said = parts[0] -%}
+{%- for part in parts[1:] -%}
+{%- set ns.said = ns.said + MARK + ('' if not part or part[0] == ' ' else ' ') + part -%}
+{%- endfor -%}"""
 _STYLES = {
     SeparatorStyle.SINGLE: _SPOKEN,
     SeparatorStyle.TWO: _SPOKEN,
@@ -153,5 +159,5 @@ def _wrap(template, use_im_start_end, with_blanks) -> str:
     if mark != DEFAULT_IMAGE_TOKEN:
         lines.append(f"{{%- set ns.said = ns.said.replace(MARK, {_quoted(mark)}) -%}}")
     if with_blanks:
-        lines.append("{%- set ns.said = ns.said.replace(MARK, MARK + ' ').replace(MARK + '  ', MARK + ' ') -%}")
+        lines.append(_SAID_WITH_BLANKS)
     return "\n".join(lines)

@@ -1,0 +1,151 @@
+"""Turn a model of ours into a folder of transformers' own LLaVA, or back, and prove that it says the same.
+
+`llava-lite convert SOURCE TARGET [--to transformers|llava]`. The written folder is opened again, asked the same
+questions about the same pictures, and gets its name only if it gives the same answers.
+"""
+
+import argparse
+import gc
+import json
+
+from tokenizers import Tokenizer
+from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedTokenizerFast
+
+from llava_lite import witness
+from llava_lite.checked_folder import TOLERANCE, finish_folder, push, refuse_absent, refuse_full, start_folder
+from llava_lite.companions import read_json
+from llava_lite.constants import IMAGE_TOKEN_INDEX
+from llava_lite.formats import transformers_llava as layout
+from llava_lite.hub import in_words
+from llava_lite.inference import load
+from llava_lite.mm_utils import load_image_processor
+from llava_lite.stock_folder import refuse_inexpressible, write_stock
+
+LAYOUTS = ("transformers", "llava")
+
+
+def build_parser():
+    """Return the parser of `llava-lite convert`."""
+    parser = argparse.ArgumentParser(
+        prog="llava-lite convert",
+        description="Write a model as transformers' LlavaForConditionalGeneration, or back, and check it.",
+    )
+    parser.add_argument("source", help="folder or hub id of the model")
+    parser.add_argument("target", help="folder to write, which must be new or empty")
+    parser.add_argument(
+        "--to", choices=LAYOUTS, help="layout to write (default: transformers, llava for a model of transformers)"
+    )
+    parser.add_argument("--dtype", help="float32, bfloat16 or float16 (default: as the model is stored)")
+    parser.add_argument(
+        "--tolerance", type=float, default=TOLERANCE, help="largest logit difference in float32 (default: 1e-3)"
+    )
+    parser.add_argument("--max-shard-size", default="5GB", help="largest file of weights (default: 5GB)")
+    parser.add_argument("--push-to-hub", metavar="USER/NAME", help="upload the folder once it has passed the check")
+    return parser
+
+
+def convert(
+    source, target, to=None, dtype=None, tolerance=TOLERANCE, max_shard_size="5GB", push_to_hub=None, say=print
+):
+    """Write `source` to the folder `target` in another layout and return how far its answers are from the source's.
+
+    to: `transformers` or `llava`; None for the one that the source is not in. say: takes each line of the report.
+    Raises ValueError with the reason if the layout cannot hold the model, or if the answers differ; what was written
+    is then left beside `target` under a name that says so.
+    """
+    source = str(source)
+    refuse_absent(source)
+    refuse_full(target)
+    with in_words(source):
+        config = read_json(source, "config.json", {})
+    is_stock = layout.claims(config)
+    to = to or ("llava" if is_stock else "transformers")
+    if (to == "llava") != is_stock:
+        found = "transformers' layout" if is_stock else "the layout of LLaVA and of this package"
+        raise ValueError(f"{str(source)!r} is in {found} already; nothing to convert.")
+    if not is_stock:
+        refuse_partial(source, config)
+        refuse_inexpressible(source)
+    unchecked = start_folder(target)
+    write = write_ours if is_stock else write_stock
+    expected, notes = write(source, unchecked, dtype, max_shard_size)
+    for note in notes:
+        say(f"NOTE: {note}")
+    found = answers_of_ours(unchecked) if is_stock else answers_of_stock(unchecked)
+    gap = finish_folder(target, expected, found, tolerance, say)
+    if push_to_hub is not None:
+        say(push(target, push_to_hub))
+    return gap
+
+
+def refuse_partial(source, config):
+    """Raise ValueError if a folder holds only what was trained; merging is another verb and says what it folded."""
+    adapter = read_json(source, "adapter_config.json", {})
+    if adapter or config.get("base_model_name_or_path"):
+        raise ValueError(
+            f"{str(source)!r} holds only what was trained, and transformers' LLaVA has no place for an adapter of "
+            f"ours. Fold it into its base first: llava-lite merge {source} FOLDER. It stays loadable here as it is."
+        )
+
+
+def write_ours(source, folder, dtype, max_shard_size):
+    """Write a folder of transformers' LLaVA as one of ours; return the source's own answers and what to tell."""
+    expected = answers_of_stock(source, dtype)
+    model, processor = load(source, device="cpu", dtype=dtype or "auto")
+    # LLaVA's tools put -200 where a picture stands; the vocabulary may keep its `<image>`, which nobody writes then.
+    model.config.image_token_index = processor.image_token_index = IMAGE_TOKEN_INDEX
+    grew = (read_json(source, "config.json", {}).get(layout.RECORD) or {}).get("vocabulary")
+    model.config.conv_template = processor.conv_template
+    if grew is not None:
+        model.resize_token_embeddings(grew["num_rows"])
+        model.config.pad_token_id = model.generation_config.pad_token_id = grew["pad_token_id"]
+        processor.tokenizer = without_tokens(processor.tokenizer, grew)
+        processor.chat_template = processor.tokenizer.chat_template
+    model.save_pretrained(folder, max_shard_size=max_shard_size)
+    processor.save_pretrained(folder)
+    return expected, []
+
+
+def without_tokens(tokenizer, grew):
+    """Return the tokenizer as it was before `convert` gave it `<image>` and, perhaps, a padding token."""
+    kept = json.loads(tokenizer.backend_tokenizer.to_str())
+    kept["added_tokens"] = [token for token in kept["added_tokens"] if token["id"] < grew["num_tokens"]]
+    named = {key: value for key, value in tokenizer.special_tokens_map.items() if isinstance(value, str)}
+    named |= {"pad_token": grew["pad_token"], "model_max_length": tokenizer.model_max_length}
+    named = {key: value for key, value in named.items() if value is not None}
+    backend = Tokenizer.from_str(json.dumps(kept))
+    return PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=grew["chat_template"], **named)
+
+
+def answers_of_ours(folder):
+    """Return what a folder answers through this package, in float32."""
+    model, processor = load(folder, device="cpu", dtype="float32")
+    sees = model.get_vision_tower() is not None
+    return witness.answers(model, witness.readings(processor, sees), processor.image_token_index)
+
+
+def answers_of_stock(folder, dtype=None):
+    """Return what a folder answers through transformers alone, in float32 of the weights as `dtype` holds them."""
+    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype or "auto").eval().float()
+    assert type(model).__module__.startswith("transformers."), type(model)
+    processor = stock_processor(folder)
+    said = witness.answers(model, witness.readings(processor), processor.image_token_id)
+    del model
+    gc.collect()
+    return said
+
+
+def stock_processor(folder):
+    """Return transformers' processor of a folder, its pictures prepared with PIL.
+
+    With torchvision it would choose its other backend, which resizes a little differently.
+    """
+    processor = AutoProcessor.from_pretrained(folder)
+    processor.image_processor = load_image_processor(folder)
+    return processor
+
+
+def main(argv=None):
+    """Run `llava-lite convert`; errors are told in a line by llava_lite.cli."""
+    convert(**vars(build_parser().parse_args(argv)))
+    return 0

@@ -1,0 +1,180 @@
+"""Turn a folder of what was trained (LoRA, connector) and its base into a whole model, and prove it equal.
+
+`llava-lite merge SOURCE TARGET`, or LLaVA's `--model-path --model-base --save-model-path`. One copy of the model is in
+memory, in float32.
+"""
+
+import argparse
+import gc
+import os
+import tempfile
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from llava_lite import witness
+from llava_lite.checked_folder import TOLERANCE, finish_folder, push, refuse_absent, refuse_full, start_folder
+from llava_lite.companions import read_json
+from llava_lite.hub import in_words
+from llava_lite.inference import load
+from llava_lite.model.builder import is_llava
+from llava_lite.model.partial import ADAPTER, ADAPTER_WEIGHTS, TRAINED, WHOLE, base_of, find_base, open_adapter
+
+CARD = "README.md"
+# What the card of an adapter says of the folder, and what is true of a whole one.
+CARD_WORDS = (
+    ("base_model_relation: adapter", "base_model_relation: finetune"),
+    ("this folder holds what was trained; the base is opened with it", "this folder holds the whole model"),
+)
+
+
+def build_parser():
+    """Return the parser of `llava-lite merge`."""
+    parser = argparse.ArgumentParser(
+        prog="llava-lite merge",
+        description="Fold LoRA, or a folder of what was trained, into a whole model; check it.",
+    )
+    parser.add_argument("source", nargs="?", help="folder or hub id of what was trained")
+    parser.add_argument("target", nargs="?", help="folder to write, which must be new or empty")
+    parser.add_argument("--model-path", help="the source, as in LLaVA")
+    parser.add_argument("--model-base", dest="base", help="the base model (default: the one that the source names)")
+    parser.add_argument("--save-model-path", help="the target, as in LLaVA")
+    parser.add_argument("--dtype", help="float32, bfloat16 or float16 (default: as the base is stored)")
+    parser.add_argument(
+        "--tolerance", type=float, default=TOLERANCE, help="largest logit difference in float32 (default: 1e-3)"
+    )
+    parser.add_argument("--max-shard-size", default="5GB", help="largest file of weights (default: 5GB)")
+    parser.add_argument("--push-to-hub", metavar="USER/NAME", help="upload the folder once it has passed the check")
+    return parser
+
+
+def merge(
+    source, target, base=None, dtype=None, tolerance=TOLERANCE, max_shard_size="5GB", push_to_hub=None, say=print
+):
+    """Write what a folder of trained weights and its base are together to the folder `target`; return the Difference.
+
+    base: None for the one that the source names. say: takes each line of the report. Raises ValueError if the source
+    is whole already, or if what was written answers otherwise; it is then left beside `target`.
+    """
+    source = str(source)
+    refuse_absent(source)
+    refuse_full(target)
+    folder = local_folder(source)
+    base = find_base_of(folder, base)
+    model, processor, is_adapter = open_unfolded(folder, base)
+    dtype = getattr(torch, str(dtype).removeprefix("torch.")) if dtype is not None else model.dtype
+    model = model.float().eval()
+    batches = witness.readings(processor, sees(model))
+    if is_adapter:
+        tuned = open_adapter(model, folder, {}).eval()
+        apart = witness.answers(tuned, batches, processor.image_token_index)
+        model = tuned.merge_and_unload().eval()
+        together = witness.answers(model, batches, processor.image_token_index)
+        gap = witness.difference(apart, together)
+        say(f"LoRA beside its base and folded in: {gap.report()}")
+        if not gap.passes(tolerance):
+            raise ValueError(f"folding changed the answers ({gap.report()}; tolerance {tolerance:g}).")
+    unchecked = start_folder(target)
+    round_to(model, dtype)
+    write_whole(model, processor, folder, unchecked, max_shard_size)
+    # The rounding to the written dtype is part of what is expected.
+    expected = witness.answers(model.float(), batches, processor.image_token_index)
+    del model
+    gc.collect()
+    gap = finish_folder(target, expected, answers_of(unchecked), tolerance, say)
+    if push_to_hub is not None:
+        say(push(target, push_to_hub))
+    return gap
+
+
+def local_folder(source) -> Path:
+    """Return a folder as it is, a hub id as its local copy."""
+    if Path(source).is_dir():
+        return Path(source)
+    from huggingface_hub import snapshot_download
+
+    with in_words(source):
+        return Path(snapshot_download(source))
+
+
+def find_base_of(folder, base):
+    """Return the base to fold into; ValueError for a whole model, which has nothing to fold."""
+    is_whole = any((folder / name).is_file() for name in WHOLE)
+    named = (
+        None
+        if is_whole
+        else base_of(folder, base or read_json(folder, "config.json", {}).get("base_model_name_or_path"), {})
+    )
+    if named is None:
+        raise ValueError(
+            f"{str(folder)!r} holds a whole model already; there is nothing to merge. "
+            "`llava-lite convert` writes it in transformers' own layout."
+        )
+    return find_base(str(named), folder)
+
+
+def open_unfolded(folder, base):
+    """Return (model, processor, whether an adapter is still to be put on it) of a folder and its base."""
+    is_adapter = (folder / ADAPTER).is_file()
+    if not is_adapter:
+        return *load(folder, device="cpu", dtype="auto", model_base=base), False
+    has_more = any((folder / name).is_file() for name in TRAINED)
+    with without_adapter(folder) as rest:
+        opened = {"model_path": rest, "model_base": base} if has_more else {"model_path": base}
+        model, processor = load(**opened, device="cpu", dtype="auto")
+    return model, processor, True
+
+
+@contextmanager
+def without_adapter(folder):
+    """Give a view of a folder that lacks its LoRA: links to all other files."""
+    with tempfile.TemporaryDirectory() as rest:
+        for path in folder.iterdir():
+            if path.is_file() and path.name not in (ADAPTER, *ADAPTER_WEIGHTS):
+                os.symlink(path.resolve(), Path(rest) / path.name)
+        yield Path(rest)
+
+
+def round_to(model, dtype) -> None:
+    """Cast the weights and not the buffers: rotary frequencies in half precision would be others."""
+    for weight in model.parameters():
+        weight.data = weight.data.to(dtype)
+
+
+def sees(model) -> bool:
+    """Tell whether a model has a vision tower."""
+    return is_llava(model.config) and model.config.has_vision_tower
+
+
+def write_whole(model, processor, source, folder, max_shard_size):
+    """Write every weight with tokenizer, processor and the card of the source."""
+    if is_llava(model.config):
+        model.config.base_model_name_or_path = None
+        model.config.conv_template = processor.conv_template
+    model.save_pretrained(folder, max_shard_size=max_shard_size)
+    processor.save_pretrained(folder)
+    card = source / CARD
+    if card.is_file():
+        text = card.read_text(encoding="utf-8")
+        for partial, whole in CARD_WORDS:
+            text = text.replace(partial, whole)
+        (folder / CARD).write_text(text, encoding="utf-8")
+
+
+def answers_of(folder):
+    """Return what a folder answers, in float32."""
+    model, processor = load(folder, device="cpu", dtype="float32")
+    return witness.answers(model.eval(), witness.readings(processor, sees(model)), processor.image_token_index)
+
+
+def main(argv=None):
+    """Run `llava-lite merge`; errors are told in a line by llava_lite.cli."""
+    parser = build_parser()
+    options = vars(parser.parse_args(argv))
+    for name, as_in_llava in (("source", "model_path"), ("target", "save_model_path")):
+        options[name] = options.pop(as_in_llava) or options[name]
+        if options[name] is None:
+            parser.error(f"{name.upper()} (or --{as_in_llava.replace('_', '-')}) is needed")
+    merge(**options)
+    return 0

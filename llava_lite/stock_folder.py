@@ -1,0 +1,180 @@
+"""Turn a loaded model of ours into a folder that transformers opens by itself: weights, config, processor, card."""
+
+import shutil
+from pathlib import Path
+
+import torch
+from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors.torch import save_file
+from transformers import GenerationConfig
+
+from llava_lite import witness
+from llava_lite.formats import transformers_llava as layout
+from llava_lite.inference import end_mark, load
+from llava_lite.model.builder import config_of, is_llava
+from llava_lite.model.configuration import resolve_vision_config
+from llava_lite.stock_processor import (
+    stock_image_processor,
+    stock_processor,
+    with_image_token,
+    write_json,
+    write_processor,
+)
+
+# Rows of a vocabulary that grows come to a multiple of this, as in the released llava-hf checkpoints.
+ROWS_MULTIPLE = 64
+
+
+def write_stock(source, folder, dtype=None, max_shard_size="5GB"):
+    """Write a model of ours as transformers' LLaVA; return (its own answers, lines about what differs)."""
+    model, processor = load(source, device="cpu", dtype=dtype or "auto")
+    fields = fields_of(model.config) | {"conv_template": processor.conv_template}
+    expected_inputs = witness.readings(processor)
+    tokenizer, image_token_index = with_image_token(processor.tokenizer)
+    image_processor, notes = stock_image_processor(processor, fields)
+    written, more = stock_processor(processor, tokenizer, image_processor, fields, expected_inputs)
+    num_rows = rows_needed(model.get_input_embeddings().weight.shape[0], len(tokenizer))
+    config = layout.config_to(
+        fields | {"vocab_size": num_rows, "pad_token_id": tokenizer.pad_token_id}, image_token_index
+    )
+    weights = layout.weights_to(grown(own_weights(model), num_rows), fields)
+    save_weights(weights, folder, max_shard_size)
+    del weights
+    write_processor(written, folder)
+    notes += more + write_generation_config(model, processor, tokenizer, folder)
+    notes += connector_note(fields)
+    (Path(folder) / "README.md").write_text(card(source, fields, notes), encoding="utf-8")
+    # What `--to llava` needs to give back the very same folder.
+    config[layout.RECORD]["vocabulary"] = {
+        "num_rows": model.get_input_embeddings().weight.shape[0],
+        "num_tokens": len(processor.tokenizer),
+        "pad_token": processor.tokenizer.pad_token,
+        "pad_token_id": model.config.pad_token_id,
+        "chat_template": processor.tokenizer.chat_template,
+    }
+    write_json(Path(folder) / "config.json", config)
+    for path in Path(folder).glob("*.safetensors"):
+        # They are written for this user alone.
+        shutil.copymode(Path(folder) / "config.json", path)
+    answers = witness.answers(model.float(), expected_inputs, processor.image_token_index)
+    return answers, notes
+
+
+def fields_of(config):
+    """Return our config as a plain dict, the tower's own config inside it."""
+    fields = config.to_dict()
+    if config.has_vision_tower:
+        fields["vision_config"] = resolve_vision_config(config).to_dict()
+    return fields
+
+
+def refuse_inexpressible(source):
+    """Raise ValueError with the reason if the layout cannot express a model; its config tells."""
+    config = config_of(source, {})
+    if not is_llava(config):
+        raise ValueError(f"{str(source)!r} is a plain {config.model_type} and no LLaVA model; nothing to convert.")
+    reason = layout.refusal(fields_of(config))
+    if reason is not None:
+        raise ValueError(reason)
+
+
+def own_weights(model):
+    """Return the model's weights by name, a tied head left out."""
+    state = {name: tensor.detach() for name, tensor in model.state_dict().items()}
+    if model.config.tie_word_embeddings:
+        state.pop("lm_head.weight", None)
+    return state
+
+
+def rows_needed(num_rows, num_tokens):
+    """Return the rows of the written vocabulary: as they are if all tokens have one."""
+    return num_rows if num_tokens <= num_rows else -(-num_tokens // ROWS_MULTIPLE) * ROWS_MULTIPLE
+
+
+def grown(weights, num_rows):
+    """Return the weights with `num_rows` rows of the vocabulary; a new one is the mean of the old and never wins."""
+    changed = {}
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        tensor = weights.get(name)
+        if tensor is not None and tensor.shape[0] < num_rows:
+            mean = tensor.float().mean(0, keepdim=True).to(tensor.dtype)
+            changed[name] = torch.cat([tensor, mean.expand(num_rows - tensor.shape[0], -1)])
+    return weights | changed
+
+
+def save_weights(weights, folder, max_shard_size):
+    """Write safetensors in files of at most `max_shard_size`, with an index where there are several."""
+    pattern = "model{suffix}.safetensors"
+    plan = split_torch_state_dict_into_shards(weights, max_shard_size=max_shard_size, filename_pattern=pattern)
+    for name, keys in plan.filename_to_tensors.items():
+        save_file({key: weights[key].contiguous() for key in keys}, Path(folder) / name, {"format": "pt"})
+    if plan.is_sharded:
+        index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
+        write_json(Path(folder) / "model.safetensors.index.json", index)
+
+
+def write_generation_config(model, processor, tokenizer, folder):
+    """Write generation_config.json, which ends an answer where its format does; return a line if it cannot."""
+    ends = model.generation_config.eos_token_id
+    ends = set(ends) if isinstance(ends, (list, tuple)) else {ends}
+    ends |= {tokenizer.eos_token_id}
+    mark, notes = end_mark(processor), []
+    ids = tokenizer.encode(mark, add_special_tokens=False) if mark else []
+    if len(ids) == 1 and tokenizer.decode(ids) == mark:
+        ends.add(ids[0])
+    elif mark.strip():
+        notes.append(
+            f"An answer ends with {mark!r}, which is no token of its own: "
+            f"generate(stop_strings=[{mark!r}], tokenizer=...)."
+        )
+    settings = model.generation_config.to_diff_dict() | {"pad_token_id": tokenizer.pad_token_id}
+    settings["eos_token_id"] = sorted(ends - {None})
+    GenerationConfig.from_dict(settings).save_pretrained(folder)
+    return notes
+
+
+def connector_note(fields):
+    """Return a line about a connector that the layout has only in disguise."""
+    if fields["mm_projector_type"] == "mlp2x_gelu":
+        return []
+    return [
+        f"The connector {fields['mm_projector_type']!r} is written as two layers without an activation, one of which "
+        "changes nothing. transformers reads that; vLLM knows no activation 'linear'."
+    ]
+
+
+def card(source, fields, notes):
+    """Return the text of README.md."""
+    import yaml
+
+    kind = layout.ARCHITECTURES["llava_next" if layout.is_anyres(fields) else "llava"]
+    metadata = {
+        "library_name": "transformers",
+        "pipeline_tag": "image-text-to-text",
+        "tags": ["llava", "llava-lite"],
+    }
+    name = Path(str(source)).name if Path(str(source)).exists() else str(source)
+    lines = [
+        f"---\n{yaml.safe_dump(metadata, sort_keys=False)}---\n",
+        f"# {name}\n",
+        f"`{kind}` of transformers, written by `llava-lite convert` from `{name}`; opened again with transformers "
+        "alone, it gave the same ids, pixels, logits and greedy tokens. vLLM and SGLang read this layout; not "
+        "measured.\n",
+        f"- text model: `{fields['model_type'].removeprefix('llava_')}`",
+        f"- vision tower: `{fields['vision_config']['model_type']}`",
+        f"- connector: `{fields['mm_projector_type']}`",
+        f"- prompt format: `{fields.get('conv_template')}`, written by its chat template\n",
+        "```python",
+        "from transformers import AutoModelForImageTextToText, AutoProcessor",
+        "",
+        "model, processor = AutoModelForImageTextToText.from_pretrained(PATH), AutoProcessor.from_pretrained(PATH)",
+        'content = [{"type": "image", "path": "x.jpg"}, {"type": "text", "text": "What is in this picture?"}]',
+        'talk = [{"role": "user", "content": content}]',
+        "inputs = processor.apply_chat_template(",
+        '    talk, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"',
+        ")",
+        "print(processor.batch_decode(model.generate(**inputs, max_new_tokens=200))[0])",
+        "```\n",
+        *(f"- {note}" for note in notes),
+    ]
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,297 @@
+"""convert: the folder that it writes, opened by transformers alone, and the way back."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedTokenizerFast
+
+from llava_lite import witness
+from llava_lite.convert import convert
+from llava_lite.inference import load, reply
+from llava_lite.jinja_template import write_jinja
+from llava_lite.model.assemble import assemble
+
+MOE = {"moe_enable": True, "moe_mode": "sparse", "num_experts": [4], "top_k_experts": 2, "router_aux_loss_coef": 0.01}
+WIDE, TALL = witness.draw(70, 33), witness.draw(31, 90)
+QUESTIONS = [
+    [{"role": "user", "content": [{"type": "image", "image": WIDE}, {"type": "text", "text": "How many circles?"}]}],
+    [
+        {"role": "user", "content": [{"type": "image", "image": TALL}, {"type": "text", "text": "What colour?"}]},
+        {"role": "assistant", "content": [{"type": "text", "text": "Red."}]},
+        {"role": "user", "content": [{"type": "text", "text": "Hello! And now?"}]},
+    ],
+]
+
+
+@pytest.fixture
+def whole_folder(toy_model, toy_tokenizer_for, tmp_path):
+    """Return a function: kind of tokenizer, arguments of toy_model -> folder of a whole model of ours."""
+
+    def make(model_type="llama", tokenizer="llama", dtype=torch.float32, **kwargs):
+        folder = tmp_path / "ours"
+        model = toy_model(model_type, **kwargs)
+        tokenizer = toy_tokenizer_for(tokenizer) if isinstance(tokenizer, str) else tokenizer
+        if model.config.mm_use_im_start_end:
+            tokenizer.add_tokens(["<im_start>", "<im_end>"], special_tokens=True)
+        if len(tokenizer) > model.config.vocab_size:
+            model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+        model.to(dtype).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        return folder
+
+    return make
+
+
+def first_blank_only(tokenizer):
+    """Return a Llama tokenizer that puts a blank before a text's first word only, as `legacy: false` means."""
+    from tokenizers import Tokenizer, pre_tokenizers
+
+    fields = json.loads(tokenizer.backend_tokenizer.to_str()) | {"normalizer": None}
+    backend = Tokenizer.from_str(json.dumps(fields))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace("▁", prepend_scheme="first", split=False)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>", model_max_length=2048
+    )
+
+
+def assert_transformers_agrees(ours, theirs):
+    """Ask both the same questions, batch of one, with code that knows nothing of convert's own check."""
+    model, processor = load(ours, device="cpu", dtype="float32")
+    stock = AutoModelForImageTextToText.from_pretrained(theirs, dtype=torch.float32).eval()
+    assert type(stock).__module__.startswith("transformers.models.llava")
+    stock_processor = AutoProcessor.from_pretrained(theirs)
+    assert type(stock_processor).__module__.startswith("transformers.models.llava")
+    options = {"tokenize": True, "return_dict": True, "add_generation_prompt": True, "return_tensors": "pt"}
+    for talk in QUESTIONS:
+        mine = processor.apply_chat_template(talk, **options)
+        others = stock_processor.apply_chat_template(talk, **options)
+        ids = mine["input_ids"].masked_fill(mine["input_ids"] == -200, stock.config.image_token_index)
+        assert torch.equal(ids, others["input_ids"])
+        assert torch.equal(mine["attention_mask"], others["attention_mask"])
+        assert torch.equal(mine["pixel_values"], others["pixel_values"])
+        with torch.no_grad():
+            logits, stock_logits = model(**mine).logits, stock(**others).logits
+        torch.testing.assert_close(stock_logits[..., : logits.shape[-1]], logits, atol=1e-5, rtol=1e-5)
+        greedy = {"do_sample": False, "max_new_tokens": 10}
+        start = ids.shape[1]
+        expected = model.generate(**mine, **greedy)[0, start:].tolist()
+        assert stock.generate(**others, **greedy)[0, start:].tolist()[: len(expected)] == expected
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"conv_template": "v1"},
+        {"conv_template": "llava_llama_2", "image_aspect_ratio": "pad"},
+        {"model_type": "mistral", "conv_template": "mistral_instruct", "tower": "siglip"},
+        {
+            "model_type": "qwen2",
+            "tokenizer": "qwen",
+            "conv_template": "chat",
+            "tower": "siglip",
+            "image_aspect_ratio": "pad",
+        },
+        {"model_type": "qwen3", "tokenizer": "qwen", "conv_template": "qwen"},
+        {"model_type": "stablelm", "conv_template": "llava_v0"},
+        {"mm_projector_type": "linear", "conv_template": "plain"},
+        {"mm_projector_type": "identity", "mm_vision_select_layer": -1, "conv_template": "v1_mmtag"},
+        {"mm_vision_select_feature": "cls_patch", "mm_use_im_start_end": True},
+    ],
+    ids=lambda arguments: "-".join(map(str, arguments.values())),
+)
+def test_transformers_says_the_same_and_the_way_back_is_bit_equal(whole_folder, tmp_path, arguments):
+    source = whole_folder(**arguments)
+    said = []
+    gap = convert(source, tmp_path / "stock", say=said.append)
+    assert gap.logits <= 1e-5
+    assert "greedy tokens agree" in said[-2]
+    if arguments.get("conv_template") != "plain":
+        assert_transformers_agrees(source, tmp_path / "stock")
+    assert not (tmp_path / "stock.unchecked").exists()
+    convert(tmp_path / "stock", tmp_path / "back", say=said.append)
+    before, after = (load_file(folder / "model.safetensors") for folder in (source, tmp_path / "back"))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    config = json.loads((tmp_path / "back" / "config.json").read_text())
+    assert (config["image_token_index"], config["model_type"]) == (
+        -200,
+        f"llava_{arguments.get('model_type', 'llama')}",
+    )
+    assert config["image_aspect_ratio"] == arguments.get("image_aspect_ratio", "square")
+
+
+def test_tokenizer_that_reads_the_start_of_a_text_otherwise_gets_a_blank(whole_folder, toy_tokenizer, tmp_path):
+    source, said = whole_folder(tokenizer=first_blank_only(toy_tokenizer), conv_template="v1"), []
+    convert(source, tmp_path / "stock", say=said.append)
+    assert any("writes a blank after `<image>`" in line for line in said)
+    assert_transformers_agrees(source, tmp_path / "stock")
+
+
+def test_vocabulary_grows_to_whole_rows_of_64_and_new_tokens_never_win(whole_folder, tmp_path):
+    source = whole_folder()
+    convert(source, tmp_path / "stock", say=str)
+    config = json.loads((tmp_path / "stock" / "config.json").read_text())
+    weights = load_file(tmp_path / "stock" / "model.safetensors")
+    old = load_file(source / "model.safetensors")["lm_head.weight"]
+    head = weights["language_model.lm_head.weight"]
+    rows = config["text_config"]["vocab_size"]
+    assert rows % 64 == 0
+    assert head.shape[0] == weights["language_model.model.embed_tokens.weight"].shape[0] == rows
+    torch.testing.assert_close(head[len(old) :], old.mean(0).expand(rows - len(old), -1))
+    processor = AutoProcessor.from_pretrained(tmp_path / "stock")
+    assert processor.image_token_id == config["image_token_index"] == len(old)
+    assert processor.tokenizer.pad_token_id == config["pad_token_id"] == len(old) + 1
+
+
+def test_tied_heads_half_precision_and_shards(toy_tokenizer_for, toy_tower_dir, tmp_path):
+    from conftest import llm_config
+    from transformers import AutoModelForCausalLM
+
+    tokenizer = toy_tokenizer_for("qwen")
+    config = llm_config("qwen2", len(tokenizer))
+    config.tie_word_embeddings = True
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(tmp_path / "llm")
+    tokenizer.save_pretrained(tmp_path / "llm")
+    overrides = {"mm_projector_type": "mlp2x_gelu", "conv_template": "chat"}
+    model = assemble(str(tmp_path / "llm"), str(toy_tower_dir()), config_overrides=overrides, dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path / "ours")
+    tokenizer.save_pretrained(tmp_path / "ours")
+    gap = convert(tmp_path / "ours", tmp_path / "stock", max_shard_size="60KB", say=str)
+    assert gap.logits <= 1e-5
+    index = json.loads((tmp_path / "stock" / "model.safetensors.index.json").read_text())
+    assert len(set(index["weight_map"].values())) > 1
+    assert "language_model.lm_head.weight" not in index["weight_map"]
+    stock = AutoModelForImageTextToText.from_pretrained(tmp_path / "stock")
+    assert stock.dtype == torch.bfloat16
+    assert stock.lm_head.weight is stock.model.language_model.embed_tokens.weight
+    half = convert(tmp_path / "ours", tmp_path / "half", dtype="float16", say=str)
+    assert half.logits <= 1e-5
+    assert AutoModelForImageTextToText.from_pretrained(tmp_path / "half").dtype == torch.float16
+
+
+def test_folder_says_all_that_older_readers_look_for(whole_folder, tmp_path):
+    convert(whole_folder(image_aspect_ratio="pad", conv_template="v1"), tmp_path / "stock", say=str)
+    names = {path.name for path in (tmp_path / "stock").iterdir()}
+    assert {"config.json", "generation_config.json", "model.safetensors", "preprocessor_config.json"} <= names
+    assert {"processor_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"} <= names
+    config = json.loads((tmp_path / "stock" / "config.json").read_text())
+    assert config["architectures"] == ["LlavaForConditionalGeneration"]
+    assert config["text_config"]["architectures"] == ["LlamaForCausalLM"]
+    pictures = json.loads((tmp_path / "stock" / "preprocessor_config.json").read_text())
+    assert (pictures["image_processor_type"], pictures["do_pad"]) == ("LlavaImageProcessor", True)
+    words = json.loads((tmp_path / "stock" / "tokenizer_config.json").read_text())
+    assert words["chat_template"] == write_jinja("v1")
+    assert words["tokenizer_class"] == "PreTrainedTokenizerFast"
+    weights = load_file(tmp_path / "stock" / "model.safetensors")
+    assert "vision_tower.vision_model.embeddings.patch_embedding.weight" in weights
+    assert "language_model.model.layers.0.mlp.up_proj.weight" in weights
+    card = (tmp_path / "stock" / "README.md").read_text()
+    assert "do_pad" in card
+    assert str(tmp_path) not in card
+    mode = (tmp_path / "stock" / "config.json").stat().st_mode
+    assert all(path.stat().st_mode == mode for path in (tmp_path / "stock").glob("*.safetensors"))
+
+
+def test_end_of_an_answer_is_known_where_it_is_a_token(whole_folder, tmp_path):
+    said = []
+    convert(whole_folder("qwen2", "qwen", conv_template="chat"), tmp_path / "stock", say=said.append)
+    ends = json.loads((tmp_path / "stock" / "generation_config.json").read_text())["eos_token_id"]
+    tokenizer = AutoProcessor.from_pretrained(tmp_path / "stock").tokenizer
+    assert tokenizer.convert_tokens_to_ids("<|im_end|>") in ends
+    assert not any("stop_strings" in line for line in said)
+
+
+def test_wrong_weights_fail_the_check_and_get_no_name(whole_folder, tmp_path, monkeypatch):
+    from llava_lite.formats import transformers_llava as layout
+
+    right = layout.weights_to
+
+    def swapped(state, config):
+        weights = right(state, config)
+        first, second = (f"language_model.model.layers.{i}.self_attn.q_proj.weight" for i in (0, 1))
+        return weights | {first: weights[second], second: weights[first]}
+
+    monkeypatch.setattr(layout, "weights_to", swapped)
+    with pytest.raises(ValueError, match=r"does not answer as its source does .*stock.unchecked"):
+        convert(whole_folder(), tmp_path / "stock", say=str)
+    assert not (tmp_path / "stock").exists()
+    assert (tmp_path / "stock.unchecked" / "config.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"moe": MOE}, "has no experts"),
+        ({"model_type": "phi"}, "lm_head has a bias"),
+        ({"tower": "dinov2", "mm_image_size": None}, "'dinov2' is none that readers"),
+        ({"mm_projector_type": "mlp3x_gelu"}, "is not two linear layers"),
+        ({"tower": None}, "no vision tower"),
+    ],
+)
+def test_what_the_layout_cannot_hold_is_refused_before_anything_is_written(whole_folder, tmp_path, arguments, words):
+    source = whole_folder(**arguments)
+    with pytest.raises(ValueError, match=f"{words}.*stays loadable here"):
+        convert(source, tmp_path / "stock", say=str)
+    assert {path.name for path in tmp_path.iterdir()} == {"ours"}
+
+
+def test_wrong_folders_are_refused_in_words(whole_folder, toy_llm_dir, tmp_path):
+    source = whole_folder()
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match="is there already and not empty"):
+        convert(source, tmp_path / "full", say=str)
+    with pytest.raises(OSError, match="there is no folder"):
+        convert(tmp_path / "absent", tmp_path / "new", say=str)
+    with pytest.raises(ValueError, match="a plain llama and no LLaVA model"):
+        convert(toy_llm_dir("llama"), tmp_path / "new", say=str)
+    with pytest.raises(ValueError, match="layout of LLaVA and of this package already"):
+        convert(source, tmp_path / "new", to="llava", say=str)
+    config = json.loads((source / "config.json").read_text()) | {"base_model_name_or_path": "some/base"}
+    (source / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"holds only what was trained.*llava-lite merge"):
+        convert(source, tmp_path / "new", say=str)
+
+
+def test_command_line_converts_and_tells(whole_folder, tmp_path):
+    source = whole_folder(conv_template="v1")
+    command = [sys.executable, "-m", "llava_lite.cli", "convert", str(source), str(tmp_path / "stock")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "largest logit difference 0; greedy tokens agree" in done.stdout
+    again = subprocess.run([*command, "--to", "transformers"], capture_output=True, text=True, timeout=240)
+    assert again.returncode == 1
+    assert again.stderr.splitlines()[-1].startswith("llava-lite convert: ")
+    assert "not empty" in again.stderr
+
+
+def test_folder_of_transformers_is_asked_as_its_own_chat_template_says(whole_folder, tmp_path):
+    convert(whole_folder(), tmp_path / "stock", say=str)
+    strange = (
+        "{% for m in messages %}[{{ m['role'] }}] {% for part in m['content'] %}"
+        "{{ '<image>' if part['type'] == 'image' else part['text'] }}{% endfor %} {% endfor %}"
+        "{% if add_generation_prompt %}[assistant]{% endif %}"
+    )
+    folder = tmp_path / "stock"
+    config = json.loads((folder / "config.json").read_text())
+    del config["llava_lite"]
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "chat_template.jinja").write_text(strange)
+    for name in ("tokenizer_config.json", "processor_config.json"):
+        fields = json.loads((folder / name).read_text())
+        fields.pop("chat_template", None)
+        (folder / name).write_text(json.dumps(fields))
+    model, processor = load(folder, device="cpu")
+    assert processor.render([("<image>\nWho is it?", None)]).text == "[user] <image>Who is it? [assistant]"
+    stock, stock_processor = AutoModelForImageTextToText.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
+    talk = [{"role": "user", "content": [{"type": "image", "image": WIDE}, {"type": "text", "text": "Who is it?"}]}]
+    options = {"tokenize": True, "return_dict": True, "add_generation_prompt": True, "return_tensors": "pt"}
+    inputs = stock_processor.apply_chat_template(talk, **options)
+    tokens = stock.generate(**inputs, do_sample=False, max_new_tokens=8)[0, inputs["input_ids"].shape[1] :]
+    expected = stock_processor.decode(tokens, skip_special_tokens=True).strip()
+    assert reply(model, processor, "Who is it?", WIDE, max_new_tokens=8) == expected

@@ -1,0 +1,177 @@
+"""merge: what was trained and its base in one folder, measured against W + scale * B A written out here."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from llava_lite import witness
+from llava_lite.inference import load
+from llava_lite.merge import merge
+from llava_lite.mm_utils import process_images, tokenizer_image_token
+
+peft = pytest.importorskip("peft", reason="LoRA folders are written and folded with peft")
+NAMED = "base_model_name_or_path"
+RANK, ALPHA = 4, 8
+TARGETS = r"model\.layers\.\d+\.(self_attn\.[qv]_proj|mlp\.down_proj)"
+
+
+def lora_model(model):
+    """Return the model with a LoRA of large random values on some of its layers."""
+    torch.manual_seed(5)
+    tuned = peft.get_peft_model(model, peft.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=TARGETS))
+    with torch.no_grad():
+        for name, weight in tuned.named_parameters():
+            if "lora_" in name:
+                weight.normal_(std=0.3)
+    return tuned.eval()
+
+
+def projector_of(model, prefix=""):
+    return {prefix + k: v.detach().clone() for k, v in model.state_dict().items() if "mm_projector" in k}
+
+
+def folded_by_hand(tuned):
+    """Return the plain model's weights with each update added: alpha / rank * B A."""
+    state, wanted = tuned.state_dict(), {}
+    for name, weight in state.items():
+        if "lora_" in name:
+            continue
+        if ".base_layer." in name:
+            low, up = (state[name.replace("base_layer", f"lora_{side}.default")] for side in "AB")
+            weight = weight + ALPHA / RANK * up @ low
+        wanted[name.removeprefix("base_model.model.").replace(".base_layer.", ".")] = weight
+    return wanted
+
+
+def partial_config(model, base):
+    return model.config.to_dict() | {
+        "base_model_name_or_path": base,
+        "vision_config": None,
+        "architectures": [type(model).__name__],
+    }
+
+
+@pytest.fixture
+def lora_folder(toy_model, toy_tokenizer, toy_llm_dir, tmp_path):
+    """Return a function: "ours" or "llava" -> (LoRA folder as that one writes it, the weights it stands for)."""
+
+    def make(writer="ours", named=True):
+        model = toy_model(conv_template="v1")
+        folder, base = tmp_path / "lora", str(toy_llm_dir("llama"))
+        config, projector = partial_config(model, base if named else None), projector_of(model)
+        tuned = lora_model(model)
+        tuned.save_pretrained(folder)
+        adapter = json.loads((folder / "adapter_config.json").read_text()) | {NAMED: base}
+        (folder / "adapter_config.json").write_text(json.dumps(adapter if named else adapter | {NAMED: None}))
+        if writer == "ours":
+            save_file(projector, folder / "trained.safetensors")
+            toy_tokenizer.save_pretrained(folder)
+        else:
+            others = {f"base_model.model.{name}": weight for name, weight in projector.items()}
+            torch.save(others, folder / "non_lora_trainables.bin")
+            config.pop("base_model_name_or_path")
+        (folder / "config.json").write_text(json.dumps(config))
+        return folder, folded_by_hand(tuned)
+
+    return make
+
+
+@pytest.mark.parametrize("writer", ["ours", "llava"])
+def test_merged_weights_are_the_base_plus_the_update(lora_folder, tmp_path, writer):
+    folder, wanted = lora_folder(writer)
+    said = []
+    gap = merge(folder, tmp_path / "whole", say=said.append)
+    assert gap.logits == 0
+    assert any(line.startswith("LoRA beside its base and folded in: ") for line in said)
+    found = load_file(tmp_path / "whole" / "model.safetensors")
+    assert {name for name in wanted if name not in found} == set()
+    assert set(found) == set(wanted)
+    for name, weight in wanted.items():
+        torch.testing.assert_close(found[name], weight, atol=1e-6, rtol=1e-6)
+
+
+def test_merged_folder_opens_alone_and_says_what_the_adapter_said(lora_folder, toy_model, tmp_path):
+    folder, wanted = lora_folder()
+    tuned = toy_model(conv_template="v1")
+    tuned.load_state_dict(wanted)
+    merge(folder, tmp_path / "whole", say=str)
+    for path in folder.iterdir():
+        path.unlink()
+    model, processor = load(tmp_path / "whole", device="cpu")
+    assert model.config.base_model_name_or_path is None
+    assert (model.config.conv_template, processor.conv_template) == ("v1", "v1")
+    ids = tokenizer_image_token("USER: <image>\nHello! ASSISTANT:", processor.tokenizer, return_tensors="pt")[None]
+    pixels = process_images([witness.draw(40, 30)], processor.image_processor, model.config)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            model(ids, images=pixels).logits, tuned(ids, images=pixels).logits, atol=1e-5, rtol=1e-5
+        )
+
+
+def test_folder_of_a_trained_connector_becomes_whole(toy_model, toy_llm_dir, tmp_path):
+    model, folder = toy_model(), tmp_path / "stage1"
+    folder.mkdir()
+    torch.save(projector_of(model), folder / "mm_projector.bin")
+    (folder / "config.json").write_text(json.dumps(partial_config(model, None)))
+    gap = merge(folder, tmp_path / "whole", base=str(toy_llm_dir("llama")), say=str)
+    assert gap.logits == 0
+    found, wanted = load_file(tmp_path / "whole" / "model.safetensors"), model.state_dict()
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
+def test_half_precision_rounds_once_after_folding(lora_folder, tmp_path):
+    folder, wanted = lora_folder()
+    gap = merge(folder, tmp_path / "whole", dtype="bfloat16", say=str)
+    assert gap.logits == 0
+    found = load_file(tmp_path / "whole" / "model.safetensors")
+    name = "model.layers.0.self_attn.q_proj.weight"
+    assert found[name].dtype == torch.bfloat16
+    # One step of bfloat16 where the float32 sums differ by their last bit.
+    torch.testing.assert_close(found[name].float(), wanted[name], atol=0, rtol=2**-8)
+
+
+def test_whole_folder_and_full_target_are_refused_in_words(toy_model, toy_tokenizer, lora_folder, tmp_path):
+    toy_model().save_pretrained(tmp_path / "model")
+    toy_tokenizer.save_pretrained(tmp_path / "model")
+    with pytest.raises(ValueError, match="holds a whole model already; there is nothing to merge"):
+        merge(tmp_path / "model", tmp_path / "whole", say=str)
+    folder, _ = lora_folder()
+    with pytest.raises(ValueError, match="is there already and not empty"):
+        merge(folder, tmp_path / "model", say=str)
+    with pytest.raises(OSError, match="there is no folder"):
+        merge(tmp_path / "absent", tmp_path / "whole", say=str)
+
+
+def test_base_that_nothing_names_is_asked_for(lora_folder, tmp_path):
+    folder, _ = lora_folder(named=False)
+    with pytest.raises(ValueError, match="names no base"):
+        merge(folder, tmp_path / "whole", say=str)
+
+
+def test_update_that_is_not_the_adapters_own_fails_the_check(lora_folder, tmp_path, monkeypatch):
+    folder, _ = lora_folder()
+    from peft.tuners.lora.layer import Linear
+
+    right = Linear.get_delta_weight
+    monkeypatch.setattr(Linear, "get_delta_weight", lambda self, adapter: 2 * right(self, adapter))
+    with pytest.raises(ValueError, match="folding changed the answers"):
+        merge(folder, tmp_path / "whole", say=str)
+    assert not (tmp_path / "whole").exists()
+
+
+def test_llavas_own_flags_are_accepted(lora_folder, toy_llm_dir, tmp_path):
+    folder, _ = lora_folder("llava", named=False)
+    flags = ["--model-path", folder, "--model-base", toy_llm_dir("llama"), "--save-model-path", tmp_path / "whole"]
+    command = [sys.executable, "-m", "llava_lite.cli", "merge", *map(str, flags)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "largest logit difference" in done.stdout
+    assert (tmp_path / "whole" / "model.safetensors").is_file()
+    bare = subprocess.run(command[:4], capture_output=True, text=True, timeout=240)
+    assert bare.returncode == 2
+    assert "SOURCE (or --model-path) is needed" in bare.stderr
