@@ -66,6 +66,8 @@ class LlavaMetaModel(StackNames, ExpertsMixin):
             self.mm_projector = build_connector(config)
         if config.has_newline:
             self.image_newline = nn.Parameter(torch.empty(config.hidden_size))
+            # The stock constructor has marked this module as drawn.
+            self._is_hf_initialized = False
         moe = read_moe_config(config.moe, config.num_hidden_layers)
         if moe is not None:
             for index, num_experts in zip(moe.layers, moe.num_experts, strict=True):
@@ -152,10 +154,11 @@ class LlavaMetaForCausalLM(LlavaNames, ImageFeaturesMixin, SharingMixin, Loading
         if not self.config.has_newline:
             return None
         weight = self.model.image_newline
-        if is_partitioned(weight) and not torch.is_grad_enabled():
-            # Outside a step nobody gathers a weight that is read beside its module's own forward.
+        if is_partitioned(weight) and weight.numel() == 0:
+            # DeepSpeed gathers a weight that is read beside its module's own forward in an engine's forward alone, not
+            # in `generate`.
             with gathered([weight]):
-                weight = weight.detach().clone()
+                weight = weight.clone()
         return weight.to(device)
 
     def dummy_images(self) -> torch.Tensor:

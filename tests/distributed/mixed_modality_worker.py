@@ -26,8 +26,12 @@ VISION = {
 }
 
 
-def build_model(moe: bool):
-    """Return a seeded two-layer model; tower, connector and decoder all train."""
+# Four grids of crops, with 2 to 5 crops and 9 to 24 features a picture of 2 x 2 patches.
+SIZES = [(16, 40), (40, 16), (30, 30), (90, 20), (1, 300)]
+
+
+def build_model(moe: bool, anyres: bool):
+    """Return a seeded two-layer model; tower, connector, newline and decoder all train."""
     from llava_lite.model import LlavaConfig, LlavaLlamaForCausalLM
 
     torch.manual_seed(0)
@@ -41,11 +45,13 @@ def build_model(moe: bool):
         vision_config=dict(VISION),
         mm_projector_type="mlp2x_gelu",
         moe=MOE if moe else None,
+        image_aspect_ratio="anyres" if anyres else "square",
+        mm_patch_merge_type="spatial_unpad" if anyres else "flat",
     )
     return LlavaLlamaForCausalLM(config).train()
 
 
-def batch_of(step: int, rank: int, seed: int) -> dict:
+def batch_of(step: int, rank: int, seed: int, anyres: bool) -> dict:
     """Return this rank's micro-batch: all pictures, all text, or both, drawn at random."""
     rng = random.Random(f"{seed}/{step}/{rank}")
     generator = torch.Generator().manual_seed(rng.randrange(2**31))
@@ -61,39 +67,64 @@ def batch_of(step: int, rank: int, seed: int) -> dict:
     batch = {"input_ids": ids, "labels": labels, "attention_mask": torch.ones_like(ids)}
     if any(with_picture):
         batch["images"] = torch.randn(sum(with_picture), 3, 16, 16, generator=generator)
+    if any(with_picture) and anyres:
+        batch["image_sizes"] = [rng.choice(SIZES) for _ in batch["images"]]
+        batch["images"] = [
+            torch.randn(num_crops(size), 3, 16, 16, generator=generator) for size in batch["image_sizes"]
+        ]
     return batch
 
 
-def num_learned(step: int, world: int, seed: int) -> int:
+def num_crops(size) -> int:
+    """Return the crops of a picture of (width, height), the whole one included."""
+    from llava_lite.anyres import default_pinpoints, get_anyres_image_grid_shape
+
+    columns, rows = get_anyres_image_grid_shape(size, default_pinpoints(16), 16)
+    return 1 + columns * rows
+
+
+def num_learned(step: int, world: int, seed: int, anyres: bool) -> int:
     """Return the supervised tokens of a step over all ranks."""
-    return sum(int((batch_of(step, rank, seed)["labels"] != -100).sum()) for rank in range(world))
+    return sum(int((batch_of(step, rank, seed, anyres)["labels"] != -100).sum()) for rank in range(world))
 
 
-def reference(moe: bool, world: int, seed: int, checkpointing: bool) -> list[float]:
-    """Return the cross-entropy of each step when one process runs all ranks' batches."""
-    model = build_model(moe)
+def answer(model) -> list[int]:
+    """Return what a model says greedily about a picture, the same on every rank."""
+    size = SIZES[1]
+    pixels = torch.randn(1, num_crops(size), 3, 16, 16, generator=torch.Generator().manual_seed(9))
+    ids = torch.tensor([[1, IMAGE, 7, 8]])
+    tokens = model.generate(ids, images=pixels, image_sizes=[size], max_new_tokens=6, do_sample=False, eos_token_id=63)
+    return tokens[0].tolist()
+
+
+def reference(moe: bool, world: int, seed: int, anyres: bool) -> tuple[list[float], list[int]]:
+    """Return the cross-entropy of each step, and an answer, when one process runs all ranks' batches."""
+    model = build_model(moe, anyres)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     losses = []
     for step in range(NUM_STEPS):
         total = 0.0
         for rank in range(world):
-            out = model(**batch_of(step, rank, seed), num_items_in_batch=num_learned(step, world, seed))
+            learned = num_learned(step, world, seed, anyres)
+            out = model(**batch_of(step, rank, seed, anyres), num_items_in_batch=learned)
             balance = 0 if out.moe_loss is None else out.moe_loss / world
             (out.lm_loss + balance).backward()
             total += float(out.lm_loss.detach())
         optimizer.step()
         optimizer.zero_grad()
         losses.append(total)
-    return losses
+    return losses, answer(model)
 
 
-def train(moe: bool, stage: int, seed: int, checkpointing: bool, without_dummy: bool) -> list[float]:
-    """Return the cross-entropy of each step, summed over ranks, under DeepSpeed."""
+def train(
+    moe: bool, stage: int, seed: int, checkpointing: bool, anyres: bool, without_dummy: bool
+) -> tuple[list[float], list[int]]:
+    """Return the cross-entropy of each step, summed over ranks, and an answer, under DeepSpeed."""
     import deepspeed
     import torch.distributed as dist
 
     world, rank = dist.get_world_size(), dist.get_rank()
-    model = build_model(moe)
+    model = build_model(moe, anyres)
     if without_dummy:
         type(model).needs_dummy = lambda self: False
     if checkpointing:
@@ -114,7 +145,8 @@ def train(moe: bool, stage: int, seed: int, checkpointing: bool, without_dummy: 
     )
     losses = []
     for step in range(NUM_STEPS):
-        out = engine(**batch_of(step, rank, seed), num_items_in_batch=num_learned(step, world, seed))
+        learned = num_learned(step, world, seed, anyres)
+        out = engine(**batch_of(step, rank, seed, anyres), num_items_in_batch=learned)
         balance = 0 if out.moe_loss is None else out.moe_loss
         # The engine averages gradients over ranks; the sum over ranks is meant.
         engine.backward(out.lm_loss * world + balance)
@@ -122,8 +154,9 @@ def train(moe: bool, stage: int, seed: int, checkpointing: bool, without_dummy: 
         total = out.lm_loss.detach().clone()
         dist.all_reduce(total)
         losses.append(float(total))
+    tokens = answer(model)
     engine.destroy()
-    return losses
+    return losses, tokens
 
 
 def main():
@@ -139,9 +172,10 @@ def main():
     deepspeed.init_distributed("gloo", verbose=False)
     results = []
     for case in args.cases:
-        losses = train(**case, without_dummy=args.without_dummy)
-        expected = reference(case["moe"], int(os.environ["WORLD_SIZE"]), case["seed"], case["checkpointing"])
-        results.append({"case": case, "losses": losses, "expected": expected})
+        losses, tokens = train(**case, without_dummy=args.without_dummy)
+        expected = reference(case["moe"], int(os.environ["WORLD_SIZE"]), case["seed"], case["anyres"])
+        found = {"losses": losses, "tokens": tokens}
+        results.append({"case": case, **found, "expected": dict(zip(found, expected, strict=True))})
     if int(os.environ["RANK"]) == 0:
         args.out.write_text(json.dumps(results))
 

@@ -11,8 +11,8 @@ import pytest
 
 WORKER = Path(__file__).with_name("mixed_modality_worker.py")
 CASES = [
-    {"moe": moe, "stage": stage, "seed": seed, "checkpointing": checkpointing}
-    for moe in (False, True)
+    {"moe": moe, "stage": stage, "seed": seed, "checkpointing": checkpointing, "anyres": anyres}
+    for moe, anyres in ((False, False), (True, False), (False, True))
     for stage in (2, 3)
     for seed, checkpointing in ((0, False), (1, True))
 ]
@@ -58,13 +58,15 @@ def test_mixed_ranks_neither_hang_nor_change_the_loss(world, tmp_path):
     codes = spawn(world, out, 500, CASES)
     assert codes == [0] * world, (tmp_path / "rank0.log").read_text()[-3000:]
     for result in json.loads(out.read_text()):
-        assert result["losses"] == pytest.approx(result["expected"], abs=1e-5), result["case"]
+        assert result["losses"] == pytest.approx(result["expected"]["losses"], abs=1e-5), result["case"]
+        assert result["tokens"] == result["expected"]["tokens"], result["case"]
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("anyres", [False, True])
 @pytest.mark.parametrize("stage", [2, 3])
-def test_without_the_dummy_picture_the_ranks_do_not_finish(stage, tmp_path):
-    case = [{"moe": False, "stage": stage, "seed": 0, "checkpointing": False}]
+def test_without_the_dummy_picture_the_ranks_do_not_finish(stage, anyres, tmp_path):
+    case = [{"moe": False, "stage": stage, "seed": 0, "checkpointing": False, "anyres": anyres}]
     try:
         codes = spawn(2, tmp_path / "losses.json", 60, case, "--without_dummy")
     except subprocess.TimeoutExpired:

@@ -98,3 +98,15 @@ def test_sizes_that_do_not_fit_are_refused_with_what_they_ask_for():
         crops_of_each(torch.randn(2, 3, 3, 32, 32), [(40, 40)], layout)
     with pytest.raises(ValueError, match=r"share one shape; got \[\(3, 16, 16\), \(3, 32, 32\)\]"):
         crops_of_each([torch.randn(3, 16, 16), torch.randn(3, 32, 32)], None, layout)
+
+
+def test_a_newline_is_drawn_as_wide_as_an_embedding_with_and_without_a_checkpoint(toy_model):
+    from llava_lite.model import LlavaConfig, LlavaLlamaForCausalLM
+
+    built = toy_model(mm_patch_merge_type="spatial_unpad", image_aspect_ratio="anyres")
+    config = LlavaConfig(**(built.config.to_dict() | {"hidden_size": 4096, "num_hidden_layers": 1, "vocab_size": 8}))
+    torch.manual_seed(0)
+    drawn = LlavaLlamaForCausalLM(config).model.image_newline
+    assert float(drawn.detach().std() * 64) == pytest.approx(1, abs=0.05)
+    assert 0.3 < float(built.model.image_newline.detach().std()) * 32**0.5 < 2
+    assert not hasattr(toy_model().model, "image_newline")
