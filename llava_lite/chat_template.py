@@ -1,5 +1,14 @@
 """Turn messages into the prompt of a tokenizer's own chat template, and find the answers in it."""
 
+from functools import lru_cache
+
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from llava_lite.constants import DEFAULT_IMAGE_TOKEN
+
+# Special tokens that a template may name.
+_TOKENS = dict.fromkeys(("bos_token", "eos_token", "unk_token", "pad_token"), "")
+
 
 def write_chat(system, messages, tokenizer) -> tuple[str, tuple[tuple[int, int], ...]]:
     """Return the prompt and the character spans of the answers, each with its end mark.
@@ -14,7 +23,11 @@ def write_chat(system, messages, tokenizer) -> tuple[str, tuple[tuple[int, int],
             "Choose another template (--version, --conv-mode) or set tokenizer.chat_template."
         )
 
+    in_parts = takes_parts(tokenizer.get_chat_template())
+
     def write(said, is_open=False):
+        if in_parts:
+            said = [{**turn, "content": parts_of(turn["content"])} for turn in said]
         return tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=is_open)
 
     head = [{"role": "system", "content": system}] if system else []
@@ -33,6 +46,30 @@ def write_chat(system, messages, tokenizer) -> tuple[str, tuple[tuple[int, int],
             )
         spans.append((start, end))
     return text, tuple(spans)
+
+
+@lru_cache(maxsize=16)
+def takes_parts(template) -> bool:
+    """Tell whether a chat template reads messages in parts, as those of models that see do, and not texts alone."""
+    probe = "question0"
+    talk = [{"role": "user", "content": [{"type": "text", "text": probe}]}]
+    try:
+        written = render_jinja_template(conversations=[talk], chat_template=template, **_TOKENS)[0][0]
+    # A template may do anything with a list where it expects a text.
+    except Exception:
+        return False
+    # One that prints the list as it stands has not read it.
+    return probe in written and "'text'" not in written
+
+
+def parts_of(text) -> list[dict]:
+    """Return a text as a message's parts: one for every mark of a picture, without the line break that follows it."""
+    first, *behind = text.split(DEFAULT_IMAGE_TOKEN)
+    parts = [{"type": "text", "text": first}] if first else []
+    for words in behind:
+        words = words.removeprefix("\n")
+        parts += [{"type": "image"}, *([{"type": "text", "text": words}] if words else [])]
+    return parts
 
 
 def _end_mark(write) -> str:

@@ -28,6 +28,9 @@ def template_of(config, tokenizer=None):
     stored = getattr(config, "conv_template", None)
     if stored is not None:
         return stored
+    if getattr(config, "image_token_index", -200) >= 0 and getattr(tokenizer, "chat_template", None) is not None:
+        # A picture has an id of the vocabulary: a model of transformers, which is asked as its own template says.
+        return "chat"
     decoder = config.model_type.removeprefix("moe_").removeprefix("llava_lite_").removeprefix("llava_")
     has_own = getattr(tokenizer, "chat_template", None) is not None
     guess = TEMPLATE_OF_DECODER.get(decoder, "chat" if has_own else "v1")
@@ -63,7 +66,22 @@ def load_tokenizer(name, base=None, **hub):
         of_base = read_json(base, "config.json", everywhere(hub)).get("base_model_name_or_path")
         return load_tokenizer(base, of_base, **everywhere(hub))
     with in_words(name, **hub):
-        return AutoTokenizer.from_pretrained(name, **hub)
+        tokenizer = AutoTokenizer.from_pretrained(name, **hub)
+    return with_chat_template(tokenizer, name, hub)
+
+
+def with_chat_template(tokenizer, name, hub):
+    """Give a tokenizer the chat template that a folder of transformers' LLaVA keeps beside it.
+
+    Where `convert` wrote the folder, that is the one which the tokenizer came with: ours are written another way.
+    """
+    grew = read_json(name, "config.json", hub).get("llava_lite", {}).get("vocabulary")
+    if grew is not None:
+        tokenizer.chat_template = grew["chat_template"]
+    elif tokenizer.chat_template is None:
+        saved = [read_json(name, file, hub).get("chat_template") for file in ("chat_template.json", PROCESSOR_NAME)]
+        tokenizer.chat_template = next(filter(None, saved), None)
+    return tokenizer
 
 
 def image_processor_of(name, config, **hub):

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from llava_lite.chat_template import write_chat
+from llava_lite.chat_template import takes_parts, write_chat
 from llava_lite.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_TOKEN
 from llava_lite.templates import TEMPLATES, SeparatorStyle
 
@@ -69,7 +69,8 @@ class Conversation:
         """
         if self.sep_style is SeparatorStyle.CHAT:
             text, spans = write_chat(self.system, self._texts(), tokenizer)
-            return Rendered(text, spans, add_special_tokens=False)
+            # What a model that sees is asked goes through a processor, which puts BOS in front if it is not there.
+            return Rendered(text, spans, add_special_tokens=takes_parts(tokenizer.get_chat_template()))
         text, answers = "", []
         for piece, is_learned in self._pieces(self._texts()):
             if is_learned:

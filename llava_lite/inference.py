@@ -152,7 +152,8 @@ def end_mark(processor, conv_template=None):
     rendered = processor.render([(_PROBE, _PROBE)], conv_template)
     start, end = rendered.answers[-1]
     mark = rendered.text[start:end].partition(_PROBE)[2]
-    return mark.strip() or mark
+    # A blank alone ends nothing: every other word begins with one. A line break ends a caption.
+    return mark.strip() or mark.strip(" ")
 
 
 def _generation_arguments(model, processor, mark, temperature, num_beams, extra):

@@ -11,7 +11,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedT
 
 from llava_lite import witness
 from llava_lite.convert import convert
-from llava_lite.inference import load, reply
+from llava_lite.inference import load, prepare, reply
 from llava_lite.jinja_template import write_jinja
 from llava_lite.model.assemble import assemble
 
@@ -270,7 +270,8 @@ def test_command_line_converts_and_tells(whole_folder, tmp_path):
     assert "not empty" in again.stderr
 
 
-def test_folder_of_transformers_is_asked_as_its_own_chat_template_says(whole_folder, tmp_path):
+@pytest.mark.parametrize("place", ["chat_template.jinja", "chat_template.json"])
+def test_folder_of_transformers_is_asked_as_its_own_chat_template_says(whole_folder, tmp_path, place):
     convert(whole_folder(), tmp_path / "stock", say=str)
     strange = (
         "{% for m in messages %}[{{ m['role'] }}] {% for part in m['content'] %}"
@@ -281,7 +282,8 @@ def test_folder_of_transformers_is_asked_as_its_own_chat_template_says(whole_fol
     config = json.loads((folder / "config.json").read_text())
     del config["llava_lite"]
     (folder / "config.json").write_text(json.dumps(config))
-    (folder / "chat_template.jinja").write_text(strange)
+    (folder / "chat_template.jinja").unlink()
+    (folder / place).write_text(strange if place.endswith("jinja") else json.dumps({"chat_template": strange}))
     for name in ("tokenizer_config.json", "processor_config.json"):
         fields = json.loads((folder / name).read_text())
         fields.pop("chat_template", None)
@@ -292,6 +294,9 @@ def test_folder_of_transformers_is_asked_as_its_own_chat_template_says(whole_fol
     talk = [{"role": "user", "content": [{"type": "image", "image": WIDE}, {"type": "text", "text": "Who is it?"}]}]
     options = {"tokenize": True, "return_dict": True, "add_generation_prompt": True, "return_tensors": "pt"}
     inputs = stock_processor.apply_chat_template(talk, **options)
+    asked, _ = prepare(processor, ["Who is it?"], [WIDE], history=[None])
+    assert torch.equal(asked["input_ids"], inputs["input_ids"])
+    assert torch.equal(asked["pixel_values"], inputs["pixel_values"])
     tokens = stock.generate(**inputs, do_sample=False, max_new_tokens=8)[0, inputs["input_ids"].shape[1] :]
     expected = stock_processor.decode(tokens, skip_special_tokens=True).strip()
     assert reply(model, processor, "Who is it?", WIDE, max_new_tokens=8) == expected
