@@ -17,7 +17,7 @@ from llava_lite.formats import foreign_format
 from llava_lite.hub import everywhere, hub_arguments, in_words
 from llava_lite.model import model_class_for
 from llava_lite.model.attention import choose_attention
-from llava_lite.model.loading import own_accounting, strays
+from llava_lite.model.loading import KEPT_WHOLE, own_accounting, strays
 from llava_lite.model.partial import base_of, find_base, merge_adapter, refuse_strays
 from llava_lite.model.weight_files import broken_files_in_words
 
@@ -169,21 +169,20 @@ def placement(device, device_map, quantised=False):
 
 
 def quantisation(load_8bit, load_4bit):
-    """Return the bitsandbytes config of LLaVA's two switches or None; tower and connector stay as they are."""
+    """Return the bitsandbytes config of LLaVA's two switches or None; KEPT_WHOLE says what stays as it is."""
     if not load_8bit and not load_4bit:
         return None
     if load_8bit and load_4bit:
         raise ValueError("load_8bit and load_4bit exclude each other; choose one.")
     _needed("bitsandbytes", f"load_{'8' if load_8bit else '4'}bit=True quantises the model", "quant")
-    skipped = ["mm_projector", "vision_tower", "lm_head"]
     if load_8bit:
-        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skipped)
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=KEPT_WHOLE)
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_compute_dtype=torch.float16,
         bnb_4bit_use_double_quant=True,
         bnb_4bit_quant_type="nf4",
-        llm_int8_skip_modules=skipped,
+        llm_int8_skip_modules=KEPT_WHOLE,
     )
 
 

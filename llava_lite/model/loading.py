@@ -28,6 +28,9 @@ CONNECTOR = "model.mm_projector."
 NEWLINE = "model.image_newline"
 # Written by old transformers versions; the constructor computes them.
 DERIVED = re.compile(r"rotary_emb\.inv_freq$|embeddings\.position_ids$|\.masked_bias$")
+# What 4 and 8 bits leave alone, beside experts, whose weights are no nn.Linear. transformers compares with the start
+# and the end of a module's full name: "mm_projector" alone would not spare model.mm_projector.0.
+KEPT_WHOLE = ["lm_head", "model.mm_projector", "model.vision_tower", "coefficient"]
 
 
 class LoadingMixin:

@@ -159,7 +159,8 @@ def open_adapter(model, path, hub: dict):
     # A local folder, so that PEFT looks nothing up by itself.
     folder = str(Path(config_file).parent)
     config = PeftConfig.from_pretrained(folder)
-    if not any(PICTURE_PARTS.search(name) for name in saved):
+    has_picture_parts = any(PICTURE_PARTS.search(f".{name}.") for name, _ in model.named_modules())
+    if has_picture_parts and not any(PICTURE_PARTS.search(name) for name in saved):
         # LLaVA names layers by their last word, q_proj, while its tower, which has one too, was not there yet.
         config.exclude_modules = config.exclude_modules or f".*{PICTURE_PARTS.pattern}.*"
     tuned = PeftModel.from_pretrained(model, folder, config=config)

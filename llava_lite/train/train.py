@@ -25,6 +25,13 @@ _LLAVA_NAMES = {
     "DataArguments": "arguments",
     "TrainingArguments": "arguments",
     "LLaVATrainer": "train.llava_trainer",
+    "find_all_linear_names": "train.llava_state",
+    "get_mm_adapter_state_maybe_zero_3": "train.llava_state",
+    "get_peft_state_maybe_zero_3": "train.llava_state",
+    "get_peft_state_non_lora_maybe_zero_3": "train.llava_state",
+    "maybe_zero_3": "train.llava_state",
+    "safe_save_model_for_hf_trainer": "train.llava_state",
+    "smart_tokenizer_and_embedding_resize": "train.llava_state",
     "preprocess": "train.llava_data",
     "preprocess_llama_2": "train.llava_data",
     "preprocess_mpt": "train.llava_data",
@@ -46,8 +53,16 @@ def __getattr__(name):
     return getattr(import_module(f"llava_lite.{_LLAVA_NAMES[name]}"), name)
 
 
-def train(argv=None):
-    """Train a stage as the flags `argv` say (default: the command line) and return its trainer."""
+def train(attn_implementation=None, argv=None):
+    """Train a stage as the flags `argv` say (default: the command line) and return its trainer.
+
+    attn_implementation: LLaVA's, the attention kernel where no flag names one. A list in its place is `argv`.
+    """
+    if isinstance(attn_implementation, list):
+        attn_implementation, argv = None, attn_implementation
+    argv = sys.argv[1:] if argv is None else argv
+    if attn_implementation is not None and "--attn_implementation" not in argv:
+        argv = [*argv, "--attn_implementation", attn_implementation]
     return run(prepare(argv))
 
 
@@ -172,15 +187,16 @@ def quantization(training_args):
         ) from error
     from transformers import BitsAndBytesConfig
 
-    whole = ["mm_projector", "vision_tower", "lm_head"]
+    from llava_lite.model.loading import KEPT_WHOLE
+
     if training_args.bits == 8:
-        return {"quantization_config": BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=whole)}
+        return {"quantization_config": BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=KEPT_WHOLE)}
     config = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_compute_dtype=loading_dtype(training_args),
         bnb_4bit_use_double_quant=training_args.double_quant,
         bnb_4bit_quant_type=training_args.quant_type,
-        llm_int8_skip_modules=whole,
+        llm_int8_skip_modules=KEPT_WHOLE,
     )
     return {"quantization_config": config}
 

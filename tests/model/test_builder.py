@@ -9,10 +9,11 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
+from transformers import AutoConfig
 
 from llava_lite.inference import reply
 from llava_lite.mm_utils import process_images, tokenizer_image_token
-from llava_lite.model import LlavaLlamaForCausalLM, LlavaQwen2ForCausalLM
+from llava_lite.model import LlavaLlamaConfig, LlavaLlamaForCausalLM, LlavaQwen2ForCausalLM
 from llava_lite.model import builder as builder_page
 from llava_lite.model.builder import load_pretrained_model, placement, quantisation
 from llava_lite.processing import LlavaLiteProcessor
@@ -251,11 +252,89 @@ def test_missing_bitsandbytes_says_what_to_install(monkeypatch, toy_llm_dir):
     assert quantisation(False, False) is None
 
 
+def wide_model(toy_tower_dir, moe=None):
+    """Return a model 64 wide: on a CPU, 4 bits come in blocks of 64."""
+    text = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    text |= {"num_key_value_heads": 4, "vocab_size": 462, "pad_token_id": 0, "initializer_range": 0.1}
+    vision = AutoConfig.from_pretrained(toy_tower_dir("clip"))
+    torch.manual_seed(4)
+    tower = {"mm_vision_tower": str(toy_tower_dir("clip")), "vision_config": vision}
+    config = LlavaLlamaConfig(**text, **tower, mm_projector_type="mlp2x_gelu", moe=moe)
+    return LlavaLlamaForCausalLM(config).eval()
+
+
+def wide_logits(model, device="cpu"):
+    ids = torch.tensor([[1, 50, 60, -200, 70, 80]], device=device)
+    pixels = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(1)).to(device)
+    with torch.no_grad():
+        return model(ids, images=pixels).logits.float().cpu()
+
+
 @pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="needs the extra 'quant'")
-def test_quantisation_leaves_tower_and_connector_alone():
-    assert {"mm_projector", "vision_tower"} <= set(quantisation(True, False).llm_int8_skip_modules)
-    four = quantisation(False, True)
-    assert (four.bnb_4bit_quant_type, four.bnb_4bit_use_double_quant) == ("nf4", True)
+@pytest.mark.parametrize("moe", [None, {**MOE, "use_residual": True}], ids=["dense", "moe"])
+@pytest.mark.parametrize("bits", [8, 4])
+def test_a_quantised_model_computes_with_the_weights_that_it_holds(bits, moe, toy_tower_dir, toy_tokenizer, tmp_path):
+    """Against the same model with every 4 or 8 bit matrix written out again in full precision."""
+    from bitsandbytes.functional import dequantize_4bit, int8_vectorwise_dequant
+
+    wide_model(toy_tower_dir, moe).save_pretrained(tmp_path)
+    toy_tokenizer.save_pretrained(tmp_path)
+    _, plain, _, _ = load_pretrained_model(tmp_path, device="cpu")
+    _, model, _, _ = load_pretrained_model(tmp_path, device="cpu", **{f"load_{bits}bit": True})
+    quantised = {}
+    for name, module in model.named_modules():
+        weight = getattr(module, "weight", None)
+        if type(module).__name__ == "Linear4bit":
+            quantised[f"{name}.weight"] = dequantize_4bit(weight.data, weight.quant_state).float()
+        elif type(module).__name__ == "Linear8bitLt":
+            quantised[f"{name}.weight"] = int8_vectorwise_dequant(weight.data, weight.SCB).float()
+    linear = {f"model.layers.{i}.self_attn.{k}_proj.weight" for i in (0, 1) for k in "qkvo"}
+    linear |= {
+        f"model.layers.{i}.mlp.{k}_proj.weight" for i in ((1,) if moe else (0, 1)) for k in ("gate", "up", "down")
+    }
+    linear |= {f"model.layers.0.mlp.mlp.{k}_proj.weight" for k in ("gate", "up", "down") if moe}
+    assert quantised.keys() == linear
+    for name, weight in plain.named_parameters():
+        if name in quantised:
+            assert 0 < (weight - quantised[name]).abs().max() < 0.1
+            weight.data = quantised[name]
+    # 8 bits round what goes into a layer too, to 1 in 127; 4 bits multiply in half precision.
+    error = (wide_logits(model) - wide_logits(plain)).abs().max()
+    assert error < {8: 0.05, 4: 0.01}[bits] * wide_logits(plain).abs().max()
+    assert model.generate(torch.tensor([[1, 50]]), images=None, max_new_tokens=2, do_sample=False).shape == (1, 2)
+
+
+@pytest.mark.parametrize("device_map", ["auto", "cpu", {"": "cpu"}, {"": 0}, None])
+def test_a_model_opens_under_every_device_map_that_clients_give(device_map, toy_model, toy_tokenizer, tmp_path):
+    model = toy_model()
+    model.save_pretrained(tmp_path)
+    toy_tokenizer.save_pretrained(tmp_path)
+    tokenizer, loaded, image_processor, _ = load_pretrained_model(tmp_path, device_map=device_map)
+    home = "cuda:0" if torch.cuda.is_available() and device_map not in ("cpu", {"": "cpu"}) else "cpu"
+    assert loaded.device == torch.device(home)
+    if home == "cpu":
+        assert torch.equal(logits(loaded, tokenizer, image_processor), logits(model, toy_tokenizer, image_processor))
+
+
+@pytest.mark.skipif(importlib.util.find_spec("accelerate") is None, reason="a map of several places needs accelerate")
+@pytest.mark.parametrize("layout", ["ours", "foreign"])
+def test_a_model_is_spread_as_a_map_says(layout, toy_model, toy_tokenizer, toy_tower_dir, tmp_path):
+    """One half stays on the disk until it is needed: the only second place that every machine has."""
+    model = toy_model()
+    model.save_pretrained(tmp_path / "model")
+    toy_tokenizer.save_pretrained(tmp_path / "model")
+    if layout == "foreign":
+        path = tmp_path / "model" / "config.json"
+        fields = json.loads(path.read_text()) | {"model_type": "moe_llava_llama", "image_projector_type": "mlp2x_gelu"}
+        path.write_text(json.dumps(fields))
+    places = dict.fromkeys(("model.embed_tokens", "model.norm", "model.rotary_emb", "model.vision_tower"), "cpu")
+    places |= {"model.mm_projector": "cpu", "lm_head": "cpu"}
+    places |= {f"model.layers.{i}": "cpu" if i < 2 else "disk" for i in range(4)}
+    tokenizer, loaded, image_processor, _ = load_pretrained_model(
+        tmp_path / "model", device="cpu", device_map=places, offload_folder=str(tmp_path / "disk")
+    )
+    assert loaded.hf_device_map == places
+    assert torch.equal(logits(loaded, tokenizer, image_processor), logits(model, toy_tokenizer, image_processor))
 
 
 def test_folder_that_is_no_checkpoint_says_so(tmp_path):
