@@ -11,20 +11,28 @@ import torch
 from torch.utils.data import Sampler
 
 
-def _dealt(indices: list[int], lengths, num_chunks: int) -> list[int]:
-    """Return the indices of a full global batch as `num_chunks` equal counts, one after another, of near-equal length.
+def split_to_even_chunks(indices: list[int], lengths, num_chunks: int) -> list[list[int]]:
+    """Return the indices as `num_chunks` lists of near-equal length, of equal counts if the number can be divided.
 
-    The longest example goes to the chunk that has least so far and still has room.
+    Each in turn goes to the chunk that has least so far and has room; what cannot be divided is dealt like cards.
     """
+    if len(indices) % num_chunks:
+        return [indices[start::num_chunks] for start in range(num_chunks)]
     chunk_size = len(indices) // num_chunks
     chunks = [[] for _ in range(num_chunks)]
     open_chunks = [(0, k) for k in range(num_chunks)]
-    for i in sorted(indices, key=lambda i: (-lengths[i], i)):
+    for i in indices:
         total, k = heapq.heappop(open_chunks)
         chunks[k].append(i)
         if len(chunks[k]) < chunk_size:
             heapq.heappush(open_chunks, (total + int(lengths[i]), k))
-    return [i for chunk in chunks for i in chunk]
+    return chunks
+
+
+def _dealt(indices: list[int], lengths, num_chunks: int) -> list[int]:
+    """Return the indices of a full global batch as `num_chunks` equal counts, one after another, the longest first."""
+    ordered = sorted(indices, key=lambda i: (-lengths[i], i))
+    return [i for chunk in split_to_even_chunks(ordered, lengths, num_chunks) for i in chunk]
 
 
 def modality_length_groups(

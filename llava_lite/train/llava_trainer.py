@@ -12,10 +12,29 @@ from llava_lite.train.checkpoint import CheckpointMixin
 from llava_lite.train.evaluation import EvaluationMixin
 from llava_lite.train.expert_meter import ExpertMeter, flat_report
 from llava_lite.train.guards import GradientWatch, stop_if_gradient_not_finite, stop_if_not_finite
+from llava_lite.train.llava_order import (
+    LengthGroupedSampler,
+    examples_of,
+    get_length_grouped_indices,
+    get_modality_length_grouped_indices,
+    split_to_even_chunks,
+)
+from llava_lite.train.llava_state import get_mm_adapter_state_maybe_zero_3, maybe_zero_3
 from llava_lite.train.plots import draw_plots
 from llava_lite.train.run_log import RunLog, TrainingBar
 from llava_lite.train.throughput import Meter, peak_flops, step_flops
 from llava_lite.train.tuning import compute_dtype, parameter_groups
+
+# With LLaVA's names, whose homes are files of their own.
+__all__ = [
+    "LLaVATrainer",
+    "LengthGroupedSampler",
+    "get_length_grouped_indices",
+    "get_mm_adapter_state_maybe_zero_3",
+    "get_modality_length_grouped_indices",
+    "maybe_zero_3",
+    "split_to_even_chunks",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -42,10 +61,13 @@ class RunEvents(TrainerCallback):
 class LLaVATrainer(CheckpointMixin, EvaluationMixin, Trainer):
     """Trains a LLaVA model; args are llava_lite's TrainingArguments, batches come from its collator.
 
-    eval_examples: examples of the evaluation set that are answered at each evaluation.
+    eval_examples: examples of the evaluation set that are answered at each evaluation. tokenizer: LLaVA's word, from
+    transformers 4, for processing_class.
     """
 
-    def __init__(self, model, args, *, eval_examples=(), eval_max_new_tokens=64, **kwargs):
+    def __init__(self, model, args, *, eval_examples=(), eval_max_new_tokens=64, tokenizer=None, **kwargs):
+        if tokenizer is not None:
+            kwargs["processing_class"] = tokenizer
         if args.n_gpu > 1:
             logger.warning(
                 "one process drives one device: %d of them stay idle. Start ranks with deepspeed.", args.n_gpu - 1
@@ -114,9 +136,10 @@ class LLaVATrainer(CheckpointMixin, EvaluationMixin, Trainer):
             return super()._get_train_sampler(dataset)
         from llava_lite.data.sampler import ModalityLengthGroupedSampler
 
+        lengths, has_picture = examples_of(dataset)
         return ModalityLengthGroupedSampler(
-            dataset.lengths,
-            dataset.has_picture,
+            lengths,
+            has_picture,
             batch_size=self.args.train_batch_size,
             world_size=self.args.world_size * self.args.gradient_accumulation_steps,
             seed=self.args.seed if self.args.data_seed is None else self.args.data_seed,
