@@ -1,0 +1,194 @@
+"""For the same weights, transformers' own LLaVA gives the same logits, loss, gradients and answers.
+
+There the connector is two linear layers with an activation between them. Without one, and with a unit matrix for the
+second or for both, it is LLaVA's `linear` or `identity`.
+"""
+
+import re
+
+import pytest
+import torch
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaForConditionalGeneration
+from transformers import LlavaConfig as StockConfig
+
+from llava_lite.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
+from llava_lite.model import LlavaConfig, LlavaLlamaForCausalLM
+
+WIDTH, NUM_PATCHES, PLACEHOLDER, PAD, END = 32, 4, 59, 0, 2
+TEXT = {
+    "vocab_size": 60,
+    "hidden_size": WIDTH,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "pad_token_id": PAD,
+    "eos_token_id": END,
+}
+TOWER = {
+    "hidden_size": WIDTH,
+    "intermediate_size": 40,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 2,
+    "image_size": 16,
+    "patch_size": 8,
+}
+# Connector, layer of the tower that is read, which of its tokens.
+CHOICES = {
+    "mlp2x_gelu": ("mlp2x_gelu", -2, "patch"),
+    "linear": ("linear", -2, "patch"),
+    "identity": ("identity", -2, "patch"),
+    "class token": ("mlp2x_gelu", -2, "cls_patch"),
+    "last layer": ("linear", -1, "patch"),
+    "first layer": ("linear", 1, "patch"),
+}
+P = IMAGE_TOKEN_INDEX
+BATCHES = {
+    "one picture": [[1, 7, P, 8, 9, 10]],
+    "unequal lengths": [[1, 7, P, 8, 9, 10, 11, 12], [1, P, 13], [1, 14, 15, P, 16]],
+    "two pictures and none": [[1, P, 7, P, 8], [1, 9, 10, 11, 12, 13, 14], [1, 15, P, 16]],
+    "a picture at either end": [[P, 7, 8], [1, 9, P]],
+    "no picture": [[1, 7, 8], [1, 9, 10, 11]],
+}
+
+
+def neutral(name):
+    """Return what a parameter is called in both models."""
+    name = re.sub(r"^model\.vision_tower\.(vision_tower\.)?(vision_model\.)?", "tower.", name)
+    name = name.replace("model.language_model.", "model.").replace("model.multi_modal_projector.", "connector.")
+    name = re.sub(r"^model\.mm_projector\.(0\.)?(?=weight|bias)", "connector.linear_1.", name)
+    return name.replace("model.mm_projector.2.", "connector.linear_2.")
+
+
+@pytest.fixture(scope="module", params=CHOICES)
+def pair(request):
+    """Our model, the stock one with the same drawn weights, and the features of a picture; the towers are frozen."""
+    connector, layer, feature = CHOICES[request.param]
+    fields = {"mm_projector_type": connector, "mm_vision_select_layer": layer, "mm_vision_select_feature": feature}
+    ours = LlavaLlamaForCausalLM(LlavaConfig(**TEXT, vision_config=CLIPVisionConfig(**TOWER), **fields)).eval()
+    stock = LlavaForConditionalGeneration(
+        StockConfig(
+            text_config=LlamaConfig(**TEXT),
+            vision_config=CLIPVisionConfig(**TOWER),
+            image_token_index=PLACEHOLDER,
+            projector_hidden_act="gelu" if connector == "mlp2x_gelu" else "linear",
+            vision_feature_layer=layer,
+            vision_feature_select_strategy="full" if feature == "cls_patch" else "default",
+        )
+    ).eval()
+    generator = torch.Generator().manual_seed(0)
+    projector = stock.model.multi_modal_projector
+    units = {"linear": [projector.linear_2], "identity": [projector.linear_1, projector.linear_2]}.get(connector, [])
+    with torch.no_grad():
+        for name, param in stock.named_parameters():
+            param.normal_(std=0.3, generator=generator).add_(float("norm" in name and name.endswith("weight")))
+        for linear in units:
+            linear.weight.copy_(torch.eye(WIDTH))
+            linear.bias.zero_()
+        theirs = {neutral(name): param for name, param in stock.named_parameters()}
+        for name, param in ours.named_parameters():
+            param.copy_(theirs[neutral(name)])
+    for tower in (ours.get_vision_tower(), stock.model.vision_tower):
+        tower.requires_grad_(False)
+    return ours, stock, NUM_PATCHES + (feature == "cls_patch")
+
+
+def batch_of(rows, picture, side="right"):
+    """Return ids, mask, labels [B, T]; the ids `picture` stand for a picture. Text is learned but its first tokens."""
+    ids = [[out for token in row for out in (picture if token == P else [token])] for row in rows]
+    labels = [
+        [out for i, token in enumerate(row) for out in (nothing if token == P else [token if i > 1 else IGNORE_INDEX])]
+        for row in rows
+        for nothing in [[IGNORE_INDEX] * len(picture)]
+    ]
+
+    def padded(values, pad):
+        tensors = [torch.tensor(row) for row in values]
+        return torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=pad, padding_side=side)
+
+    return padded(ids, PAD), padded([[1] * len(row) for row in ids], 0), padded(labels, IGNORE_INDEX)
+
+
+def pictures(rows):
+    """Return as many pictures [N, 3, H, W] as the rows have places, None for no place."""
+    count = sum(row.count(P) for row in rows)
+    return torch.randn(count, 3, 16, 16, generator=torch.Generator().manual_seed(1)) if count else None
+
+
+@pytest.mark.parametrize("name", BATCHES)
+def test_logits_loss_and_gradients_are_those_of_transformers_own_llava(pair, name):
+    ours, stock, num_features = pair
+    rows = BATCHES[name]
+    ids, mask, labels = batch_of(rows, [P])
+    mine = ours(ids, attention_mask=mask, labels=labels, images=pictures(rows))
+    ids, mask, labels = batch_of(rows, [PLACEHOLDER] * num_features)
+    theirs = stock(ids, attention_mask=mask, labels=labels, pixel_values=pictures(rows))
+    real = mask.bool()
+    torch.testing.assert_close(mine.logits[real], theirs.logits[real], rtol=0, atol=1e-5)
+    torch.testing.assert_close(mine.loss, theirs.loss, rtol=0, atol=1e-5)
+    for model, loss in ((ours, mine.loss), (stock, theirs.loss)):
+        model.zero_grad()
+        loss.backward()
+    expected = {neutral(name): param.grad for name, param in stock.named_parameters()}
+    for parameter, param in ours.named_parameters():
+        grad = expected[neutral(parameter)]
+        assert (param.grad is None) == (grad is None), parameter
+        if grad is not None:
+            torch.testing.assert_close(param.grad, grad, rtol=0, atol=1e-5, msg=parameter)
+
+
+@pytest.mark.parametrize("name", ["two pictures and none", "no picture"])
+def test_blank_pictures_of_rows_without_one_change_nothing(pair, name):
+    """LLaVA's collator gives every row a picture, one of zeros where there is none."""
+    ours, _, _ = pair
+    rows = BATCHES[name]
+    ids, mask, labels = batch_of(rows, [P])
+    with torch.no_grad():
+        expected = ours(ids, attention_mask=mask, labels=labels, images=pictures(rows))
+        seen, filled = iter([] if pictures(rows) is None else pictures(rows)), []
+        for row in rows:
+            filled += [next(seen) for _ in range(row.count(P))] or [torch.zeros(3, 16, 16)]
+        output = ours(ids, attention_mask=mask, labels=labels, images=torch.stack(filled))
+        listed = ours(ids, attention_mask=mask, labels=labels, images=filled)
+    for other in (output, listed):
+        torch.testing.assert_close(other.loss, expected.loss)
+        torch.testing.assert_close(other.logits, expected.logits)
+
+
+@pytest.mark.parametrize("name", ["unequal lengths", "two pictures and none"])
+def test_greedy_answers_are_those_of_transformers_own_llava(pair, name):
+    ours, stock, num_features = pair
+    rows = BATCHES[name]
+    ids, mask, _ = batch_of(rows, [P])
+    greedy = {"do_sample": False, "max_new_tokens": 8, "pad_token_id": PAD, "eos_token_id": END}
+    mine = ours.generate(ids, images=pictures(rows), attention_mask=mask, **greedy)
+    ids, mask, _ = batch_of(rows, [PLACEHOLDER] * num_features, side="left")
+    theirs = stock.generate(input_ids=ids, attention_mask=mask, pixel_values=pictures(rows), **greedy)
+    assert mine.tolist() == theirs[:, ids.shape[1] :].tolist()
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_spliced_embeddings_are_words_and_features_in_their_order(pair, side):
+    ours, stock, num_features = pair
+    rows = BATCHES["two pictures and none"]
+    ids, mask, labels = batch_of(rows, [P])
+    ours.config.tokenizer_padding_side = side
+    try:
+        with torch.no_grad():
+            _, positions, new_mask, _, embeds, new_labels = ours.prepare_inputs_labels_for_multimodal(
+                ids, torch.arange(ids.shape[1]).expand_as(ids), mask, None, labels, pictures(rows)
+            )
+            features = stock.model.get_image_features(pixel_values=pictures(rows)).pooler_output
+            words = stock.get_input_embeddings()
+            expected_ids, expected_mask, expected_labels = batch_of(rows, [PLACEHOLDER] * num_features, side)
+            expected, seen = words(expected_ids), iter(torch.cat(list(features)))
+            for place in (expected_ids == PLACEHOLDER).nonzero():
+                expected[tuple(place)] = next(seen)
+    finally:
+        ours.config.tokenizer_padding_side = "right"
+    torch.testing.assert_close(embeds, expected * expected_mask[..., None], rtol=0, atol=1e-5)
+    assert torch.equal(new_mask, expected_mask)
+    assert torch.equal(new_labels, expected_labels)
+    for row, real in zip(positions, expected_mask.bool(), strict=True):
+        assert row[real].tolist() == list(range(int(real.sum())))
+        assert not row[~real].any()
