@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from hub_client import run_client, serving
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, CLIPVisionModel
@@ -270,6 +271,59 @@ def test_a_stage_on_a_stage_takes_the_tokenizer_of_the_last_base(tuned, pixels, 
     tokenizer, model, _, _ = load_pretrained_model(second, device="cpu")
     torch.testing.assert_close(logits_of(model, pixels), tuned.expected(pixels), rtol=0, atol=1e-5)
     assert tokenizer("Hello!")["input_ids"]
+
+
+def test_llavas_lora_opens_from_the_hub(tuned, pixels, tmp_path):
+    pytest.importorskip("peft", reason="needs the extra 'peft'")
+    code = f"""
+    import shutil
+    from huggingface_hub import HfApi
+    from llava_lite.model.builder import load_pretrained_model
+    for name in ("base", "lora"):
+        HfApi().create_repo(f"tester/{{name}}")
+        HfApi().upload_folder(repo_id=f"tester/{{name}}", folder_path="{tmp_path}/" + name)
+    shutil.rmtree("{tmp_path}/base")
+    pixels, expected = torch.load("{tmp_path}/expected.pt")
+    ids = torch.tensor({IDS.tolist()})
+    for given in ("tester/base", None):
+        tokenizer, model, image_processor, _ = load_pretrained_model("tester/lora", given, "qwen-moe", device="cpu")
+        print((model(ids, images=pixels).logits - expected).abs().max().item() < 1e-5, len(tokenizer))
+    model = llava_lite.model.LlavaLlamaForCausalLM.from_pretrained("tester/lora")
+    print((model(ids, images=pixels).logits - expected).abs().max().item() < 1e-5)
+    """
+    shutil.copytree(tuned.base, tmp_path / "base")
+    num_words = len(tuned.stock.get_input_embeddings().weight)
+    tuned.base = "tester/base"
+    tuned.write_lora(tmp_path / "lora")
+    torch.save([pixels, tuned.expected(pixels)], tmp_path / "expected.pt")
+    with serving() as hub:
+        told = run_client(hub, tmp_path / "home", code)
+    assert told.split() == ["True", str(num_words), "True", str(num_words), "True"]
+
+
+def test_our_lora_on_the_hub_opens_through_the_auto_class(tuned, pixels, tmp_path):
+    """The Auto class follows adapter_config.json of a hub id, so what is shared points at itself there."""
+    pytest.importorskip("peft", reason="needs the extra 'peft'")
+    tower = tuned.config["mm_vision_tower"]
+    code = f"""
+    from huggingface_hub import HfApi
+    from llava_lite.share import push_folder
+    HfApi().create_repo("tester/base")
+    HfApi().upload_folder(repo_id="tester/base", folder_path="{tuned.base}")
+    HfApi().create_repo("tester/tower")
+    HfApi().upload_folder(repo_id="tester/tower", folder_path="{tower}")
+    push_folder("{tmp_path}/lora", "tester/lora", base="tester/base", tower="tester/tower")
+    model = AutoModelForCausalLM.from_pretrained("tester/lora")
+    pixels, expected = torch.load("{tmp_path}/expected.pt")
+    logits = model(torch.tensor({IDS.tolist()}), images=pixels).logits
+    print(type(model).__name__, (logits - expected).abs().max().item() < 1e-5)
+    """
+    folder = tuned.write_lora(tmp_path / "lora")
+    edit(folder / "config.json", base_model_name_or_path=tuned.base)
+    torch.save([pixels, tuned.expected(pixels)], tmp_path / "expected.pt")
+    with serving() as hub:
+        told = run_client(hub, tmp_path / "home", code)
+    assert told.split() == ["LlavaLlamaForCausalLM", "True"]
 
 
 def test_lora_alone_goes_on_a_llava_model_too(tuned, toy_model, toy_tokenizer, pixels, tmp_path):
