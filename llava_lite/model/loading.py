@@ -46,7 +46,8 @@ class LoadingMixin:
         """
         if "torch_dtype" in kwargs:
             kwargs.setdefault("dtype", kwargs.pop("torch_dtype"))
-        kwargs["strict"] = not output_loading_info
+        # Without a checkpoint (path None) what is missing is meant to be drawn.
+        kwargs["strict"] = pretrained_model_name_or_path is not None and not output_loading_info
         kwargs["attn_implementation"] = choose_attention(kwargs.pop("attn_implementation", None))
         with in_words(pretrained_model_name_or_path, **hub_arguments(kwargs)):
             model, info = cls._open(pretrained_model_name_or_path, *args, config=config, **kwargs)
