@@ -162,9 +162,10 @@ class LazySupervisedDataset(Dataset):
     """LLaVA's examples {"input_ids", "labels" [T], "image"}, one placeholder a picture.
 
     data_path: a file of records, or several. data_args: an object with image_folder, image_processor,
-    image_aspect_ratio, is_multimodal and mm_use_im_start_end. "image" is a tensor [3, H, W] ([crops, 3, H, W] for
-    `anyres`), a list of them where a record has several; where it has none it is blank in a multimodal run. The
-    records are kept in memory, as in LLaVA; `llava_lite.data.dataset` keeps none.
+    image_aspect_ratio, is_multimodal and mm_use_im_start_end. "image" is a tensor [3, H, W], a list of them where a
+    record has several; where it has none it is blank in a multimodal run. With `anyres` (data_args then has
+    image_grid_pinpoints) a picture is [crops, 3, H, W], and "image_size" is its (width, height).
+    The records are kept in memory, as in LLaVA; `llava_lite.data.dataset` keeps none.
     """
 
     def __init__(self, data_path, tokenizer, data_args):
@@ -197,17 +198,21 @@ class LazySupervisedDataset(Dataset):
             sources = preprocess_multimodal(sources, self.data_args)
         encoded = preprocess(sources, self.tokenizer, has_image=bool(record.images))
         example = {name: values[0] for name, values in encoded.items()}
-        if record.images:
-            pictures = [self._picture(record, name) for name in record.images]
+        shown = [self._picture(record, name) for name in record.images]
+        if not shown and self.data_args.is_multimodal:
+            shown = [_blank_picture(self.data_args.image_processor)]
+        if shown:
+            pictures, sizes = map(list, zip(*shown, strict=True))
             example["image"] = pictures[0] if len(pictures) == 1 else pictures
-        elif self.data_args.is_multimodal:
-            example["image"] = _blank_picture(self.data_args.image_processor)
+            if str(self.data_args.image_aspect_ratio).startswith("anyres"):
+                example["image_size"] = sizes[0] if len(sizes) == 1 else sizes
         return example
 
-    def _picture(self, record, name) -> torch.Tensor:
+    def _picture(self, record, name) -> tuple[torch.Tensor, tuple[int, int]]:
         try:
             path, _ = find_picture(record.image_folder, name)
-            return process_images([open_picture(path)], self.data_args.image_processor, self.data_args)[0]
+            picture = open_picture(path)
+            return process_images([picture], self.data_args.image_processor, self.data_args)[0], picture.size
         except PictureError as error:
             raise DataError(f"{record.name}: {error}") from error
 
@@ -224,17 +229,22 @@ def _read_items(data_path) -> list[dict]:
     return items
 
 
-def _blank_picture(image_processor) -> torch.Tensor:
+def _blank_picture(image_processor) -> tuple[torch.Tensor, tuple[int, int]]:
     # SigLIP's processor cuts nothing and names no crop.
     size = getattr(image_processor, "crop_size", None) or image_processor.size
-    return torch.zeros(3, size["height"], size["width"])
+    return torch.zeros(3, size["height"], size["width"]), (size["width"], size["height"])
+
+
+def _flat(groups) -> list:
+    """Return what stands in a list, or alone, one after another."""
+    return [one for group in groups for one in (group if isinstance(group, list) else [group])]
 
 
 @dataclass
 class DataCollatorForSupervisedDataset:
     """Examples -> input_ids, labels, attention_mask [B, T], padded on the right, and images, one or more an example.
 
-    images: a tensor [B, 3, H, W], or a list where their shapes differ.
+    images: a tensor [B, 3, H, W], or a list where their shapes differ; image_sizes, where the examples have sizes.
     """
 
     tokenizer: object
@@ -249,10 +259,11 @@ class DataCollatorForSupervisedDataset:
             "attention_mask": _padded([torch.ones_like(row, dtype=torch.bool) for row in ids], False),
         }
         if "image" in instances[0]:
-            images = [instance["image"] for instance in instances]
-            images = [picture for group in images for picture in (group if isinstance(group, list) else [group])]
+            images = _flat(instance["image"] for instance in instances)
             alike = len({picture.shape for picture in images}) == 1
             batch["images"] = torch.stack(images) if alike else images
+        if "image_size" in instances[0]:
+            batch["image_sizes"] = _flat(instance["image_size"] for instance in instances)
         return batch
 
 

@@ -1,0 +1,284 @@
+"""LLaVA's data names return what LLaVA's own do: prompts written out here, pictures by the stock processor."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+from PIL import Image
+from torch.nn import functional as F
+from transformers import Trainer, TrainingArguments
+
+from llava_lite import conversation as conversation_lib
+from llava_lite.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
+from llava_lite.data.scan import DataError
+from llava_lite.mm_utils import load_image_processor
+from llava_lite.train import train as train_module
+from llava_lite.train.llava_data import (
+    DataCollatorForSupervisedDataset,
+    LazySupervisedDataset,
+    make_supervised_data_module,
+    preprocess,
+    preprocess_llama_2,
+    preprocess_multimodal,
+    preprocess_plain,
+    preprocess_v1,
+)
+
+S = (
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions."
+)
+HUMAN = S.replace("user", "human")
+CHATML = "<|im_start|>system\nAnswer the questions."
+TALK = [("human", "Q one?"), ("gpt", "A one."), ("human", "Q two?"), ("gpt", "A two.")]
+# Template: the text of TALK, and its pieces that are learned.
+WRITTEN = {
+    "v1": (
+        f"{S} USER: Q one? ASSISTANT: A one.</s>USER: Q two? ASSISTANT: A two.</s>",
+        [" A one.</s>", " A two.</s>"],
+    ),
+    "mistral_instruct": (
+        "[INST] Q one? [/INST] A one. </s>[INST] Q two? [/INST] A two. </s>",
+        [" A one. </s>", " A two. </s>"],
+    ),
+    "mistral_direct": (
+        f"{CHATML}<|im_end|><|im_start|>user\nQ one?<|im_end|><|im_start|>assistant\nA one.<|im_end|>"
+        "<|im_start|>user\nQ two?<|im_end|><|im_start|>assistant\nA two.<|im_end|>",
+        ["A one.<|im_end|>", "A two.<|im_end|>"],
+    ),
+    "llava_v0": (
+        f"{HUMAN}\n\n### Human: Q one?\n### Assistant: A one.\n### Human: Q two?\n### Assistant: A two.\n### ",
+        ["###", "### Assistant: A one.\n", "###", "### Assistant: A two.\n", "### "],
+    ),
+}
+
+
+@pytest.fixture
+def speak(monkeypatch):
+    """Return a function: name of a template -> it is the default conversation."""
+
+    def set_default(name):
+        monkeypatch.setattr(conversation_lib, "default_conversation", conversation_lib.conv_templates[name])
+
+    return set_default
+
+
+def talk_of(turns):
+    return [{"from": speaker, "value": text} for speaker, text in turns]
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_ids_are_those_of_the_prompt_and_the_answers_are_learned(toy_tokenizer_for, speak, name):
+    tokenizer = toy_tokenizer_for("gpt2")
+    speak(name)
+    text, learned = WRITTEN[name]
+    encoded = preprocess([talk_of(TALK)], tokenizer)
+    ids, labels = encoded["input_ids"][0], encoded["labels"][0]
+    assert ids.tolist() == tokenizer(text)["input_ids"]
+    assert tokenizer.decode(labels[labels != IGNORE_INDEX]) == "".join(learned)
+    # What is learned stands where it is read.
+    assert torch.equal(labels[labels != IGNORE_INDEX], ids[labels != IGNORE_INDEX])
+
+
+@pytest.mark.parametrize("name", ["v1", "llava_v0"])
+def test_a_picture_is_one_placeholder_and_never_learned(toy_tokenizer, speak, name):
+    speak(name)
+    source = talk_of([("human", "<image>\nQ?"), ("gpt", "A.")])
+    with_picture = preprocess([source], toy_tokenizer, has_image=True)
+    as_text = preprocess([source], toy_tokenizer, has_image=False)
+    ids, labels = with_picture["input_ids"][0], with_picture["labels"][0]
+    assert (ids == IMAGE_TOKEN_INDEX).sum() == 1
+    assert IMAGE_TOKEN_INDEX not in labels
+    assert IMAGE_TOKEN_INDEX not in as_text["input_ids"][0]
+
+
+def test_captions_forget_the_instruction_and_learn_the_newline(toy_tokenizer_for, speak):
+    tokenizer = toy_tokenizer_for("gpt2")
+    speak("plain")
+    source = talk_of([("human", "Describe it.\n<image>"), ("gpt", "A red square.")])
+    encoded = preprocess([source], tokenizer)
+    caption = tokenizer("A red square.\n")["input_ids"]
+    assert [row.tolist() for row in encoded["input_ids"]] == [[IMAGE_TOKEN_INDEX, *caption]]
+    assert [row.tolist() for row in encoded["labels"]] == [[IGNORE_INDEX, *caption]]
+    assert preprocess_plain([source], tokenizer)["labels"][0].tolist() == [IGNORE_INDEX, *caption]
+
+
+def test_talks_without_pictures_are_padded_to_one_length_and_cut_at_the_maximum(toy_tokenizer, speak):
+    speak("v1")
+    toy_tokenizer.pad_token, toy_tokenizer.model_max_length = "<unk>", 60
+    short, long = talk_of(TALK[:2]), talk_of([("human", "Q?"), ("gpt", "word " * 100)])
+    encoded = preprocess([short, long], toy_tokenizer)
+    assert encoded["input_ids"].shape == encoded["labels"].shape == (2, 60)
+    alone = preprocess([short], toy_tokenizer)
+    num_tokens = alone["input_ids"].shape[1]
+    assert torch.equal(encoded["input_ids"][0, :num_tokens], alone["input_ids"][0])
+    assert (encoded["input_ids"][0, num_tokens:] == toy_tokenizer.unk_token_id).all()
+    assert (encoded["labels"][0, num_tokens:] == IGNORE_INDEX).all()
+    assert preprocess([long], toy_tokenizer, has_image=True)["input_ids"].shape[1] > 60
+
+
+def test_a_function_for_another_style_than_the_default_says_so(toy_tokenizer, speak):
+    speak("v1")
+    assert torch.equal(
+        preprocess_v1([talk_of(TALK)], toy_tokenizer)["labels"], preprocess([talk_of(TALK)], toy_tokenizer)["labels"]
+    )
+    with pytest.raises(ValueError, match="has the style TWO, expected LLAMA_2"):
+        preprocess_llama_2([talk_of(TALK)], toy_tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("text", "template", "start_end", "expected"),
+    [
+        ("Q?\n<image>", "v1", False, "<image>\nQ?"),
+        ("<image>", "v1", True, "<im_start><image><im_end>"),
+        ("a <image> b", "v1_mmtag", False, "<Image><image></Image>\na  b"),
+        ("a <image> b <image>", "v1", False, "a <image> b <image>"),
+        ("no mark ", "v1", True, "no mark "),
+    ],
+)
+def test_marks_are_put_where_the_model_reads_them(speak, text, template, start_end, expected):
+    speak(template)
+    sources = [talk_of([("human", text), ("gpt", "A.")])]
+    data_args = SimpleNamespace(is_multimodal=True, mm_use_im_start_end=start_end)
+    assert preprocess_multimodal(sources, data_args) is sources
+    assert sources[0] == talk_of([("human", expected), ("gpt", "A.")])
+    data_args.is_multimodal = False
+    assert preprocess_multimodal([talk_of([("human", text)])], data_args) == [talk_of([("human", text)])]
+
+
+@pytest.fixture
+def data_args(tmp_path, toy_tower_dir):
+    """LLaVA's data arguments over five records: two pictures of one size, one of another, a pair, and words alone."""
+    sizes = {"wide.png": (50, 30), "tall.png": (20, 44), "grey.png": (50, 30)}
+    for i, (name, size) in enumerate(sizes.items()):
+        Image.linear_gradient("L").resize(size).convert("L" if i == 2 else "RGB").save(tmp_path / name)
+
+    def record(number, question, image=None):
+        turns = [("human", question), ("gpt", "It is red."), ("human", "And now?"), ("gpt", "So it stays.")]
+        return {"id": number, "conversations": talk_of(turns)} | ({"image": image} if image else {})
+
+    records = [
+        record(0, "<image>\nWhat is it?", "wide.png"),
+        record(1, "What is a square?"),
+        record(2, "What is it?\n<image>", "tall.png"),
+        record(3, "Is <image> like <image> ?", ["wide.png", "tall.png"]),
+        record(4, "<image>\nAnd this?", "grey.png"),
+    ]
+    (tmp_path / "train.json").write_text(json.dumps(records))
+    return SimpleNamespace(
+        data_path=str(tmp_path / "train.json"),
+        image_folder=str(tmp_path),
+        image_processor=load_image_processor(toy_tower_dir("clip")),
+        image_aspect_ratio="pad",
+        is_multimodal=True,
+        mm_use_im_start_end=False,
+    )
+
+
+def test_examples_are_ids_labels_and_pictures_on_a_square_of_the_mean_colour(data_args, toy_tokenizer, speak):
+    speak("v1")
+    dataset = LazySupervisedDataset(data_args.data_path, toy_tokenizer, data_args)
+    assert len(dataset) == 5
+    square = Image.new("RGB", (50, 50), (122, 116, 104))
+    square.paste(Image.open(f"{data_args.image_folder}/wide.png"), (0, 10))
+    expected = data_args.image_processor(square, return_tensors="pt")["pixel_values"][0]
+    torch.testing.assert_close(dataset[0]["image"], expected)
+    assert set(dataset[0]) == {"input_ids", "labels", "image"}
+    assert dataset[0]["input_ids"].dim() == dataset[0]["labels"].dim() == 1
+    # A record of words alone has a blank picture, so that a batch has one a row.
+    assert torch.equal(dataset[1]["image"], torch.zeros(3, 32, 32))
+    assert [picture.shape for picture in dataset[3]["image"]] == [(3, 32, 32)] * 2
+    torch.testing.assert_close(dataset[3]["image"][0], expected)
+    data_args.is_multimodal = False
+    assert "image" not in dataset[1]
+
+
+def test_lengths_are_words_and_below_zero_for_words_alone(data_args, toy_tokenizer):
+    dataset = LazySupervisedDataset(data_args.data_path, toy_tokenizer, data_args)
+    words = [sum(len(turn["value"].split()) for turn in item["conversations"]) for item in dataset.list_data_dict]
+    assert words == [12, 12, 12, 13, 11]
+    assert dataset.modality_lengths == [12, -12, 12, 13, 11]
+    assert dataset.lengths == [12 + 128, 12, 12 + 128, 13 + 128, 11 + 128]
+
+
+def test_a_record_that_cannot_be_used_is_named(data_args, toy_tokenizer, speak, tmp_path):
+    speak("v1")
+    records = [{"id": "lost", "image": "lost.png", "conversations": talk_of([("human", "<image>"), ("gpt", "A.")])}]
+    (tmp_path / "more.jsonl").write_text("\n".join(map(json.dumps, records)))
+    paths = [data_args.data_path, str(tmp_path / "more.jsonl")]
+    dataset = LazySupervisedDataset(paths, toy_tokenizer, data_args)
+    assert len(dataset) == 6
+    with pytest.raises(DataError, match=r"record 'lost' .*lost\.png.*no such file"):
+        dataset[5]
+
+
+def test_a_batch_is_padded_on_the_right_and_its_mask_keeps_a_padding_token_of_the_text(toy_tokenizer):
+    toy_tokenizer.pad_token, toy_tokenizer.model_max_length = "<unk>", 4
+    pad = toy_tokenizer.pad_token_id
+    picture = torch.ones(3, 2, 2)
+    rows = [torch.tensor([1, pad, 5]), torch.tensor([1, 2, 3, 4, 5])]
+    examples = [{"input_ids": row, "labels": row, "image": picture * i} for i, row in enumerate(rows)]
+    batch = DataCollatorForSupervisedDataset(tokenizer=toy_tokenizer)(examples)
+    assert batch["input_ids"].tolist() == [[1, pad, 5, pad], [1, 2, 3, 4]]
+    assert batch["labels"].tolist() == [[1, pad, 5, IGNORE_INDEX], [1, 2, 3, 4]]
+    assert batch["attention_mask"].tolist() == [[True, True, True, False], [True] * 4]
+    assert torch.equal(batch["images"], torch.stack([picture * 0, picture]))
+    examples[1]["image"] = torch.ones(5, 3, 2, 2)
+    shapes = [one.shape for one in DataCollatorForSupervisedDataset(toy_tokenizer)(examples)["images"]]
+    assert shapes == [(3, 2, 2), (5, 3, 2, 2)]
+
+
+def test_the_names_are_found_where_llava_has_them():
+    for name in ("preprocess", "preprocess_multimodal", "LazySupervisedDataset", "make_supervised_data_module"):
+        assert getattr(train_module, name) is globals()[name]
+    with pytest.raises(AttributeError, match="no attribute 'preprocces'; known: ModelArguments"):
+        train_module.preprocces  # noqa: B018
+
+
+@pytest.mark.parametrize("merge", ["flat", "anyres"])
+def test_a_plain_trainer_learns_from_llavas_batches(tmp_path, data_args, toy_tokenizer, toy_model, speak, merge):
+    speak("v1")
+    toy_tokenizer.pad_token = "<unk>"
+    keys = {}
+    if merge == "anyres":
+        keys = {"image_aspect_ratio": "anyres", "image_grid_pinpoints": [[32, 64], [64, 32], [64, 64]]}
+        vars(data_args).update(keys)
+        keys |= {"mm_patch_merge_type": "spatial_unpad"}
+    model = toy_model(**keys)
+    before = {name: param.detach().clone() for name, param in model.named_parameters()}
+    module = make_supervised_data_module(tokenizer=toy_tokenizer, data_args=data_args)
+    assert module["eval_dataset"] is None
+    batch = module["data_collator"]([module["train_dataset"][i] for i in range(5)])
+    with torch.no_grad():
+        # The loss of each talk by itself, from logits alone.
+        losses = []
+        for example in (module["train_dataset"][i] for i in range(5)):
+            alone = module["data_collator"]([example])
+            alone.pop("attention_mask")
+            labels = alone.pop("labels")[0]
+            logits = model(**alone).logits[0]
+            learned = labels != IGNORE_INDEX
+            # Answers stand behind the pictures, so they count from the end.
+            from_end = torch.arange(len(labels)) - len(labels)
+            losses.append(F.cross_entropy(logits[from_end[learned] - 1], labels[learned], reduction="none"))
+    args = TrainingArguments(
+        str(tmp_path / "out"),
+        per_device_train_batch_size=5,
+        max_steps=2,
+        learning_rate=1e-3,
+        logging_steps=1,
+        use_cpu=True,
+        remove_unused_columns=False,
+        save_strategy="no",
+        report_to="none",
+    )
+    trainer = Trainer(model=model, args=args, **module)
+    trainer.train()
+    first, second = [line["loss"] for line in trainer.state.log_history if "loss" in line]
+    # The log is rounded.
+    assert first == pytest.approx(torch.cat(losses).mean().item(), abs=1e-3)
+    assert second < first
+    moved = {name for name, param in model.named_parameters() if not torch.equal(param, before[name])}
+    assert {"lm_head.weight", "model.mm_projector.0.weight"} <= moved
+    assert len(batch["images"]) == 6
