@@ -18,7 +18,6 @@ from llava_lite.constants import IMAGE_TOKEN_INDEX
 from llava_lite.formats import transformers_llava as layout
 from llava_lite.hub import in_words
 from llava_lite.inference import load
-from llava_lite.mm_utils import load_image_processor
 from llava_lite.stock_folder import refuse_inexpressible, write_stock
 
 LAYOUTS = ("transformers", "llava")
@@ -140,8 +139,11 @@ def stock_processor(folder):
 
     With torchvision it would choose its other backend, which resizes a little differently.
     """
+    # From its own file: transformers 5.17 offers it at the top only where torchvision is installed.
+    from transformers.models.auto.image_processing_auto import AutoImageProcessor
+
     processor = AutoProcessor.from_pretrained(folder)
-    processor.image_processor = load_image_processor(folder)
+    processor.image_processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
     return processor
 
 

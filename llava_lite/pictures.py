@@ -158,7 +158,20 @@ def load_image_processor(path_or_id, revision=None, **hub):
     # From its own file: transformers 5.17 offers it at the top only where torchvision is installed.
     from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
-    return AutoImageProcessor.from_pretrained(path_or_id, revision=revision or "main", backend="pil", **hub)
+    found = AutoImageProcessor.from_pretrained(path_or_id, revision=revision or "main", backend="pil", **hub)
+    return one_crop_processor(found)
+
+
+def one_crop_processor(image_processor):
+    """Return an image processor that prepares a picture as it is: LlavaNext's cuts crops, which is done here."""
+    if not hasattr(image_processor, "image_grid_pinpoints"):
+        return image_processor
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+    settings = image_processor.to_dict()
+    for key in ("image_grid_pinpoints", "image_processor_type", "do_pad", "pad_size", "processor_class"):
+        settings.pop(key, None)
+    return CLIPImageProcessorPil(**settings)
 
 
 def _cuts_the_middle(image_processor) -> bool:

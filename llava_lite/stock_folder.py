@@ -65,6 +65,8 @@ def fields_of(config):
     fields = config.to_dict()
     if config.has_vision_tower:
         fields["vision_config"] = resolve_vision_config(config).to_dict()
+        # As pixels, whatever notation the checkpoint has them in.
+        fields["image_grid_pinpoints"] = [list(pair) for pair in config.picture_layout.pinpoints]
     return fields
 
 

@@ -12,7 +12,6 @@ from llava_lite import witness
 from llava_lite.constants import DEFAULT_IMAGE_TOKEN
 from llava_lite.formats import transformers_llava as layout
 from llava_lite.jinja_template import write_jinja
-from llava_lite.mm_utils import load_image_processor
 
 PAD_TOKEN = "<pad>"
 MANY_BACKENDS = (
@@ -60,9 +59,12 @@ def next_image_processor(image_processor, fields):
 
 def _image_processor_of(settings):
     """Return the image processor that a preprocessor_config.json of these settings makes."""
+    # From its own file: transformers 5.17 offers it at the top only where torchvision is installed.
+    from transformers.models.auto.image_processing_auto import AutoImageProcessor
+
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "preprocessor_config.json").write_text(json.dumps(settings), encoding="utf-8")
-        return load_image_processor(folder)
+        return AutoImageProcessor.from_pretrained(folder, backend="pil")
 
 
 def stock_processor(processor, tokenizer, image_processor, fields, expected):

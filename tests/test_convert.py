@@ -300,3 +300,26 @@ def test_folder_of_transformers_is_asked_as_its_own_chat_template_says(whole_fol
     tokens = stock.generate(**inputs, do_sample=False, max_new_tokens=8)[0, inputs["input_ids"].shape[1] :]
     expected = stock_processor.decode(tokens, skip_special_tokens=True).strip()
     assert reply(model, processor, "Who is it?", WIDE, max_new_tokens=8) == expected
+
+
+@pytest.mark.parametrize("tower", ["clip", "siglip"])
+def test_pictures_of_any_resolution_become_llava_next(whole_folder, tmp_path, tower):
+    pinpoints = [[32, 64], [64, 32], [64, 64], [96, 32]]
+    source = whole_folder(
+        conv_template="mistral_instruct",
+        tower=tower,
+        image_aspect_ratio="anyres",
+        mm_patch_merge_type="spatial_unpad",
+        image_grid_pinpoints=pinpoints,
+    )
+    gap = convert(source, tmp_path / "stock", say=str)
+    assert gap.logits <= 1e-5
+    config = json.loads((tmp_path / "stock" / "config.json").read_text())
+    assert config["architectures"] == ["LlavaNextForConditionalGeneration"]
+    assert config["image_grid_pinpoints"] == [[height, width] for width, height in pinpoints]
+    assert "image_newline" in load_file(tmp_path / "stock" / "model.safetensors")
+    assert_transformers_agrees(source, tmp_path / "stock")
+    convert(tmp_path / "stock", tmp_path / "back", say=str)
+    before, after = (load_file(folder / "model.safetensors") for folder in (source, tmp_path / "back"))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)

@@ -192,9 +192,11 @@ def refusal(config: Mapping) -> str | None:
     size = config.get("mm_image_size")
     if size is not None and size != config["vision_config"]["image_size"]:
         return f"the tower is fed {size} pixels and built for {config['vision_config']['image_size']}. {kept}"
-    if is_anyres(config) and "unpad" not in config.get("mm_patch_merge_type", "flat"):
-        merge = config.get("mm_patch_merge_type", "flat")
+    merge = config.get("mm_patch_merge_type", "flat")
+    if is_anyres(config) and merge != "spatial_unpad":
         return f"LlavaNext always merges crops as 'spatial_unpad'; this model has {merge!r}. {kept}"
+    if not is_anyres(config) and "unpad" in merge:
+        return f"transformers' Llava has no image_newline, which goes with mm_patch_merge_type {merge!r}. {kept}"
     return None
 
 

@@ -8,6 +8,8 @@ from transformers import (
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    LlavaNextConfig,
+    LlavaNextForConditionalGeneration,
     MistralConfig,
     Qwen2Config,
     SiglipVisionConfig,
@@ -53,6 +55,7 @@ def weights_of(model, form):
         "model.language_model.": "language_model.model.",
         "model.vision_tower.": tower,
         "model.multi_modal_projector.": "multi_modal_projector.",
+        "model.image_newline": "image_newline",
     }
     return {
         next(new + name.removeprefix(old) for old, new in prefixes.items() if name.startswith(old)): tensor
@@ -103,6 +106,34 @@ def test_model_of_transformers_answers_the_same_under_our_names(form, text, towe
     with torch.no_grad():
         expected, found = stock(**asked()).logits, ours(**asked()).logits
     # Two linear layers without an activation become one product; all else is the same sums.
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("form", ["released", "module", "saved"])
+@pytest.mark.parametrize("size", [(50, 40), (33, 90), (20, 20)], ids=str)
+def test_llava_next_answers_the_same_under_our_names(form, size):
+    shape = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 48}
+    torch.manual_seed(0)
+    stock = LlavaNextForConditionalGeneration(
+        LlavaNextConfig(
+            vision_config=CLIPVisionConfig(**shape, image_size=32, patch_size=8),
+            text_config=LlamaConfig(**shape, vocab_size=64, bos_token_id=1, eos_token_id=2),
+            image_token_index=PICTURE_ID,
+            # Rows first: tall grids and wide ones must not be taken for one another.
+            image_grid_pinpoints=[[64, 32], [64, 64], [96, 32]],
+        )
+    ).eval()
+    for parameter in stock.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    ours = ours_from(stock, form)
+    layout_of_pictures = ours.config.picture_layout
+    assert layout_of_pictures.pinpoints == ((32, 64), (64, 64), (32, 96))
+    pixels = torch.randn(1, layout_of_pictures.num_crops(size), 3, 32, 32)
+    ids = torch.tensor([[1, 5, *[PICTURE_ID] * layout_of_pictures.num_tokens(size), 7, 9]])
+    with torch.no_grad():
+        # transformers counts the features itself and refuses another number.
+        expected = stock(input_ids=ids, pixel_values=pixels, image_sizes=torch.tensor([size[::-1]])).logits
+        found = ours(input_ids=ids, pixel_values=pixels, image_sizes=torch.tensor([size])).logits
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
@@ -212,6 +243,7 @@ def test_the_default_strategy_drops_the_first_patch_of_a_tower_without_a_class_t
         ({"mm_projector_type": "mlp3x_gelu"}, "'mlp3x_gelu' is not two linear layers"),
         ({"mm_image_size": 24}, "fed 24 pixels and built for 32"),
         ({"image_aspect_ratio": "anyres", "mm_patch_merge_type": "spatial"}, "spatial_unpad"),
+        ({"mm_patch_merge_type": "spatial_unpad"}, "has no image_newline"),
     ],
 )
 def test_what_the_layout_cannot_express_is_refused_and_stays_loadable(fields, words):
