@@ -17,7 +17,9 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from transformers.utils import cached_file
 
+CONFIG = "config.json"
 # What a caller says of one repository, and what of that holds for the others that it names (base, vision tower).
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder", "proxies")
 EVERYWHERE = ("cache_dir", "local_files_only", "token")
@@ -111,9 +113,7 @@ def gated(error, repo: str, file, hub: dict) -> str:
     """Say where to ask for access."""
     there = f"{constants.ENDPOINT}/{repo}"
     if has_token(hub):
-        return (
-            f"{repo!r} is gated, and the owner of your token has no access yet. Ask for it on {there}, then try again."
-        )
+        return f"{repo!r} is gated, and the owner of your token has no access yet. Ask on {there}, then try again."
     return f"{repo!r} is gated: accept its terms on {there}, then log in with `hf auth login`, or give token=."
 
 
@@ -137,6 +137,10 @@ def refused(error, repo: str, file, hub: dict) -> str:
     """Say what a status of the server means."""
     status = error.response.status_code
     says = f" The Hub says: {error.server_message}" if getattr(error, "server_message", None) else ""
+    if status == 401 and not has_token(hub):
+        return (
+            f"the Hub asks who you are before it does this to {repo!r}: log in with `hf auth login`, or give token=."
+        )
     if status == 401:
         return (
             f"the Hub does not take the token for {repo!r}: it is mistyped, or has expired. Make one on "
@@ -144,8 +148,8 @@ def refused(error, repo: str, file, hub: dict) -> str:
         )
     if status == 403:
         return (
-            f"the owner of your token may not do this to {repo!r}. Use a token with the right to write, of somebody who "
-            f"may write there, or open a pull request (create_pr=True).{says}"
+            f"the owner of your token may not do this to {repo!r}. Use a token with the right to write, of somebody "
+            f"who may write there, or open a pull request (create_pr=True).{says}"
         )
     if status == 429:
         wait = error.response.headers.get("Retry-After")
@@ -154,8 +158,8 @@ def refused(error, repo: str, file, hub: dict) -> str:
         return f"the Hub asks for a pause (429, too many requests) at {repo!r}. Try again {pause}{login}."
     if status >= 500:
         return (
-            f"the Hub has trouble of its own ({status}) at {repo!r}. Try again later; what was fetched so far is kept, "
-            "and local_files_only=True opens what is in the cache."
+            f"the Hub has trouble of its own ({status}) at {repo!r}. Try again later; what was fetched so far is kept "
+            "in the cache, from which local_files_only=True opens it."
         )
     return f"the Hub refused what was asked of {repo!r} ({status}).{says or f' {error}'}"
 
@@ -170,6 +174,18 @@ def unreachable(error, repo: str, file, hub: dict) -> str:
         f"({type(reason).__name__}: {str(reason).splitlines()[0] if str(reason) else 'no more is known'}). Check the "
         "network and its proxy, or give the path of a folder that holds the model."
     )
+
+
+def reach_config(name, hub: dict) -> bool:
+    """Tell whether a repository or folder has a config.json; unlike a look for any other file this may fail aloud."""
+    return cached_file(str(name), CONFIG, **hub) is not None
+
+
+def require_config(name, hub: dict) -> None:
+    """Raise HubError if a repository holds no config.json; of a folder, whoever opens it says what it lacks."""
+    name = str(name)
+    if not os.path.isdir(name) and not reach_config(name, hub):
+        raise HubError(no_file(None, name, os.path.join(hub.get("subfolder") or "", CONFIG), hub))
 
 
 # The first kind that occurs anywhere among the causes; a status says more than "not in the cache".

@@ -19,6 +19,7 @@ from llava_lite.hub import hub_arguments, in_words
 from llava_lite.messages import pictures_of_each, read_messages
 from llava_lite.mm_utils import process_images, tokenize_rendered
 from llava_lite.pictures import picture_side
+from llava_lite.share import ProcessorSharing
 
 # What a processor saves of its own, beside its parts.
 SETTINGS = ("conv_template", "image_aspect_ratio", "num_image_tokens", "image_token_index", "use_im_start_end")
@@ -29,7 +30,7 @@ OF_OTHERS = ("_from_auto", "_from_pipeline", "_commit_hash", "trust_remote_code"
 OF_OTHERS += ("dtype", "torch_dtype", "device_map", "attn_implementation", "low_cpu_mem_usage", "use_fast", "backend")
 
 
-class LlavaLiteProcessor(ProcessorMixin):
+class LlavaLiteProcessor(ProcessorSharing, ProcessorMixin):
     """The tokenizer, the image processor and the prompt format that belong to a checkpoint.
 
     conv_template: key of `conv_templates`. num_image_tokens: features of one picture, or of one crop of it if

@@ -253,3 +253,23 @@ def toy_data(tmp_path_factory):
         return str(path), str(pictures)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def hub():
+    """The address of a Hub of our own, on this machine."""
+    from hub_client import serving
+
+    with serving() as address:
+        yield address
+
+
+@pytest.fixture
+def client(hub, tmp_path):
+    """Return a function that runs code in a process with a cache of its own; see `hub_client.run_client`."""
+    from hub_client import run_client
+
+    def run(code, token="tester", cache="cache", succeeds=True, **more):
+        return run_client(hub, tmp_path / cache, code, token, succeeds, **more)
+
+    return run

@@ -1,7 +1,9 @@
 """A Hugging Face Hub in one file, in memory, on this machine: what huggingface_hub asks for when it pushes and loads.
 
-`python hub_server.py` prints its port. Users are the tokens themselves; GET /_log lists the requests of all clients.
-Large files go through git-LFS: those above PART_BYTES in parts, as the Hub does with files above 5 GB.
+`python hub_server.py` prints its port. Users are the tokens themselves, of which one that begins with "expired" is
+none; GET /_log lists the requests of all clients. Large files go through git-LFS: those above PART_BYTES in parts, as
+the Hub does with files above 5 GB. To all but their owner a repository named gated-... is gated, busy-... answers 429
+and broken-... 503.
 """
 
 import base64
@@ -17,20 +19,27 @@ import yaml
 LFS_BYTES = 16 * 1024
 PART_BYTES = 64 * 1024
 REPO = r"(?P<repo>[\w.-]+/[\w.-]+)"
+REVISION = r"(?P<revision>refs/pr/\d+|[^/]+)"
+# What the real Hub takes, as far as cards here use it.
+PIPELINES = ("image-text-to-text", "text-generation")
+LICENCES = ("apache-2.0", "mit", "llama2", "other", "cc-by-nc-4.0")
+RELATIONS = ("finetune", "adapter", "merge", "quantized")
+HUB_ID = r"[\w.-]+/[\w.-]+"
 
-repos = {}  # id -> {"private": bool, "gated": bool, "branches": {name: sha}}
+repos = {}  # id -> {"private": bool, "gated": bool, "branches": {name: sha}, "tags": {name: sha}}
 commits = {}  # sha -> {path: bytes}
+messages = {}  # sha -> what the commit says
 large = {}  # sha256 -> bytes
 parts = {}  # (sha256, number) -> bytes
 log = []
 
 
 class Refused(Exception):
-    """An answer that is an error of the Hub: its status and its X-Error-Code."""
+    """An answer that is an error of the Hub: its status, its X-Error-Code and further headers."""
 
-    def __init__(self, status, code, message):
+    def __init__(self, status, code, message, headers=None):
         super().__init__(message)
-        self.status, self.code = status, code
+        self.status, self.code, self.headers = status, code, headers or {}
 
 
 def git_oid(content):
@@ -41,18 +50,34 @@ def is_large(path, content_len):
     return content_len > LFS_BYTES or path.endswith((".safetensors", ".bin"))
 
 
+def card_errors(content):
+    """Return what the Hub would find wrong with a card's metadata."""
+    found = re.match(r"---\n(.*?)\n---\n", content, re.DOTALL)
+    fields = yaml.safe_load(found[1]) if found else None
+    if not isinstance(fields, dict) or not content[found.end() :].strip():
+        return ["no metadata, or no text"]
+    ids = [("base_model", fields.get("base_model", [])), ("datasets", fields.get("datasets", []))]
+    ids = [(key, [value] if isinstance(value, str) else value) for key, value in ids]
+    wrong = [f"{key} {name}" for key, names in ids for name in names if not re.fullmatch(HUB_ID, name)]
+    choices = {"pipeline_tag": PIPELINES, "license": LICENCES, "base_model_relation": RELATIONS}
+    wrong += [f"{key} {fields[key]}" for key, known in choices.items() if key in fields and fields[key] not in known]
+    wrong += [f"tag {tag}" for tag in fields.get("tags", []) if not isinstance(tag, str)]
+    return wrong
+
+
 def tree_of(repo, revision):
-    """Return (sha, files) of a branch or a commit."""
-    sha = repo["branches"].get(revision, revision)
+    """Return (sha, files) of a branch, a tag, a pull request or a commit."""
+    sha = {**repo["tags"], **repo["branches"]}.get(revision, revision)
     if sha not in commits:
         raise Refused(404, "RevisionNotFound", f"Invalid rev id: {revision}")
     return sha, commits[sha]
 
 
-def add_commit(repo, branch, files):
+def add_commit(repo, branch, files, message="initial commit"):
     sha = hashlib.sha1(json.dumps([len(commits), sorted(files)]).encode()).hexdigest()
     commits[sha] = files
     repo["branches"][branch] = sha
+    messages[sha] = message
     return sha
 
 
@@ -62,17 +87,27 @@ class Hub(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
     def user(self):
-        return self.headers.get("Authorization", "").removeprefix("Bearer ") or None
+        user = self.headers.get("Authorization", "").removeprefix("Bearer ") or None
+        if user is not None and user.startswith("expired"):
+            raise Refused(401, "", "Invalid credentials in Authorization header")
+        return user
 
     def repo(self, name):
         """Return a repository that this user may see."""
-        found = repos.get(name)
-        if found is None or (found["private"] and self.user() != name.split("/")[0]):
-            raise Refused(401 if found else 404, "RepoNotFound", "Repository not found")
+        found, user = repos.get(name), self.user()
+        if found is None or (found["private"] and user != name.split("/")[0]):
+            # Who may not see a repository is not told that it is there.
+            raise Refused(401 if user is None else 404, "RepoNotFound", "Repository not found")
+        if name.split("/")[1].startswith("busy-") and user != name.split("/")[0]:
+            raise Refused(429, "", "Too many requests", {"Retry-After": "1"})
+        if name.split("/")[1].startswith("broken-") and user != name.split("/")[0]:
+            raise Refused(503, "", "Service unavailable")
         return found
 
     def writable(self, name):
-        if self.user() != name.split("/")[0]:
+        """Return a repository that this user may write to; a pull request is for everybody who may see it."""
+        asks_only = parse_qs(urlsplit(self.path).query).get("create_pr") == ["1"]
+        if self.user() != name.split("/")[0] and not (asks_only and self.user()):
             raise Refused(403, "", f"{self.user()} may not write to {name}")
         return self.repo(name)
 
@@ -91,18 +126,20 @@ class Hub(BaseHTTPRequestHandler):
         name = f"{asked.get('organization') or self.user()}/{asked['name']}"
         if self.user() is None:
             raise Refused(401, "", "Invalid username or password.")
+        if name.split("/")[0] != self.user():
+            raise Refused(
+                403, "", f"You don't have the rights to create a model under the namespace {name.split('/')[0]}"
+            )
         status = 409 if name in repos else 200
         if name not in repos:
             hidden = asked.get("private") or asked.get("visibility") == "private"
-            repos[name] = {"private": bool(hidden), "gated": asked["name"].startswith("gated"), "branches": {}}
+            gated = asked["name"].startswith("gated-")
+            repos[name] = {"private": bool(hidden), "gated": gated, "branches": {}, "tags": {}}
             add_commit(repos[name], "main", {".gitattributes": b"*.safetensors filter=lfs\n"})
         return status, {}, {"url": self.address(f"/{name}"), "name": name, "error": "exists"}
 
     def validate_yaml(self, body):
-        content = json.loads(body)["content"]
-        found = re.match(r"---\n(.*?)\n---\n", content, re.DOTALL)
-        fields = yaml.safe_load(found[1]) if found else None
-        errors = [] if isinstance(fields, dict) and content[found.end() :].strip() else [{"message": "no metadata"}]
+        errors = [{"message": wrong} for wrong in card_errors(json.loads(body)["content"])]
         return 400 if errors else 200, {}, {"errors": errors, "warnings": []}
 
     def preupload(self, body, repo, revision):
@@ -116,7 +153,7 @@ class Hub(BaseHTTPRequestHandler):
         return 200, {}, {"files": answers}
 
     def lfs_batch(self, body, repo):
-        self.writable(repo)
+        self.repo(repo)
         objects = []
         for asked in json.loads(body)["objects"]:
             oid, size = asked["oid"], asked["size"]
@@ -150,16 +187,21 @@ class Hub(BaseHTTPRequestHandler):
     def commit(self, body, repo, revision):
         found = self.writable(repo)
         _, files = tree_of(found, revision)
-        files = dict(files)
+        files, message = dict(files), ""
         for line in map(json.loads, body.decode().splitlines()):
             value = line["value"]
-            if line["key"] == "file":
+            if line["key"] == "header":
+                message = value["summary"]
+            elif line["key"] == "file":
                 files[value["path"]] = base64.b64decode(value["content"])
             elif line["key"] == "lfsFile":
                 files[value["path"]] = large[value["oid"]]
-        sha = add_commit(found, revision, files)
-        url = self.address(f"/{repo}/commit/{sha}")
-        return 200, {}, {"success": True, "commitUrl": url, "commitOid": sha}
+        answer = {"success": True}
+        if parse_qs(urlsplit(self.path).query).get("create_pr") == ["1"]:
+            number = 1 + sum(name.startswith("refs/pr/") for name in found["branches"])
+            revision, answer["pullRequestUrl"] = f"refs/pr/{number}", self.address(f"/{repo}/discussions/{number}")
+        sha = add_commit(found, revision, files, message)
+        return 200, {}, {**answer, "commitUrl": self.address(f"/{repo}/commit/{sha}"), "commitOid": sha}
 
     def branch(self, body, repo, revision):
         found = self.writable(repo)
@@ -168,12 +210,30 @@ class Hub(BaseHTTPRequestHandler):
         found["branches"][revision] = found["branches"]["main"]
         return 200, {}, {}
 
+    def tag(self, body, repo, revision):
+        found = self.writable(repo)
+        found["tags"][json.loads(body)["tag"]], _ = tree_of(found, revision)
+        return 200, {}, {}
+
     # -------------------------------------------------------------- loading
 
     def info(self, body, repo, revision="main"):
         sha, files = tree_of(self.repo(repo), revision)
         names = [{"rfilename": path} for path in sorted(files)]
         return 200, {}, {"id": repo, "sha": sha, "private": self.repo(repo)["private"], "tags": [], "siblings": names}
+
+    def refs(self, body, repo):
+        found = self.repo(repo)
+        kinds = {"branches": found["branches"], "tags": found["tags"]}
+        listed = {
+            kind: [{"name": name, "ref": name, "targetCommit": sha} for name, sha in named.items() if "/" not in name]
+            for kind, named in kinds.items()
+        }
+        return 200, {}, {**listed, "converts": []}
+
+    def history(self, body, repo, revision):
+        sha, _ = tree_of(self.repo(repo), revision)
+        return 200, {}, [{"id": sha, "title": messages[sha]}]
 
     def tree(self, body, repo, revision, path=""):
         _, files = tree_of(self.readable(repo), revision)
@@ -205,10 +265,13 @@ class Hub(BaseHTTPRequestHandler):
         ("PUT", r"/_lfs/(?P<oid>\w+)(/(?P<number>\d+))?", lfs_put),
         ("POST", rf"/api/models/{REPO}/commit/(?P<revision>.+)", commit),
         ("POST", rf"/api/models/{REPO}/branch/(?P<revision>.+)", branch),
+        ("POST", rf"/api/models/{REPO}/tag/{REVISION}", tag),
         ("GET", rf"/api/models/{REPO}", info),
         ("GET", rf"/api/models/{REPO}/revision/(?P<revision>.+)", info),
-        ("GET", rf"/api/models/{REPO}/tree/(?P<revision>[^/]+)(/(?P<path>.+))?", tree),
-        ("GET", rf"/{REPO}/resolve/(?P<revision>[^/]+)/(?P<path>.+)", resolve),
+        ("GET", rf"/api/models/{REPO}/refs", refs),
+        ("GET", rf"/api/models/{REPO}/commits/{REVISION}", history),
+        ("GET", rf"/api/models/{REPO}/tree/{REVISION}(/(?P<path>.+))?", tree),
+        ("GET", rf"/{REPO}/resolve/{REVISION}/(?P<path>.+)", resolve),
         ("GET", r"/_log", show_log),
     )
 
@@ -234,14 +297,17 @@ class Hub(BaseHTTPRequestHandler):
             if found:
                 named = {key: value for key, value in found.groupdict().items() if value is not None}
                 return handler(self, body, **named)
+        if "/resolve/" in path:
+            # Of the oldest repositories, which have no owner, this Hub has none.
+            raise Refused(401 if self.user() is None else 404, "RepoNotFound", "Repository not found")
         raise Refused(404, "", f"this hub knows no {method} {path}")
 
     def handle_any(self):
         try:
             status, headers, body = self.answer()
         except Refused as error:
-            status, headers, body = error.status, {"X-Error-Code": error.code}, {"error": str(error)}
-            headers["X-Error-Message"] = str(error)
+            headers = {"X-Error-Code": error.code, "X-Error-Message": str(error), **error.headers}
+            status, body = error.status, {"error": str(error)}
         if not isinstance(body, bytes):
             body = json.dumps(body).encode()
             headers = {"Content-Type": "application/json", **headers}

@@ -1,219 +1,190 @@
-"""The Hub through the real huggingface_hub client, over HTTP, against a server on this machine."""
+"""What the Hub refuses or cannot give is told in words: which repository, what was found, what to do."""
 
 import json
-import os
-import subprocess
-import sys
-import textwrap
-import urllib.request
-from pathlib import Path
 
 import pytest
+from hub_client import run_client
 
-MOE = {
-    "moe_enable": True,
-    "moe_mode": "sparse",
-    "num_experts": [4],
-    "top_k_experts": 2,
-    "router_aux_loss_coef": 0.01,
-}
-CARD = "---\nlibrary_name: llava-lite\ntags:\n- llava\n---\n\n# Digits\n\nTrained on digits, loss 0.12.\n"
-START = """
-import sys
+# Repositories of "tester"; the folder of a whole model is uploaded to each.
+UPLOADS = """
+from huggingface_hub import HfApi
+api = HfApi()
+for name in ("open", "secret", "gated-digits", "busy-digits", "broken-digits"):
+    api.create_repo(f"tester/{name}", private=name == "secret")
+    api.upload_folder(repo_id=f"tester/{name}", folder_path=FOLDER, path_in_repo="inner" if name == "open" else "")
+api.create_tag("tester/open", tag="v1.0")
+api.create_repo("tester/bare")
+api.upload_file(path_or_fileobj=b"{}", path_in_repo="notes.json", repo_id="tester/bare")
+"""
+# Every door of the package, and what it was told.
+DOORS = """
+import json
+import time
 import torch
-from PIL import Image
-from transformers import AutoModelForCausalLM, AutoProcessor
-import llava_lite.model
-from llava_lite.inference import load, reply
-from llava_lite.processing import LlavaLiteProcessor
-picture = Image.new("RGB", (40, 30), (200, 80, 10))
+from llava_lite import LlavaLiteProcessor, LlavaLlamaForCausalLM, load, load_pretrained_model
+from llava_lite.hub import HubError
+
+# The client asks five times more where a server is busy or broken, with longer and longer pauses.
+time.sleep = lambda seconds: None
+
+def words(door, *args, **kwargs):
+    try:
+        door(*args, **kwargs)
+    except HubError as error:
+        causes, cause = [], error.__cause__
+        while cause is not None:
+            causes.append(type(cause).__name__)
+            cause = cause.__cause__ or cause.__context__
+        return [str(error), causes]
+    raise AssertionError("opened")
+
+def tell(**found):
+    print(json.dumps(found))
 """
 
 
 @pytest.fixture(scope="module")
-def hub():
-    """The address of a Hub of our own."""
-    script = Path(__file__).with_name("hub_server.py")
-    server = subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True)
-    yield f"http://127.0.0.1:{int(server.stdout.readline())}"
-    server.terminate()
-    server.wait()
-
-
-def requests(hub):
-    """Return [method, path, query] of all requests so far."""
-    with urllib.request.urlopen(f"{hub}/_log") as answer:
-        return json.loads(answer.read())
+def homes(tmp_path_factory):
+    return tmp_path_factory.mktemp("homes")
 
 
 @pytest.fixture
-def client(hub, tmp_path):
-    """Return a function that runs code in a process with a cache of its own, and returns what it printed."""
+def uploads(hub, homes, toy_model, toy_tokenizer, toy_tower_dir):
+    """Fill the Hub, once."""
+    from llava_lite.mm_utils import load_image_processor
+    from llava_lite.processing import LlavaLiteProcessor
 
-    def run(code, token="tester", cache="cache", succeeds=True):
-        # The client reads its settings when it is imported. Xet is a service of the real Hub alone; without it large
-        # files go through git-LFS.
-        settings = {
-            "HF_ENDPOINT": hub,
-            "HF_HOME": str(tmp_path / cache),
-            "HF_HUB_DISABLE_XET": "1",
-            "HF_HUB_OFFLINE": "0",
-            "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-            "OMP_NUM_THREADS": "1",
-            "NO_PROXY": "127.0.0.1",
-        }
-        secret = {"HF_TOKEN": token} if token else {"HF_HUB_DISABLE_IMPLICIT_TOKEN": "1"}
-        done = subprocess.run(
-            [sys.executable, "-c", START + textwrap.dedent(code)],
-            capture_output=True,
-            text=True,
-            timeout=300,
-            env={k: v for k, v in os.environ.items() if k != "HF_TOKEN"} | settings | secret,
-        )
-        assert (done.returncode == 0) == succeeds, done.stderr[-3000:]
-        return done.stdout if succeeds else done.stderr
+    folder = homes / "model"
+    if not folder.exists():
+        model = toy_model(conv_template="v1")
+        model.save_pretrained(folder)
+        tower = load_image_processor(toy_tower_dir("clip"))
+        LlavaLiteProcessor.from_config(model.config, toy_tokenizer, tower).save_pretrained(folder)
+        run_client(hub, homes / "tester", f"FOLDER = {str(folder)!r}\n{UPLOADS}", start="")
+
+
+@pytest.fixture
+def told(uploads, hub, homes):
+    """Return a function: code that calls `tell`, a user or None -> what was told, read."""
+
+    def run(code, user=None, home="nobody", **more):
+        printed = run_client(hub, homes / home, code, token=user, start=DOORS, **more)
+        return json.loads(printed.splitlines()[-1])
 
     return run
 
 
-@pytest.fixture
-def checkpoint(toy_model, toy_tokenizer, toy_tower_dir, tmp_path):
-    """Return a function: a moe dict or None -> folder of a whole model with processor and card."""
-    from llava_lite.mm_utils import load_image_processor
-    from llava_lite.processing import LlavaLiteProcessor
-
-    def make(moe=None):
-        folder = tmp_path / ("moe" if moe else "dense")
-        model = toy_model(moe=moe, conv_template="v1", vision_config=None)
-        model.save_pretrained(folder)
-        tower = load_image_processor(toy_tower_dir("clip"))
-        LlavaLiteProcessor.from_config(model.config, toy_tokenizer, tower).save_pretrained(folder)
-        (folder / "README.md").write_text(CARD)
-        return folder
-
-    return make
-
-
-@pytest.mark.parametrize("moe", [None, MOE], ids=["dense", "experts"])
-def test_pushed_model_answers_like_the_one_at_home(hub, client, checkpoint, moe):
-    folder = checkpoint(moe)
-    repo = f"tester/{folder.name}"
-    at_home = client(
-        f"""
-        model, processor = load({str(folder)!r}, device="cpu")
-        model.push_to_hub({repo!r})
-        processor.push_to_hub({repo!r})
-        print(reply(model, processor, "What colour is the square?", picture, max_new_tokens=12))
+def test_nobody_is_told_to_log_in(hub, told):
+    said = told(
+        """
+        tell(
+            secret=words(load, "tester/secret", device="cpu"),
+            typo=words(load_pretrained_model, "tester/opne", device="cpu"),
+            folder=words(LlavaLlamaForCausalLM.from_pretrained, "no_such_folder"),
+            processor=words(LlavaLiteProcessor.from_pretrained, "tester/secret"),
+            gated=words(load, "tester/gated-digits", device="cpu"),
+            token=words(load, "tester/secret", device="cpu", token="expired-42"),
+            busy=words(load, "tester/busy-digits", device="cpu"),
+            broken=words(load, "tester/broken-digits", device="cpu"),
+        )
         """
     )
-    assert at_home.strip()
-    from_hub = client(
-        f"""
-        model, processor = load({repo!r}, device="cpu")
-        assert type(AutoProcessor.from_pretrained({repo!r})) is LlavaLiteProcessor
-        print(reply(model, processor, "What colour is the square?", picture, max_new_tokens=12))
-        own = AutoModelForCausalLM.from_pretrained({str(folder)!r}).state_dict()
-        theirs = AutoModelForCausalLM.from_pretrained({repo!r}).state_dict()
-        assert own.keys() == theirs.keys()
-        assert all(torch.equal(own[name], theirs[name]) for name in own)
+    for name in ("secret", "typo", "folder", "processor"):
+        words, causes = said[name]
+        repo = {"typo": "tester/opne", "folder": "no_such_folder"}.get(name, "tester/secret")
+        assert words.startswith(
+            f"'{repo}' is no folder here, and the Hub shows no repository of that name ({hub}/{repo})"
+        )
+        assert "`hf auth login`" in words
+        assert "RepositoryNotFoundError" in causes
+    assert said["gated"][0] == (
+        f"'tester/gated-digits' is gated: accept its terms on {hub}/tester/gated-digits, then log in with "
+        "`hf auth login`, or give token=."
+    )
+    assert "GatedRepoError" in said["gated"][1]
+    assert "does not take the token for 'tester/secret': it is mistyped, or has expired" in said["token"][0]
+    assert (
+        "asks for a pause (429, too many requests) at 'tester/busy-digits'. Try again in 1 seconds" in said["busy"][0]
+    )
+    assert "trouble of its own (503) at 'tester/broken-digits'. Try again later" in said["broken"][0]
+
+
+def test_somebody_without_the_right_is_told_whom_to_ask(hub, told):
+    said = told(
+        """
+        from huggingface_hub import HfApi
+        from llava_lite.share import push_folder
+        import pathlib, tempfile
+        folder = pathlib.Path(tempfile.mkdtemp())
+        (folder / "config.json").write_text("{}")
+        tell(
+            secret=words(load, "tester/secret", device="cpu"),
+            gated=words(load, "tester/gated-digits", device="cpu"),
+            revision=words(load, "tester/open", device="cpu", revision="v2"),
+            file=words(load, "tester/bare", device="cpu"),
+            subfolder=words(load, "tester/open", device="cpu", subfolder="outer"),
+            whole=words(LlavaLlamaForCausalLM.from_pretrained, "tester/bare"),
+            push=words(push_folder, folder, "tester/open"),
+        )
         """,
-        cache="elsewhere",
+        user="stranger",
+        home="stranger",
     )
-    assert from_hub.splitlines()[-1] == at_home.splitlines()[-1] != ""
-    paths = [path for method, path, _ in requests(hub) if method in ("POST", "PUT")]
-    assert f"/{repo}.git/info/lfs/objects/batch" in paths
-    # The weights are large enough to be sent in parts.
-    assert any(path.startswith("/_lfs/") and path.endswith("/2") for path in paths)
-    with urllib.request.urlopen(f"{hub}/{repo}/resolve/main/README.md") as answer:
-        assert "Trained on digits, loss 0.12." in answer.read().decode()
-    with urllib.request.urlopen(f"{hub}/{repo}/resolve/main/processor_config.json") as answer:
-        assert json.loads(answer.read())["conv_template"] == "v1"
+    assert "to the owner of your token. Check the spelling; if it is private, ask its owner" in said["secret"][0]
+    assert f"Ask on {hub}/tester/gated-digits" in said["gated"][0]
+    assert said["revision"][0] == (
+        "repository 'tester/open' has no revision 'v2'; it has 'main', 'v1.0'. "
+        "Give a branch, a tag or a whole commit id."
+    )
+    assert "RevisionNotFoundError" in said["revision"][1]
+    for name, file in (("file", "config.json"), ("subfolder", "outer/config.json"), ("whole", "config.json")):
+        repo = "tester/open" if name == "subfolder" else "tester/bare"
+        assert said[name][0].startswith(f"repository '{repo}' has no file '{file}' in revision 'main'")
+    assert "may not do this to 'tester/open'" in said["push"][0]
 
 
-def test_revision_is_a_branch_of_its_own(client, checkpoint):
-    folder = checkpoint()
-    printed = client(
-        f"""
-        model, processor = load({str(folder)!r}, device="cpu")
-        model.push_to_hub("tester/branches")
-        processor.push_to_hub("tester/branches")
-        with torch.no_grad():
-            model.lm_head.weight.neg_()
-        commit = model.push_to_hub("tester/branches", revision="negative", commit_message="Turn it round")
-        print(commit.oid)
+def test_without_a_network_the_cache_is_named_and_used(hub, told):
+    fetch = 'load("tester/open", device="cpu", subfolder="inner")\ntell(done=1)'
+    assert told(fetch, home="traveller") == {"done": 1}
+    at_home = """
+        model, processor = load("tester/open", device="cpu", subfolder="inner")
+        tell(
+            params=sum(p.numel() for p in model.parameters()),
+            never=words(load, "tester/gated-digits", device="cpu"),
+            asked=words(load, "tester/gated-digits", device="cpu", local_files_only=True),
+        )
         """
-    )
-    sha = printed.split()[-1]
-    client(
-        f"""
-        weights = [
-            AutoModelForCausalLM.from_pretrained("tester/branches", revision=revision).lm_head.weight
-            for revision in ("main", "negative", {sha!r})
-        ]
-        assert torch.equal(weights[0], -weights[1]) and torch.equal(weights[1], weights[2])
-        processor = AutoProcessor.from_pretrained("tester/branches", revision="negative")
-        assert (processor.conv_template, processor.num_image_tokens) == ("v1", 16)
-        model, _ = load("tester/branches", device="cpu", revision="negative")
-        assert torch.equal(model.lm_head.weight, weights[1])
+    offline = told(at_home, home="traveller", HF_HUB_OFFLINE="1")
+    assert offline["params"] > 0
+    assert "'tester/gated-digits' is not in the cache, and asking the Hub is switched off" in offline["never"][0]
+    assert "`hf download tester/gated-digits`), or run with HF_HUB_OFFLINE unset" in offline["never"][0]
+    assert "or run without local_files_only=True" in offline["asked"][0]
+    # A port where nobody listens.
+    cut = told(at_home, home="traveller", HF_ENDPOINT="http://127.0.0.1:9")
+    assert cut["params"] == offline["params"]
+    assert "is not in the cache, and the Hub at http://127.0.0.1:9 cannot be reached (ConnectError" in cut["never"][0]
+
+
+def test_a_cache_that_holds_a_part_is_told_from_a_repository_without_weights(told):
+    words, _ = told(
+        """
+        from huggingface_hub import hf_hub_download
+        hf_hub_download("tester/open", "inner/config.json")
+        here = {"subfolder": "inner", "local_files_only": True}
+        tell(part=words(LlavaLlamaForCausalLM.from_pretrained, "tester/open", **here))
         """,
-        cache="elsewhere",
-    )
+        home="commuter",
+    )["part"]
+    assert words.startswith("'tester/open' is not in the cache as a whole: ")
+    assert "`hf download tester/open`" in words
 
 
-def test_card_in_the_repository_stays_and_a_model_without_one_gets_one(hub, client, checkpoint):
-    folder = checkpoint(MOE)
-    (folder / "README.md").unlink()
-    client(
-        f"""
-        from huggingface_hub import HfApi, ModelCard
-        model, processor = load({str(folder)!r}, device="cpu")
-        processor.push_to_hub("tester/cards")
-        model.push_to_hub("tester/cards", tags=["digits"])
-        card = ModelCard.load("tester/cards")
-        assert card.data.pipeline_tag == "image-text-to-text", card
-        assert card.data.library_name == "llava-lite"
-        assert card.data.tags == ["digits", "llava", "moe"]
-        assert 'load("tester/cards")' in card.text
-        card.text += "Written by hand."
-        HfApi().upload_file(path_or_fileobj=str(card).encode(), path_in_repo="README.md", repo_id="tester/cards")
-        model.push_to_hub("tester/cards")
-        assert "Written by hand." in ModelCard.load("tester/cards").text
+def test_command_line_says_it_in_one_line(uploads, hub, homes):
+    code = """
+        import sys
+        from llava_lite.cli import main
+        sys.exit(main(["chat", "tester/secret", "--device", "cpu"]))
         """
-    )
-    assert ["POST", "/api/validate-yaml", {}] in requests(hub)
-
-
-def test_second_load_comes_from_the_cache(hub, client, checkpoint):
-    folder = checkpoint()
-    client(
-        f"""
-        for part in load({str(folder)!r}, device="cpu"):
-            part.push_to_hub("tester/cached")
-        """
-    )
-    before = len(requests(hub))
-    client('load("tester/cached", device="cpu")', cache="elsewhere")
-    between = len(requests(hub))
-    client('load("tester/cached", device="cpu")', cache="elsewhere")
-
-    def fetched(log):
-        return [path for method, path, _ in log if method == "GET" and path.endswith("/model.safetensors")]
-
-    assert len(fetched(requests(hub)[before:between])) == 1
-    assert fetched(requests(hub)[between:]) == []
-
-
-def test_private_repository_is_for_its_owner_alone(client, checkpoint):
-    folder = checkpoint()
-    client(
-        f"""
-        model, processor = load({str(folder)!r}, device="cpu")
-        model.push_to_hub("tester/secret", private=True)
-        processor.push_to_hub("tester/secret")
-        load("tester/secret", device="cpu")
-        """
-    )
-    refused = client('load("tester/secret", device="cpu")', token=None, cache="stranger", succeeds=False)
-    assert "tester/secret is not a local folder and is not a valid model identifier" in refused
-    refused = client(f'load({str(folder)!r}, device="cpu")[0].push_to_hub("tester/secret")', "other", succeeds=False)
-    assert "other may not write to tester/secret" in refused or "Repository" in refused
+    errors = run_client(hub, homes / "nobody", code, token=None, start="", succeeds=False)
+    assert errors.splitlines()[-1].startswith("llava-lite chat: 'tester/secret' is no folder here")
+    assert "Traceback" not in errors

@@ -11,14 +11,14 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.utils import cached_file
 
-from llava_lite.companions import image_processor_of, load_tokenizer, read_json
+from llava_lite.companions import find_base, image_processor_of, load_tokenizer, read_json
 from llava_lite.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_PATCH_TOKEN
 from llava_lite.formats import foreign_format
-from llava_lite.hub import everywhere, hub_arguments, in_words
+from llava_lite.hub import everywhere, hub_arguments, in_words, reach_config, require_config
 from llava_lite.model import model_class_for
 from llava_lite.model.attention import choose_attention
 from llava_lite.model.loading import KEPT_WHOLE, own_accounting, strays
-from llava_lite.model.partial import base_of, find_base, merge_adapter, refuse_strays
+from llava_lite.model.partial import base_of, merge_adapter, refuse_strays
 from llava_lite.model.weight_files import broken_files_in_words
 
 logger = logging.getLogger(__name__)
@@ -85,6 +85,7 @@ def base_named(model_path, model_base, hub):
     """Return the base that a checkpoint stands on: the one given, else the one it names; None for a whole model."""
     if isinstance(model_path, (str, Path)):
         _check_folder(str(model_path))
+        reach_config(model_path, hub)
     named = read_json(model_path, "config.json", hub).get("base_model_name_or_path")
     base = model_base or base_of(model_path, named, hub)
     return base and find_base(str(base), model_path)
@@ -93,6 +94,8 @@ def base_named(model_path, model_base, hub):
 def read_config(model_path, base, customized_config, overwrite_config, hub):
     """Return the config of a checkpoint, with the base it stands on and the caller's changes."""
     has_config = _has_file(model_path, "config.json", hub)
+    if base is None and customized_config is None:
+        require_config(model_path, hub)
     source = customized_config or (model_path if has_config else base)
     if isinstance(source, dict):
         overwrite_config, source = {**source, **(overwrite_config or {})}, model_path if has_config else base

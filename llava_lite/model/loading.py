@@ -12,13 +12,13 @@ from contextlib import contextmanager
 
 from transformers import GenerationConfig
 
-from llava_lite.companions import read_json
+from llava_lite.companions import find_base, read_json
 from llava_lite.formats import foreign_format
 from llava_lite.formats.llava import clip_config_from_shapes, read_shapes
-from llava_lite.hub import HUB_ARGUMENTS, everywhere, hub_arguments, in_words
+from llava_lite.hub import HUB_ARGUMENTS, everywhere, hub_arguments, in_words, require_config
 from llava_lite.model.attention import choose_attention
 from llava_lite.model.configuration import load_vision_config, own_fields
-from llava_lite.model.partial import base_of, find_base, refuse_strays, take_trained
+from llava_lite.model.partial import base_of, refuse_strays, take_trained
 from llava_lite.model.weight_files import broken_files_in_words, find_file, read_checkpoint
 
 logger = logging.getLogger(__name__)
@@ -62,6 +62,7 @@ class LoadingMixin:
             path, config = own_folder, None
         hub = hub_arguments(kwargs)
         if config is None:
+            require_config(path, hub)
             # The config would take "auto" for a dtype.
             dtype = {"dtype": kwargs.pop("dtype")} if "dtype" in kwargs else {}
             config, kwargs = cls.config_class.from_pretrained(path, return_unused_kwargs=True, **kwargs)

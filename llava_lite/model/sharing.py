@@ -5,12 +5,10 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
-from huggingface_hub import HfApi, ModelCard, ModelCardData, hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError
+from huggingface_hub import HfApi, ModelCard, ModelCardData
 
-CARD = "README.md"
-# What transformers writes where it finds no card; such a one may be replaced.
-GENERATED = "has been automatically generated"
+from llava_lite.hub import in_words
+from llava_lite.share import CARD, is_local, prepare_repository, push_folder, written_card
 
 
 class SharingMixin:
@@ -33,35 +31,24 @@ class SharingMixin:
 
         The card is the README.md of the folder that the model was loaded from, as training writes it, else a short
         one; a card that somebody wrote in the repository stays. revision: a branch, made if it is not there. The
-        processor is pushed by its own `push_to_hub`.
+        processor is pushed by its own `push_to_hub`. Raises HubError if the Hub refuses.
         """
-        api = HfApi(token=token)
-        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-        if revision is not None and not revision.startswith("refs/pr/"):
-            api.create_branch(repo_id, branch=revision, exist_ok=True)
+        with in_words(repo_id, token=token, revision=revision):
+            repo_id = prepare_repository(HfApi(token=token), repo_id, private, revision, create_pr)
+            written = written_card(repo_id, revision, token)
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder, max_shard_size=max_shard_size)
             tags = [tags] if isinstance(tags, str) else list(tags or [])
-            card = choose_card(self.config, repo_id, written_card(repo_id, revision, token), tags)
-            (Path(folder) / CARD).write_text(str(card), encoding="utf-8")
-            return api.upload_folder(
-                folder_path=folder,
-                repo_id=repo_id,
+            (Path(folder) / CARD).write_text(str(choose_card(self.config, repo_id, written, tags)), encoding="utf-8")
+            return push_folder(
+                folder,
+                repo_id,
                 commit_message=commit_message,
                 commit_description=commit_description,
+                token=token,
                 revision=revision,
                 create_pr=create_pr,
             )
-
-
-def written_card(repo_id: str, revision: str | None, token) -> ModelCard | None:
-    """Return the card of a repository if somebody wrote it."""
-    try:
-        path = hf_hub_download(repo_id, CARD, revision=revision, token=token)
-    except EntryNotFoundError:
-        return None
-    card = ModelCard(Path(path).read_text(encoding="utf-8"))
-    return None if GENERATED in card.text else card
 
 
 def choose_card(config, repo_id: str, written: ModelCard | None, tags: list[str]) -> ModelCard:
@@ -80,7 +67,8 @@ def choose_card(config, repo_id: str, written: ModelCard | None, tags: list[str]
 def short_card(config, repo_id: str) -> ModelCard:
     """Return a card that says what the model is and how to ask it."""
     experts = "" if config.moe is None else ", sparse experts"
-    sees = f"Vision tower: {config.mm_vision_tower}. " if config.mm_vision_tower else ""
+    tower = config.mm_vision_tower
+    sees = f"Vision tower: {tower}. " if tower and not is_local(tower) else ""
     data = ModelCardData(
         library_name="llava-lite",
         pipeline_tag="image-text-to-text" if config.has_vision_tower else "text-generation",
@@ -90,7 +78,7 @@ def short_card(config, repo_id: str) -> ModelCard:
         f"---\n{data.to_yaml()}\n---\n\n# {repo_id}\n\n"
         f"A `{config.model_type}` model{experts}, saved by llava-lite. {sees}\n\n"
         "```python\n"
-        "from llava_lite.inference import load, reply\n\n"
+        "from llava_lite import load, reply\n\n"
         f'model, processor = load("{repo_id}")\n'
         'print(reply(model, processor, "What is in the picture?", "picture.jpg"))\n'
         "```\n"
