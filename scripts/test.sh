@@ -26,6 +26,7 @@ cd "$ROOT"
 ensure_environment "$constraints"
 has_gpu || markers="${markers:+$markers and }not gpu"
 build_ops
+fetch_model_tests
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 for argument in "$@"; do
     [ ! -e "${argument%%::*}" ] || paths=()

@@ -124,6 +124,24 @@ remove_dead_locks() {
     done
 }
 
+# Fetch transformers' own tests of models, which only its source distribution holds; once a version, 10 MB, half a minute.
+# Offline nothing is lost: tests/model/test_common.py says that it is skipped.
+fetch_model_tests() {
+    local version folder parent
+    version=$(python -c 'from importlib.metadata import version; print(version("transformers"))')
+    parent=$(python -c 'import sys; print(sys.prefix)')/transformers_tests folder=$parent/$version
+    [ ! -d "$folder" ] || return 0
+    mkdir -p "$parent"
+    say "Fetching the tests of transformers $version (log: $parent/fetch.log)"
+    if python -m pip download --no-deps --no-binary transformers --dest "$parent/source" "transformers==$version" >"$parent/fetch.log" 2>&1 &&
+        tar -xzf "$parent/source/transformers-$version.tar.gz" -C "$parent/source" "transformers-$version/tests"; then
+        mv "$parent/source/transformers-$version/tests" "$folder"
+    else
+        say "  not there: $(tail -n 1 "$parent/fetch.log"). Its tests of models are skipped."
+    fi
+    rm -rf "$parent/source"
+}
+
 # Build DeepSpeed's shared-memory communication, which ranks on one CPU host use; seconds once, nothing afterwards.
 build_ops() {
     mkdir -p "$TORCH_EXTENSIONS_DIR"
