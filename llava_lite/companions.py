@@ -2,8 +2,9 @@
 
 import json
 import os
+from pathlib import Path
 
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.utils import PROCESSOR_NAME, cached_file, logging
 
 from llava_lite.hub import everywhere, in_words
@@ -21,6 +22,13 @@ TEMPLATE_OF_DECODER = {
     "phi": "phi",
     "stablelm": "stablelm",
 }
+
+# What a tokenizer.json that is complete in itself is saved as, by transformers 4 and 5.
+GENERIC_TOKENIZERS = ("PreTrainedTokenizerFast", "TokenizersBackend")
+
+# What a tokenizer.json that is complete in itself is saved as, by transformers 4 and 5.
+GENERIC_TOKENIZERS = ("PreTrainedTokenizerFast", "TokenizersBackend")
+BASE = "base_model_name_or_path"
 
 
 def template_of(config, tokenizer=None):
@@ -57,17 +65,40 @@ def refuse_missing_model(name):
 def load_tokenizer(name, base=None, **hub):
     """Load the tokenizer of a checkpoint, or that of its base where the folder holds only what was trained.
 
-    base: a folder or hub id, or a config that names one.
+    base: a folder or hub id, or a config that names one; LLaVA's LoRA folders name theirs in adapter_config.json.
     """
-    base = getattr(base, "base_model_name_or_path", base if isinstance(base, (str, os.PathLike)) else None)
+    base = getattr(base, BASE, base if isinstance(base, (str, os.PathLike)) else None)
     own = cached_file(name, "tokenizer_config.json", _raise_exceptions_for_missing_entries=False, **hub)
+    base = base or read_json(name, "adapter_config.json", hub).get(BASE)
     if own is None and base is not None:
         # The base may itself be only what was trained.
-        of_base = read_json(base, "config.json", everywhere(hub)).get("base_model_name_or_path")
-        return load_tokenizer(base, of_base, **everywhere(hub))
+        base = find_base(str(base), name)
+        return load_tokenizer(base, read_json(base, "config.json", everywhere(hub)).get(BASE), **everywhere(hub))
+    # Transformers does not believe that a Qwen2 may have another tokenizer than Qwen2's, and puts Qwen2's way of
+    # splitting words over the saved vocabulary: other ids than those it was trained with.
+    is_generic = read_json(name, "tokenizer_config.json", hub).get("tokenizer_class") in GENERIC_TOKENIZERS
+    has_all = cached_file(name, "tokenizer.json", _raise_exceptions_for_missing_entries=False, **hub) is not None
+    kind = PreTrainedTokenizerFast if is_generic and has_all else AutoTokenizer
     with in_words(name, **hub):
-        tokenizer = AutoTokenizer.from_pretrained(name, **hub)
+        tokenizer = kind.from_pretrained(name, **hub)
     return with_chat_template(tokenizer, name, hub)
+
+
+def find_base(base, path):
+    """Return the base of a partial folder as it can be opened: as named, else beside the folder.
+
+    Raises OSError if it is the path of a folder that is not there.
+    """
+    beside = Path(path) / base
+    is_beside = not Path(base).exists() and not Path(base).is_absolute() and beside.exists()
+    found = str(beside) if is_beside else base
+    if Path(found).is_absolute() and not Path(found).exists():
+        raise OSError(
+            f"{str(path)!r} holds only what was trained; its base {base!r} is not there. Move the base back, name it "
+            "(load_pretrained_model(..., model_base=...), or base_model_name_or_path in its config.json), or train "
+            "with --save_full True."
+        )
+    return found
 
 
 def with_chat_template(tokenizer, name, hub):

@@ -56,3 +56,29 @@ def test_folder_that_cannot_name_an_image_processor_says_so(toy_model, tmp_path)
     with pytest.raises(OSError, match=r"no preprocessor_config\.json and names no mm_vision_tower"):
         image_processor_of(tmp_path, config)
     assert read_json(tmp_path, "preprocessor_config.json", {}) == {}
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "qwen"])
+@pytest.mark.parametrize("model_type", ["qwen2", "llava_qwen2", "moe_llava_qwen1_5", "qwen3", "mistral", "llava_llama"])
+def test_a_tokenizer_comes_back_with_the_ids_that_were_saved(kind, model_type, toy_tokenizer_for, tmp_path):
+    """AutoTokenizer makes a Qwen2Tokenizer of whatever stands beside a qwen2."""
+    saved = toy_tokenizer_for(kind)
+    saved.save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
+    for saved_as in ("TokenizersBackend", "PreTrainedTokenizerFast"):
+        fields = json.loads((tmp_path / "tokenizer_config.json").read_text()) | {"tokenizer_class": saved_as}
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(fields))
+        found = load_tokenizer(tmp_path)
+        for text in ("Hello! What colour is the square?", "  two  blanks <|im_start|>user\nHi 12345 it's\u00e9"):
+            assert found(text)["input_ids"] == saved(text)["input_ids"]
+        assert found.special_tokens_map == saved.special_tokens_map
+        assert found.chat_template == saved.chat_template
+
+
+def test_folder_of_a_lora_takes_the_tokenizer_of_the_base_that_its_adapter_names(toy_model, toy_llm_dir, tmp_path):
+    toy_model().config.save_pretrained(tmp_path)
+    adapter = {"base_model_name_or_path": str(toy_llm_dir("llama"))}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(adapter))
+    words = load_tokenizer(toy_llm_dir("llama")).get_vocab()
+    assert load_tokenizer(tmp_path).get_vocab() == words
+    assert LlavaLiteProcessor.from_pretrained(tmp_path).tokenizer.get_vocab() == words

@@ -47,22 +47,6 @@ def base_of(path, named: str | None, hub: dict) -> str | None:
     return None
 
 
-def find_base(base: str, path) -> str:
-    """Return the base as it can be opened: a hub id or folder as named, else beside the partial folder."""
-    if Path(base).exists() or Path(base).is_absolute():
-        found = base
-    else:
-        beside = Path(path) / base
-        found = str(beside) if beside.exists() else base
-    if Path(found).is_absolute() and not Path(found).exists():
-        raise OSError(
-            f"{str(path)!r} holds only what was trained; its base {base!r} is not there. Move the base back, name it "
-            "(load_pretrained_model(..., model_base=...), or base_model_name_or_path in its config.json), or train "
-            "with --save_full True."
-        )
-    return found
-
-
 def take_trained(model, path, num_rows: int, hub: dict):
     """Return the model with a folder's own weights in it, LoRA folded in, and the names of those weights.
 
