@@ -21,7 +21,7 @@ def crops_of_each(images, image_sizes, layout: PictureLayout) -> list[torch.Tens
     """Return the crops [n, 3, H, W] of each picture.
 
     images: [N, n, 3, H, W], or a list of [3, H, W] and [n, 3, H, W]. A stack of unequal pictures is filled up with
-    zeros, as the processor does; where the sizes tell how many crops are real, the rest is dropped.
+    zeros, as the processor does; where the sizes tell how many crops are real, the zeros behind them are dropped.
     """
     crops = [picture if picture.dim() == 4 else picture[None] for picture in images]
     shapes = {tuple(picture.shape[1:]) for picture in crops}
@@ -31,8 +31,24 @@ def crops_of_each(images, image_sizes, layout: PictureLayout) -> list[torch.Tens
         return crops
     if len(image_sizes) != len(crops):
         raise ValueError(f"{len(crops)} pictures but {len(image_sizes)} image_sizes; give (width, height) of each.")
+    return [_without_filling(picture, size, layout) for picture, size in zip(crops, image_sizes, strict=True)]
+
+
+def _without_filling(crops: torch.Tensor, size, layout: PictureLayout) -> torch.Tensor:
+    count = layout.num_crops(size)
     # A single crop is LLaVA's picture of no grid, such as the blank one of a text.
-    return [c[: layout.num_crops(size)] if len(c) > 1 else c for c, size in zip(crops, image_sizes, strict=True)]
+    if len(crops) in (1, count):
+        return crops
+    if len(crops) > count and not bool(crops[count:].any()):
+        return crops[:count]
+    if layout.merge_type != "flat":
+        columns, rows = layout.grid(size)
+        raise ValueError(
+            f"a picture of {size[0]} x {size[1]} pixels is cut into {columns} x {rows} tiles and the whole, but "
+            f"{len(crops)} crops were given. image_sizes are (width, height) of the pictures as process_images got "
+            "them, in their order."
+        )
+    return crops
 
 
 def merge_crops(features: torch.Tensor, size, layout: PictureLayout, newline=None) -> torch.Tensor:
@@ -50,25 +66,14 @@ def merge_crops(features: torch.Tensor, size, layout: PictureLayout, newline=Non
         rows = features.flatten(0, 1)
         return torch.cat([rows, newline[None]]) if layout.unpads else rows
     whole, tiles = features[0], features[1:]
-    columns, rows = _grid(size, len(tiles), layout)
+    if size is None:
+        raise ValueError(
+            f"mm_patch_merge_type {layout.merge_type!r} needs image_sizes: (width, height) of each picture."
+        )
+    columns, rows = layout.grid(size)
     tiles = rearrange(tiles, "(r c) (h w) d -> d (r h) (c w)", r=rows, c=columns, h=layout.side)  # [D, H, W]
     if layout.unpads:
         tiles = unpad_image(tiles, size)
         ends = newline[:, None, None].expand(-1, tiles.shape[1], 1)
         tiles = torch.cat([tiles, ends], dim=2)
     return torch.cat([whole, tiles.flatten(1).T])
-
-
-def _grid(size, num_tiles: int, layout: PictureLayout) -> tuple[int, int]:
-    if size is None:
-        raise ValueError(
-            f"mm_patch_merge_type {layout.merge_type!r} needs image_sizes: (width, height) of each picture."
-        )
-    columns, rows = layout.grid(size)
-    if columns * rows != num_tiles:
-        raise ValueError(
-            f"a picture of {size[0]} x {size[1]} pixels is cut into {columns} x {rows} tiles and the whole, but "
-            f"{num_tiles + 1} crops were given. image_sizes are (width, height) of the pictures as process_images got "
-            "them, in their order."
-        )
-    return columns, rows

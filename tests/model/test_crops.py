@@ -71,13 +71,17 @@ def test_crops_without_a_grid_stand_in_a_row_and_end_in_one_newline(num_crops, a
     assert torch.equal(merge_crops(features, None, layout_of("spatial", aspect_ratio)), features.reshape(-1, 6))
 
 
-def test_a_stack_is_cut_to_the_crops_that_a_size_has():
-    layout = layout_of("flat")
+@pytest.mark.parametrize("merge_type", ["flat", "spatial"])
+def test_a_stack_is_cut_to_the_crops_that_a_size_has(merge_type):
+    layout = layout_of(merge_type)
     stack = torch.randn(3, 5, 3, 32, 32)
     sizes = [(40, 40), (1, 50), (37, 91)]
+    stack[1, 3:] = stack[2, 4:] = 0
     assert [len(crops) for crops in crops_of_each(stack, sizes, layout)] == [5, 3, 4]
     assert [len(crops) for crops in crops_of_each(stack, None, layout)] == [5, 5, 5]
-    assert [len(crops) for crops in crops_of_each([stack[0, 0], stack[1]], sizes[:2], layout)] == [1, 3]
+    # LLaVA's flat looks at no size, and takes what is there.
+    assert [len(crops) for crops in crops_of_each([stack[0]], [(1, 50)], layout_of("flat"))] == [5]
+    assert [len(crops) for crops in crops_of_each([stack[0, 0], stack[1, :3]], sizes[:2], layout)] == [1, 3]
 
 
 def test_unpad_takes_the_rows_off_that_fitting_has_left_black():
@@ -91,7 +95,9 @@ def test_sizes_that_do_not_fit_are_refused_with_what_they_ask_for():
     layout = layout_of("spatial_unpad")
     features, newline = torch.randn(3, 16, 6), torch.ones(6)
     with pytest.raises(ValueError, match="40 x 40 pixels is cut into 2 x 2 tiles and the whole, but 3 crops"):
-        merge_crops(features, (40, 40), layout, newline)
+        crops_of_each([torch.zeros(3, 3, 32, 32)], [(40, 40)], layout)
+    with pytest.raises(ValueError, match="1 x 50 pixels is cut into 1 x 2 tiles and the whole, but 4 crops"):
+        crops_of_each(torch.ones(1, 4, 3, 32, 32), [(1, 50)], layout)
     with pytest.raises(ValueError, match="'spatial_unpad' needs image_sizes"):
         merge_crops(features, None, layout, newline)
     with pytest.raises(ValueError, match="2 pictures but 1 image_sizes"):

@@ -16,8 +16,9 @@ from llava_lite.train.checkpoint import newest_whole_checkpoint
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
+ANYRES = ["--image_aspect_ratio", "anyres", "--mm_patch_merge_type", "spatial_unpad"]
 STAGES = {
-    "projector": ["--tuning", "projector", "--version", "plain"],
+    "projector": ["--tuning", "projector", "--version", "plain", *ANYRES],
     "full": ["--tuning", "full", "--group_by_modality_length", "True"],
     "lora": ["--tuning", "lora", "--lora_r", "4"],
     "moe": ["--tuning", "moe", "--num_experts", "2", "--group_by_modality_length", "True"],
