@@ -86,13 +86,18 @@ def to_rgb(picture) -> Image.Image:
 
 
 def expand2square(pil_img, background_color) -> Image.Image:
-    """Return the picture in the middle of a square of its long side, as RGB; background_color: (r, g, b), 0 to 255."""
+    """Return the picture in the middle of a square of its long side, as RGB.
+
+    background_color: (r, g, b), or one number for all three, 0 to 255. LLaVA keeps the picture's mode, in which the
+    colour of the square is an error (grey), another (CMYK), or makes others wrong (a palette).
+    """
     picture = to_rgb(pil_img)
     width, height = picture.size
     if width == height:
         return picture
     side = max(width, height)
-    square = Image.new("RGB", (side, side), tuple(background_color))
+    colour = (background_color,) * 3 if isinstance(background_color, int) else tuple(background_color)
+    square = Image.new("RGB", (side, side), colour)
     square.paste(picture, ((side - width) // 2, (side - height) // 2))
     return square
 

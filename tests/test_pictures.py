@@ -88,6 +88,14 @@ def test_pad_puts_the_whole_picture_on_a_square_of_the_mean_colour(clip_processo
     torch.testing.assert_close(prepare_picture(picture, clip_processor, "pad"), expected, atol=1e-5, rtol=0)
 
 
+def test_a_grey_picture_is_padded_with_one_number_or_three():
+    grey = Image.new("L", (4, 2), 200)
+    for colour in (9, (9, 9, 9)):
+        square = expand2square(grey, colour)
+        assert (square.mode, square.size) == ("RGB", (4, 4))
+        assert [square.getpixel((0, y)) for y in range(4)] == [(9,) * 3, (200,) * 3, (200,) * 3, (9,) * 3]
+
+
 def test_a_square_picture_needs_no_padding(clip_processor):
     picture = random_picture(40, 40)
     assert expand2square(picture, BACKGROUND) is picture
