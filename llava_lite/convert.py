@@ -7,6 +7,7 @@ questions about the same pictures, and gets its name only if it gives the same a
 import argparse
 import gc
 import json
+from pathlib import Path
 
 from tokenizers import Tokenizer
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedTokenizerFast
@@ -19,7 +20,14 @@ from llava_lite.formats import transformers_llava as layout
 from llava_lite.hub import in_words
 from llava_lite.inference import load
 from llava_lite.stock_folder import refuse_inexpressible, write_stock
+from llava_lite.stock_processor import write_json
 
+# Model type, width, patch and picture side of a tower -> where it comes from.
+TOWERS = {
+    ("clip_vision_model", 1024, 14, 224): "openai/clip-vit-large-patch14",
+    ("clip_vision_model", 1024, 14, 336): "openai/clip-vit-large-patch14-336",
+    ("siglip_vision_model", 1152, 14, 384): "google/siglip-so400m-patch14-384",
+}
 LAYOUTS = ("transformers", "llava")
 
 
@@ -100,9 +108,29 @@ def write_ours(source, folder, dtype, max_shard_size):
         model.config.pad_token_id = model.generation_config.pad_token_id = grew["pad_token_id"]
         processor.tokenizer = without_tokens(processor.tokenizer, grew)
         processor.chat_template = processor.tokenizer.chat_template
+    notes = name_tower(model.config)
     model.save_pretrained(folder, max_shard_size=max_shard_size)
     processor.save_pretrained(folder)
-    return expected, []
+    if grew is not None:
+        path = Path(folder) / "tokenizer_config.json"
+        fields = json.loads(path.read_text(encoding="utf-8")) | {"tokenizer_class": grew["tokenizer_class"]}
+        write_json(path, {key: value for key, value in fields.items() if value is not None})
+    return expected, notes
+
+
+def name_tower(config):
+    """Name the tower that LLaVA's own loader builds before it takes the weights; return a line if none is known."""
+    if config.mm_vision_tower is not None:
+        return []
+    tower = config.vision_config
+    config.mm_vision_tower = TOWERS.get((tower.model_type, tower.hidden_size, tower.patch_size, tower.image_size))
+    if config.mm_vision_tower is None:
+        return [
+            "The tower is none of the usual ones; LLaVA's own code needs its name as mm_vision_tower, this does not."
+        ]
+    # The weights are in the folder and may have been trained.
+    config.unfreeze_mm_vision_tower = True
+    return []
 
 
 def without_tokens(tokenizer, grew):

@@ -15,11 +15,11 @@ import torch
 
 from llava_lite import witness
 from llava_lite.checked_folder import TOLERANCE, finish_folder, push, refuse_absent, refuse_full, start_folder
-from llava_lite.companions import read_json
+from llava_lite.companions import find_base, read_json
 from llava_lite.hub import in_words
 from llava_lite.inference import load
 from llava_lite.model.builder import is_llava
-from llava_lite.model.partial import ADAPTER, ADAPTER_WEIGHTS, TRAINED, WHOLE, base_of, find_base, open_adapter
+from llava_lite.model.partial import ADAPTER, ADAPTER_WEIGHTS, TRAINED, WHOLE, base_of, open_adapter
 
 CARD = "README.md"
 # What the card of an adapter says of the folder, and what is true of a whole one.

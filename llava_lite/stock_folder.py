@@ -48,6 +48,7 @@ def write_stock(source, folder, dtype=None, max_shard_size="5GB"):
     config[layout.RECORD]["vocabulary"] = {
         "num_rows": model.get_input_embeddings().weight.shape[0],
         "num_tokens": len(processor.tokenizer),
+        "tokenizer_class": type(processor.tokenizer).__name__,
         "pad_token": processor.tokenizer.pad_token,
         "pad_token_id": model.config.pad_token_id,
         "chat_template": processor.tokenizer.chat_template,

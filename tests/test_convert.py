@@ -206,6 +206,39 @@ def test_end_of_an_answer_is_known_where_it_is_a_token(whole_folder, tmp_path):
     assert not any("stop_strings" in line for line in said)
 
 
+def test_way_back_keeps_the_kind_of_tokenizer_and_drops_what_convert_added(whole_folder, toy_tokenizer, tmp_path):
+    from transformers import AutoTokenizer, LlamaTokenizer
+
+    model = json.loads(toy_tokenizer.backend_tokenizer.to_str())["model"]
+    merges = [tuple(pair) for pair in model["merges"]]
+    tokenizer = LlamaTokenizer(vocab=model["vocab"], merges=merges, model_max_length=2048)
+    source = whole_folder(tokenizer=tokenizer, conv_template="v1")
+    convert(source, tmp_path / "stock", say=str)
+    assert_transformers_agrees(source, tmp_path / "stock")
+    convert(tmp_path / "stock", tmp_path / "back", say=str)
+    before, after = (AutoTokenizer.from_pretrained(folder) for folder in (source, tmp_path / "back"))
+    assert type(after) is type(before) is LlamaTokenizer
+    assert after.get_vocab() == before.get_vocab()
+    assert (after.pad_token, after.chat_template) == (None, None)
+    text = "USER: What colour?</s>USER: x"
+    assert after(text)["input_ids"] == before(text)["input_ids"]
+
+
+def test_tower_of_a_known_shape_is_named_for_llavas_own_loader():
+    from transformers import CLIPVisionConfig
+
+    from llava_lite.convert import name_tower
+    from llava_lite.model import LlavaConfig
+
+    shape = {"hidden_size": 1024, "num_attention_heads": 16, "patch_size": 14, "image_size": 336}
+    config = LlavaConfig(vision_config=CLIPVisionConfig(**shape))
+    assert name_tower(config) == []
+    assert (config.mm_vision_tower, config.unfreeze_mm_vision_tower) == ("openai/clip-vit-large-patch14-336", True)
+    odd = LlavaConfig(vision_config=CLIPVisionConfig(**shape | {"image_size": 280}))
+    assert "needs its name as mm_vision_tower" in name_tower(odd)[0]
+    assert odd.mm_vision_tower is None
+
+
 def test_wrong_weights_fail_the_check_and_get_no_name(whole_folder, tmp_path, monkeypatch):
     from llava_lite.formats import transformers_llava as layout
 
