@@ -20,6 +20,7 @@ logger = logging.getLogger(__name__)
 TRAINED = ("trained.safetensors", "non_lora_trainables.bin", "mm_projector.bin")
 ADAPTER, ADAPTER_WEIGHTS = "adapter_config.json", ("adapter_model.safetensors", "adapter_model.bin")
 EMBEDDING = "model.embed_tokens.weight"
+TABLES = (EMBEDDING, "lm_head.weight")
 PICTURE_PARTS = re.compile(r"\.(vision_tower|mm_projector)\.")
 WHOLE = (SAFE, f"{SAFE}.index.json", PICKLED, f"{PICKLED}.index.json")
 
@@ -103,7 +104,7 @@ def take_new_rows(model, weights: dict[str, torch.Tensor], num_rows: int) -> dic
 
 def load_trained(model, state_dict: dict, what: str) -> None:
     """Copy a part of the weights by name; a name or shape that the model lacks is an error."""
-    targets = dict(model.named_parameters())
+    targets = dict(model.named_parameters(remove_duplicate=False))
     unknown = sorted(set(state_dict) - set(targets))
     if unknown:
         raise ValueError(
@@ -139,7 +140,12 @@ def open_adapter(model, path, hub: dict):
         raise OSError(f"{str(path)!r} holds no LoRA to put on a base: it has no {ADAPTER}. Open it without a base.")
     if not files:
         raise OSError(f"{str(path)!r} has an {ADAPTER} and no weights: {' and '.join(ADAPTER_WEIGHTS)} are missing.")
-    saved = set(read_weights(files[0]))
+    weights = read_weights(files[0])
+    # PEFT adds the embeddings, whole, where the vocabulary has grown.
+    tables = {name: weight for name, weight in weights.items() if llava.plain_name(name) in TABLES}
+    new_rows = {llava.plain_name(name): weight for name, weight in tables.items()}
+    load_trained(model, take_new_rows(model, new_rows, 0), f"weights of {files[0]!r}")
+    saved = weights.keys() - tables.keys()
     # A local folder, so that PEFT looks nothing up by itself.
     folder = str(Path(config_file).parent)
     config = PeftConfig.from_pretrained(folder)
@@ -148,7 +154,7 @@ def open_adapter(model, path, hub: dict):
         # LLaVA names layers by their last word, q_proj, while its tower, which has one too, was not there yet.
         config.exclude_modules = config.exclude_modules or f".*{PICTURE_PARTS.pattern}.*"
     tuned = PeftModel.from_pretrained(model, folder, config=config)
-    wanted = set(get_peft_model_state_dict(tuned, save_embedding_layers=False))
+    wanted = get_peft_model_state_dict(tuned, save_embedding_layers=False).keys() - tables.keys()
     refuse_strays(files[0], "the LoRA that its adapter_config.json describes", wanted - saved, saved - wanted)
     return tuned
 

@@ -154,7 +154,10 @@ def write_folder(model, folder: Path, weights, projector, base: str | None, conv
     others = {name: weight for name, weight in weights.items() if ".lora_" not in name}
     save_file({plain_name(name): weight for name, weight in others.items()}, folder / TRAINED, {"format": "pt"})
     if is_peft(model):
-        model.save_pretrained(folder, state_dict={n: w for n, w in weights.items() if n not in others})
+        adapter = {name: weight for name, weight in weights.items() if name not in others}
+        # "auto" would open the base's config as one of ours, with a warning, to see whether the vocabulary has grown;
+        # trained embeddings are among the others.
+        model.save_pretrained(folder, state_dict=adapter, save_embedding_layers=False)
         # LLaVA's own loader looks for this file and these names.
         torch.save(others, folder / "non_lora_trainables.bin")
 

@@ -255,6 +255,29 @@ def test_the_rows_of_new_words_are_found(form, tuned, pixels, toy_tokenizer, tmp
     assert torch.equal(logits_of(direct, pixels, ids), logits_of(model, pixels, ids))
 
 
+@pytest.mark.parametrize("inside", ["adapter", "trainables"])
+def test_embeddings_saved_with_a_lora_count(inside, tuned, pixels, tmp_path):
+    """PEFT writes both tables into the adapter where words were added, LLaVA into non_lora_trainables.bin."""
+    pytest.importorskip("peft", reason="needs the extra 'peft'")
+    num_words = len(tuned.stock.get_input_embeddings().weight) + 2
+    tuned.stock.resize_token_embeddings(num_words)
+    tables = {
+        "model.embed_tokens.weight": torch.randn(num_words, 32),
+        "lm_head.weight": torch.randn(num_words, 32) * 0.2,
+    }
+    for name, table in tables.items():
+        tuned.stock.get_parameter(name).data = table.clone()
+    tuned.config |= {"mm_use_im_start_end": True, "vocab_size": num_words}
+    tables = {f"base_model.model.{name}": table for name, table in tables.items()}
+    folder = tuned.write_lora(tmp_path / "x91", **(tables if inside == "trainables" else {}))
+    if inside == "adapter":
+        file = folder / "adapter_model.safetensors"
+        save_file(load_file(file) | tables, file)
+    ids = torch.cat([IDS, torch.tensor([[num_words - 2, num_words - 1]])], dim=1)
+    _, model, _, _ = load_pretrained_model(folder, device="cpu")
+    torch.testing.assert_close(logits_of(model, pixels, ids), tuned.expected(pixels, ids), rtol=0, atol=1e-5)
+
+
 def with_base(folder, base):
     config = AutoConfig.from_pretrained(folder)
     config.base_model_name_or_path = base

@@ -1,6 +1,7 @@
 """The folder that a stage leaves is opened as the model that was trained, whole or on its base."""
 
 import json
+import logging
 import os
 import shutil
 
@@ -11,8 +12,10 @@ from transformers import AutoModelForCausalLM
 
 from llava_lite.arguments import ModelArguments, TrainingArguments
 from llava_lite.model import LlavaLlamaForCausalLM
+from llava_lite.model.builder import load_pretrained_model
 from llava_lite.train import manifest as paper
 from llava_lite.train.final import save_final
+from llava_lite.train.train import fit_vocabulary
 from llava_lite.train.tuning import choose_what_trains
 
 MOE = {"moe_enable": True, "moe_mode": "sparse", "num_experts": [2], "top_k_experts": 2}
@@ -140,3 +143,30 @@ def test_without_room_the_earlier_folder_stays_as_it_was(trained, tmp_path, monk
 def test_a_partial_folder_must_name_its_base(trained, tmp_path):
     with pytest.raises(ValueError, match="must name its base"):
         save_final(trained("projector"), tmp_path)
+
+
+@pytest.mark.parametrize("tuning", ["full", "lora"])
+def test_a_folder_with_more_words_than_its_base_reopens(
+    tuning, toy_model, toy_tokenizer, toy_llm_dir, tmp_path, caplog, monkeypatch
+):
+    """With --mm_use_im_start_end; LoRA leaves the new rows as they began, the mean of the others."""
+    model = toy_model("llama", mm_use_im_start_end=True)
+    fit_vocabulary(model, toy_tokenizer)
+    args = TrainingArguments(output_dir=str(tmp_path / "unused"), tuning=tuning, lora_r=4, use_cpu=True)
+    tuned = choose_what_trains(model, ModelArguments(), args).eval()
+    with torch.no_grad():
+        for param in tuned.parameters():
+            if param.requires_grad:
+                param.add_(torch.randn_like(param) * 0.05)
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    with caplog.at_level("WARNING"):
+        save_final(tuned, tmp_path / "x91", parts=[toy_tokenizer], base=str(toy_llm_dir("llama")))
+    assert "to instantiate a model of type" not in caplog.text
+    ids = torch.tensor([[1, 50, len(toy_tokenizer) - 2, -200, len(toy_tokenizer) - 1, 60]])
+    pixels = torch.randn(1, 3, 32, 32)
+    for again in (
+        AutoModelForCausalLM.from_pretrained(tmp_path / "x91"),
+        load_pretrained_model(tmp_path / "x91", device="cpu")[1],
+    ):
+        with torch.no_grad():
+            torch.testing.assert_close(again(ids, images=pixels).logits, tuned(ids, images=pixels).logits)
