@@ -233,7 +233,8 @@ class Hub(BaseHTTPRequestHandler):
 
     def history(self, body, repo, revision):
         sha, _ = tree_of(self.repo(repo), revision)
-        return 200, {}, [{"id": sha, "title": messages[sha]}]
+        told = {"id": sha, "title": messages[sha], "message": "", "authors": [], "date": "2026-01-01T00:00:00.000Z"}
+        return 200, {}, [told]
 
     def tree(self, body, repo, revision, path=""):
         _, files = tree_of(self.readable(repo), revision)

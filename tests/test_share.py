@@ -1,7 +1,13 @@
 """Pushing and loading through the real huggingface_hub client, over HTTP, against a server on this machine."""
 
+import json
+from pathlib import Path
+
 import pytest
 from hub_client import asked, get, get_json
+
+import llava_lite
+from llava_lite.share import files_to_share, shareable_config
 
 MOE = {
     "moe_enable": True,
@@ -44,8 +50,10 @@ def test_pushed_model_answers_like_the_one_at_home(hub, client, checkpoint, moe)
         """
     )
     assert at_home.strip()
+    before = len(asked(hub))
     from_hub = client(
         f"""
+        load({repo!r}, device="cpu")
         model, processor = load({repo!r}, device="cpu")
         assert type(AutoProcessor.from_pretrained({repo!r})) is LlavaLiteProcessor
         print(reply(model, processor, "What colour is the square?", picture, max_new_tokens=12))
@@ -57,6 +65,8 @@ def test_pushed_model_answers_like_the_one_at_home(hub, client, checkpoint, moe)
         cache="elsewhere",
     )
     assert from_hub.splitlines()[-1] == at_home.splitlines()[-1] != ""
+    fetched = [path for method, path, _ in asked(hub)[before:] if method == "GET"]
+    assert fetched.count(f"/{repo}/resolve/main/model.safetensors") == 1
     paths = [path for method, path, _ in asked(hub) if method in ("POST", "PUT")]
     assert f"/{repo}.git/info/lfs/objects/batch" in paths
     # The weights are large enough to be sent in parts.
@@ -118,37 +128,84 @@ def test_card_in_the_repository_stays_and_a_model_without_one_gets_one(hub, clie
     assert ["POST", "/api/validate-yaml", {}] in asked(hub)
 
 
-def test_second_load_comes_from_the_cache(hub, client, checkpoint):
+def test_pull_request_tag_and_shards_are_opened(hub, client, checkpoint, toy_tower_dir):
     folder = checkpoint()
-    client(
+    printed = client(
         f"""
-        for part in load({str(folder)!r}, device="cpu"):
-            part.push_to_hub("tester/cached")
-        """
-    )
-    before = len(asked(hub))
-    client('load("tester/cached", device="cpu")', cache="elsewhere")
-    between = len(asked(hub))
-    client('load("tester/cached", device="cpu")', cache="elsewhere")
-
-    def fetched(log):
-        return [path for method, path, _ in log if method == "GET" and path.endswith("/model.safetensors")]
-
-    assert len(fetched(asked(hub)[before:between])) == 1
-    assert fetched(asked(hub)[between:]) == []
-
-
-def test_private_repository_is_for_its_owner_alone(client, checkpoint):
-    folder = checkpoint()
-    client(
-        f"""
+        from huggingface_hub import HfApi
         model, processor = load({str(folder)!r}, device="cpu")
-        model.push_to_hub("tester/secret", private=True)
-        processor.push_to_hub("tester/secret")
-        load("tester/secret", device="cpu")
+        model.push_to_hub("tester/shards", max_shard_size="60KB", private=True, commit_message="First of all")
+        HfApi().create_tag("tester/shards", tag="v1.0")
+        processor.push_to_hub("tester/shards", revision="v2", commit_message="Words and pictures")
+        with torch.no_grad():
+            model.lm_head.weight.neg_()
+        pushed = model.push_to_hub("tester/shards", create_pr=True, commit_message="Turn it round")
+        print(pushed.pr_revision)
         """
     )
-    refused = client('load("tester/secret", device="cpu")', token=None, cache="stranger", succeeds=False)
-    assert "tester/secret is not a local folder and is not a valid model identifier" in refused
-    refused = client(f'load({str(folder)!r}, device="cpu")[0].push_to_hub("tester/secret")', "other", succeeds=False)
-    assert "other may not write to tester/secret" in refused or "Repository" in refused
+    assert printed.split()[-1] == "refs/pr/1"
+    printed = client(
+        f"""
+        import json
+        from huggingface_hub import HfApi
+        own = dict(token="tester", cache_dir={str(folder.parent / "elsewhere")!r})
+        main, asked = (
+            AutoModelForCausalLM.from_pretrained("tester/shards", revision=revision, **own).lm_head.weight
+            for revision in ("v1.0", "refs/pr/1")
+        )
+        assert torch.equal(main, -asked)
+        # Model and processor were pushed apart; the branch has both.
+        load("tester/shards", device="cpu", revision="v2", **own)
+        api = HfApi(token="tester")
+        titles = [
+            api.list_repo_commits("tester/shards", revision=revision)[0].title
+            for revision in ("main", "v2", "v1.0", "refs/pr/1")
+        ]
+        config = json.load(open(api.hf_hub_download("tester/shards", "config.json")))
+        print(json.dumps([api.list_repo_files("tester/shards", revision="v2"), titles, config]))
+        """,
+        token=None,
+    )
+    files, titles, config = json.loads(printed.splitlines()[-1])
+    assert titles == ["First of all", "Words and pictures", "First of all", "Turn it round"]
+    assert sum(name.endswith(".safetensors") for name in files) > 3
+    assert {"model.safetensors.index.json", "processor_config.json", "README.md"} <= set(files)
+    # The tower travels inside; where it once lay is nobody's business.
+    assert config["mm_vision_tower"] == toy_tower_dir("clip").name
+    assert config["vision_config"]["model_type"] == "clip_vision_model"
+    assert str(folder.parent) not in json.dumps(config)
+
+
+def test_optimizer_ledgers_and_folders_stay_at_home(tmp_path):
+    published = ["README.md", "config.json", "loss.png", "mm_projector.bin", "model-00001-of-00002.safetensors"]
+    private = ["optimizer.pt", "training_args.bin", "trainer_state.json", "skipped_records.jsonl", ".hidden", "a.tmp"]
+    for name in [*published, *private]:
+        (tmp_path / name).write_text("{}")
+    (tmp_path / "checkpoint-5").mkdir()
+    (tmp_path / "checkpoint-5" / "trained.safetensors").write_text("")
+    assert files_to_share(tmp_path) == published
+    with pytest.raises(ValueError, match="holds nothing to upload"):
+        files_to_share(tmp_path / "gone")
+
+
+def test_part_that_stands_on_a_folder_of_this_machine_is_refused(tmp_path, toy_tower_dir, toy_llm_dir):
+    tower, base = str(toy_tower_dir("clip")), str(toy_llm_dir("llama"))
+    part = {"base_model_name_or_path": base, "mm_vision_tower": tower}
+    with pytest.raises(ValueError, match=r"its base '.*' is a folder of this machine. Push the base first"):
+        shareable_config(part, tmp_path)
+    with pytest.raises(ValueError, match=r"the vision tower '.*' of .* is a folder of this machine"):
+        shareable_config(part | {"base_model_name_or_path": base}, tmp_path, base=base)
+    named = shareable_config(part, tmp_path, base="me/llm", tower="me/tower")
+    assert named == {"base_model_name_or_path": "me/llm", "mm_vision_tower": "me/tower"}
+    # A base that brings its tower along needs none.
+    (tmp_path / "config.json").write_text('{"vision_config": {}}')
+    found = shareable_config(part | {"base_model_name_or_path": str(tmp_path)}, tmp_path, base=str(tmp_path))
+    assert found["mm_vision_tower"] == toy_tower_dir("clip").name
+
+
+def test_settings_of_the_tests_are_nobody_elses():
+    """Xet and endpoint are the user's own: no file of the package sets or reads them."""
+    package = Path(llava_lite.__file__).parent
+    texts = "\n".join(path.read_text(encoding="utf-8") for path in package.rglob("*.py"))
+    assert "HF_HUB_DISABLE_XET" not in texts
+    assert "HF_ENDPOINT" not in texts

@@ -20,6 +20,11 @@ PRIVATE = re.compile(
 PLAIN = (bool, int, float, str, list, tuple, dict)
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _NUM_LOSS_ROWS = 8
+# Annotation files of LLaVA-1.5 and their numbers of records, to the data set on the Hub.
+PUBLISHED = {
+    ("blip_laion_cc_sbu_558k.json", 558128): "liuhaotian/LLaVA-Pretrain",
+    ("llava_v1_5_mix665k.json", 665298): "liuhaotian/LLaVA-Instruct-150K",
+}
 _STAGES = {
     "projector": "the connector alone (LLaVA's stage 1)",
     "full": "connector and language model (LLaVA's stage 2)",
@@ -33,7 +38,8 @@ class RunFacts:
     """What a card tells. Paths are cut to their last part when the card is written.
 
     data: (file, number of samples) pairs. trained, frozen: parameters by part of the model. log: the lines of
-    metrics.jsonl. settings: flags that differ from their defaults. whole: the folder holds every weight.
+    metrics.jsonl. settings: flags that differ from their defaults. whole: the folder holds every weight. plots: names
+    of pictures beside the card.
     """
 
     name: str
@@ -49,6 +55,7 @@ class RunFacts:
     settings: Mapping[str, object] = field(default_factory=dict)
     world_size: int = 1
     whole: bool = True
+    plots: Sequence[str] = ()
 
     @property
     def expert_load(self) -> Mapping[str, Sequence[float]]:
@@ -80,6 +87,7 @@ def card_of_run(trainer, model_args, data_args, whole: bool) -> str:
             settings=settings_of(model_args, data_args, args),
             world_size=args.world_size,
             whole=whole,
+            plots=sorted(path.name for path in Path(args.output_dir).glob("*.png")),
         )
     )
 
@@ -114,10 +122,38 @@ def hub_base(base: str) -> str | None:
     """Return the hub id that a base goes back to: itself, or what the card of a local stage names; None if unknown."""
     if not os.path.exists(base) and _HUB_ID.fullmatch(base) and "/" in base:
         return base
+    found = card_metadata(base).get("base_model")
+    return found if isinstance(found, str) else None
+
+
+def card_metadata(base: str) -> dict:
+    """Return what the card of a base says to the Hub: a folder's own, of a hub id what the cache holds of it."""
+    import yaml
+    from huggingface_hub import try_to_load_from_cache
+
     card = Path(base) / "README.md"
+    if not os.path.exists(base):
+        cached = try_to_load_from_cache(base, "README.md") if hub_base(base) == base else None
+        card = Path(cached) if isinstance(cached, str) else card
     front = card.read_text(encoding="utf-8").split("---\n") if card.is_file() else []
-    match = re.search(r"^base_model: (.+)$", front[1], re.MULTILINE) if len(front) > 2 else None
-    return match.group(1).strip("'\"") if match else None
+    try:
+        found = yaml.safe_load(front[1]) if len(front) > 2 else {}
+    except yaml.YAMLError:
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def licence_of(base: str) -> dict:
+    """Return the licence that a base's card names, which what is made from it inherits; {} where none is known."""
+    known = card_metadata(base)
+    return {
+        key: known[key] for key in ("license", "license_name", "license_link") if known.get("license") and key in known
+    }
+
+
+def datasets_of(data: Sequence[tuple[str, int]]) -> list[str]:
+    """Return the published data sets among (file, samples) pairs: by name and number, as a name proves nothing."""
+    return [PUBLISHED[public_name(file), num] for file, num in data if (public_name(file), num) in PUBLISHED]
 
 
 def write_card(facts: RunFacts) -> str:
@@ -126,6 +162,7 @@ def write_card(facts: RunFacts) -> str:
         f"# {public_name(facts.name)}",
         introduction(facts),
         usage(facts),
+        "\n".join(f"![{Path(name).stem.replace('_', ' ')}]({name})" for name in facts.plots),
         section("Data", table(("file", "samples"), [(public_name(file), f"{num:,}") for file, num in facts.data])),
         section("What trained", parameters(facts)),
         section("Losses", losses(facts.log)),
@@ -141,10 +178,14 @@ def front_matter(facts: RunFacts) -> str:
     import yaml
 
     metadata = {
-        "library_name": "transformers",
+        # Not "transformers": the lines that the Hub would then show do not know the class.
+        "library_name": "llava-lite",
         "pipeline_tag": "image-text-to-text" if facts.tower else "text-generation",
-        "tags": ["llava", "llava-lite", facts.tuning],
+        "tags": ["llava", "multimodal", facts.tuning] if facts.tower else ["llava", facts.tuning],
     }
+    metadata |= licence_of(facts.base)
+    if datasets := datasets_of(facts.data):
+        metadata["datasets"] = datasets
     if base := hub_base(facts.base):
         is_adapter = facts.tuning == "lora" and not facts.whole
         metadata |= {"base_model": base, "base_model_relation": "adapter" if is_adapter else "finetune"}
@@ -172,13 +213,10 @@ def usage(facts: RunFacts) -> str:
     picture = ', images="picture.jpg"' if facts.tower else ""
     question = "What is in this picture?" if facts.tower else "Who are you?"
     code = [
-        "import llava_lite.model  # makes the Auto classes know the model",
-        "from transformers import AutoModelForCausalLM",
-        "from llava_lite import LlavaLiteProcessor, reply",
+        "from llava_lite import load, reply",
         "",
-        f'folder = "{public_name(facts.name)}"',
-        "model = AutoModelForCausalLM.from_pretrained(folder)",
-        "processor = LlavaLiteProcessor.from_pretrained(folder)",
+        # A push writes the name of its repository here.
+        f'model, processor = load("{public_name(facts.name)}")',
         f'print(reply(model, processor, "{question}"{picture}))',
     ]
     return section("Use", "\n".join(["```python", *code, "```"]))

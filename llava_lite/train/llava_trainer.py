@@ -12,6 +12,7 @@ from llava_lite.train.checkpoint import CheckpointMixin
 from llava_lite.train.evaluation import EvaluationMixin
 from llava_lite.train.expert_meter import ExpertMeter, flat_report
 from llava_lite.train.guards import GradientWatch, stop_if_gradient_not_finite, stop_if_not_finite
+from llava_lite.train.llava_args import completed
 from llava_lite.train.llava_order import (
     LengthGroupedSampler,
     examples_of,
@@ -21,6 +22,7 @@ from llava_lite.train.llava_order import (
 )
 from llava_lite.train.llava_state import get_mm_adapter_state_maybe_zero_3, maybe_zero_3
 from llava_lite.train.plots import draw_plots
+from llava_lite.train.pushing import PushingMixin
 from llava_lite.train.run_log import RunLog, TrainingBar
 from llava_lite.train.throughput import Meter, peak_flops, step_flops
 from llava_lite.train.tuning import compute_dtype, parameter_groups
@@ -58,7 +60,7 @@ class RunEvents(TrainerCallback):
         self.trainer.draw()
 
 
-class LLaVATrainer(CheckpointMixin, EvaluationMixin, Trainer):
+class LLaVATrainer(CheckpointMixin, EvaluationMixin, PushingMixin, Trainer):
     """Trains a LLaVA model; args are llava_lite's TrainingArguments, batches come from its collator.
 
     eval_examples: examples of the evaluation set that are answered at each evaluation. tokenizer: LLaVA's word, from
@@ -66,6 +68,7 @@ class LLaVATrainer(CheckpointMixin, EvaluationMixin, Trainer):
     """
 
     def __init__(self, model, args, *, eval_examples=(), eval_max_new_tokens=64, tokenizer=None, **kwargs):
+        args = completed(args)
         if tokenizer is not None:
             kwargs["processing_class"] = tokenizer
         if args.n_gpu > 1:

@@ -13,6 +13,7 @@ from transformers import set_seed
 
 from llava_lite.arguments import parse_args
 from llava_lite.companions import load_tokenizer, refuse_missing_model
+from llava_lite.train.pushing import refuse_unshareable
 from llava_lite.train.refusal import told_in_a_line
 from llava_lite.train.tuning import choose_what_trains, compute_dtype, describe, loading_dtype, settle_dtypes
 
@@ -80,6 +81,7 @@ def prepare(argv=None):
     """Return the stage that the flags describe, ready for its first step."""
     start_logging()
     model_args, data_args, training_args = parse_args(sys.argv[1:] if argv is None else argv)
+    refuse_unshareable(model_args, training_args)
     join_ranks(training_args)
     set_seed(training_args.seed)
     tokenizer = build_tokenizer(model_args, training_args)
@@ -100,6 +102,8 @@ def run(stage):
     """Train from the start or from the checkpoint, save, and return the trainer."""
     stage.trainer.train(resume_from_checkpoint=stage.checkpoint)
     save(stage.trainer, stage.tokenizer, stage.model_args, stage.data_args)
+    if stage.trainer.args.push_to_hub:
+        stage.trainer.push_to_hub()
     return stage.trainer
 
 

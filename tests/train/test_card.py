@@ -1,5 +1,6 @@
 """A model card says what a run was, in YAML that parses, and nothing of the machine it ran on."""
 
+import dataclasses
 import json
 import os
 
@@ -47,9 +48,9 @@ def rows_of(card, title):
 
 def test_the_front_matter_is_what_the_hub_reads(facts):
     assert front_matter(write_card(facts)) == {
-        "library_name": "transformers",
+        "library_name": "llava-lite",
         "pipeline_tag": "image-text-to-text",
-        "tags": ["llava", "llava-lite", "moe"],
+        "tags": ["llava", "multimodal", "moe"],
         "base_model": "lmsys/vicuna-7b-v1.5",
         "base_model_relation": "finetune",
     }
@@ -110,6 +111,16 @@ def test_the_base_of_a_local_stage_is_the_one_its_own_card_names(facts, tmp_path
     assert hub_base(str(tmp_path)) == "lmsys/vicuna-7b-v1.5"
 
 
+def test_the_licence_of_the_base_and_published_data_are_named(facts, tmp_path):
+    base = tmp_path / "base"
+    base.mkdir()
+    (base / "README.md").write_text("---\nlicense: other\nlicense_name: tongyi\nbase_model: a/b\n---\n\n# Base\n")
+    data = [("/data/llava_v1_5_mix665k.json", 665298), ("/tiny/llava_v1_5_mix665k.json", 26700)]
+    found = front_matter(write_card(dataclasses.replace(facts, base=str(base), data=data)))
+    assert (found["license"], found["license_name"], found["base_model"]) == ("other", "tongyi", "a/b")
+    assert found["datasets"] == ["liuhaotian/LLaVA-Instruct-150K"]
+
+
 def test_a_real_run_leaves_a_card_without_any_path_of_this_machine(toy_llm_dir, toy_tower_dir, toy_data, tmp_path):
     data, pictures = toy_data(num_records=8)
     output = tmp_path / "stage one"
@@ -128,9 +139,11 @@ def test_a_real_run_leaves_a_card_without_any_path_of_this_machine(toy_llm_dir, 
     }
     train([word for name, value in flags.items() for word in (f"--{name}", str(value))])
     card = (output / "README.md").read_text()
-    assert front_matter(card)["tags"] == ["llava", "llava-lite", "projector"]
+    assert front_matter(card)["tags"] == ["llava", "multimodal", "projector"]
     assert rows_of(card, "Data") == [["toy.json", "8"]]
     assert [row[0] for row in rows_of(card, "Losses")] == ["1", "2", "3"]
     assert dict(row[:2] for row in rows_of(card, "What trained"))["mm_projector"] != "0"
     assert os.path.dirname(tmp_path) not in card
     assert str(toy_llm_dir("llama")) not in card
+    assert "![loss](loss.png)" in card
+    assert 'model, processor = load("stage one")' in card

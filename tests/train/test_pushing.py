@@ -1,0 +1,88 @@
+"""A training run pushes its finished folder: what opens it goes up, what resumes it stays unless it is asked for."""
+
+import json
+
+import pytest
+
+from llava_lite.arguments import parse_args
+from llava_lite.train.pushing import refuse_unshareable
+
+RUN = """
+import json
+from huggingface_hub import HfApi, ModelCard
+from llava_lite.train.train import train
+api = HfApi()
+"""
+
+
+def test_lora_on_a_private_base_is_pushed_and_opened_elsewhere(
+    client, stage_flags, toy_llm_dir, toy_tower_dir, toy_data, tmp_path
+):
+    data = toy_data(tmp_path / "data", num_records=8)
+    flags = stage_flags("lora", tmp_path / "digits", data=data)
+    flags[flags.index("--model_name_or_path") + 1] = "tester/llm"
+    flags[flags.index("--vision_tower") + 1] = "tester/tower"
+    flags += ["--max_steps", "2", "--save_strategy", "steps", "--save_steps", "1"]
+    flags += ["--push_to_hub", "True", "--hub_private_repo", "True"]
+    printed = client(
+        f"""
+        {RUN.strip().replace(chr(10), chr(10) + " " * 8)}
+        for name, folder in (("llm", {str(toy_llm_dir("llama"))!r}), ("tower", {str(toy_tower_dir("clip"))!r})):
+            api.create_repo(f"tester/{{name}}", private=True)
+            api.upload_folder(repo_id=f"tester/{{name}}", folder_path=folder)
+        train({flags!r})
+        card = ModelCard.load("tester/digits")
+        card.validate()
+        print(json.dumps([api.list_repo_files("tester/digits"), card.data.to_dict(), card.text]))
+        """
+    )
+    files, metadata, text = json.loads(printed.splitlines()[-1])
+    assert {"config.json", "adapter_model.safetensors", "trained.safetensors", "loss.png", "README.md"} <= set(files)
+    assert not [name for name in files if "/" in name or "optimizer" in name or "state" in name or "args" in name]
+    assert metadata["base_model"] == "tester/llm"
+    assert metadata["base_model_relation"] == "adapter"
+    assert (metadata["library_name"], metadata["pipeline_tag"]) == ("llava-lite", "image-text-to-text")
+    assert "![loss](loss.png)" in text
+    assert 'load("tester/digits")' in text
+    client(
+        f"""
+        from llava_lite import load_pretrained_model
+        own = dict(token="tester", cache_dir={str(tmp_path / "own")!r}, device="cpu")
+        model, processor = load("tester/digits", **own)
+        _, again, image_processor, _ = load_pretrained_model("tester/digits", local_files_only=True, **own)
+        home = load({str(tmp_path / "digits")!r}, **own)[0].state_dict()
+        for opened in (model, again):
+            assert all(torch.equal(weight, home[name]) for name, weight in opened.state_dict().items())
+        assert image_processor.crop_size == processor.image_processor.crop_size
+        """,
+        token=None,
+        cache="stranger",
+    )
+
+
+def test_state_to_resume_from_goes_up_where_it_is_asked_for(client, stage_flags, toy_data, tmp_path):
+    data = toy_data(tmp_path / "data", num_records=8)
+    flags = stage_flags("moe", tmp_path / "experts", "--max_steps", 2, "--save_strategy", "steps", data=data)
+    flags += ["--save_steps", "1", "--push_to_hub", "True", "--hub_model_id", "tester/experts"]
+    flags += ["--hub_strategy", "checkpoint", "--hub_always_push", "True"]
+    printed = client(
+        f"""
+        {RUN.strip().replace(chr(10), chr(10) + " " * 8)}
+        train({flags!r})
+        model = AutoModelForCausalLM.from_pretrained("tester/experts")
+        print(json.dumps([api.list_repo_files("tester/experts"), sorted(model.moe_layers())]))
+        """
+    )
+    files, layers = json.loads(printed.splitlines()[-1])
+    assert layers == [0, 2]
+    assert {"model.safetensors", "expert_load.png", "last-checkpoint/optimizer.pt"} <= set(files)
+    assert not [name for name in files if "/" not in name and ("optimizer" in name or "state" in name)]
+
+
+def test_part_that_nobody_else_could_open_is_refused_before_anything_is_loaded(stage_flags, tmp_path):
+    flags = stage_flags("projector", tmp_path / "out", "--push_to_hub", True, "--hub_model_id", "tester/part")
+    model_args, _, training_args = parse_args(flags)
+    with pytest.raises(ValueError, match=r"its base .* is a folder of this machine.*--save_full True"):
+        refuse_unshareable(model_args, training_args)
+    model_args, _, training_args = parse_args([*flags, "--save_full", "True"])
+    refuse_unshareable(model_args, training_args)
