@@ -199,8 +199,10 @@ class LazySupervisedDataset(Dataset):
         encoded = preprocess(sources, self.tokenizer, has_image=bool(record.images))
         example = {name: values[0] for name, values in encoded.items()}
         shown = [self._picture(record, name) for name in record.images]
-        if not shown and self.data_args.is_multimodal:
-            shown = [_blank_picture(self.data_args.image_processor)]
+        # A run without a tower has no processor, whatever is_multimodal says by default.
+        processor = getattr(self.data_args, "image_processor", None)
+        if not shown and self.data_args.is_multimodal and processor is not None:
+            shown = [_blank_picture(processor)]
         if shown:
             pictures, sizes = map(list, zip(*shown, strict=True))
             example["image"] = pictures[0] if len(pictures) == 1 else pictures

@@ -192,6 +192,9 @@ def test_examples_are_ids_labels_and_pictures_on_a_square_of_the_mean_colour(dat
     torch.testing.assert_close(dataset[3]["image"][0], expected)
     data_args.is_multimodal = False
     assert "image" not in dataset[1]
+    data_args.is_multimodal = True
+    del data_args.image_processor
+    assert "image" not in dataset[1]
 
 
 def test_lengths_are_words_and_below_zero_for_words_alone(data_args, toy_tokenizer):
