@@ -10,7 +10,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import draw_picture, llm_config
-from transformers import AutoImageProcessor, LlavaNextConfig, LlavaNextForConditionalGeneration
+from transformers import LlavaNextConfig, LlavaNextForConditionalGeneration
+
+# From its own file: transformers 5.17 offers it at the top only where torchvision is installed.
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from llava_lite.constants import IGNORE_INDEX
 from llava_lite.mm_utils import load_image_processor, process_images
