@@ -356,3 +356,39 @@ def test_pictures_of_any_resolution_become_llava_next(whole_folder, tmp_path, to
     before, after = (load_file(folder / "model.safetensors") for folder in (source, tmp_path / "back"))
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_folder_is_pushed_once_it_has_passed(whole_folder, client, tmp_path):
+    source = whole_folder(conv_template="v1")
+    code = f"""
+        import sys
+        from llava_lite.cli import main
+        sys.exit(main(["convert", {str(source)!r}, {str(tmp_path / "stock")!r}, "--push-to-hub", "tester/stock"]))
+        """
+    assert client(code, start="").splitlines()[-1].startswith("http")
+    code = """
+        from transformers import AutoModelForImageTextToText, AutoProcessor
+        model = AutoModelForImageTextToText.from_pretrained("tester/stock")
+        print(type(model).__name__, type(AutoProcessor.from_pretrained("tester/stock")).__name__)
+        """
+    printed = client(code, cache="other", start="")
+    assert printed.splitlines()[-1] == "LlavaForConditionalGeneration LlavaProcessor"
+
+
+def test_our_classes_open_what_transformers_saved(whole_folder, tmp_path):
+    from llava_lite.model import LlavaMistralForCausalLM
+    from llava_lite.model.builder import load_pretrained_model
+
+    convert(whole_folder("mistral", conv_template="v1"), tmp_path / "written", say=str)
+    stock = AutoModelForImageTextToText.from_pretrained(tmp_path / "written")
+    # transformers 5 names the tower's weights otherwise than the released checkpoints do.
+    stock.save_pretrained(tmp_path / "a-llama-lora")
+    AutoProcessor.from_pretrained(tmp_path / "written").save_pretrained(tmp_path / "a-llama-lora")
+    ids = torch.arange(1, 30)[None]
+    expected = stock(ids).logits
+    model = LlavaMistralForCausalLM.from_pretrained(tmp_path / "a-llama-lora")
+    torch.testing.assert_close(model(ids).logits, expected, atol=1e-5, rtol=1e-5)
+    _, loaded, image_processor, _ = load_pretrained_model(tmp_path / "a-llama-lora", None, "llava-qwen", device="cpu")
+    assert type(loaded) is LlavaMistralForCausalLM
+    torch.testing.assert_close(loaded(ids).logits, expected, atol=1e-5, rtol=1e-5)
+    assert image_processor.crop_size["height"] == 32
