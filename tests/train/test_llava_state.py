@@ -1,9 +1,11 @@
 """LLaVA's helpers of train.py, and a stage that a script written for LLaVA builds with them."""
 
+from dataclasses import dataclass
 from types import SimpleNamespace
 
 import pytest
 import torch
+import transformers
 from torch import nn
 
 from llava_lite import conversation as conversation_lib
@@ -88,7 +90,18 @@ def v1(monkeypatch):
     monkeypatch.setattr(conversation_lib, "default_conversation", conversation_lib.conv_templates["v1"])
 
 
-def build(toy_llm_dir, toy_tower_dir, toy_data, output_dir, tune_mm_mlp_adapter):
+@dataclass
+class ScriptsOwnArguments(transformers.TrainingArguments):
+    """What LLaVA's train.py declares, and a copy of it in a script; none of ours."""
+
+    cache_dir: str | None = None
+    model_max_length: int = 512
+    lora_enable: bool = False
+    mm_projector_lr: float | None = None
+    group_by_modality_length: bool = False
+
+
+def build(toy_llm_dir, toy_tower_dir, toy_data, output_dir, tune_mm_mlp_adapter, args_class=None):
     """Return the trainer that LLaVA's statements make."""
     path, folder = toy_data(num_records=12)
     model_args = llava_train.ModelArguments(
@@ -103,11 +116,13 @@ def build(toy_llm_dir, toy_tower_dir, toy_data, output_dir, tune_mm_mlp_adapter)
         tune_mm_mlp_adapter=tune_mm_mlp_adapter,
     )
     data_args = llava_train.DataArguments(data_path=path, image_folder=folder, image_aspect_ratio="pad")
-    training_args = llava_train.TrainingArguments(
+    training_args = (args_class or llava_train.TrainingArguments)(
         output_dir=str(output_dir),
         per_device_train_batch_size=2,
         max_steps=3,
         learning_rate=1e-2,
+        remove_unused_columns=False,
+        logging_steps=1,
         group_by_modality_length=True,
         use_cpu=True,
         bf16=False,
@@ -116,9 +131,7 @@ def build(toy_llm_dir, toy_tower_dir, toy_data, output_dir, tune_mm_mlp_adapter)
     )
     model = LlavaLlamaForCausalLM.from_pretrained(model_args.model_name_or_path, cache_dir=training_args.cache_dir)
     model.config.use_cache = False
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(
+    tokenizer = transformers.AutoTokenizer.from_pretrained(
         model_args.model_name_or_path, model_max_length=training_args.model_max_length, padding_side="right"
     )
     tokenizer.pad_token = tokenizer.unk_token
@@ -140,10 +153,11 @@ def build(toy_llm_dir, toy_tower_dir, toy_data, output_dir, tune_mm_mlp_adapter)
     return llava_train.LLaVATrainer(model=model, tokenizer=tokenizer, args=training_args, **data_module)
 
 
+@pytest.mark.parametrize("args_class", [None, ScriptsOwnArguments])
 def test_stage_built_in_llavas_steps_trains_and_is_opened_again(
-    toy_llm_dir, toy_tower_dir, toy_data, tmp_path, v1, monkeypatch
+    args_class, toy_llm_dir, toy_tower_dir, toy_data, tmp_path, v1
 ):
-    trainer = build(toy_llm_dir, toy_tower_dir, toy_data, tmp_path / "out", tune_mm_mlp_adapter=False)
+    trainer = build(toy_llm_dir, toy_tower_dir, toy_data, tmp_path / "out", False, args_class)
     before = {name: param.detach().clone() for name, param in trainer.model.named_parameters()}
     trainer.train()
     losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
