@@ -2,6 +2,7 @@
 
 import json
 import os
+from importlib import import_module
 from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
@@ -79,9 +80,29 @@ def load_tokenizer(name, base=None, **hub):
     is_generic = read_json(name, "tokenizer_config.json", hub).get("tokenizer_class") in GENERIC_TOKENIZERS
     has_all = cached_file(name, "tokenizer.json", _raise_exceptions_for_missing_entries=False, **hub) is not None
     kind = PreTrainedTokenizerFast if is_generic and has_all else AutoTokenizer
+    if not has_all and cached_file(name, "tokenizer.model", _raise_exceptions_for_missing_entries=False, **hub):
+        need_sentencepiece(name)
     with in_words(name, **hub):
         tokenizer = kind.from_pretrained(name, **hub)
     return with_chat_template(tokenizer, name, hub)
+
+
+def need_sentencepiece(name):
+    """Raise ImportError with what to install, if a vocabulary of SentencePiece alone cannot be read.
+
+    transformers would ask for tiktoken, which does not help.
+    """
+    missing = []
+    for package, module in (("sentencepiece", "sentencepiece"), ("protobuf", "google.protobuf")):
+        try:
+            import_module(module)
+        except ImportError:
+            missing.append(package)
+    if missing:
+        raise ImportError(
+            f"{str(name)!r} holds its vocabulary as tokenizer.model and not as tokenizer.json, as those of LLaVA and "
+            f"Vicuna do; to read it: pip install {' '.join(missing)}."
+        )
 
 
 def find_base(base, path):

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 
 import pytest
 from transformers import AutoConfig
@@ -25,6 +26,15 @@ def test_stored_template_goes_before_any_guess(toy_model, toy_tokenizer_for):
     config = toy_model("qwen3", tower=None).config
     assert template_of(config, toy_tokenizer_for("qwen")) == "chat"
     assert template_of(config, toy_tokenizer_for("llama")) == "v1"
+
+
+@pytest.mark.parametrize("module", ["sentencepiece", "google.protobuf"])
+def test_what_reads_a_vocabulary_of_sentencepiece_is_named_where_it_is_missing(tmp_path, monkeypatch, module):
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}')
+    (tmp_path / "tokenizer.model").write_bytes(b"")
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(ImportError, match=rf"as tokenizer.model and not.*pip install .*{module.split('.')[-1]}"):
+        load_tokenizer(tmp_path)
 
 
 def test_folder_without_a_tokenizer_takes_that_of_its_base(toy_model, toy_llm_dir, tmp_path):
@@ -59,7 +69,9 @@ def test_folder_that_cannot_name_an_image_processor_says_so(toy_model, tmp_path)
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "qwen"])
-@pytest.mark.parametrize("model_type", ["qwen2", "llava_qwen2", "moe_llava_qwen1_5", "qwen3", "mistral", "llava_llama"])
+@pytest.mark.parametrize(
+    "model_type", ["qwen2", "llava_qwen2", "moe_llava_qwen1_5", "qwen3", "mistral", "llava_llama"]
+)
 def test_a_tokenizer_comes_back_with_the_ids_that_were_saved(kind, model_type, toy_tokenizer_for, tmp_path):
     """AutoTokenizer makes a Qwen2Tokenizer of whatever stands beside a qwen2."""
     saved = toy_tokenizer_for(kind)
