@@ -152,7 +152,7 @@ FIELDS = {
 OTHERS = {
     "": "LlavaLlamaForCausalLM",
     "model": "LlavaLlamaForCausalLM LlavaConfig LlavaMistralForCausalLM LlavaMistralConfig",
-    "model.language_model.llava_llama": "LlavaLlamaForCausalLM",
+    "model.language_model.llava_llama": "LlavaLlamaForCausalLM LlavaConfig",
     "model.llava_arch": "LlavaMetaModel LlavaMetaForCausalLM",
     "conversation": "Conversation SeparatorStyle conv_templates default_conversation",
     "utils": "server_error_msg moderation_msg",

@@ -2,7 +2,7 @@
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
 
-from llava_lite.model.language_model.llava_llama import LlavaLlamaConfig, LlavaLlamaForCausalLM
+from llava_lite.model.language_model.llava_llama import LlavaConfig, LlavaLlamaConfig, LlavaLlamaForCausalLM
 from llava_lite.model.language_model.llava_mistral import LlavaMistralConfig, LlavaMistralForCausalLM
 from llava_lite.model.language_model.llava_phi import LlavaPhiConfig, LlavaPhiForCausalLM
 from llava_lite.model.language_model.llava_qwen2 import LlavaQwen2Config, LlavaQwen2ForCausalLM
@@ -30,9 +30,6 @@ from llava_lite.model.moe_llava_types import (
     MoELLaVAStablelmForCausalLM,
 )
 from llava_lite.processing import LlavaLiteProcessor
-
-# LLaVA's name; transformers has another class of that name, so ours is registered as LlavaLlamaConfig.
-LlavaConfig = LlavaLlamaConfig
 
 BACKBONES = {
     "llama": LlavaLlamaForCausalLM,

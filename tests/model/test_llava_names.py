@@ -201,6 +201,8 @@ def test_tower_answers_to_llavas_names(toy_model):
     assert (tower.hidden_size, tower.num_patches_per_side, tower.num_patches) == (32, 4, 16)
     assert torch.equal(tower.dummy_feature, torch.zeros(1, 32))
     assert tower.image_processor.crop_size == {"height": 32, "width": 32}
+    whole = tower.vision_tower(pictures(2), output_hidden_states=True)
+    assert torch.allclose(tower.feature_select(whole), tower(pictures(2)), atol=1e-5)
     one_by_one = tower(list(pictures(2)))
     assert torch.allclose(torch.cat(one_by_one), tower(pictures(2)), atol=1e-6)
 

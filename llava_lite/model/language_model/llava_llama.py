@@ -23,3 +23,7 @@ class LlavaLlamaForCausalLM(LlavaMetaForCausalLM, LlamaForCausalLM):
 
     config_class = LlavaLlamaConfig
     decoder_class = LlavaLlamaModel
+
+
+# LLaVA's name; transformers has another class of that name, so ours is registered as LlavaLlamaConfig.
+LlavaConfig = LlavaLlamaConfig

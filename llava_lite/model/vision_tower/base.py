@@ -87,9 +87,15 @@ class VisionTower(nn.Module, ABC):
             for layer in self.layers[: self.num_read_layers]:
                 hidden = layer(hidden, attention_mask=None) if self.layers_take_mask else layer(hidden)
                 hidden = hidden[0] if isinstance(hidden, tuple) else hidden
-            if drops_first(self.select_feature, self.config):
-                hidden = hidden[:, 1:]
-        return hidden
+        return self.select_tokens(hidden)
+
+    def select_tokens(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Return those tokens [N, P, C] of a layer's output [N, S, C] that are read."""
+        return hidden[:, 1:] if drops_first(self.select_feature, self.config) else hidden
+
+    def feature_select(self, image_forward_outs) -> torch.Tensor:
+        """Return the features in the output of the whole encoder with output_hidden_states=True (LLaVA's name)."""
+        return self.select_tokens(image_forward_outs.hidden_states[self.select_layer])
 
     def unread(self) -> set[nn.Parameter]:
         """Return the weights that no forward pass reads: later layers, what follows the last, pre-training's token."""
