@@ -155,17 +155,25 @@ def config_from(config: Mapping) -> dict:
     renamed = {key: value for key, value in renamed.items() if key not in VIDEO_KEYS}
     if decoder != model_type:
         renamed["model_type"] = f"llava_{DECODERS.get(decoder, decoder)}"
-    if decoder == "stablelm":
-        # It has the fields of StableLM's code from before transformers had one, and that code's defaults.
-        for theirs, ours in STABLELM_KEYS.items():
-            if theirs in renamed:
-                renamed[ours] = renamed.pop(theirs)
-        renamed.setdefault("use_qkv_bias", True)
-    tower = str(renamed.get("mm_vision_tower"))
-    if "siglip" in tower.lower() and renamed.get("mm_vision_select_feature", "patch") == "patch":
-        # It was trained without SigLIP's first patch, taken for a CLS token.
-        renamed["mm_vision_select_feature"] = "drop_first"
-    return renamed
+    return renamed | _select_feature(renamed) | (_stablelm_fields(renamed) if decoder == "stablelm" else {})
+
+
+def _select_feature(config):
+    """Return the field that says which of the tower's tokens are read, where it means another thing here.
+
+    There "patch" leaves the first token out whatever it is. SigLIP's is a patch: its models were trained with 728
+    features of 729.
+    """
+    tower = str(config.get("mm_vision_tower") or "").lower()
+    is_siglip = tower.startswith("google/") or "siglip" in tower
+    reads_patches = config.get("mm_vision_select_feature", "patch") == "patch"
+    return {"mm_vision_select_feature": "drop_first"} if is_siglip and reads_patches else {}
+
+
+def _stablelm_fields(config):
+    """Return the fields of transformers' StableLM for those of its code from before, and that code's defaults."""
+    fields = {ours: config[theirs] for theirs, ours in STABLELM_KEYS.items() if theirs in config}
+    return {"use_qkv_bias": config.get("use_qkv_bias", True), **fields}
 
 
 def weights_from(state_dict: Mapping[str, torch.Tensor], config: Mapping) -> dict[str, torch.Tensor]:

@@ -13,7 +13,7 @@ from transformers.utils import cached_file
 
 from llava_lite.companions import find_base, image_processor_of, load_tokenizer, read_json
 from llava_lite.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_PATCH_TOKEN
-from llava_lite.formats import foreign_format
+from llava_lite.formats import foreign_format, moe_llava
 from llava_lite.hub import everywhere, hub_arguments, in_words, reach_config, require_config
 from llava_lite.model import model_class_for
 from llava_lite.model.attention import choose_attention
@@ -78,6 +78,9 @@ def load_pretrained_model(
         model = model.to(device, dtype=torch.float32 if widen else None)
     tokenizer = load_tokenizer(model_path, base, **hub)
     add_image_tokens(model, tokenizer)
+    if moe_llava.claims(read_json(model_path, "config.json", hub)):
+        # Its config.json may name another end than the tokenizer, whose end it was trained with.
+        model.config.eos_token_id = model.generation_config.eos_token_id = tokenizer.eos_token_id
     return tokenizer, model.eval(), image_processor_of(model_path, model.config, **hub), context_len(model.config)
 
 

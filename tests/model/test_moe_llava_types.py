@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor, CLIPVisionModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor, CLIPVisionModel, SiglipVisionModel
 
 import llava_lite.model as models
 from llava_lite.model import LlavaLlamaForCausalLM, LlavaPhiForCausalLM
@@ -40,7 +40,7 @@ PROJECTOR = "model.mm_projector.image_spatial_proj."
 class Written:
     """A checkpoint as MoE-LLaVA writes it: `config` and `state`, and the stock parts that they were made of."""
 
-    def __init__(self, decoder, llm_dir, tower_dir, moe):
+    def __init__(self, decoder, llm_dir, tower_dir, moe, tower_class=CLIPVisionModel):
         torch.manual_seed(7)
         self.tower_dir = tower_dir
         self.stock = AutoModelForCausalLM.from_pretrained(llm_dir, dtype=torch.float32).eval()
@@ -76,7 +76,7 @@ class Written:
                 self.add_experts(layer, num_experts)
         self.projector = nn.Sequential(nn.Linear(32, 32), nn.GELU(), nn.Linear(32, 32))
         self.state |= {PROJECTOR + k: v.detach() for k, v in self.projector.state_dict().items()}
-        self.tower = CLIPVisionModel.from_pretrained(tower_dir, dtype=torch.float32)
+        self.tower = tower_class.from_pretrained(tower_dir, dtype=torch.float32)
         # A copy in half precision, as Trainer saves it, which counts for nothing while the tower can be found.
         inside = {f"vision_model.{k.removeprefix('vision_model.')}": v for k, v in self.tower.state_dict().items()}
         self.state |= {TOWER + k: (v + 1).half() if v.is_floating_point() else v for k, v in inside.items()}
@@ -218,6 +218,15 @@ def test_logits_are_those_of_the_originals_formula(decoder, changes, written, pi
     torch.testing.assert_close(logits_of(model, pixels), expected, rtol=0, atol=1e-5)
 
 
+def test_an_answer_ends_where_the_tokenizer_says(written, toy_tokenizer_for, tmp_path):
+    """MoE-LLaVA takes the tokenizer's end for the model's, whatever config.json says."""
+    there = written("phi")
+    there.config["eos_token_id"] = 50
+    tokenizer = toy_tokenizer_for("qwen")
+    _, model, _, _ = load_pretrained_model(there.write(tmp_path / "x", tokenizer), device="cpu")
+    assert model.generation_config.eos_token_id == model.config.eos_token_id == tokenizer.eos_token_id
+
+
 @pytest.mark.parametrize("decoder", ["llama", "phi"])
 @pytest.mark.parametrize("use_residual", [False, True])
 def test_logits_are_those_of_deepspeeds_own_layer(decoder, use_residual, written, pixels, tmp_path):
@@ -255,6 +264,14 @@ def test_the_auto_classes_know_moe_llavas_model_types(decoder, written, pixels, 
     direct = type(model).from_pretrained(folder)
     assert torch.equal(logits_of(model, pixels), logits_of(direct, pixels))
     assert AutoProcessor.from_pretrained(folder).image_aspect_ratio == "pad"
+
+
+def test_siglip_gives_all_patches_but_the_first_as_it_was_trained(toy_llm_dir, toy_tower_dir, pixels, tmp_path):
+    """MoE-LLaVA's -384 releases: its tower takes SigLIP's first patch for a class token."""
+    there = Written("phi", toy_llm_dir("phi"), toy_tower_dir("siglip"), MOE, SiglipVisionModel)
+    model = AutoModelForCausalLM.from_pretrained(there.write(tmp_path / "x"), dtype=torch.float32)
+    assert model.encode_images(pixels).shape[1] == model.config.num_image_tokens == 15
+    torch.testing.assert_close(logits_of(model, pixels), there.expected(pixels), rtol=0, atol=1e-5)
 
 
 def test_what_was_opened_is_saved_under_our_names_and_reopens(written, pixels, tmp_path):
