@@ -16,6 +16,7 @@ from llava_lite.constants import IGNORE_INDEX
 from llava_lite.model.connector import build_connector
 from llava_lite.model.crops import crops_of_each, merge_crops
 from llava_lite.model.crops import unpad_image as unpad_image  # LLaVA's place for it
+from llava_lite.model.generation import PictureGeneration
 from llava_lite.model.image_features import ImageFeaturesMixin
 from llava_lite.model.llava_names import LlavaNames, StackNames, without_blanks
 from llava_lite.model.loading import LoadingMixin
@@ -25,9 +26,6 @@ from llava_lite.model.sharing import SharingMixin
 from llava_lite.model.splice import Batch, check_counts, expand_placeholders, placeholder_mask, splice
 from llava_lite.model.vision_tower import VisionTower, build_vision_tower
 from llava_lite.model.weights import gathered, is_partitioned
-
-# Tells `generate(images=None)`, LLaVA's way, from a call that never says `images`, the way of transformers.
-UNSET = object()
 
 
 class OfAnInstance:
@@ -81,7 +79,7 @@ class LlavaMetaModel(StackNames, ExpertsMixin):
     get_image_tower = get_vision_tower
 
 
-class LlavaMetaForCausalLM(LlavaNames, ImageFeaturesMixin, SharingMixin, LoadingMixin, ExpertsMixin):
+class LlavaMetaForCausalLM(LlavaNames, PictureGeneration, ImageFeaturesMixin, SharingMixin, LoadingMixin, ExpertsMixin):
     """Everything that LLaVA adds to a decoder with a vocabulary head; a backbone names its `decoder_class`."""
 
     decoder_class: type
@@ -328,52 +326,6 @@ class LlavaMetaForCausalLM(LlavaNames, ImageFeaturesMixin, SharingMixin, Loading
         moe = read_moe_config(self.config.moe, self.config.num_hidden_layers)
         moe_loss = moe.router_aux_loss_coef * torch.stack(terms).sum()
         return lm_loss + moe_loss, moe_loss, terms
-
-    @torch.no_grad()
-    def generate(self, inputs=None, images=UNSET, image_sizes=None, pixel_values=None, **kwargs):
-        """Generate from token ids [B, T] and pictures; two conventions, one result.
-
-        Called LLaVA's way (`images=`, None included) it returns new tokens only; called the transformers way
-        (`pixel_values=`, or text alone) the prompt comes first, its pictures expanded to one id a feature and a
-        placeholder of -200 shown as the padding id. Rows may be padded on either side; they are padded left here.
-        """
-        llava_way = images is not UNSET
-        pictures = pixel_values if not llava_way or images is None else images
-        input_ids = kwargs.pop("input_ids", None) if inputs is None else inputs
-        if input_ids is None or kwargs.get("inputs_embeds") is not None:
-            if pixel_values is not None:
-                embeds = self.write_pictures(kwargs["inputs_embeds"], pixel_values, image_sizes)
-                kwargs["inputs_embeds"] = embeds
-            return super().generate(inputs=input_ids, **kwargs)
-        kwargs.pop("inputs_embeds", None)
-        batch = Batch(input_ids, kwargs.pop("attention_mask", None))
-        kwargs.pop("position_ids", None)
-        was_training = self.training
-        self.eval()
-        try:
-            batch, embeds = self.embed_batch(pad_rows_left(batch), pictures, image_sizes, pad_left=True)
-            kwargs["attention_mask"] = (
-                torch.ones_like(batch.input_ids) if batch.attention_mask is None else batch.attention_mask
-            )
-            prompt = {} if llava_way else {"input_ids": self.printable_ids(batch.input_ids)}
-            return super().generate(inputs_embeds=embeds, **prompt, **kwargs)
-        finally:
-            self.train(was_training)
-
-    def printable_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """Replace -200 by an id of the vocabulary: logits processors and `batch_decode` look ids up."""
-        for pad in (self.generation_config.pad_token_id, self.config.pad_token_id, 0):
-            if pad is not None and pad >= 0:
-                return input_ids.masked_fill(input_ids < 0, pad)
-        return input_ids
-
-
-def pad_rows_left(batch: Batch) -> Batch:
-    """Move each row's padding to its left; generation appends on the right."""
-    if batch.attention_mask is None or bool(batch.attention_mask[:, -1].all()):
-        return batch
-    never = torch.zeros_like(batch.input_ids, dtype=torch.bool)
-    return expand_placeholders(batch, never, [], pad_left=True)
 
 
 def stack_images(images) -> torch.Tensor:

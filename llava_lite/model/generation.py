@@ -1,0 +1,126 @@
+"""Turn token ids and pictures into new tokens: encode once, splice, and leave the rest to transformers.
+
+B rows, T tokens before the splice, L after, D model width.
+"""
+
+from __future__ import annotations
+
+import torch
+from transformers import DynamicCache
+
+from llava_lite.model.splice import Batch, expand_placeholders, positions_from_mask
+
+# Tells `generate(images=None)`, LLaVA's way, from a call that never says `images`, the way of transformers.
+UNSET = object()
+# Ways of generating that look up the ids of the prompt themselves and would never see its embeddings.
+BY_IDS = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "prefill_chunk_size")
+
+
+class PictureGeneration:
+    """`generate` for ids in which placeholders stand for pictures."""
+
+    @torch.no_grad()
+    def generate(self, inputs=None, images=UNSET, image_sizes=None, pixel_values=None, **kwargs):
+        """Generate from token ids [B, T] and pictures; two conventions, one result.
+
+        Called LLaVA's way (`images=`, None included) it returns new tokens only; called the transformers way
+        (`pixel_values=`, or text alone) the prompt comes first, its pictures expanded to one id a feature and a
+        placeholder of -200 shown as the padding id. Rows may be padded on either side; they are padded left here.
+        """
+        llava_way = images is not UNSET
+        pictures = pixel_values if not llava_way or images is None else images
+        input_ids = kwargs.pop("input_ids", None) if inputs is None else inputs
+        if input_ids is None or kwargs.get("inputs_embeds") is not None:
+            if pixel_values is not None:
+                kwargs["inputs_embeds"] = self.write_pictures(kwargs["inputs_embeds"], pixel_values, image_sizes)
+            return super().generate(inputs=input_ids, **kwargs)
+        kwargs.pop("inputs_embeds", None)
+        batch = Batch(input_ids, kwargs.pop("attention_mask", None))
+        kwargs.pop("position_ids", None)
+        was_training = self.training
+        self.eval()
+        try:
+            batch, embeds = self.embed_batch(pad_rows_left(batch), pictures, image_sizes, pad_left=True)
+            mask = torch.ones_like(batch.input_ids) if batch.attention_mask is None else batch.attention_mask
+            kwargs["attention_mask"] = mask
+            ids = self.printable_ids(batch.input_ids)
+            if self.reads_ids(kwargs):
+                kwargs["past_key_values"] = self.prefill(embeds, mask, kwargs)
+                output = super().generate(input_ids=ids, **kwargs)
+                return without_prompt(output, ids.shape[1]) if llava_way else output
+            prompt = {} if llava_way else {"input_ids": ids}
+            return super().generate(inputs_embeds=embeds, **prompt, **kwargs)
+        finally:
+            self.train(was_training)
+
+    def reads_ids(self, arguments: dict) -> bool:
+        """Tell whether the way of generating that was asked for needs the prompt in a cache and not as embeddings."""
+        config = arguments.get("generation_config") or self.generation_config
+        return any(arguments.get(name, getattr(config, name, None)) is not None for name in BY_IDS)
+
+    def prefill(self, embeds: torch.Tensor, mask: torch.Tensor, arguments: dict):
+        """Return a cache of all positions of the prompt [B, L, D] but the last, which the first step reads.
+
+        arguments: of `generate`; prefill_chunk_size is taken out, since the prompt is read here, that many at a time.
+        """
+        config = arguments.get("generation_config") or self.generation_config
+        chunk_len = arguments.pop("prefill_chunk_size", None) or getattr(config, "prefill_chunk_size", None)
+        cache = arguments.pop("past_key_values", None)
+        cache = DynamicCache(config=self.config) if cache is None else cache
+        positions, end = positions_from_mask(mask), embeds.shape[1] - 1
+        start = cache.get_seq_length()
+        while start < end:
+            stop = min(end, start + (chunk_len or end))
+            self(
+                inputs_embeds=embeds[:, start:stop],
+                attention_mask=mask[:, :stop],
+                position_ids=positions[:, start:stop],
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
+            start = stop
+        return cache
+
+    def prepare_inputs_for_generation(
+        self, input_ids, next_sequence_length=None, past_key_values=None, inputs_embeds=None, **kwargs
+    ):
+        """Return the inputs of the next step: of the ids [B, L] those that are not in the cache yet."""
+        # Assisted decoding hands its first step all ids, whatever a cache holds.
+        if next_sequence_length is None and kwargs.get("use_cache") and past_key_values is not None:
+            cached_len = past_key_values.get_seq_length()
+            if 0 < cached_len < input_ids.shape[1]:
+                next_sequence_length = input_ids.shape[1] - cached_len
+        return super().prepare_inputs_for_generation(
+            input_ids,
+            next_sequence_length=next_sequence_length,
+            past_key_values=past_key_values,
+            # transformers looks for this name in the signature.
+            inputs_embeds=inputs_embeds,
+            **kwargs,
+        )
+
+    def printable_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """Replace -200 by an id of the vocabulary: logits processors and `batch_decode` look ids up."""
+        ends = self.generation_config.eos_token_id
+        ends = ends if isinstance(ends, (list, tuple)) else [ends]
+        for token in (self.generation_config.pad_token_id, self.config.pad_token_id, *ends, 0):
+            if token is not None and token >= 0:
+                return input_ids.masked_fill(input_ids < 0, token)
+        return input_ids
+
+
+def without_prompt(output, prompt_len: int):
+    """Return what `generate` returned, ids [B, L + new] or an output that holds them, with new tokens only."""
+    if isinstance(output, torch.Tensor):
+        return output[:, prompt_len:]
+    output.sequences = output.sequences[:, prompt_len:]
+    return output
+
+
+def pad_rows_left(batch: Batch) -> Batch:
+    """Move each row's padding to its left; generation appends on the right."""
+    if batch.attention_mask is None or bool(batch.attention_mask[:, -1].all()):
+        return batch
+    never = torch.zeros_like(batch.input_ids, dtype=torch.bool)
+    return expand_placeholders(batch, never, [], pad_left=True)

@@ -1,0 +1,290 @@
+"""The same weights in transformers' own LLaVA: one call of `generate` there and here gives the same tokens."""
+
+import pytest
+import torch
+from transformers import (
+    CLIPVisionConfig,
+    DynamicCache,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LogitsProcessor,
+    LogitsProcessorList,
+    TextStreamer,
+)
+
+from llava_lite.model import LlavaLlamaConfig, LlavaLlamaForCausalLM
+
+IMAGE, PAD, EOS = 7, 0, 2
+NUM_FEATURES = 16
+TEXT = {
+    "vocab_size": 120,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.3,
+    "pad_token_id": PAD,
+    "bos_token_id": 1,
+    "eos_token_id": EOS,
+}
+VISION = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "image_size": 32,
+    "patch_size": 8,
+    "projection_dim": 16,
+    "initializer_range": 0.3,
+}
+OPENINGS = (("model.vision_tower.vision_tower.vision_model.", "model.vision_tower."),)
+OPENINGS += (("model.vision_tower.vision_tower.vision_model.", "model.vision_tower.vision_model."),)
+OPENINGS += (("model.mm_projector.0.", "model.multi_modal_projector.linear_1."),)
+OPENINGS += (("model.mm_projector.2.", "model.multi_modal_projector.linear_2."),)
+OPENINGS += (("model.", "model.language_model."), ("", ""))
+
+
+def stock_name(name, known):
+    """Return the name that a weight of ours has in transformers' LLaVA, whose names are `known`."""
+    renamed = (there + name.removeprefix(here) for here, there in OPENINGS if name.startswith(here))
+    return next(candidate for candidate in renamed if candidate in known)
+
+
+@pytest.fixture(scope="module")
+def pair():
+    """(ours, transformers' own) with the same weights."""
+    torch.manual_seed(0)
+    vision = {"model_type": "clip_vision_model"} | VISION
+    ours = LlavaLlamaForCausalLM(
+        LlavaLlamaConfig(**TEXT, vision_config=vision, mm_projector_type="mlp2x_gelu", image_token_index=IMAGE)
+    )
+    for parameter in ours.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    config = LlavaConfig(
+        text_config=LlamaConfig(**TEXT),
+        vision_config=CLIPVisionConfig(**VISION),
+        image_token_index=IMAGE,
+        image_seq_length=NUM_FEATURES,
+        pad_token_id=PAD,
+        eos_token_id=EOS,
+        bos_token_id=1,
+    )
+    stock = LlavaForConditionalGeneration(config)
+    known = set(stock.state_dict())
+    weights = {stock_name(name, known): weight for name, weight in ours.state_dict().items()}
+    assert set(weights) == known
+    stock.load_state_dict(weights)
+    return ours.eval(), stock.eval()
+
+
+@pytest.fixture(scope="module")
+def inputs():
+    """Three rows padded on the left: one picture, two pictures, none."""
+    rows = [[1, 30, *[IMAGE] * 16, 31, 32, 33], [1, *[IMAGE] * 16, 34, *[IMAGE] * 16, 35], [1, 36, 37, 36, 37]]
+    longest = max(map(len, rows))
+    ids = torch.tensor([[PAD] * (longest - len(row)) + row for row in rows])
+    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
+    pixels = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    return {"input_ids": ids, "attention_mask": mask, "pixel_values": pixels}
+
+
+def tokens(model, inputs, seed=0, **arguments):
+    torch.manual_seed(seed)
+    return model.generate(**inputs, **({"max_new_tokens": 12, "do_sample": False} | arguments))
+
+
+@torch.no_grad()
+def test_logits_loss_and_gradient_are_stock_llavas(pair, inputs):
+    labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
+    labels = labels.masked_fill(labels == IMAGE, -100)
+    ours, stock = (model(**inputs, labels=labels, output_hidden_states=True) for model in pair)
+    real = inputs["attention_mask"].bool()
+    assert torch.allclose(ours.logits[real], stock.logits[real], atol=1e-5)
+    assert torch.allclose(ours.loss, stock.loss, atol=1e-6)
+    assert len(ours.hidden_states) == len(stock.hidden_states)
+    with torch.enable_grad():
+        grads = []
+        for model in pair:
+            model.zero_grad()
+            model(**inputs, labels=labels).loss.backward()
+            grads.append({name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None})
+            model.zero_grad()
+    ours, stock = grads
+    assert all(torch.allclose(grad, stock[stock_name(name, set(stock))], atol=1e-5) for name, grad in ours.items())
+    assert len(ours) == len(stock)
+
+
+STRATEGIES = {
+    "greedy": {},
+    "without cache": {"use_cache": False},
+    "sampled": {"do_sample": True, "temperature": 0.8, "top_k": 20, "top_p": 0.9},
+    "several sampled": {"do_sample": True, "num_return_sequences": 3},
+    "beams": {"num_beams": 3},
+    "several beams": {"num_beams": 4, "num_return_sequences": 3, "length_penalty": 0.5, "early_stopping": True},
+    "sampled beams": {"num_beams": 2, "do_sample": True},
+    "static cache": {"cache_implementation": "static"},
+    "beams with a static cache": {"cache_implementation": "static", "num_beams": 2},
+    "dynamic cache": {"cache_implementation": "dynamic"},
+    "prompt in chunks": {"prefill_chunk_size": 8},
+    "total length": {"max_new_tokens": None, "max_length": 44},
+    "least length": {"min_new_tokens": 9, "max_new_tokens": 10},
+    "penalty on repetition": {"repetition_penalty": 1.8},
+    "no pair of tokens twice": {"no_repeat_ngram_size": 2},
+    "no pair of the prompt": {"encoder_no_repeat_ngram_size": 2},
+    "bad words": {"bad_words_ids": [[31], [36, 37], [90]]},
+    "forced end": {"forced_eos_token_id": EOS},
+    "several ends": {"eos_token_id": [2, 50, 51, 52, 53, 54, 55, 56, 57, 58, 59]},
+    "typical and min p": {"do_sample": True, "typical_p": 0.8, "min_p": 0.02},
+    "guidance": {"guidance_scale": 1.5},
+}
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_generate_gives_stock_llavas_tokens(strategy, pair, inputs):
+    ours, stock = (tokens(model, inputs, **STRATEGIES[strategy]) for model in pair)
+    assert torch.equal(ours, stock)
+
+
+def test_prompt_lookup_gives_the_tokens_of_greedy_search(pair, inputs):
+    one = {"input_ids": inputs["input_ids"][:1, -21:], "pixel_values": inputs["pixel_values"][:1]}
+    ours, stock = pair
+    plain = tokens(ours, one)
+    assert torch.equal(tokens(ours, one, prompt_lookup_num_tokens=3), plain)
+    assert torch.equal(tokens(stock, one), plain)
+
+
+@pytest.mark.parametrize("kind", ["llava", "itself", "text"])
+def test_assisted_decoding_gives_the_tokens_of_greedy_search(kind, pair, inputs):
+    one = {"input_ids": inputs["input_ids"][:1, -21:], "pixel_values": inputs["pixel_values"][:1]}
+    ours, _ = pair
+    torch.manual_seed(3)
+    if kind == "text":
+        assistant = LlamaForCausalLM(LlamaConfig(**TEXT | {"num_hidden_layers": 1}))
+    elif kind == "llava":
+        assistant = LlavaLlamaForCausalLM(
+            LlavaLlamaConfig(**ours.config.to_dict() | {"num_hidden_layers": 1, "hidden_size": 16, "head_dim": 4})
+        )
+    else:
+        assistant = ours
+    assert torch.equal(tokens(ours, one, assistant_model=assistant.eval()), tokens(ours, one))
+
+
+def test_what_generate_returns_beside_tokens_has_stock_llavas_shapes(pair, inputs):
+    asked = {"output_scores": True, "output_logits": True, "output_hidden_states": True, "output_attentions": True}
+    for model in pair:
+        model.set_attn_implementation("eager")
+    ours, stock = (tokens(model, inputs, return_dict_in_generate=True, max_new_tokens=3, **asked) for model in pair)
+    for model in pair:
+        model.set_attn_implementation("sdpa")
+    assert torch.equal(ours.sequences, stock.sequences)
+    for kind in ("scores", "logits"):
+        steps = zip(getattr(ours, kind), getattr(stock, kind), strict=True)
+        assert all(torch.allclose(mine, theirs, atol=1e-4) for mine, theirs in steps)
+    for kind in ("hidden_states", "attentions"):
+        shapes = [[[layer.shape for layer in step] for step in getattr(one, kind)] for one in (ours, stock)]
+        assert shapes[0] == shapes[1]
+
+
+def test_embeddings_may_stand_in_for_ids(pair, inputs):
+    words = {"input_ids": inputs["input_ids"][2:, -5:], "attention_mask": inputs["attention_mask"][2:, -5:]}
+    for model in pair:
+        embeds = model.get_input_embeddings()(words["input_ids"])
+        with_ids = tokens(model, words)
+        for arguments in ({}, {"num_beams": 2}, {"cache_implementation": "static"}):
+            plain = tokens(model, words, **arguments)
+            new = tokens(model, {"inputs_embeds": embeds, "attention_mask": words["attention_mask"]}, **arguments)
+            assert torch.equal(new, plain[:, 5:])
+            both = tokens(model, words | {"inputs_embeds": embeds}, **arguments)
+            assert torch.equal(both, plain)
+    assert torch.equal(tokens(pair[0], words), with_ids)
+
+
+def test_pictures_go_where_the_embedding_of_the_mark_stands(pair, inputs):
+    marked = {name: value for name, value in inputs.items() if name != "input_ids"}
+    for model in pair:
+        embeds = model.get_input_embeddings()(inputs["input_ids"])
+        with torch.no_grad():
+            assert torch.equal(model(inputs_embeds=embeds, **marked).logits, model(**inputs).logits)
+    ours = pair[0]
+    embeds = ours.get_input_embeddings()(inputs["input_ids"])
+    new = tokens(ours, {"inputs_embeds": embeds, **marked})
+    assert torch.equal(new, tokens(ours, inputs)[:, inputs["input_ids"].shape[1] :])
+    with pytest.raises(ValueError, match="48 image placeholders in input_ids but 1 pictures"):
+        ours(inputs_embeds=embeds, pixel_values=inputs["pixel_values"][:1])
+
+
+def test_a_cache_can_be_gone_on_with(pair, inputs):
+    one = {"input_ids": inputs["input_ids"][:1, -21:], "pixel_values": inputs["pixel_values"][:1]}
+    ours, stock = pair
+    whole = tokens(ours, one, max_new_tokens=9, eos_token_id=-1)
+    for model in (stock, ours):
+        begun = tokens(model, one, max_new_tokens=4, eos_token_id=-1, return_dict_in_generate=True)
+        rest = {"input_ids": begun.sequences, "past_key_values": begun.past_key_values}
+        assert torch.equal(tokens(model, rest, max_new_tokens=5, eos_token_id=-1), whole)
+    cache = DynamicCache(config=ours.config)
+    assert torch.equal(tokens(ours, one | {"past_key_values": cache}, max_new_tokens=9, eos_token_id=-1), whole)
+    assert cache.get_seq_length() == whole.shape[1] - 1
+
+
+def test_only_asked_for_logits_are_computed(pair, inputs):
+    ours, stock = pair
+    with torch.no_grad():
+        all_of_them = ours(**inputs).logits
+        assert torch.equal(ours(**inputs, logits_to_keep=2).logits, all_of_them[:, -2:])
+        chosen = torch.tensor([0, 5])
+        assert torch.allclose(ours(**inputs, logits_to_keep=chosen).logits, all_of_them[:, chosen], atol=1e-6)
+    assert torch.equal(tokens(ours, inputs, logits_to_keep=3), tokens(stock, inputs))
+
+
+class Seen(LogitsProcessor):
+    """Keep the ids that a logits processor is shown."""
+
+    def __call__(self, input_ids, scores):
+        self.ids = input_ids
+        return scores
+
+
+def test_logits_processors_and_streamers_see_what_they_see_in_stock_llava(pair, inputs):
+    class Kept(TextStreamer):
+        def __init__(self):
+            self.pieces = []
+
+        def put(self, value):
+            self.pieces.append(value.tolist())
+
+        def end(self):
+            self.pieces.append("end")
+
+    one = {"input_ids": inputs["input_ids"][:1, -21:], "pixel_values": inputs["pixel_values"][:1]}
+    seen, streams = [], []
+    for model in pair:
+        seen.append(Seen())
+        streams.append(Kept())
+        tokens(model, one, logits_processor=LogitsProcessorList([seen[-1]]), streamer=streams[-1])
+    assert torch.equal(seen[0].ids, seen[1].ids)
+    assert streams[0].pieces == streams[1].pieces
+
+
+def test_image_features_are_stock_llavas(pair, inputs):
+    with torch.no_grad():
+        ours, stock = (model.get_image_features(pixel_values=inputs["pixel_values"]) for model in pair)
+        assert ours.hidden_states is None
+        for mine, theirs in zip(ours.pooler_output, stock.pooler_output, strict=True):
+            assert torch.allclose(mine, theirs, atol=1e-5)
+        assert torch.allclose(ours.last_hidden_state, stock.last_hidden_state, atol=1e-5)
+        every = pair[0].get_image_features(inputs["pixel_values"], output_hidden_states=True)
+    assert len(every.hidden_states) == VISION["num_hidden_layers"] + 1
+
+
+@pytest.mark.slow
+def test_compiled_forward_gives_the_tokens_of_the_plain_one(pair, inputs):
+    ours, _ = pair
+    plain = tokens(ours, inputs, cache_implementation="static")
+    compiled = torch.compile(ours, fullgraph=True)
+    with torch.no_grad():
+        assert torch.allclose(compiled(**inputs).logits, ours(**inputs).logits, atol=1e-4)
+    assert torch.equal(plain, tokens(ours, inputs))
