@@ -7,6 +7,7 @@ it was trained. A part of a message that is no text is a picture; all else is as
 import json
 import re
 
+from llava_lite.chat_template import takes_parts
 from llava_lite.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_TOKEN
 from llava_lite.conversation import SeparatorStyle, get_template
 
@@ -102,6 +103,8 @@ def write_jinja(conv_template, use_im_start_end=False, own=None, blank_after_pic
     is_chat = template.sep_style is SeparatorStyle.CHAT
     if is_chat and own is None:
         raise ValueError("the format 'chat' is the tokenizer's own chat template, and this tokenizer has none.")
+    if is_chat and takes_parts(own) and not blank_after_picture:
+        return own
     body = "" if is_chat else _STYLES[template.sep_style]
     if is_chat:
         # Its own template starts from messages; blanks are put into their texts.

@@ -94,6 +94,18 @@ def read_messages(messages):
     return turns, system, pictures
 
 
+def in_parts(conversation):
+    """Return messages, or lists of messages, with every text as a part: some templates read nothing else."""
+    if not isinstance(conversation[0], dict):
+        return [in_parts(messages) for messages in conversation]
+    return [
+        {**message, "content": [{"type": "text", "text": message["content"]}]}
+        if isinstance(message["content"], str)
+        else message
+        for message in conversation
+    ]
+
+
 def _read_content(content):
     """Return the text of a message, with a mark where a picture stands, and its pictures."""
     if isinstance(content, str):

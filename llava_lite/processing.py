@@ -12,11 +12,12 @@ from transformers import AutoConfig, BatchFeature, ProcessorMixin
 from transformers.utils import PROCESSOR_NAME
 
 from llava_lite.anyres import PictureLayout
+from llava_lite.chat_template import takes_parts
 from llava_lite.companions import image_processor_of, load_tokenizer, read_json, template_of
 from llava_lite.constants import DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
 from llava_lite.conversation import Rendered, get_template, place_images
 from llava_lite.hub import hub_arguments, in_words
-from llava_lite.messages import pictures_of_each, read_messages
+from llava_lite.messages import in_parts, pictures_of_each, read_messages
 from llava_lite.mm_utils import process_images, tokenize_rendered
 from llava_lite.pictures import picture_side
 from llava_lite.share import ProcessorSharing
@@ -79,6 +80,15 @@ class LlavaLiteProcessor(ProcessorSharing, ProcessorMixin):
         """The id that fills short rows; the mask says where, so any id will do."""
         ids = (self.tokenizer.pad_token_id, self.tokenizer.unk_token_id, self.tokenizer.eos_token_id, 0)
         return next(token_id for token_id in ids if token_id is not None)
+
+    @property
+    def asks_as_transformers(self):
+        """Whether this is a model of transformers' LLaVA, whose own chat template and `<image>` token are used."""
+        template = getattr(self.tokenizer, "chat_template", None)
+        if self.conv_template != "chat" or self.image_token_index < 0 or template is None:
+            return False
+        known = self.tokenizer.get_added_vocab().get(DEFAULT_IMAGE_TOKEN)
+        return known == self.image_token_index and takes_parts(self.tokenizer.get_chat_template())
 
     @property
     def model_input_names(self):
@@ -165,6 +175,8 @@ class LlavaLiteProcessor(ProcessorSharing, ProcessorMixin):
         return_tensors="pt",
         add_special_tokens=True,
         padding=True,
+        videos=None,
+        audio=None,
     ):
         """Return input_ids and attention_mask [B, T] and, where there are pictures, pixel_values [N, 3, H, W].
 
@@ -176,6 +188,8 @@ class LlavaLiteProcessor(ProcessorSharing, ProcessorMixin):
         becomes as many placeholders as its picture has features. Rows are padded on the left, which `generate` needs.
         Raises ValueError if a text has more or fewer marks than pictures.
         """
+        if videos is not None or audio is not None:
+            raise ValueError("the model sees pictures alone; videos and audio are not for it.")
         if text is None:
             raise ValueError("the processor needs a text; for pictures alone use processor.image_processor.")
         if return_tensors not in ("pt", None) or not padding:
@@ -193,7 +207,13 @@ class LlavaLiteProcessor(ProcessorSharing, ProcessorMixin):
 
     def _token_ids(self, prompt, pictures, add_special_tokens):
         """Return the ids of one prompt, each mark already as long as the features of its picture."""
-        ids, _ = tokenize_rendered(Rendered(prompt, (), add_special_tokens), self.tokenizer, bool(pictures))
+        if self.asks_as_transformers:
+            bos = self.tokenizer.bos_token
+            is_there = bos is not None and prompt.startswith(bos)
+            ids = self.tokenizer(prompt, add_special_tokens=add_special_tokens and not is_there)["input_ids"]
+            ids = [IMAGE_TOKEN_INDEX if one == self.image_token_index else one for one in ids]
+        else:
+            ids, _ = tokenize_rendered(Rendered(prompt, (), add_special_tokens), self.tokenizer, bool(pictures))
         if pictures and self.image_processor is None:
             raise ValueError(f"{len(pictures)} pictures for a model that has no vision tower.")
         lengths = iter([self.picture_layout.num_tokens(picture.size) for picture in pictures])
@@ -239,6 +259,8 @@ class LlavaLiteProcessor(ProcessorSharing, ProcessorMixin):
         text or parts {"type": "text", "text": ...} and {"type": "image", "image" | "path" | "url": picture}.
         An explicit Jinja `chat_template` is rendered by transformers instead.
         """
+        if chat_template is None and self.asks_as_transformers:
+            chat_template, conversation = self.tokenizer.get_chat_template(), in_parts(conversation)
         if chat_template is not None:
             return super().apply_chat_template(
                 conversation,

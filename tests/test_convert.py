@@ -303,24 +303,42 @@ def test_command_line_converts_and_tells(whole_folder, tmp_path):
     assert "not empty" in again.stderr
 
 
+OWN_TEMPLATE = (
+    "{% for m in messages %}[{{ m['role'] }}] {% for part in m['content'] %}"
+    "{{ '<image>' if part['type'] == 'image' else part['text'] }}{% endfor %} {% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+
+
+@pytest.fixture
+def foreign_folder(whole_folder, tmp_path):
+    """Return a function: file of the chat template, arguments of whole_folder -> a folder without our record."""
+
+    def make(place="chat_template.jinja", **kwargs):
+        folder = tmp_path / "foreign"
+        convert(whole_folder(**kwargs), folder, say=str)
+        config = json.loads((folder / "config.json").read_text())
+        del config["llava_lite"]
+        (folder / "config.json").write_text(json.dumps(config))
+        for name in ("tokenizer_config.json", "processor_config.json"):
+            fields = json.loads((folder / name).read_text())
+            fields.pop("chat_template", None)
+            (folder / name).write_text(json.dumps(fields))
+        (folder / "chat_template.jinja").unlink()
+        text = OWN_TEMPLATE if place.endswith("jinja") else json.dumps({"chat_template": OWN_TEMPLATE})
+        (folder / place).write_text(text)
+        return folder
+
+    return make
+
+
 @pytest.mark.parametrize("place", ["chat_template.jinja", "chat_template.json"])
-def test_folder_of_transformers_is_asked_as_its_own_chat_template_says(whole_folder, tmp_path, place):
-    convert(whole_folder(), tmp_path / "stock", say=str)
-    strange = (
-        "{% for m in messages %}[{{ m['role'] }}] {% for part in m['content'] %}"
-        "{{ '<image>' if part['type'] == 'image' else part['text'] }}{% endfor %} {% endfor %}"
-        "{% if add_generation_prompt %}[assistant]{% endif %}"
-    )
-    folder = tmp_path / "stock"
-    config = json.loads((folder / "config.json").read_text())
-    del config["llava_lite"]
-    (folder / "config.json").write_text(json.dumps(config))
-    (folder / "chat_template.jinja").unlink()
-    (folder / place).write_text(strange if place.endswith("jinja") else json.dumps({"chat_template": strange}))
-    for name in ("tokenizer_config.json", "processor_config.json"):
-        fields = json.loads((folder / name).read_text())
-        fields.pop("chat_template", None)
-        (folder / name).write_text(json.dumps(fields))
+@pytest.mark.parametrize("tokenizer", ["always", "first"])
+def test_folder_of_transformers_is_asked_as_its_own_chat_template_says(
+    foreign_folder, toy_tokenizer, place, tokenizer
+):
+    tokenizer = first_blank_only(toy_tokenizer) if tokenizer == "first" else toy_tokenizer
+    folder = foreign_folder(place, tokenizer=tokenizer)
     model, processor = load(folder, device="cpu")
     assert processor.render([("<image>\nWho is it?", None)]).text == "[user] <image>Who is it? [assistant]"
     stock, stock_processor = AutoModelForImageTextToText.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
@@ -333,6 +351,41 @@ def test_folder_of_transformers_is_asked_as_its_own_chat_template_says(whole_fol
     tokens = stock.generate(**inputs, do_sample=False, max_new_tokens=8)[0, inputs["input_ids"].shape[1] :]
     expected = stock_processor.decode(tokens, skip_special_tokens=True).strip()
     assert reply(model, processor, "Who is it?", WIDE, max_new_tokens=8) == expected
+    assert_transformers_agrees(folder, folder)
+
+
+def test_messages_reach_the_own_chat_template_as_they_are(foreign_folder):
+    folder = foreign_folder()
+    _, processor = load(folder, device="cpu")
+    picture = {"type": "image", "image": TALL}
+    talk = [
+        {"role": "user", "content": [{"type": "text", "text": "First"}, picture, {"type": "text", "text": "then."}]},
+        {"role": "assistant", "content": "Yes."},
+        {"role": "user", "content": [picture, picture]},
+    ]
+    options = {"tokenize": True, "return_dict": True, "add_generation_prompt": True, "return_tensors": "pt"}
+    assert processor.apply_chat_template(talk, add_generation_prompt=True) == (
+        "[user] First<image>then. [assistant] Yes. [user] <image><image> [assistant]"
+    )
+    talk[1]["content"] = [{"type": "text", "text": "Yes."}]
+    expected = AutoProcessor.from_pretrained(folder).apply_chat_template(talk, **options)
+    found = processor.apply_chat_template(talk, **options)
+    assert all(torch.equal(found[name], expected[name]) for name in ("input_ids", "attention_mask", "pixel_values"))
+
+
+def test_model_of_transformers_becomes_one_of_ours_and_again_one_of_transformers(foreign_folder, tmp_path):
+    folder = foreign_folder(image_aspect_ratio="pad")
+    assert convert(folder, tmp_path / "llava", say=str).logits <= 1e-5
+    assert_transformers_agrees(tmp_path / "llava", folder)
+    assert convert(tmp_path / "llava", tmp_path / "again", say=str).logits <= 1e-5
+    assert (tmp_path / "again" / "chat_template.jinja").read_text() == OWN_TEMPLATE
+
+
+def test_way_to_llava_is_refused_where_it_reads_other_ids(foreign_folder, toy_tokenizer, tmp_path):
+    folder = foreign_folder(tokenizer=first_blank_only(toy_tokenizer))
+    with pytest.raises(ValueError, match=r"as a text of its own, which gives other ids .*stays loadable here"):
+        convert(folder, tmp_path / "llava", say=str)
+    assert not (tmp_path / "llava").exists()
 
 
 @pytest.mark.parametrize("tower", ["clip", "siglip"])
