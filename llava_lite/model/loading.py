@@ -57,9 +57,13 @@ class LoadingMixin:
     def _open(cls, path, *args, config, adapter_kwargs=None, strict=True, **kwargs):
         """Open a whole model, or what was trained on its base; return it and what was missing."""
         own_folder = (adapter_kwargs or {}).get("_adapter_model_path")
-        if own_folder not in (None, path) and find_file(own_folder, "config.json", hub_arguments(kwargs)) is not None:
+        if own_folder not in (None, path):
             # transformers' Auto class followed adapter_config.json to the base, away from the rest of the folder.
-            path, config = own_folder, None
+            if find_file(own_folder, "config.json", hub_arguments(kwargs)) is not None:
+                path, config = own_folder, None
+            else:
+                # There is no rest: an adapter alone, which transformers puts beside the weights of its base.
+                kwargs["adapter_kwargs"] = adapter_kwargs
         hub = hub_arguments(kwargs)
         if config is None:
             require_config(path, hub)

@@ -364,3 +364,40 @@ def test_lora_alone_goes_on_a_llava_model_too(tuned, toy_model, toy_tokenizer, p
     shutil.move(tmp_path / "whole", tmp_path / "moved")
     _, moved, _, _ = load_pretrained_model(tmp_path / "adapter", tmp_path / "moved", device="cpu")
     assert torch.equal(logits_of(moved, pixels), logits_of(model, pixels))
+    # The Auto class keeps the adapter beside the weights, as it does for every model.
+    beside = AutoModelForCausalLM.from_pretrained(point_at(tmp_path / "adapter", tmp_path / "moved"))
+    assert beside.peft_config
+    torch.testing.assert_close(logits_of(beside, pixels), logits_of(model, pixels), rtol=0, atol=1e-5)
+
+
+def point_at(adapter, base):
+    edit(adapter / "adapter_config.json", base_model_name_or_path=str(base))
+    return adapter
+
+
+def test_lora_alone_on_a_plain_model_finds_the_base_that_it_names(tuned, tmp_path):
+    peft = pytest.importorskip("peft", reason="needs the extra 'peft'")
+    lora = peft.LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False)
+    wrapped = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(tuned.base, dtype=torch.float32), lora).eval()
+    wrapped.save_pretrained(tmp_path)
+    tokenizer, model, image_processor, _ = load_pretrained_model(point_at(tmp_path, tuned.base), device="cpu")
+    ids = IDS.clamp(min=0)
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids).logits, wrapped(ids).logits, rtol=0, atol=1e-5)
+    assert image_processor is None
+    assert tokenizer("Hello!")["input_ids"]
+    file = tmp_path / "adapter_model.safetensors"
+    save_file({f"{name}.x": weight for name, weight in load_file(file).items()}, file)
+    with pytest.raises(ValueError, match=r"8 missing.*8 unexpected"):
+        load_pretrained_model(tmp_path, device="cpu")
+
+
+def test_the_newline_of_any_resolution_comes_with_the_connector(tuned, tmp_path):
+    tuned.config |= {"mm_patch_merge_type": "spatial_unpad", "image_aspect_ratio": "anyres"}
+    newline = torch.randn(32)
+    folder = tuned.write_projector(tmp_path / "x91", **{"model.image_newline": newline})
+    _, model, _, _ = load_pretrained_model(folder, tuned.base, device="cpu")
+    assert torch.equal(model.model.image_newline.data, newline)
+    tuned.write_projector(folder)
+    with pytest.raises(ValueError, match=r"1 missing, such as \['model\.image_newline'\]"):
+        load_pretrained_model(folder, tuned.base, device="cpu")
