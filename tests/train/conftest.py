@@ -39,3 +39,11 @@ def run_stage(stage_flags):
     from llava_lite.train.train import train
 
     return lambda *args, **kwargs: train(stage_flags(*args, **kwargs))
+
+
+@pytest.fixture
+def speak(monkeypatch):
+    """Return a function: name of a template -> it is the default conversation."""
+    from llava_lite import conversation
+
+    return lambda name: monkeypatch.setattr(conversation, "default_conversation", conversation.conv_templates[name])
