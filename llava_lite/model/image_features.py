@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import torch
 from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.utils import torch_compilable_check
 
 from llava_lite.model.configuration import drops_first
-from llava_lite.model.splice import check_counts, splice
+from llava_lite.model.splice import check_counts, placeholder_mask, splice
 
 # transformers' words for which tokens of the tower are read, and LLaVA's.
 STRATEGIES = {"default": "patch", "full": "cls_patch"}
@@ -71,6 +72,21 @@ class ImageFeaturesMixin:
         )
         plain = self.config.return_dict is False if return_dict is None else not return_dict
         return output.to_tuple() if plain else output
+
+    def embed_traced(self, input_ids: torch.Tensor, images, image_sizes=None) -> torch.Tensor:
+        """Return embeddings [B, L, D] as `embed_batch` does, for torch.compile: no step depends on a count.
+
+        There must be one placeholder a feature, as the processor makes them; else the compiled call raises.
+        """
+        if images is None and not self.needs_dummy():
+            return self.get_input_embeddings()(input_ids)
+        features, lengths = self.encode_pictures(self.dummy_images() if images is None else images, image_sizes)
+        is_picture = placeholder_mask(input_ids, self.config.image_token_index)  # [B, L]
+        if images is None:
+            is_picture = torch.zeros_like(is_picture)
+        else:
+            torch_compilable_check(is_picture.sum() == sum(lengths), "not one image placeholder for every feature")
+        return splice(self.get_input_embeddings()(input_ids.masked_fill(is_picture, 0)), is_picture, features)
 
     def write_pictures(self, inputs_embeds: torch.Tensor, images, image_sizes=None) -> torch.Tensor:
         """Return embeddings [B, L, D] with pictures written over those of the placeholder, one position a feature.

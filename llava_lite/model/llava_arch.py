@@ -79,7 +79,9 @@ class LlavaMetaModel(StackNames, ExpertsMixin):
     get_image_tower = get_vision_tower
 
 
-class LlavaMetaForCausalLM(LlavaNames, PictureGeneration, ImageFeaturesMixin, SharingMixin, LoadingMixin, ExpertsMixin):
+class LlavaMetaForCausalLM(
+    LlavaNames, PictureGeneration, ImageFeaturesMixin, SharingMixin, LoadingMixin, ExpertsMixin
+):
     """Everything that LLaVA adds to a decoder with a vocabulary head; a backbone names its `decoder_class`."""
 
     decoder_class: type
@@ -181,6 +183,8 @@ class LlavaMetaForCausalLM(LlavaNames, PictureGeneration, ImageFeaturesMixin, Sh
 
         A row of text alone may bring a blank picture, as LLaVA's collator gives it one; it is not looked at.
         """
+        if torch.compiler.is_compiling():
+            return batch, self.embed_traced(batch.input_ids, images, image_sizes)
         if images is not None:
             is_picture = placeholder_mask(batch.input_ids, self.config.image_token_index)
             images, image_sizes = without_blanks(is_picture, images, image_sizes)
@@ -191,7 +195,7 @@ class LlavaMetaForCausalLM(LlavaNames, PictureGeneration, ImageFeaturesMixin, Sh
             features, lengths = self.encode_pictures(images, image_sizes)
         elif self.needs_dummy():
             features, _ = self.encode_pictures(self.dummy_images())
-        elif batch.input_ids.shape[1] == 1 or torch.compiler.is_compiling():
+        elif batch.input_ids.shape[1] == 1:
             # A decoding step: its ids come from the vocabulary, and looking at them would wait for the device.
             return batch, self.get_input_embeddings()(batch.input_ids)
         is_picture = placeholder_mask(batch.input_ids, self.config.image_token_index)
