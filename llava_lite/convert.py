@@ -104,6 +104,10 @@ def write_ours(source, folder, dtype, max_shard_size):
     model.config.image_token_index = processor.image_token_index = IMAGE_TOKEN_INDEX
     grew = (read_json(source, "config.json", {}).get(layout.RECORD) or {}).get("vocabulary")
     model.config.conv_template = processor.conv_template
+    if getattr(processor.image_processor, "do_pad", False):
+        # LLaVA's tools pad as the config says, and so does this package; not twice.
+        processor.image_processor.do_pad = False
+        model.config.image_aspect_ratio = processor.image_aspect_ratio = "pad"
     if grew is not None:
         model.resize_token_embeddings(grew["num_rows"])
         model.config.pad_token_id = model.generation_config.pad_token_id = grew["pad_token_id"]

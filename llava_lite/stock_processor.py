@@ -18,6 +18,10 @@ MANY_BACKENDS = (
     "With torchvision installed, transformers prepares pictures with another backend, whose resizing differs by a "
     'little; AutoImageProcessor.from_pretrained(..., backend="pil") gives the pixels of training.'
 )
+WITHOUT_BOS = (
+    "The tokenizer writes BOS and the chat template does not, as in the released llava-hf checkpoints. A server that "
+    "tokenizes chats without special tokens, as vLLM does if not told otherwise, needs add_special_tokens: true."
+)
 TRANSPARENT = "transformers paints the transparent parts of a picture white; here they are shown in the colours below."
 
 
@@ -90,11 +94,12 @@ def stock_processor(processor, tokenizer, image_processor, fields, expected):
         )
         wrong = first_unequal(expected, processor.image_token_index, written)
         if wrong is None:
+            notes = [WITHOUT_BOS] if tokenizer.bos_token_id in tokenizer("")["input_ids"] else []
             note = (
                 "The chat template writes a blank after `<image>`, which this tokenizer needs to read the text behind "
                 "a picture as in training. Prompts written by hand should have it too."
             )
-            return written, [note] if blank else []
+            return written, notes + ([note] if blank else [])
     raise ValueError(
         f"transformers' processor reads other ids than this package from the same messages: {wrong}. "
         f"Its chat template cannot write the format {processor.conv_template!r} for this tokenizer."

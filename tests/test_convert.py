@@ -131,6 +131,20 @@ def test_tokenizer_that_reads_the_start_of_a_text_otherwise_gets_a_blank(whole_f
     assert_transformers_agrees(source, tmp_path / "stock")
 
 
+def test_folder_as_llava_writes_it_is_converted_too(toy_model, toy_tokenizer, tmp_path):
+    model = toy_model(conv_template=None, image_aspect_ratio="pad")
+    source = tmp_path / "llava-v1.5-7b"
+    source.mkdir()
+    toy_tokenizer.save_pretrained(source)
+    # No shape of the tower but its name, its weights in half precision, and a pickle.
+    state = {k: v.half() if ".vision_tower." in k else v for k, v in model.state_dict().items()}
+    torch.save(state, source / "pytorch_model.bin")
+    fields = model.config.to_dict() | {"vision_config": None, "architectures": ["LlavaLlamaForCausalLM"]}
+    (source / "config.json").write_text(json.dumps(fields))
+    assert convert(source, tmp_path / "stock", say=str).logits <= 1e-5
+    assert_transformers_agrees(source, tmp_path / "stock")
+
+
 def test_vocabulary_grows_to_whole_rows_of_64_and_new_tokens_never_win(whole_folder, tmp_path):
     source = whole_folder()
     convert(source, tmp_path / "stock", say=str)
@@ -377,6 +391,8 @@ def test_model_of_transformers_becomes_one_of_ours_and_again_one_of_transformers
     folder = foreign_folder(image_aspect_ratio="pad")
     assert convert(folder, tmp_path / "llava", say=str).logits <= 1e-5
     assert_transformers_agrees(tmp_path / "llava", folder)
+    # LLaVA's own code looks there, and nowhere else.
+    assert json.loads((tmp_path / "llava" / "config.json").read_text())["image_aspect_ratio"] == "pad"
     assert convert(tmp_path / "llava", tmp_path / "again", say=str).logits <= 1e-5
     assert (tmp_path / "again" / "chat_template.jinja").read_text() == OWN_TEMPLATE
 
