@@ -11,6 +11,8 @@ from collections.abc import Mapping
 import torch
 from transformers import CONFIG_MAPPING
 
+from llava_lite.formats.two_layers import connector_from, connector_to
+
 RECORD = "llava_lite"
 ARCHITECTURES = {"llava": "LlavaForConditionalGeneration", "llava_next": "LlavaNextForConditionalGeneration"}
 # Text model_type -> the class that readers such as vLLM look for inside text_config.
@@ -112,7 +114,7 @@ def weights_from(state_dict: Mapping[str, torch.Tensor], config: Mapping) -> dic
             projector[match[2], match[3]] = tensor
         else:
             renamed[_first_match(name)] = tensor
-    return renamed | _connector_weights_from(projector, config_from(config)["mm_projector_type"])
+    return renamed | connector_from(projector, config_from(config)["mm_projector_type"])
 
 
 def config_to(config: Mapping, image_token_index: int) -> dict:
@@ -164,7 +166,7 @@ def weights_to(state_dict: Mapping[str, torch.Tensor], config: Mapping) -> dict[
         ours, theirs = next((pair for pair in _OURS if name.startswith(pair[0])), ("", ""))
         renamed[theirs + name.removeprefix(ours)] = tensor
     embed = state_dict["model.embed_tokens.weight"]
-    for name, tensor in _connector_weights_to(projector, config, embed).items():
+    for name, tensor in connector_to(projector, config, embed).items():
         renamed[f"multi_modal_projector.{name}"] = tensor
     return renamed
 
@@ -275,40 +277,3 @@ def _first_match(name: str) -> str:
         if match:
             return ours + name[match.end() :]
     return name
-
-
-def _connector_weights_from(projector: Mapping, kind: str) -> dict[str, torch.Tensor]:
-    """Return our connector of the two layers; without an activation they are one matrix."""
-    place = "model.mm_projector."
-    layers = [layer for layer in ("linear_1", "linear_2") if (layer, "weight") in projector]
-    weights = {layer: projector[layer, "weight"] for layer in layers}
-    # multimodal_projector_bias False leaves them out.
-    biases = {name: projector.get((name, "bias"), w.new_zeros(w.shape[0])) for name, w in weights.items()}
-    if kind == "mlp2x_gelu" or len(layers) < 2:
-        numbers = {"linear_1": 0, "linear_2": 2}
-        named = {f"{place}{numbers[name]}.weight": weights[name] for name in layers}
-        return named | {f"{place}{numbers[name]}.bias": biases[name] for name in layers}
-    if kind == "identity":
-        return {}
-    first, second = weights["linear_1"], weights["linear_2"]
-    if _is_identity(second) and not biases["linear_2"].any():
-        return {f"{place}weight": first, f"{place}bias": biases["linear_1"]}
-    bias = second.float() @ biases["linear_1"].float() + biases["linear_2"].float()
-    return {f"{place}weight": (second.float() @ first.float()).to(first.dtype), f"{place}bias": bias.to(first.dtype)}
-
-
-def _is_identity(weight: torch.Tensor) -> bool:
-    return torch.equal(weight, torch.eye(*weight.shape, dtype=weight.dtype, device=weight.device))
-
-
-def _connector_weights_to(projector: Mapping, config: Mapping, like: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Return the two layers of our connector; one that is missing passes features on."""
-    if config["mm_projector_type"] == "mlp2x_gelu":
-        names = {"0": "linear_1", "2": "linear_2"}
-        return {f"{names[name[0]]}{name[1:]}": tensor for name, tensor in projector.items()}
-    width = config["hidden_size"]
-    same = {"weight": torch.eye(width, dtype=like.dtype), "bias": torch.zeros(width, dtype=like.dtype)}
-    first = projector or same
-    # Tensors of a file of their own each: safetensors refuses shared memory.
-    layers = {"linear_1": first, "linear_2": {name: tensor.clone() for name, tensor in same.items()}}
-    return {f"{layer}.{name}": tensor for layer, weights in layers.items() for name, tensor in weights.items()}
