@@ -8,7 +8,7 @@ import os
 from importlib import import_module
 
 import torch
-from transformers import AutoConfig, BatchFeature, ProcessorMixin
+from transformers import BatchFeature, ProcessorMixin
 from transformers.utils import PROCESSOR_NAME
 
 from llava_lite.anyres import PictureLayout
@@ -136,10 +136,10 @@ class LlavaLiteProcessor(ProcessorSharing, ProcessorMixin):
         hub = hub_arguments(kwargs)
         kwargs = {key: value for key, value in kwargs.items() if key not in (*hub, *OF_OTHERS)}
         name = str(pretrained_model_name_or_path)
-        # Registers the config classes that the folder names; only here, since this page knows no model.
-        import_module("llava_lite.model")
+        # Knows the config classes and formats that a folder may name; only here, since this page knows no model.
+        config_of = import_module("llava_lite.model.builder").config_of
         with in_words(name, **hub):
-            config = AutoConfig.from_pretrained(name, **hub)
+            config = config_of(name, hub)
         tokenizer = load_tokenizer(name, config, **hub)
         processor = cls.from_config(config, tokenizer, image_processor_of(name, config, **hub))
         saved = read_json(name, PROCESSOR_NAME, hub)

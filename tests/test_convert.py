@@ -14,6 +14,7 @@ from llava_lite.convert import convert
 from llava_lite.inference import load, prepare, reply
 from llava_lite.jinja_template import write_jinja
 from llava_lite.model.assemble import assemble
+from llava_lite.processing import LlavaLiteProcessor
 
 MOE = {"moe_enable": True, "moe_mode": "sparse", "num_experts": [4], "top_k_experts": 2, "router_aux_loss_coef": 0.01}
 WIDE, TALL = witness.draw(70, 33), witness.draw(31, 90)
@@ -461,3 +462,8 @@ def test_our_classes_open_what_transformers_saved(whole_folder, tmp_path):
     assert type(loaded) is LlavaMistralForCausalLM
     torch.testing.assert_close(loaded(ids).logits, expected, atol=1e-5, rtol=1e-5)
     assert image_processor.crop_size["height"] == 32
+    # What a training stage starts from.
+    begun = assemble(str(tmp_path / "a-llama-lora"), config_overrides={"image_aspect_ratio": "pad"})
+    torch.testing.assert_close(begun(ids).logits, expected, atol=1e-5, rtol=1e-5)
+    processor = LlavaLiteProcessor.from_pretrained(tmp_path / "a-llama-lora")
+    assert processor.image_token_index == stock.config.image_token_index

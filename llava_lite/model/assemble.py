@@ -5,11 +5,10 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from transformers import AutoConfig
-
 from llava_lite.hub import everywhere, hub_arguments, in_words
 from llava_lite.model import model_class_for
 from llava_lite.model.attention import choose_attention
+from llava_lite.model.builder import config_of
 from llava_lite.model.configuration import load_vision_config
 from llava_lite.model.loading import CONNECTOR, NEWLINE, TOWER
 from llava_lite.model.partial import load_trained
@@ -31,7 +30,7 @@ def assemble(
     """
     hub = hub_arguments(kwargs)
     with in_words(model_name_or_path, **hub):
-        stock = AutoConfig.from_pretrained(model_name_or_path, **hub)
+        stock = config_of(model_name_or_path, hub)
     model_class = model_class_for(stock.model_type)
     overrides = dict(config_overrides or {})
     if stock.model_type.startswith("llava_"):

@@ -157,14 +157,14 @@ def steps_of_run(num_records, batch, args):
 def empty_model(model_args, data_args, training_args):
     """Return the model of a run without weights: only configs are read, so that a laptop can plan for a cluster."""
     import torch
-    from transformers import AutoConfig
 
     from llava_lite.companions import refuse_missing_model
     from llava_lite.model import model_class_for
     from llava_lite.model.assemble import text_fields, tower_fields
+    from llava_lite.model.builder import config_of
 
     refuse_missing_model(model_args.model_name_or_path)
-    stock = AutoConfig.from_pretrained(model_args.model_name_or_path, cache_dir=training_args.cache_dir)
+    stock = config_of(model_args.model_name_or_path, {"cache_dir": training_args.cache_dir})
     model_class = model_class_for(stock.model_type)
     config = stock
     if not stock.model_type.startswith("llava_"):
