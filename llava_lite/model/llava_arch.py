@@ -23,7 +23,7 @@ from llava_lite.model.loading import LoadingMixin
 from llava_lite.model.moe import MoeBlock, RoutingContext, init_moe_weights, read_moe_config, set_routing
 from llava_lite.model.outputs import LlavaOutput
 from llava_lite.model.sharing import SharingMixin
-from llava_lite.model.splice import Batch, check_counts, expand_placeholders, placeholder_mask, splice
+from llava_lite.model.splice import Batch, check_counts, cut_rows, expand_placeholders, placeholder_mask, splice
 from llava_lite.model.vision_tower import VisionTower, build_vision_tower
 from llava_lite.model.weights import gathered, is_partitioned
 
@@ -174,14 +174,16 @@ class LlavaMetaForCausalLM(
         """
         if self.get_vision_tower() is None:
             return False
-        return self.training or any(is_partitioned(p) for p in self.model.mm_projector.parameters())
+        # ZeRO-3 partitions every weight or none.
+        return self.training or is_partitioned(next(self.parameters()))
 
     def embed_batch(
         self, batch: Batch, images, image_sizes=None, pad_left: bool | None = None
     ) -> tuple[Batch, torch.Tensor]:
         """Return the batch with expanded placeholders and its embeddings [B, L, D], pictures written in.
 
-        A row of text alone may bring a blank picture, as LLaVA's collator gives it one; it is not looked at.
+        A row of text alone may bring a blank picture, as LLaVA's collator gives it one; it is not looked at. Rows
+        that are learned from and grow here are cut at config.tokenizer_model_max_length; LLaVA cuts prompts too.
         """
         if torch.compiler.is_compiling():
             return batch, self.embed_traced(batch.input_ids, images, image_sizes)
@@ -200,7 +202,8 @@ class LlavaMetaForCausalLM(
             return batch, self.get_input_embeddings()(batch.input_ids)
         is_picture = placeholder_mask(batch.input_ids, self.config.image_token_index)
         num_placeholders = int(is_picture.sum())
-        if has_images and check_counts(num_placeholders, lengths):
+        grows = has_images and check_counts(num_placeholders, lengths)
+        if grows:
             if pad_left is None and self.config.tokenizer_padding_side == "left":
                 pad_left = True
             batch = expand_placeholders(batch, is_picture, lengths, pad_left)
@@ -215,6 +218,8 @@ class LlavaMetaForCausalLM(
         embeds = self.get_input_embeddings()(batch.input_ids.masked_fill(is_picture, 0))  # [B, L, D]
         if features is not None:
             embeds = splice(embeds, is_picture, features)
+        if grows and self.training and batch.labels is not None:
+            batch, embeds = cut_rows(batch, embeds, self.config.tokenizer_model_max_length)
         return batch, embeds
 
     def forward(

@@ -245,3 +245,15 @@ def test_the_mask_is_what_keeps_padding_from_the_router(toy_model, monkeypatch):
     start_routing = type(model).start_routing
     monkeypatch.setattr(type(model), "start_routing", lambda self, attention_mask: start_routing(self, None))
     assert not torch.allclose(model(**row).moe_loss, model(**padded).moe_loss, atol=1e-6)
+
+
+@pytest.mark.parametrize("connector", ["identity", "mlp2x_gelu"])
+def test_partitioned_weights_are_gathered_for_text_too_even_outside_training(toy_model, connector):
+    model = toy_model(mm_projector_type=connector)
+    assert not model.needs_dummy()
+    assert model.train().needs_dummy()
+    assert not toy_model(tower=None).train().needs_dummy()
+    for number, parameter in enumerate(model.eval().parameters()):
+        # ZeRO-3's mark on a weight.
+        parameter.ds_id = number
+    assert model.needs_dummy()
