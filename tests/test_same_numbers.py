@@ -192,3 +192,25 @@ def test_spliced_embeddings_are_words_and_features_in_their_order(pair, side):
     for row, real in zip(positions, expected_mask.bool(), strict=True):
         assert row[real].tolist() == list(range(int(real.sum())))
         assert not row[~real].any()
+
+
+@pytest.mark.parametrize("max_length", [6, 9])
+def test_in_training_rows_are_cut_at_the_maximum_of_the_config(pair, max_length):
+    """What stands behind the cut cannot change what stands before it, so the loss is that of the first logits."""
+    ours, _, num_features = pair
+    rows = BATCHES["unequal lengths"]
+    ids, mask, labels = batch_of(rows, [P])
+    ours.config.tokenizer_model_max_length = max_length
+    try:
+        with torch.no_grad():
+            logits = ours(ids, attention_mask=mask, labels=labels, images=pictures(rows)).logits
+            loss = ours.train()(ids, attention_mask=mask, labels=labels, images=pictures(rows)).loss
+    finally:
+        ours.eval()
+        ours.config.tokenizer_model_max_length = None
+    _, _, labels = batch_of(rows, [PLACEHOLDER] * num_features)
+    assert logits.shape[:2] == labels.shape
+    expected = torch.nn.functional.cross_entropy(
+        logits[:, : max_length - 1].flatten(0, 1), labels[:, 1:max_length].flatten(), ignore_index=IGNORE_INDEX
+    )
+    torch.testing.assert_close(loss, expected, rtol=0, atol=1e-5)

@@ -97,3 +97,29 @@ def splice(text_embeds: torch.Tensor, is_picture: torch.Tensor, features: torch.
     the connector in the graph on a rank whose batch has text only.
     """
     return text_embeds.masked_scatter(is_picture[..., None], features.to(text_embeds.dtype))
+
+
+def cut_rows(batch: Batch, embeds: torch.Tensor, max_length: int | None) -> tuple[Batch, torch.Tensor]:
+    """Return the batch and its embeddings [B, L, D] with at most max_length tokens of each row, from its beginning.
+
+    Padding stays on the side that the mask shows.
+    """
+    ids = batch.input_ids
+    real = torch.ones_like(ids, dtype=torch.bool) if batch.attention_mask is None else batch.attention_mask.bool()
+    if max_length is None or int(real.sum(1).max()) <= max_length:
+        return batch, embeds
+    kept = real & (real.cumsum(1) <= max_length)  # [B, L]
+    pad_left = bool((~real[:, 0]).any())
+    # Stable, so that a row's tokens stay in order; what is left out goes to the side of the padding.
+    order = kept.int().argsort(dim=1, descending=not pad_left, stable=True)
+    order = order[:, -max_length:] if pad_left else order[:, :max_length]
+
+    def taken(values):
+        return None if values is None else values.gather(1, order)
+
+    return Batch(
+        input_ids=taken(ids),
+        attention_mask=taken(batch.attention_mask),
+        position_ids=taken(batch.position_ids),
+        labels=taken(batch.labels),
+    ), embeds.gather(1, order[..., None].expand(-1, -1, embeds.shape[2]))

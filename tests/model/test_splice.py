@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from llava_lite.constants import IGNORE_INDEX
-from llava_lite.model.splice import Batch, check_counts, expand_placeholders, placeholder_mask, splice
+from llava_lite.model.splice import Batch, check_counts, cut_rows, expand_placeholders, placeholder_mask, splice
 
 IMAGE = -200
 
@@ -107,3 +107,17 @@ def test_counts_that_fit_neither_convention_are_refused_with_both_numbers():
         check_counts(3, [16, 16])
     with pytest.raises(ValueError, match=r"2 pictures of 4 to 16 features each; expected 2 .* or 20"):
         check_counts(3, [16, 4])
+
+
+@pytest.mark.parametrize(("left", "kept"), [(False, [[5, 6, 7], [8, 9, 0]]), (True, [[5, 6, 7], [0, 8, 9]])])
+def test_rows_are_cut_at_their_end_and_padding_keeps_its_side(left, kept):
+    ids = torch.tensor([[5, 6, 7, 1, 2], [0, 0, 0, 8, 9] if left else [8, 9, 0, 0, 0]])
+    mask = (ids > 0).long()
+    batch, embeds = cut_rows(Batch(ids, mask, labels=ids * 10), ids[..., None].float(), 3)
+    assert batch.input_ids.tolist() == kept
+    assert torch.equal(batch.attention_mask, (batch.input_ids > 0).long())
+    assert torch.equal(batch.labels, batch.input_ids * 10)
+    assert torch.equal(embeds[..., 0].long(), batch.input_ids)
+    whole = Batch(ids)
+    assert cut_rows(whole, embeds, 5) == (whole, embeds)
+    assert cut_rows(whole, embeds, None) == (whole, embeds)
