@@ -40,6 +40,8 @@ class StackNames:
         from llava_lite.model.assemble import fill_connector, tower_fields
 
         given = read_vision_args(model_args)
+        if getattr(model_args, "video_tower", None) is not None:
+            raise ValueError(f"model_args.video_tower is {model_args.video_tower!r}; there are no video towers here.")
         if given.vision_tower is None:
             raise ValueError("model_args.vision_tower is None; name one such as openai/clip-vit-large-patch14-336.")
         for name, value in given.config.items():

@@ -184,6 +184,18 @@ def test_connector_that_was_frozen_trains_again_and_the_layer_read_is_the_one_as
     assert not torch.allclose(model.encode_images(pictures(1)), before)
 
 
+def test_names_of_moe_llava_are_as_good_and_videos_are_refused(toy_llm_dir, toy_tower_dir):
+    model = LlavaLlamaForCausalLM.from_pretrained(str(toy_llm_dir("llama")))
+    theirs = SimpleNamespace(image_tower=str(toy_tower_dir()), image_projector_type="mlp2x_gelu", video_tower=None)
+    model.get_model().initialize_vision_modules(theirs)
+    assert model.get_image_tower() is model.get_vision_tower() is not None
+    assert (model.config.mm_projector_type, model.config.mm_vision_select_layer) == ("mlp2x_gelu", -2)
+    with pytest.raises(ValueError, match="there are no video towers here"):
+        model.initialize_vision_modules(SimpleNamespace(image_tower="a", video_tower="LanguageBind/x"))
+    with pytest.raises(ValueError, match="vision_tower is None; name one"):
+        model.initialize_vision_modules(SimpleNamespace(vision_tower=None))
+
+
 def test_newline_is_drawn_where_rows_of_patches_are_closed(toy_llm_dir, toy_tower_dir):
     model = LlavaLlamaForCausalLM.from_pretrained(str(toy_llm_dir("llama")))
     model.get_model().initialize_vision_modules(vision_args(toy_tower_dir(), mm_patch_merge_type="spatial_unpad"))
