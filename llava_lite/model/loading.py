@@ -11,6 +11,7 @@ import re
 from contextlib import contextmanager
 
 from transformers import GenerationConfig
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from llava_lite.companions import find_base, read_json
 from llava_lite.formats import foreign_format
@@ -96,6 +97,10 @@ class LoadingMixin:
                 model, info = super().from_pretrained(None, *args, config=config, output_loading_info=True, **kwargs)
                 model.config._name_or_path = str(path)
                 take_generation_config(model, path, hub)
+        if is_deepspeed_zero3_enabled():
+            # There transformers takes the best case for granted and counts the missing alone.
+            shapes = read_shapes(path, **hub) if state_dict is None else {k: v.shape for k, v in state_dict.items()}
+            info |= count_partitioned(model, shapes)
         missing, unexpected = strays(info)
         if not model.config.has_vision_tower:
             # LLaVA saves the tower with the model; one that the config does not name is not used.
@@ -179,6 +184,13 @@ def strays(info: dict) -> tuple[set[str], set[str]]:
     """Return the names of missing and of unexpected weights, but for those that the constructor computes."""
     missing, unexpected = info["missing_keys"], info["unexpected_keys"]
     return {k for k in missing if not DERIVED.search(k)}, {k for k in unexpected if not DERIVED.search(k)}
+
+
+def count_partitioned(model, shapes: dict) -> dict:
+    """Return the unexpected names and the other shapes of a checkpoint {name: shape} for a model under ZeRO-3."""
+    wanted = {k: tuple(getattr(v, "ds_shape", v.shape)) for k, v in model.state_dict(keep_vars=True).items()}
+    others = [(k, tuple(v), wanted[k]) for k, v in shapes.items() if k in wanted and tuple(v) != wanted[k]]
+    return {"unexpected_keys": shapes.keys() - wanted.keys(), "mismatched_keys": others}
 
 
 def refuse_shapes(path, mismatched: list[tuple]) -> None:

@@ -12,7 +12,7 @@ from llava_lite.companions import read_json
 from llava_lite.formats import foreign_format, llava
 from llava_lite.model.vocabulary import fit_rows
 from llava_lite.model.weight_files import PICKLED, SAFE, find_file
-from llava_lite.model.weights import check_shapes, gathered, read_weights
+from llava_lite.model.weights import check_shapes, gathered, is_partitioned, read_weights
 
 logger = logging.getLogger(__name__)
 
@@ -81,8 +81,8 @@ def take_new_rows(model, weights: dict[str, torch.Tensor], num_rows: int) -> dic
     num_rows: vocab_size of the config that came with the weights. LLaVA writes the embedding as a whole, or only the
     rows of <im_start> and <im_end>, which are its last ones; those are copied here.
     """
-    table = model.get_input_embeddings().weight
-    num_old, embedding = len(table), weights.get(EMBEDDING)
+    # Of the config: a weight that ZeRO-3 has partitioned has no rows to count.
+    num_old, embedding = model.config.vocab_size, weights.get(EMBEDDING)
     is_rows_alone = embedding is not None and len(embedding) <= 2 < num_old
     if is_rows_alone and num_rows <= num_old:
         # That config was written before the words were added: they come right after the base's.
@@ -120,7 +120,19 @@ def load_trained(model, state_dict: dict, what: str) -> None:
 
 def merge_adapter(model, path, hub: dict):
     """Return the model with the LoRA of a folder or hub id folded in: W + lora_alpha / r * B A, every key used."""
-    return open_adapter(model, path, hub).merge_and_unload()
+    tuned = open_adapter(model, path, hub)
+    if not any(is_partitioned(weight) for weight in tuned.parameters()):
+        return tuned.merge_and_unload()
+    if any(config.use_dora for config in tuned.peft_config.values()):
+        raise ValueError(f"{str(path)!r} holds a DoRA, which cannot be folded in under ZeRO-3; fold it in beforehand.")
+    for module in tuned.modules():
+        if not hasattr(module, "get_delta_weight") or not hasattr(module, "lora_A"):
+            continue
+        weight = module.get_base_layer().weight
+        with torch.no_grad(), gathered([weight], modify=True):
+            if weight.numel():
+                weight += sum(module.get_delta_weight(name) for name in module.active_adapters).to(weight.dtype)
+    return tuned.unload()
 
 
 def open_adapter(model, path, hub: dict):

@@ -1,7 +1,11 @@
 """Folders of what was trained, as LLaVA writes them, on their base: equal to the formula, nothing lost in silence."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -401,3 +405,36 @@ def test_the_newline_of_any_resolution_comes_with_the_connector(tuned, tmp_path)
     tuned.write_projector(folder)
     with pytest.raises(ValueError, match=r"1 missing, such as \['model\.image_newline'\]"):
         load_pretrained_model(folder, tuned.base, device="cpu")
+
+
+@pytest.mark.slow
+def test_under_zero3_every_folder_opens_as_it_does_without(toy_llm_dir, toy_tower_dir, toy_model, tmp_path):
+    """A partitioned weight has no rows to count, and PEFT cannot add to it."""
+    pytest.importorskip("deepspeed", reason="ZeRO-3 is DeepSpeed's")
+    pytest.importorskip("peft", reason="needs the extra 'peft'")
+    parts = [Tuned(toy_llm_dir("llama"), toy_tower_dir("clip")) for _ in range(3)]
+    num_words = parts[0].config["vocab_size"] + 2
+    parts[1].config |= {"vocab_size": num_words, "mm_use_im_start_end": True}
+    rows = {"model.embed_tokens.weight": torch.randn(2, 32)}
+    folders = [parts[0].write_lora(tmp_path / "lora"), parts[1].write_projector(tmp_path / "rows", **rows)]
+    folders.append(parts[2].write_projector(tmp_path / "projector"))
+    for folder in folders[1:]:
+        edit(folder / "config.json", base_model_name_or_path=str(toy_llm_dir("llama")))
+    toy_model(moe={"num_experts": 4, "moe_mode": "sparse"}).save_pretrained(tmp_path / "moe")
+    edit(tmp_path / "moe" / "config.json", model_type="moe_llava_llama")
+    toy_model().save_pretrained(tmp_path / "extra")
+    weights = load_file(tmp_path / "extra" / "model.safetensors") | {"model.extra.weight": torch.ones(1)}
+    save_file(weights, tmp_path / "extra" / "model.safetensors", {"format": "pt"})
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    worker = Path(__file__).with_name("zero3_loading_worker.py")
+    run = subprocess.run(
+        [*launcher, str(worker), str(tmp_path / "out.json"), *map(str, folders), *map(str, tmp_path.glob("[em]*"))],
+        env=os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    found = {Path(folder).name: told for folder, told in json.loads((tmp_path / "out.json").read_text()).items()}
+    assert "1 unexpected, such as ['model.extra.weight']" in found.pop("extra")
+    assert found == {"lora": 0, "rows": 0, "projector": 0, "moe": 0}
