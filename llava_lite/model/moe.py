@@ -132,7 +132,9 @@ class MoeBlock(nn.Module):
         """Return the mix of the experts [B, L, D]; zero at padding, unless it counts as text (moe_count_padding)."""
         tokens = hidden.flatten(0, 1)  # [B * L, D]
         real = None
-        if self.routing is not None and not self.moe.moe_count_padding:
+        # A graph cannot depend on how much is padding; where nothing is dropped or learned, padding changes no token.
+        traced = torch.compiler.is_compiling() and not self.training and not self.moe.moe_drop_tokens
+        if self.routing is not None and not self.moe.moe_count_padding and not traced:
             real = self.routing.real_positions(*hidden.shape[:2])
         if real is None:
             return self._mix(tokens).view_as(hidden)

@@ -1,5 +1,7 @@
 """The same weights in transformers' own LLaVA: one call of `generate` there and here gives the same tokens."""
 
+import copy
+
 import pytest
 import torch
 from transformers import (
@@ -18,6 +20,7 @@ from llava_lite.model import LlavaLlamaConfig, LlavaLlamaForCausalLM
 
 IMAGE, PAD, EOS = 7, 0, 2
 NUM_FEATURES = 16
+MOE = {"moe_enable": True, "moe_mode": "sparse", "num_experts": [4], "top_k_experts": 2, "router_aux_loss_coef": 0.01}
 TEXT = {
     "vocab_size": 120,
     "hidden_size": 32,
@@ -281,10 +284,21 @@ def test_image_features_are_stock_llavas(pair, inputs):
 
 
 @pytest.mark.slow
-def test_compiled_forward_gives_the_tokens_of_the_plain_one(pair, inputs):
-    ours, _ = pair
-    plain = tokens(ours, inputs, cache_implementation="static")
-    compiled = torch.compile(ours, fullgraph=True)
+@pytest.mark.parametrize("moe", [None, MOE], ids=["dense", "experts"])
+def test_forward_is_one_graph_with_the_logits_of_the_plain_one(moe, pair, inputs):
+    ours = pair[0]
+    if moe is not None:
+        torch.manual_seed(0)
+        ours = LlavaLlamaForCausalLM(LlavaLlamaConfig(**ours.config.to_dict() | {"moe": moe})).eval()
+    real = inputs["attention_mask"].bool()
     with torch.no_grad():
-        assert torch.allclose(compiled(**inputs).logits, ours(**inputs).logits, atol=1e-4)
-    assert torch.equal(plain, tokens(ours, inputs))
+        compiled = torch.compile(ours, fullgraph=True)(**inputs).logits
+        assert torch.allclose(compiled[real], ours(**inputs).logits[real], atol=1e-4)
+
+
+@pytest.mark.slow
+def test_compiled_decoding_gives_the_tokens_of_the_plain_one(pair, inputs):
+    ours = copy.deepcopy(pair[0])
+    plain = tokens(ours, inputs, cache_implementation="static")
+    ours.forward = torch.compile(ours.forward, fullgraph=True)
+    assert torch.equal(tokens(ours, inputs, cache_implementation="static"), plain)
