@@ -94,6 +94,15 @@ def test_config_fields_get_our_names():
     assert config_from(ours) == {"model_type": "llava_llama", "mm_vision_tower": "ours", "moe": {}}
 
 
+def test_a_siglip_tower_stays_without_its_first_patch_as_it_was_trained():
+    fields = {"model_type": "moe_llava_phi", "mm_image_tower": "google/siglip-so400m-patch14-384"}
+    assert config_from(fields)["mm_vision_select_feature"] == "drop_first"
+    assert config_from(fields | {"mm_vision_select_feature": "patch"})["mm_vision_select_feature"] == "drop_first"
+    assert config_from(fields | {"mm_vision_select_feature": "cls_patch"})["mm_vision_select_feature"] == "cls_patch"
+    fields |= {"mm_image_tower": "openai/clip-vit-large-patch14-336", "mm_vision_select_feature": "patch"}
+    assert config_from(fields)["mm_vision_select_feature"] == "patch"
+
+
 def test_state_of_a_dense_model_passes_unchanged():
     state = nn.Linear(2, 2).state_dict()
     assert from_moe_llava(state) == state
