@@ -25,6 +25,7 @@ _EXPORTS = {
     "conv_templates": "conversation",
     "load": "inference",
     "load_pretrained_model": "model.builder",
+    "push_folder": "share",
     "reply": "inference",
     "stream": "inference",
 }

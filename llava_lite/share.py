@@ -11,8 +11,8 @@ from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
+from safetensors import safe_open
 
-from llava_lite.formats.llava import read_shapes
 from llava_lite.hub import in_words
 
 CARD, CONFIG, ADAPTER = "README.md", "config.json", "adapter_config.json"
@@ -169,8 +169,19 @@ def has_tower_weights(fields: dict, folder) -> bool:
     """Tell whether a whole model brings its own vision tower along, and the tower's shape is known."""
     if fields.get("vision_config") is not None:
         return True
-    is_inside = any(name.startswith("model.vision_tower.") for name in read_shapes(folder))
+    is_inside = any(name.startswith("model.vision_tower.") for name in weight_names(Path(folder)))
     return is_inside and os.path.isfile(os.path.join(fields["mm_vision_tower"], CONFIG))
+
+
+def weight_names(folder: Path) -> list[str]:
+    """Return the names of the weights in the safetensors of a folder."""
+    index, file = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    if index.is_file():
+        return list(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+    if not file.is_file():
+        return []
+    with safe_open(file, framework="np") as weights:
+        return list(weights.keys())
 
 
 def vision_fields(tower: str) -> dict:
