@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from contextlib import contextmanager
 from pathlib import Path
 
 from llava_lite import witness
@@ -34,6 +35,16 @@ def start_folder(target) -> Path:
     shutil.rmtree(unchecked(target), ignore_errors=True)
     unchecked(target).mkdir(parents=True)
     return unchecked(target)
+
+
+@contextmanager
+def removed_on_error(folder):
+    """Remove a folder that could not be written to its end; one that was is worth a look even if it is wrong."""
+    try:
+        yield
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
 
 
 def finish_folder(target, expected, found, tolerance, say) -> witness.Difference:

@@ -14,7 +14,15 @@ from tokenizers import Tokenizer
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedTokenizerFast
 
 from llava_lite import witness
-from llava_lite.checked_folder import TOLERANCE, finish_folder, push, refuse_absent, refuse_full, start_folder
+from llava_lite.checked_folder import (
+    TOLERANCE,
+    finish_folder,
+    push,
+    refuse_absent,
+    refuse_full,
+    removed_on_error,
+    start_folder,
+)
 from llava_lite.companions import read_json
 from llava_lite.constants import IMAGE_TOKEN_INDEX
 from llava_lite.formats import transformers_llava as layout
@@ -76,7 +84,9 @@ def convert(
         refuse_inexpressible(source)
     unchecked = start_folder(target)
     write = write_ours if is_stock else write_stock
-    expected, notes = write(source, unchecked, dtype, max_shard_size)
+    with removed_on_error(unchecked):
+        expected, notes = write(source, unchecked, dtype, max_shard_size)
+    gc.collect()
     for note in notes:
         say(f"NOTE: {note}")
     found = answers_of_ours(unchecked) if is_stock else answers_of_stock(unchecked)

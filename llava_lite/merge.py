@@ -14,7 +14,15 @@ from pathlib import Path
 import torch
 
 from llava_lite import witness
-from llava_lite.checked_folder import TOLERANCE, finish_folder, push, refuse_absent, refuse_full, start_folder
+from llava_lite.checked_folder import (
+    TOLERANCE,
+    finish_folder,
+    push,
+    refuse_absent,
+    refuse_full,
+    removed_on_error,
+    start_folder,
+)
 from llava_lite.companions import find_base, read_json
 from llava_lite.hub import in_words
 from llava_lite.inference import load
@@ -77,7 +85,8 @@ def merge(
             raise ValueError(f"folding changed the answers ({gap.report()}; tolerance {tolerance:g}).")
     unchecked = start_folder(target)
     round_to(model, dtype)
-    write_whole(model, processor, folder, unchecked, max_shard_size)
+    with removed_on_error(unchecked):
+        write_whole(model, processor, folder, unchecked, max_shard_size)
     # The rounding to the written dtype is part of what is expected.
     expected = witness.answers(model.float(), batches, processor.image_token_index)
     del model

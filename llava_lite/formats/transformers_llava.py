@@ -176,7 +176,8 @@ def refusal(config: Mapping) -> str | None:
     decoder = config["model_type"].removeprefix("llava_")
     tower = (config.get("vision_config") or {}).get("model_type")
     kept = "The model stays loadable here."
-    if config.get("moe"):
+    moe = config.get("moe")
+    if moe and moe.get("moe_enable", True):
         return f"transformers' LLaVA has no experts, and this model has some (config.moe). {kept}"
     if decoder == "phi":
         return f"Phi's lm_head has a bias, and transformers' LLaVA has no place for one. {kept}"
@@ -236,6 +237,8 @@ def _text_config(config: Mapping, decoder: str) -> dict:
     rope = text.get("rope_parameters")
     if isinstance(rope, Mapping) and "rope_theta" in rope:
         text["rope_theta"] = rope["rope_theta"]
+        if rope.get("rope_type", "default") != "default":
+            text["rope_scaling"] = {key: value for key, value in rope.items() if key != "rope_theta"}
     return {"architectures": [DECODERS[decoder]], "model_type": decoder, **text}
 
 

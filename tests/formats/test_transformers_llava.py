@@ -172,6 +172,11 @@ def test_way_back_gives_the_released_names_and_the_very_tensors(tower):
         assert getattr(opened, key) == getattr(stock.config, key)
 
 
+def test_model_whose_experts_are_switched_off_is_a_dense_one():
+    fields = layout.config_from(stock_model().config.to_dict()) | {"moe": {"moe_enable": False}}
+    assert layout.refusal(fields) is None
+
+
 def test_older_readers_find_rope_theta_and_architectures_in_the_text_config():
     fields = layout.config_from(stock_model("qwen2").config.to_dict())
     fields["rope_parameters"] = {"rope_type": "default", "rope_theta": 1e6}
@@ -180,6 +185,16 @@ def test_older_readers_find_rope_theta_and_architectures_in_the_text_config():
     assert AutoConfig.for_model("qwen2", **{k: v for k, v in text.items() if k != "model_type"}).rope_parameters[
         "rope_theta"
     ] == pytest.approx(1e6)
+
+
+def test_stretched_positions_are_told_in_the_old_words_too_and_read_once():
+    fields = layout.config_from(stock_model().config.to_dict())
+    fields["rope_parameters"] = {"rope_type": "linear", "factor": 2.0, "rope_theta": 5e5}
+    written = layout.config_to(fields, PICTURE_ID)
+    assert written["text_config"]["rope_scaling"] == {"rope_type": "linear", "factor": 2.0}
+    assert LlavaConfig.from_dict(written).text_config.rope_parameters == fields["rope_parameters"]
+    ours = model_class_for("llama").config_class.from_dict(layout.config_from(written))
+    assert ours.rope_parameters == fields["rope_parameters"]
 
 
 def test_first_configs_of_llava_hf_say_little_and_mean_clip_l():
