@@ -11,12 +11,14 @@ from huggingface_hub import constants, get_token
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
+    HFValidationError,
     LocalEntryNotFoundError,
     OfflineModeIsEnabled,
     RemoteEntryNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from huggingface_hub.utils import validate_repo_id
 from transformers.utils import cached_file
 
 CONFIG = "config.json"
@@ -72,10 +74,19 @@ def told(error: BaseException, name: str, hub: dict) -> str | None:
             repo, file = address_of(found)
             needs = f" ({name!r} needs it.)" if repo not in (None, name) else ""
             return words(found, repo or name, file, hub) + needs
-    if isinstance(error, OSError) and is_offline(hub) and not os.path.exists(name):
+    if isinstance(error, OSError) and is_offline(hub) and not os.path.exists(name) and may_be_repository(name):
         # Of a file that is not in the cache the client says only that the repository has none.
         return f"{name!r} is not in the cache as a whole: {without_links(error)}. {how_to_fetch(name, hub)}"
     return None
+
+
+def may_be_repository(name: str) -> bool:
+    """Tell whether a name could be one of the Hub's, and not only that of a folder."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
 
 
 def causes(error: BaseException) -> list[BaseException]:
