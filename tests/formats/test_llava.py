@@ -10,6 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor, CLIPVi
 
 from llava_lite.formats.llava import claims, config_from, plain_name
 from llava_lite.model import LlavaLlamaForCausalLM
+from llava_lite.model.assemble import assemble
 from llava_lite.model.builder import load_pretrained_model
 
 IDS = torch.tensor([[1, 50, 60, -200, 70, 80, 90, 31, 32, 33]])
@@ -147,6 +148,14 @@ def test_the_auto_classes_open_llavas_own_model_types(decoder, written, pixels, 
     model = AutoModelForCausalLM.from_pretrained(folder)
     torch.testing.assert_close(logits_of(model, pixels), there.expected(pixels), rtol=0, atol=1e-5)
     assert AutoProcessor.from_pretrained(folder).image_aspect_ratio == "pad"
+
+
+@pytest.mark.parametrize("model_type", ["llava_llama", "llava"])
+def test_training_starts_from_a_release(model_type, written, pixels, tmp_path):
+    there = written()
+    there.config["model_type"] = model_type
+    model = assemble(str(there.write(tmp_path / "x")), dtype=torch.float32)
+    torch.testing.assert_close(logits_of(model, pixels), there.expected(pixels), rtol=0, atol=1e-5)
 
 
 def test_llava_v1_has_a_linear_connector(written, pixels, tmp_path):

@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor, CLIPVi
 
 import llava_lite.model as models
 from llava_lite.model import LlavaLlamaForCausalLM, LlavaPhiForCausalLM
+from llava_lite.model.assemble import assemble
 from llava_lite.model.builder import load_pretrained_model
 
 STOCK_TYPES = {"llama": "llama", "mistral": "mistral", "phi": "phi", "qwen1_5": "qwen2", "stablelm": "stablelm"}
@@ -272,6 +273,24 @@ def test_siglip_gives_all_patches_but_the_first_as_it_was_trained(toy_llm_dir, t
     model = AutoModelForCausalLM.from_pretrained(there.write(tmp_path / "x"), dtype=torch.float32)
     assert model.encode_images(pixels).shape[1] == model.config.num_image_tokens == 15
     torch.testing.assert_close(logits_of(model, pixels), there.expected(pixels), rtol=0, atol=1e-5)
+
+
+def test_a_stage_1_folder_opens_on_its_base(written, toy_llm_dir, pixels, tmp_path):
+    """config.json and mm_projector.bin, the connector under image_spatial_proj."""
+    there = written("phi", moe=None)
+    folder = there.write(tmp_path / "x91")
+    (folder / "pytorch_model.bin").unlink()
+    torch.save({k: v for k, v in there.state.items() if k.startswith(PROJECTOR)}, folder / "mm_projector.bin")
+    _, model, _, _ = load_pretrained_model(folder, str(toy_llm_dir("phi")), "llava-qwen", device="cpu")
+    # The base's head has a bias here, which MoE-LLaVA drops.
+    expected = there.expected(pixels) + there.stock.lm_head.bias.detach()
+    torch.testing.assert_close(logits_of(model, pixels), expected, rtol=0, atol=1e-5)
+
+
+def test_training_starts_from_what_moe_llava_wrote(written, pixels, tmp_path):
+    for name, there in (("dense", written("qwen1_5", moe=None)), ("moe", written("qwen1_5"))):
+        model = assemble(str(there.write(tmp_path / name)), dtype=torch.float32)
+        torch.testing.assert_close(logits_of(model, pixels), there.expected(pixels), rtol=0, atol=1e-5)
 
 
 def test_what_was_opened_is_saved_under_our_names_and_reopens(written, pixels, tmp_path):
