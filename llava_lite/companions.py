@@ -26,9 +26,6 @@ TEMPLATE_OF_DECODER = {
 
 # What a tokenizer.json that is complete in itself is saved as, by transformers 4 and 5.
 GENERIC_TOKENIZERS = ("PreTrainedTokenizerFast", "TokenizersBackend")
-
-# What a tokenizer.json that is complete in itself is saved as, by transformers 4 and 5.
-GENERIC_TOKENIZERS = ("PreTrainedTokenizerFast", "TokenizersBackend")
 BASE = "base_model_name_or_path"
 
 
@@ -155,4 +152,11 @@ def read_json(name, file, hub):
     if path is None:
         return {}
     with open(os.fspath(path), encoding="utf-8") as stream:
-        return json.load(stream)
+        text = stream.read()
+    try:
+        fields = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON ({error}). Copy it again, or write it anew.") from error
+    if not isinstance(fields, dict):
+        raise ValueError(f"{path} holds a {type(fields).__name__} and no fields. Copy it again, or write it anew.")
+    return fields
