@@ -94,3 +94,10 @@ def test_folder_of_a_lora_takes_the_tokenizer_of_the_base_that_its_adapter_names
     words = load_tokenizer(toy_llm_dir("llama")).get_vocab()
     assert load_tokenizer(tmp_path).get_vocab() == words
     assert LlavaLiteProcessor.from_pretrained(tmp_path).tokenizer.get_vocab() == words
+
+
+@pytest.mark.parametrize(("text", "said"), [("{", "is no JSON"), ("", "is no JSON"), ("[1]", "holds a list")])
+def test_broken_config_is_named(text, said, tmp_path):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ValueError, match=rf"config\.json {said}.*Copy it again"):
+        read_json(tmp_path, "config.json", {})

@@ -49,7 +49,9 @@ class LoadingMixin:
             kwargs.setdefault("dtype", kwargs.pop("torch_dtype"))
         # Without a checkpoint (path None) what is missing is meant to be drawn.
         kwargs["strict"] = pretrained_model_name_or_path is not None and not output_loading_info
-        kwargs["attn_implementation"] = choose_attention(kwargs.pop("attn_implementation", None))
+        # The Auto classes hand the choice on in the config.
+        asked = kwargs.pop("attn_implementation", None) or getattr(config, "_attn_implementation", None)
+        kwargs["attn_implementation"] = choose_attention(asked)
         with in_words(pretrained_model_name_or_path, **hub_arguments(kwargs)):
             model, info = cls._open(pretrained_model_name_or_path, *args, config=config, **kwargs)
         return (model, info) if output_loading_info else model
@@ -86,7 +88,7 @@ class LoadingMixin:
         tower_is_inside = config.vision_config is not None and TOWER not in new_parts
         state_dict = read_foreign(path, hub)
         if config.has_vision_tower and config.vision_config is None:
-            config.vision_config = find_vision_config(config.mm_vision_tower, path, hub)
+            config.vision_config = find_vision_config(config.mm_vision_tower, path, hub, state_dict)
         takes_any_shape = kwargs.pop("ignore_mismatched_sizes", False)
         kwargs["ignore_mismatched_sizes"] = True
         with own_accounting(), broken_files_in_words(path, hub):
@@ -99,8 +101,7 @@ class LoadingMixin:
                 take_generation_config(model, path, hub)
         if is_deepspeed_zero3_enabled():
             # There transformers takes the best case for granted and counts the missing alone.
-            shapes = read_shapes(path, **hub) if state_dict is None else {k: v.shape for k, v in state_dict.items()}
-            info |= count_partitioned(model, shapes)
+            info |= count_partitioned(model, shapes_of(path, hub, state_dict))
         missing, unexpected = strays(info)
         if not model.config.has_vision_tower:
             # LLaVA saves the tower with the model; one that the config does not name is not used.
@@ -206,12 +207,17 @@ def refuse_shapes(path, mismatched: list[tuple]) -> None:
         )
 
 
-def find_vision_config(name: str, path, hub: dict):
+def shapes_of(path, hub: dict, state_dict: dict | None) -> dict:
+    """Return the shapes of a checkpoint's weights by our names; state_dict: those of another format, read already."""
+    return read_shapes(path, **hub) if state_dict is None else {k: tuple(v.shape) for k, v in state_dict.items()}
+
+
+def find_vision_config(name: str, path, hub: dict, state_dict: dict | None = None):
     """Return the config of tower `name`; if it cannot be found, one read off the checkpoint's own tower weights."""
     try:
         return load_vision_config(name, **everywhere(hub))
     except OSError as error:
-        shapes = read_shapes(path, **hub)
+        shapes = shapes_of(path, hub, state_dict)
         inside = {k[len(TOWER) :]: v for k, v in shapes.items() if k.startswith(TOWER)}
         if not inside:
             raise

@@ -275,6 +275,16 @@ def test_siglip_gives_all_patches_but_the_first_as_it_was_trained(toy_llm_dir, t
     torch.testing.assert_close(logits_of(model, pixels), there.expected(pixels), rtol=0, atol=1e-5)
 
 
+def test_a_tower_that_is_nowhere_else_is_read_off_the_checkpoint(written, tmp_path, caplog):
+    there = written("llama")
+    there.config["mm_image_tower"] = str(tmp_path / "gone")
+    model = AutoModelForCausalLM.from_pretrained(there.write(tmp_path / "x"), dtype=torch.float32)
+    assert "cannot be found" in caplog.text
+    assert model.get_vision_tower().config.num_hidden_layers == 3
+    for name, weight in model.get_vision_tower().encoder.named_parameters():
+        assert torch.equal(weight, there.state[f"{TOWER}vision_model.{name}"].float())
+
+
 def test_a_stage_1_folder_opens_on_its_base(written, toy_llm_dir, pixels, tmp_path):
     """config.json and mm_projector.bin, the connector under image_spatial_proj."""
     there = written("phi", moe=None)
