@@ -165,7 +165,8 @@ def test_weights_can_be_quantised_while_loading(bits, toy_model, tmp_path):
     # Four bits are cut into blocks of 64 weights of one row, in the tower too.
     fields |= {"hidden_size": 64, "head_dim": 16, "mm_hidden_size": 64}
     fields["vision_config"] |= {"hidden_size": 64, "intermediate_size": 64}
-    model = type(toy)(type(toy.config)(**fields)).eval()
+    torch.manual_seed(0)
+    model = type(toy)(type(toy.config)(**fields | {"initializer_range": 0.05})).eval()
     model.save_pretrained(tmp_path)
     config = BitsAndBytesConfig(**{f"load_in_{bits}bit": True, "bnb_4bit_quant_type": "nf4"})
     quantised = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=config, device_map={"": "cpu"})
