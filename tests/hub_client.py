@@ -73,6 +73,7 @@ def run_client(hub, home, code, token="tester", succeeds=True, start=START, **mo
     """Run code in a process of its own that uses the Hub; return what it printed, or its errors if it must fail."""
     done = subprocess.run(
         [sys.executable, "-c", start + textwrap.dedent(code)],
+        stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
         timeout=300,

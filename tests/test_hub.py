@@ -188,3 +188,15 @@ def test_command_line_says_it_in_one_line(uploads, hub, homes):
     errors = run_client(hub, homes / "nobody", code, token=None, start="", succeeds=False)
     assert errors.splitlines()[-1].startswith("llava-lite chat: 'tester/secret' is no folder here")
     assert "Traceback" not in errors
+
+
+def test_command_line_opens_a_folder_of_a_revision(uploads, hub, homes):
+    code = """
+        import sys
+        from llava_lite.cli import main
+        flags = ["--subfolder", "inner", "--revision", "v1.0", "--cache-dir", "CACHE", "--device", "cpu"]
+        sys.exit(main(["chat", "tester/open", *flags]))
+        """
+    printed = run_client(hub, homes / "nobody", code.replace("CACHE", str(homes / "own")), token=None, start="")
+    assert "an empty line ends the chat" in printed
+    assert list((homes / "own/models--tester--open/snapshots").glob("*/inner/model.safetensors"))

@@ -23,8 +23,18 @@ def build_parser():
     parser.add_argument("--max-new-tokens", type=int, default=512, help="longest answer (default: 512)")
     parser.add_argument("--load-8bit", action="store_true", help="quantise to 8 bit (bitsandbytes)")
     parser.add_argument("--load-4bit", action="store_true", help="quantise to 4 bit (bitsandbytes)")
+    parser.add_argument("--revision", help="branch, tag or commit of the repository (default: main)")
+    parser.add_argument("--subfolder", help="folder of the repository that holds the model")
+    parser.add_argument("--cache-dir", help="where downloads are kept (default: the Hub client's own cache)")
+    parser.add_argument("--local-files-only", action="store_true", help="open what is in the cache, ask no Hub")
     parser.add_argument("--debug", action="store_true", help="show the prompt and the answer as the model sees them")
     return parser
+
+
+def where_in_hub(options):
+    """Return the keywords of `load` that say where in the Hub to look; the token is that of `hf auth login`."""
+    named = {name: getattr(options, name) for name in ("revision", "subfolder", "cache_dir", "local_files_only")}
+    return {name: value for name, value in named.items() if value}
 
 
 def chat(model, processor, pictures, ask, say, conv_template=None, debug=False, **generation):
@@ -84,6 +94,7 @@ def main(argv=None):
             model_base=options.model_base,
             load_8bit=options.load_8bit,
             load_4bit=options.load_4bit,
+            **where_in_hub(options),
         )
     except (OSError, ValueError, ImportError) as error:
         parser.exit(1, f"{parser.prog}: {error}\n")
