@@ -175,3 +175,40 @@ def test_llavas_own_flags_are_accepted(lora_folder, toy_llm_dir, tmp_path):
     bare = subprocess.run(command[:4], capture_output=True, text=True, timeout=240)
     assert bare.returncode == 2
     assert "SOURCE (or --model-path) is needed" in bare.stderr
+
+
+def test_adapter_of_a_plain_language_model_is_folded_too(toy_llm_dir, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    base = str(toy_llm_dir("llama"))
+    tuned = lora_model(AutoModelForCausalLM.from_pretrained(base))
+    tuned.save_pretrained(tmp_path / "lora")
+    ids = torch.arange(1, 20)[None]
+    with torch.no_grad():
+        expected = tuned(ids).logits
+    assert merge(tmp_path / "lora", tmp_path / "whole", base=base, say=str).logits == 0
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "whole")
+    with torch.no_grad():
+        torch.testing.assert_close(merged(ids).logits, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_lora_on_a_model_of_transformers_becomes_a_whole_one_of_ours(toy_model, toy_tokenizer, tmp_path):
+    from llava_lite.convert import convert
+
+    model = toy_model(conv_template="v1")
+    model.save_pretrained(tmp_path / "model")
+    toy_tokenizer.save_pretrained(tmp_path / "model")
+    convert(tmp_path / "model", tmp_path / "stock", say=str)
+    begun, processor = load(tmp_path / "stock", device="cpu")
+    tuned = lora_model(begun)
+    tuned.save_pretrained(tmp_path / "tuned")
+    config = begun.config.to_dict() | {NAMED: str(tmp_path / "stock")}
+    (tmp_path / "tuned" / "config.json").write_text(json.dumps(config))
+    wanted = folded_by_hand(tuned)
+    assert merge(tmp_path / "tuned", tmp_path / "whole", say=str).logits == 0
+    found = load_file(tmp_path / "whole" / "model.safetensors")
+    assert set(found) == set(wanted)
+    for name, weight in wanted.items():
+        torch.testing.assert_close(found[name], weight, atol=1e-6, rtol=1e-6)
+    _, again = load(tmp_path / "whole", device="cpu")
+    assert (again.conv_template, again.image_token_index) == ("v1", processor.image_token_index)
