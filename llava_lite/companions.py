@@ -8,6 +8,7 @@ from pathlib import Path
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.utils import PROCESSOR_NAME, cached_file, logging
 
+from llava_lite.formats import arcade100k
 from llava_lite.hub import everywhere, in_words
 from llava_lite.mm_utils import load_image_processor
 
@@ -26,6 +27,7 @@ TEMPLATE_OF_DECODER = {
 
 # What a tokenizer.json that is complete in itself is saved as, by transformers 4 and 5.
 GENERIC_TOKENIZERS = ("PreTrainedTokenizerFast", "TokenizersBackend")
+ARCADE100K_FIELDS = ("pad_token", "unk_token", "model_max_length", "padding_side", "chat_template")
 BASE = "base_model_name_or_path"
 
 
@@ -79,6 +81,10 @@ def load_tokenizer(name, base=None, **hub):
     kind = PreTrainedTokenizerFast if is_generic and has_all else AutoTokenizer
     if not has_all and cached_file(name, "tokenizer.model", _raise_exceptions_for_missing_entries=False, **hub):
         need_sentencepiece(name)
+    words = cached_file(name, arcade100k.FILE, _raise_exceptions_for_missing_entries=False, **hub)
+    if words is not None and not has_all:
+        saved = read_json(name, "tokenizer_config.json", hub)
+        return arcade100k.read_arcade100k(words, **{k: saved[k] for k in ARCADE100K_FIELDS if k in saved})
     with in_words(name, **hub):
         tokenizer = kind.from_pretrained(name, **hub)
     return with_chat_template(tokenizer, name, hub)
