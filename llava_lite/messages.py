@@ -73,11 +73,14 @@ def as_list(pictures):
     return list(pictures) if isinstance(pictures, (list, tuple)) else [pictures]
 
 
-def read_messages(messages):
-    """Return (turns, system, pictures) of a list of role-and-content messages."""
+def read_messages(messages, need_pictures=True):
+    """Return (turns, system, pictures) of a list of role-and-content messages.
+
+    need_pictures: False takes an image part without a picture for a mark, whose picture comes another way.
+    """
     turns, system, pictures = [], None, []
     for message in messages:
-        text, found = _read_content(message["content"])
+        text, found = _read_content(message["content"], need_pictures)
         pictures += found
         role = message["role"]
         if role == "system" and not turns and system is None:
@@ -106,7 +109,7 @@ def in_parts(conversation):
     ]
 
 
-def _read_content(content):
+def _read_content(content, need_pictures):
     """Return the text of a message, with a mark where a picture stands, and its pictures."""
     if isinstance(content, str):
         return content, []
@@ -116,7 +119,7 @@ def _read_content(content):
             words.append(part["text"])
         elif part["type"] == "image":
             words.append(DEFAULT_IMAGE_TOKEN)
-            pictures.append(_picture_of(part))
+            pictures += [_picture_of(part)] if need_pictures else []
         else:
             raise ValueError(f"a message has a part of type {part['type']!r}; known: text, image.")
     return "\n".join(words), pictures

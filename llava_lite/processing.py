@@ -20,6 +20,7 @@ from llava_lite.hub import hub_arguments, in_words
 from llava_lite.messages import in_parts, pictures_of_each, read_messages
 from llava_lite.mm_utils import process_images, tokenize_rendered
 from llava_lite.pictures import picture_side
+from llava_lite.rows import cut_row, pad_rows, padded_len
 from llava_lite.share import ProcessorSharing
 
 # What a processor saves of its own, beside its parts.
@@ -175,6 +176,9 @@ class LlavaLiteProcessor(ProcessorSharing, ProcessorMixin):
         return_tensors="pt",
         add_special_tokens=True,
         padding=True,
+        truncation=False,
+        max_length=None,
+        pad_to_multiple_of=None,
         videos=None,
         audio=None,
     ):
@@ -185,21 +189,25 @@ class LlavaLiteProcessor(ProcessorSharing, ProcessorMixin):
 
         text: a prompt or a list of B. images: a picture, all pictures in the order of their marks, or one list a text;
         a picture is a PIL image, a path or the bytes of a file, turned upright as its EXIF says. Every `<image>`
-        becomes as many placeholders as its picture has features. Rows are padded on the left, which `generate` needs.
-        Raises ValueError if a text has more or fewer marks than pictures.
+        becomes as many placeholders as its picture has features. Rows are padded on the left, which `generate` needs,
+        to the longest or (padding="max_length") to max_length; truncation cuts ends off at max_length.
+        Raises ValueError if a text has more or fewer marks than pictures, or if a picture would be cut.
         """
         if videos is not None or audio is not None:
             raise ValueError("the model sees pictures alone; videos and audio are not for it.")
         if text is None:
             raise ValueError("the processor needs a text; for pictures alone use processor.image_processor.")
-        if return_tensors not in ("pt", None) or not padding:
-            raise ValueError("the processor returns padded torch tensors: return_tensors='pt', padding=True.")
+        if return_tensors not in ("pt", None):
+            raise ValueError(f"the processor returns torch tensors: return_tensors='pt', not {return_tensors!r}.")
         texts = [text] if isinstance(text, str) else list(text)
         pictures = pictures_of_each(images, texts)
         rows = [
             self._token_ids(prompt, group, add_special_tokens) for prompt, group in zip(texts, pictures, strict=True)
         ]
-        batch = pad_rows(rows, self.pad_token_id, padding_side)
+        if truncation and max_length is not None:
+            rows = [cut_row(row, max_length, self.image_token_index) for row in rows]
+        length = padded_len(rows, padding, max_length, pad_to_multiple_of)
+        batch = pad_rows(rows, self.pad_token_id, padding_side, length)
         upright = [picture for group in pictures for picture in group]
         if upright:
             batch |= self._pixels(upright)
@@ -229,16 +237,19 @@ class LlavaLiteProcessor(ProcessorSharing, ProcessorMixin):
         pixels = torch.nn.utils.rnn.pad_sequence(list(prepared), batch_first=True)  # [N, n, 3, H, W]
         return {"pixel_values": pixels, "image_sizes": sizes}
 
-    def render(self, turns, conv_template=None, system=None):
+    def render(self, turns, conv_template=None, system=None, open_turn=True):
         """Return a conversation as the prompt that its format makes of it, a `Rendered`, marks placed as in training.
 
         turns: (question, answer) pairs; the last answer may be None, which leaves the turn open for the model.
-        conv_template: another format than the checkpoint's own. system: replaces the format's system text.
+        conv_template: another format than the checkpoint's own. system: replaces the format's system text. open_turn:
+        False ends with the last question, without the words that ask the model for its answer.
         """
         template = get_template(conv_template or self.conv_template)
         if system is not None:
             template.system = _with_system(template.system, system)
         spoken = [turn for question, answer in turns for turn in (("human", question), ("gpt", answer))]
+        if not open_turn and spoken[-1][1] is None:
+            spoken.pop()
         return template.with_turns(place_images(spoken, template, self.use_im_start_end)).render(self.tokenizer)
 
     def apply_chat_template(
@@ -256,7 +267,8 @@ class LlavaLiteProcessor(ProcessorSharing, ProcessorMixin):
         """Return messages as a prompt in the checkpoint's own format, or as the inputs of a model.
 
         conversation: a list of messages or a list of such lists; a message is {"role": "user", "content": ...} with a
-        text or parts {"type": "text", "text": ...} and {"type": "image", "image" | "path" | "url": picture}.
+        text or parts {"type": "text", "text": ...} and {"type": "image", "image" | "path" | "url": picture}; without
+        `tokenize` {"type": "image"} will do, and the pictures go to the processor with the prompt.
         An explicit Jinja `chat_template` is rendered by transformers instead.
         """
         if chat_template is None and self.asks_as_transformers:
@@ -274,10 +286,10 @@ class LlavaLiteProcessor(ProcessorSharing, ProcessorMixin):
                 **kwargs,
             )
         many = not isinstance(conversation[0], dict)
-        talks = [read_messages(messages) for messages in (conversation if many else [conversation])]
-        if any(turns[-1][1] is None for turns, *_ in talks) and not add_generation_prompt:
-            raise ValueError("the last message is the user's; add_generation_prompt=True leaves a turn for the model.")
-        prompts = [self._prompt(turns, system, continue_final_message) for turns, system, _ in talks]
+        talks = [read_messages(messages, tokenize) for messages in (conversation if many else [conversation])]
+        prompts = [
+            self._prompt(turns, system, continue_final_message, add_generation_prompt) for turns, system, _ in talks
+        ]
         texts = [prompt.text for prompt in prompts]
         if not tokenize:
             return texts if many else texts[0]
@@ -285,9 +297,9 @@ class LlavaLiteProcessor(ProcessorSharing, ProcessorMixin):
         inputs = self(images=[pictures for *_, pictures in talks], text=texts, **options)
         return inputs if return_dict else inputs["input_ids"]
 
-    def _prompt(self, turns, system, continue_final):
+    def _prompt(self, turns, system, continue_final, open_turn):
         """Render turns; `continue_final` cuts the end mark off the last answer, so that the model goes on with it."""
-        rendered = self.render(turns, system=system)
+        rendered = self.render(turns, system=system, open_turn=open_turn)
         answer = turns[-1][1]
         if answer is None or not continue_final:
             return rendered
@@ -312,18 +324,6 @@ class LlavaLiteProcessor(ProcessorSharing, ProcessorMixin):
     def post_process_image_text_to_text(self, generated_outputs, skip_special_tokens=True, **kwargs):
         """Return the texts of generated rows; the name that transformers' pipeline calls."""
         return self.batch_decode(generated_outputs, skip_special_tokens=skip_special_tokens, **kwargs)
-
-
-def pad_rows(rows, pad_token_id, padding_side):
-    """Return {"input_ids", "attention_mask"} [B, T] of rows of unequal length."""
-    longest = max(map(len, rows))
-    input_ids = torch.full((len(rows), longest), pad_token_id, dtype=torch.long)  # [B, T]
-    attention_mask = torch.zeros_like(input_ids)
-    for place, row in enumerate(rows):
-        where = slice(longest - len(row), longest) if padding_side == "left" else slice(0, len(row))
-        input_ids[place, where] = torch.tensor(row, dtype=torch.long)
-        attention_mask[place, where] = 1
-    return {"input_ids": input_ids, "attention_mask": attention_mask}
 
 
 def _with_system(template_text, system):

@@ -223,12 +223,54 @@ def test_final_message_can_be_continued(processor):
         ([{"role": "system", "content": "a"}], "at least one message"),
         ([user({"type": "video", "video": "a.mp4"})], "'video'; known: text, image"),
         ([user({"type": "image"})], "image, path, url, base64"),
-        ([user(words("a"))], "add_generation_prompt=True"),
     ],
 )
 def test_messages_that_are_no_conversation_are_refused(processor, messages, problem):
     with pytest.raises(ValueError, match=problem):
-        processor.apply_chat_template(messages)
+        processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=True)
+
+
+def test_pictures_of_messages_may_go_to_the_processor_with_the_prompt(processor):
+    marked = [user({"type": "image"}, words("What colour?"))]
+    shown = [user({"type": "image", "image": picture()}, words("What colour?"))]
+    prompt = processor.apply_chat_template(marked, add_generation_prompt=True)
+    inputs = processor(images=picture(), text=prompt, return_tensors="pt")
+    expected = processor.apply_chat_template(shown, add_generation_prompt=True, tokenize=True, return_dict=True)
+    assert all(torch.equal(inputs[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("conv_template", ["v1", "chatml_direct", "llava_llama_2", "mpt", "phi"])
+def test_without_a_generation_prompt_the_question_is_last(conv_template, processor):
+    processor.conv_template = conv_template
+    messages = [user(words("What colour?"))]
+    opened = processor.apply_chat_template(messages, add_generation_prompt=True)
+    closed = processor.apply_chat_template(messages)
+    assert opened.startswith(closed)
+    assert "What colour?" in closed
+    assert conv_templates[conv_template].roles[1] not in closed or conv_template == "llava_llama_2"
+    answered = processor.apply_chat_template([*messages, {"role": "assistant", "content": "red"}])
+    assert answered.startswith(opened)
+
+
+def test_rows_are_padded_and_cut_as_a_tokenizers_are(processor, toy_tokenizer):
+    texts = ["Hello! How many circles are there?", "What colour?"]
+    lengths = [len(toy_tokenizer(text)["input_ids"]) for text in texts]
+    for options in (
+        {"padding": "longest"},
+        {"padding": "max_length", "max_length": 40},
+        {"padding": True, "truncation": True, "max_length": 4},
+        {"padding": True, "pad_to_multiple_of": 8},
+    ):
+        toy_tokenizer.pad_token, toy_tokenizer.padding_side = "<unk>", "left"
+        expected = toy_tokenizer(texts, return_tensors="pt", **options)
+        inputs = processor(text=texts, **options)
+        assert torch.equal(inputs["input_ids"], expected["input_ids"])
+        assert torch.equal(inputs["attention_mask"], expected["attention_mask"])
+    assert processor(text=texts[0], padding=False)["input_ids"].shape == (1, lengths[0])
+    with pytest.raises(ValueError, match="make no tensor without padding"):
+        processor(text=texts, padding=False)
+    with pytest.raises(ValueError, match="cuts 10 of the 16 places of pictures off a prompt of"):
+        processor(text="<image> Hello!", images=picture(), truncation=True, max_length=7)
 
 
 def test_chat_format_is_the_tokenizers_own_without_a_second_bos(processor, toy_tokenizer_for):
