@@ -20,7 +20,7 @@ FLOORS = {
     "__init__": 0,
     "alias": 0,
     "constants": 0,
-    "formats": 1,
+    "formats": 0,
     "data": 2,
     "model": 2,
     "inference": 3,

@@ -25,7 +25,7 @@ TEXTS = (
 
 @pytest.fixture
 def folder(toy_tokenizer_for, tmp_path):
-    """A folder with the words of a toy vocabulary, as tiktoken ranks them: all bytes first, then in order of merging."""
+    """A folder with the words of a toy vocabulary as tiktoken ranks them: bytes first, then in order of merging."""
     letters = {letter: byte for byte, letter in enumerate(byte_letters())}
     vocab = sorted((index, word) for word, index in toy_tokenizer_for("gpt2").get_vocab().items() if "<|" not in word)
     tokens = [bytes(letters[letter] for letter in word) for _, word in vocab]
@@ -39,7 +39,7 @@ def folder(toy_tokenizer_for, tmp_path):
 
 
 def merged(text, ranks):
-    """Return the ids of a text: of all neighbours in a word those of the lowest rank are joined, until none are left."""
+    """Return the ids of a text: of all neighbours in a word those of the lowest rank are joined, again and again."""
     ids = []
     for word in regex.findall(PATTERN, unicodedata.normalize("NFC", text)):
         parts = [bytes([byte]) for byte in word.encode()]
