@@ -150,3 +150,28 @@ def test_pipeline_answers_chat_messages_in_the_format_of_the_checkpoint(folder):
     assert full["generated_text"][-1] == {"role": "assistant", "content": answer}
     several = pipe(text=[messages, messages], max_new_tokens=5, return_full_text=False)
     assert [entry[0]["generated_text"] for entry in several] == [answer, answer]
+
+
+def test_what_generate_returns_is_decoded_with_and_without_the_prompt(folder):
+    model, processor = AutoModelForCausalLM.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
+    messages = [[message(draw_picture(1))], [{"role": "user", "content": "Hello!"}]]
+    inputs = processor.apply_chat_template(
+        messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+    )
+    whole = model.generate(**inputs, max_new_tokens=6, do_sample=False)
+    new = model.generate(
+        inputs["input_ids"],
+        images=inputs["pixel_values"],
+        attention_mask=inputs["attention_mask"],
+        max_new_tokens=6,
+        do_sample=False,
+    )
+    assert torch.equal(whole[:, inputs["input_ids"].shape[1] :], new)
+    spoken = processor.batch_decode(whole, skip_special_tokens=True)
+    answers = processor.batch_decode(new, skip_special_tokens=True)
+    for text, answer, question in zip(spoken, answers, (QUESTION, "Hello!"), strict=True):
+        before, _, after = text.partition("ASSISTANT:")
+        assert before.strip().endswith(question)
+        assert "<image>" not in text
+        assert after.strip() == answer.strip()
+    assert processor.decode(new[0], skip_special_tokens=True) == answers[0]
