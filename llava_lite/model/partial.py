@@ -33,6 +33,8 @@ def base_of(path, named: str | None, hub: dict) -> str | None:
     """
     if named:
         return named
+    # Only to see what is there: force_download would fetch the weights once more for it.
+    hub = {name: value for name, value in hub.items() if name != "force_download"}
     if path is None or any(find_file(path, name, hub) is not None for name in WHOLE):
         return None
     of_adapter = read_json(path, ADAPTER, hub).get("base_model_name_or_path")
