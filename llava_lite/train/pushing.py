@@ -33,8 +33,13 @@ class PushingMixin:
 
     def init_hf_repo(self, token=None, private=None):
         """Make the repository, before the first step."""
-        with in_words(self.args.hub_model_id or Path(self.args.output_dir).name, token=token or self.args.hub_token):
-            super().init_hf_repo(token=token, private=private)
+        if not self.is_world_process_zero():
+            return
+        args, self.push_in_progress = self.args, None
+        name = args.hub_model_id or Path(args.output_dir).absolute().name
+        token, private = token or args.hub_token, args.hub_private_repo if private is None else private
+        with in_words(name, token=token):
+            self.hub_model_id = HfApi(token=token).create_repo(name, private=private, exist_ok=True).repo_id
 
     def push_to_hub(
         self, commit_message="End of training", blocking=True, token=None, revision=None, private=None, **kwargs
