@@ -11,6 +11,7 @@ RUN = """
 import json
 from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.utils import get_session
+from llava_lite import push_folder
 from llava_lite.train.train import train
 api = HfApi()
 """
@@ -20,6 +21,7 @@ def test_lora_on_a_private_base_is_pushed_and_opened_elsewhere(
     client, stage_flags, toy_llm_dir, toy_tower_dir, toy_data, tmp_path
 ):
     data = toy_data(tmp_path / "data", num_records=8)
+    part = stage_flags("projector", tmp_path / "part", "--max_steps", 1, "--version", "v1", data=data)
     flags = stage_flags("lora", tmp_path / "digits", data=data)
     flags[flags.index("--model_name_or_path") + 1] = "tester/llm"
     flags[flags.index("--vision_tower") + 1] = "tester/tower"
@@ -33,9 +35,11 @@ def test_lora_on_a_private_base_is_pushed_and_opened_elsewhere(
             api.upload_folder(repo_id=f"tester/{{name}}", folder_path=folder)
         train({flags!r})
         card = ModelCard.load("tester/digits")
-        # What ModelCard.validate() asks, of this Hub: huggingface_hub 1.33 asks the real one whatever HF_ENDPOINT says.
+        # What ModelCard.validate() asks; with huggingface_hub 1.33 it would ask the real Hub, whatever HF_ENDPOINT is.
         body = dict(repoType="model", content=str(card))
         get_session().post(f"{{api.endpoint}}/api/validate-yaml", json=body).raise_for_status()
+        train({part!r})
+        push_folder({str(tmp_path / "part")!r}, "tester/part", base="tester/llm", tower="tester/tower")
         print(json.dumps([api.list_repo_files("tester/digits"), card.data.to_dict(), card.text]))
         """
     )
@@ -56,6 +60,9 @@ def test_lora_on_a_private_base_is_pushed_and_opened_elsewhere(
         home = load({str(tmp_path / "digits")!r}, **own)[0].state_dict()
         for opened in (model, again):
             assert all(torch.equal(weight, home[name]) for name, weight in opened.state_dict().items())
+        part, home = (load(at, **own)[0] for at in ("tester/part", {str(tmp_path / "part")!r}))
+        assert torch.equal(part.model.mm_projector[2].weight, home.model.mm_projector[2].weight)
+        assert part.config.mm_vision_tower == "tester/tower"
         assert image_processor.crop_size == processor.image_processor.crop_size
         """,
         token=None,
