@@ -108,6 +108,30 @@ def test_tables_name_every_backbone_and_tower():
     assert table("tower", 1) == list_of(TOWERS, table("tower", 1))
 
 
+def test_names_of_the_originals_open_under_the_alias():
+    named = table("of", 1)
+    modules, methods = [name for name in named if "." in name], [name for name in named if "." not in name]
+    assert len(modules) > 20
+    for name in modules:
+        module, _, attribute = name.rpartition(".")
+        assert hasattr(importlib.import_module(f"llava_lite.{module}"), attribute), name
+    from llava_lite.model import LlavaLlamaForCausalLM
+
+    assert [name for name in methods if not hasattr(LlavaLlamaForCausalLM, name)] == []
+
+
+def test_every_format_names_the_tests_that_open_it():
+    from llava_lite.formats import FORMATS
+
+    rows = README.split("\n| checkpoint |", 1)[1].split("\n\n")[0].splitlines()[2:]
+    tests = {name for row in rows for name in re.findall(r"`(tests/[^`]+)`", row)}
+    assert all((ROOT / name).is_file() for name in tests)
+    opened = "".join((ROOT / name).read_text(encoding="utf-8") for name in tests)
+    for word in ("from_pretrained", "load_pretrained_model"):
+        assert word in opened
+    assert set(FORMATS) == {"llava", "moe_llava", "transformers_llava"}, "a new format needs a row and its test"
+
+
 def list_of(registry, order):
     """Return the keys of a registry in the order of a table, those that the table lacks at the end."""
     return sorted(registry, key=lambda name: order.index(name) if name in order else len(order))
