@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import re
@@ -242,3 +243,25 @@ class ProcessorSharing:
                 revision=revision,
                 create_pr=create_pr,
             )
+
+
+def build_parser():
+    """Return the parser of `llava-lite push`."""
+    parser = argparse.ArgumentParser(prog="llava-lite push", description="Upload a finished folder to the Hub.")
+    parser.add_argument("folder", help="what a stage left, whole or a part")
+    parser.add_argument("repo_id", help="user/name; made if it is not there")
+    parser.add_argument("--private", action="store_true", default=None, help="make it private, if it is made now")
+    parser.add_argument("--revision", help="branch, made if it is not there (default: main)")
+    parser.add_argument("--create-pr", action="store_true", help="open a pull request")
+    parser.add_argument("--commit-message", default="Upload model", help="what the commit says")
+    parser.add_argument("--base", help="hub id to name as the base of a part, in place of a folder of this machine")
+    parser.add_argument("--tower", help="hub id to name as its vision tower, in place of a folder of this machine")
+    parser.add_argument("--path-in-repo", default="", help="folder of the repository to upload to")
+    return parser
+
+
+def main(argv=None):
+    """Upload a folder and say where it is; the token is that of `hf auth login`."""
+    options = vars(build_parser().parse_args(argv))
+    commit = push_folder(options.pop("folder"), options.pop("repo_id"), **options)
+    print(commit.pr_url or commit.commit_url)

@@ -144,6 +144,9 @@ def test_pull_request_tag_and_shards_are_opened(hub, client, checkpoint, toy_tow
         """
     )
     assert printed.split()[-1] == "refs/pr/1"
+    flags = ["push", str(folder), "tester/shards", "--create-pr", "--path-in-repo", "inner"]
+    printed = client(f"from llava_lite.cli import main\nmain({flags!r})")
+    assert printed.split()[-1] == f"{hub}/tester/shards/discussions/2"
     printed = client(
         f"""
         import json
@@ -154,6 +157,7 @@ def test_pull_request_tag_and_shards_are_opened(hub, client, checkpoint, toy_tow
             for revision in ("v1.0", "refs/pr/1")
         )
         assert torch.equal(main, -asked)
+        load("tester/shards", device="cpu", revision="refs/pr/2", subfolder="inner", **own)
         # Model and processor were pushed apart; the branch has both.
         load("tester/shards", device="cpu", revision="v2", **own)
         api = HfApi(token="tester")
