@@ -59,7 +59,7 @@ class ImageFeaturesMixin:
             read = outputs.hidden_states[layer]
             if drops_first(strategy, tower.config):
                 read = read[:, 1:]
-            features = tuple(self.model.mm_projector(read))
+            features = tuple(self.get_model().mm_projector(read))
         else:
             joined, lengths = self.encode_pictures(pixel_values, image_sizes)
             features = joined[: sum(lengths)].split(lengths)

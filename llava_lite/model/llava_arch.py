@@ -14,18 +14,17 @@ from transformers import initialization as init
 
 from llava_lite.constants import IGNORE_INDEX
 from llava_lite.model.connector import build_connector
-from llava_lite.model.crops import crops_of_each, merge_crops
 from llava_lite.model.crops import unpad_image as unpad_image  # LLaVA's place for it
+from llava_lite.model.embedding import EmbeddingMixin
 from llava_lite.model.generation import PictureGeneration
 from llava_lite.model.image_features import ImageFeaturesMixin
-from llava_lite.model.llava_names import LlavaNames, StackNames, without_blanks
+from llava_lite.model.llava_names import LlavaNames, StackNames
 from llava_lite.model.loading import LoadingMixin
 from llava_lite.model.moe import MoeBlock, RoutingContext, init_moe_weights, read_moe_config, set_routing
 from llava_lite.model.outputs import LlavaOutput
 from llava_lite.model.sharing import SharingMixin
-from llava_lite.model.splice import Batch, check_counts, cut_rows, expand_placeholders, placeholder_mask, splice
+from llava_lite.model.splice import Batch
 from llava_lite.model.vision_tower import VisionTower, build_vision_tower
-from llava_lite.model.weights import gathered, is_partitioned
 
 
 class OfAnInstance:
@@ -52,7 +51,7 @@ class ExpertsMixin:
             init.normal_(module.image_newline, std=module.config.hidden_size**-0.5)
 
 
-class LlavaMetaModel(StackNames, ExpertsMixin):
+class LlavaMetaModel(StackNames, EmbeddingMixin, ImageFeaturesMixin, ExpertsMixin):
     """The decoder stack with `vision_tower` and `mm_projector` beside `layers`; MoE blocks replace some MLPs."""
 
     def __init__(self, config):
@@ -78,9 +77,44 @@ class LlavaMetaModel(StackNames, ExpertsMixin):
 
     get_image_tower = get_vision_tower
 
+    def get_model(self):
+        """Return the decoder stack, which is this: what a whole model is asked can be asked here too."""
+        return self
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values=None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        use_cache: bool | None = None,
+        images: torch.FloatTensor | list[torch.Tensor] | None = None,
+        image_sizes: list[tuple[int, int]] | None = None,
+        pixel_values: torch.FloatTensor | None = None,
+        **kwargs,
+    ):
+        """Return the hidden states of embeddings [B, L, D], or of ids and pictures as in the whole model."""
+        images = images if images is not None else pixel_values
+        if images is not None and inputs_embeds is None:
+            batch = Batch(input_ids, attention_mask, position_ids)
+            batch, inputs_embeds = self.embed_batch(batch, images, image_sizes)
+            input_ids, attention_mask, position_ids = None, batch.attention_mask, batch.position_ids
+        elif pixel_values is not None:
+            inputs_embeds = self.write_pictures(inputs_embeds, pixel_values, image_sizes)
+        return super().forward(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+
 
 class LlavaMetaForCausalLM(
-    LlavaNames, PictureGeneration, ImageFeaturesMixin, SharingMixin, LoadingMixin, ExpertsMixin
+    LlavaNames, PictureGeneration, EmbeddingMixin, ImageFeaturesMixin, SharingMixin, LoadingMixin, ExpertsMixin
 ):
     """Everything that LLaVA adds to a decoder with a vocabulary head; a backbone names its `decoder_class`."""
 
@@ -109,118 +143,6 @@ class LlavaMetaForCausalLM(
     def moe_layers(self) -> dict[int, MoeBlock]:
         """Return the MoE blocks by layer index; empty in a dense model."""
         return {i: layer.mlp for i, layer in enumerate(self.model.layers) if isinstance(layer.mlp, MoeBlock)}
-
-    def encode_images(self, images: torch.Tensor | list[torch.Tensor]) -> torch.Tensor:
-        """Return features [N, P, D] of pictures or crops [N, 3, H, W] (or a list of [3, H, W] or [n, 3, H, W])."""
-        tower = self.get_vision_tower()
-        if tower is None:
-            raise ValueError(
-                "this model has no vision tower but pictures were given; set mm_vision_tower in its config."
-            )
-        features = tower(stack_images(images))
-        weight = next(self.model.mm_projector.parameters(), features)
-        if weight.is_floating_point() and not torch.is_autocast_enabled(features.device.type):
-            features = features.to(weight.dtype)
-        return self.model.mm_projector(features)
-
-    def encode_pictures(self, images, image_sizes=None) -> tuple[torch.Tensor, list[int]]:
-        """Return the features [F, D] of all pictures, one picture after another, and how many each has.
-
-        images: [N, 3, H, W]; or [N, n, 3, H, W] or a list of [3, H, W] and [n, 3, H, W], where n crops are one picture
-        and are merged as the config says. image_sizes: (width, height) of each, needed to merge `spatial` crops.
-        A newline, if the model has one, follows at the end once more, whether it was used or not: see needs_dummy.
-        """
-        if isinstance(images, torch.Tensor) and images.dim() < 5:
-            crops = self.encode_images(images)  # [N, P, D]
-            pictures, newline = [crops.flatten(0, 1)], self.newline(crops.device)
-            lengths = [crops.shape[1]] * len(crops)
-        else:
-            layout = self.config.picture_layout
-            sizes = None if image_sizes is None else [tuple(int(side) for side in size) for size in image_sizes]
-            groups = crops_of_each(images, sizes, layout)
-            crops = self.encode_images(torch.cat(groups))
-            newline = self.newline(crops.device)
-            pictures = [
-                merge_crops(features, None if sizes is None else sizes[i], layout, newline)
-                for i, features in enumerate(crops.split([len(group) for group in groups]))
-            ]
-            lengths = [len(features) for features in pictures]
-        if newline is not None:
-            pictures.append(newline[None])
-        return torch.cat(pictures), lengths
-
-    def newline(self, device) -> torch.Tensor | None:
-        """Return the vector [D] that closes a row of patches, None in a model that has none."""
-        if not self.config.has_newline:
-            return None
-        weight = self.model.image_newline
-        if is_partitioned(weight) and weight.numel() == 0:
-            # DeepSpeed gathers a weight that is read beside its module's own forward in an engine's forward alone, not
-            # in `generate`.
-            with gathered([weight]):
-                weight = weight.clone()
-        return weight.to(device)
-
-    def dummy_images(self) -> torch.Tensor:
-        """Return one blank picture [1, 3, H, W]."""
-        tower = self.get_vision_tower()
-        return torch.zeros(1, 3, tower.image_size, tower.image_size, device=tower.device, dtype=tower.dtype)
-
-    def needs_dummy(self) -> bool:
-        """Tell whether a batch without pictures must still run tower and connector, and read the newline.
-
-        Every rank has to run the same collectives in the same order: ZeRO-3 gathers weights in the forward pass,
-        ZeRO-2 reduces gradients in the backward pass. Without this, ranks with and without pictures hang.
-        """
-        if self.get_vision_tower() is None:
-            return False
-        # ZeRO-3 partitions every weight or none.
-        return self.training or is_partitioned(next(self.parameters()))
-
-    def embed_batch(
-        self, batch: Batch, images, image_sizes=None, pad_left: bool | None = None
-    ) -> tuple[Batch, torch.Tensor]:
-        """Return the batch with expanded placeholders and its embeddings [B, L, D], pictures written in.
-
-        A row of text alone may bring a blank picture, as LLaVA's collator gives it one; it is not looked at. Rows
-        that are learned from and grow here are cut at config.tokenizer_model_max_length; LLaVA cuts prompts too.
-        """
-        if torch.compiler.is_compiling():
-            return batch, self.embed_traced(batch.input_ids, images, image_sizes)
-        if images is not None:
-            is_picture = placeholder_mask(batch.input_ids, self.config.image_token_index)
-            images, image_sizes = without_blanks(is_picture, images, image_sizes)
-        has_images = images is not None and len(images) > 0
-        features, lengths = None, []
-        if has_images:
-            # Before the decoder, once, on every rank: see needs_dummy.
-            features, lengths = self.encode_pictures(images, image_sizes)
-        elif self.needs_dummy():
-            features, _ = self.encode_pictures(self.dummy_images())
-        elif batch.input_ids.shape[1] == 1:
-            # A decoding step: its ids come from the vocabulary, and looking at them would wait for the device.
-            return batch, self.get_input_embeddings()(batch.input_ids)
-        is_picture = placeholder_mask(batch.input_ids, self.config.image_token_index)
-        num_placeholders = int(is_picture.sum())
-        grows = has_images and check_counts(num_placeholders, lengths)
-        if grows:
-            if pad_left is None and self.config.tokenizer_padding_side == "left":
-                pad_left = True
-            batch = expand_placeholders(batch, is_picture, lengths, pad_left)
-            is_picture = placeholder_mask(batch.input_ids, self.config.image_token_index)
-        elif not has_images and num_placeholders and not bool((batch.input_ids < 0).any()):
-            # Without pictures a placeholder of the vocabulary is a word like others, as in transformers.
-            is_picture = torch.zeros_like(is_picture)
-        elif not has_images and num_placeholders:
-            raise ValueError(
-                f"{num_placeholders} image placeholders in input_ids but no pictures; pass images= or pixel_values=."
-            )
-        embeds = self.get_input_embeddings()(batch.input_ids.masked_fill(is_picture, 0))  # [B, L, D]
-        if features is not None:
-            embeds = splice(embeds, is_picture, features)
-        if grows and self.training and batch.labels is not None:
-            batch, embeds = cut_rows(batch, embeds, self.config.tokenizer_model_max_length)
-        return batch, embeds
 
     def forward(
         self,
@@ -335,16 +257,6 @@ class LlavaMetaForCausalLM(
         moe = read_moe_config(self.config.moe, self.config.num_hidden_layers)
         moe_loss = moe.router_aux_loss_coef * torch.stack(terms).sum()
         return lm_loss + moe_loss, moe_loss, terms
-
-
-def stack_images(images) -> torch.Tensor:
-    """Return pictures as one tensor [N, 3, H, W] from a tensor or a list of [3, H, W] or [n, 3, H, W]."""
-    if isinstance(images, torch.Tensor):
-        return images.flatten(0, -4)
-    shapes = {tuple(i.shape[-3:]) for i in images}
-    if len(shapes) > 1:
-        raise ValueError(f"pictures of one batch must share one shape; got {sorted(shapes)}. Process them alike.")
-    return torch.cat([i.flatten(0, -4) if i.dim() > 3 else i[None] for i in images])
 
 
 def drop_none(**kwargs) -> dict:

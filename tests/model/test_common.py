@@ -90,7 +90,8 @@ class CommonTests(common.ModelTesterMixin, GenerationTesterMixin):
     def setUp(self):
         """Build the tester and enter the class in the lists by which the mixin knows what has labels and pictures."""
         model_class = BACKBONES[self.backbone]
-        self.all_model_classes = (model_class,)
+        stack = model_class.decoder_class
+        self.all_model_classes = (stack, model_class) if self._is_composite else (model_class,)
         self.model_tester = Tester(self, model_class, self.moe)
         self.config_tester = configuration.ConfigTester(
             self, config_class=model_class.config_class, common_properties=["hidden_size", "image_token_id"]
@@ -98,9 +99,11 @@ class CommonTests(common.ModelTesterMixin, GenerationTesterMixin):
         entry = {model_class.config_class.model_type: model_class.__name__}
         has_experts = classmethod(lambda cls: self.moe is not None)
         for patched in (
+            patch.dict(common.MODEL_MAPPING_NAMES, {model_class.config_class.model_type: stack.__name__}),
             patch.dict(common.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, entry),
             patch.dict(common.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, entry),
             # The class alone cannot tell; this tester knows.
+            patch.object(stack, "_can_set_experts_implementation", has_experts),
             patch.object(model_class, "_can_set_experts_implementation", has_experts),
         ):
             patched.start()
@@ -125,7 +128,8 @@ def case(backbone, moe, is_composite):
     return type(name, (CommonTests, unittest.TestCase), body)
 
 
-# A config with a config of the tower in it is a composite one; the tests for the others hold as well.
+# A config with a config of the tower in it is a composite one, whose decoder stack is a model of its own; the tests for
+# the others hold as well.
 CASES = [case(backbone, None, False) for backbone in BACKBONES] + [case("llama", None, True), case("llama", MOE, True)]
 CASES += [case("phi", MOE, False)]
 globals().update({one.__name__: one for one in CASES})

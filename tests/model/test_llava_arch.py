@@ -89,6 +89,16 @@ def test_batched_answers_equal_single_ones_and_cached_equals_uncached(model_type
             assert bool((together[row, size:] == model.config.pad_token_id).all())
 
 
+@pytest.mark.parametrize("model_type", BACKBONE_TYPES)
+def test_decoder_stack_reads_pictures_alone_too(model_type, toy_model):
+    model = toy_model(model_type)
+    ids, mask, _ = prompt_batch()
+    with torch.no_grad():
+        whole = model(ids, attention_mask=mask, images=pictures(), output_hidden_states=True).hidden_states[-1]
+        alone = model.model(ids, attention_mask=mask, pixel_values=pictures()).last_hidden_state
+    assert torch.equal(alone, whole)
+
+
 def test_both_conventions_of_generate_give_the_same_new_tokens(toy_model):
     model = toy_model()
     ids, mask, _ = prompt_batch()
