@@ -101,6 +101,7 @@ def assert_transformers_agrees(ours, theirs):
         {"mm_projector_type": "linear", "conv_template": "plain"},
         {"mm_projector_type": "identity", "mm_vision_select_layer": -1, "conv_template": "v1_mmtag"},
         {"mm_vision_select_feature": "cls_patch", "mm_use_im_start_end": True},
+        {"mm_vision_select_feature": "drop_first", "tower": "siglip", "conv_template": "phi"},
     ],
     ids=lambda arguments: "-".join(map(str, arguments.values())),
 )
