@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from llava_lite.train.origins import datasets_of, hub_base, licence_of
+
 PACKAGES = ("llava-lite", "torch", "transformers", "accelerate", "deepspeed", "peft", "tokenizers", "safetensors")
 # Where a run's files lie, who may read them and how its progress is shown say nothing about the model.
 PRIVATE = re.compile(
@@ -18,13 +20,7 @@ PRIVATE = re.compile(
     r"|^trackio"
 )
 PLAIN = (bool, int, float, str, list, tuple, dict)
-_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _NUM_LOSS_ROWS = 8
-# Annotation files of LLaVA-1.5 and their numbers of records, to the data set on the Hub.
-PUBLISHED = {
-    ("blip_laion_cc_sbu_558k.json", 558128): "liuhaotian/LLaVA-Pretrain",
-    ("llava_v1_5_mix665k.json", 665298): "liuhaotian/LLaVA-Instruct-150K",
-}
 _STAGES = {
     "projector": "the connector alone (LLaVA's stage 1)",
     "full": "connector and language model (LLaVA's stage 2)",
@@ -116,44 +112,6 @@ def settings_of(*arguments) -> dict:
             if value != made and isinstance(value, PLAIN) and not PRIVATE.search(knob.name) and knob.init:
                 settings[knob.name] = value
     return settings
-
-
-def hub_base(base: str) -> str | None:
-    """Return the hub id that a base goes back to: itself, or what the card of a local stage names; None if unknown."""
-    if not os.path.exists(base) and _HUB_ID.fullmatch(base) and "/" in base:
-        return base
-    found = card_metadata(base).get("base_model")
-    return found if isinstance(found, str) else None
-
-
-def card_metadata(base: str) -> dict:
-    """Return what the card of a base says to the Hub: a folder's own, of a hub id what the cache holds of it."""
-    import yaml
-    from huggingface_hub import try_to_load_from_cache
-
-    card = Path(base) / "README.md"
-    if not os.path.exists(base):
-        cached = try_to_load_from_cache(base, "README.md") if hub_base(base) == base else None
-        card = Path(cached) if isinstance(cached, str) else card
-    front = card.read_text(encoding="utf-8").split("---\n") if card.is_file() else []
-    try:
-        found = yaml.safe_load(front[1]) if len(front) > 2 else {}
-    except yaml.YAMLError:
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
-def licence_of(base: str) -> dict:
-    """Return the licence that a base's card names, which what is made from it inherits; {} where none is known."""
-    known = card_metadata(base)
-    return {
-        key: known[key] for key in ("license", "license_name", "license_link") if known.get("license") and key in known
-    }
-
-
-def datasets_of(data: Sequence[tuple[str, int]]) -> list[str]:
-    """Return the published data sets among (file, samples) pairs: by name and number, as a name proves nothing."""
-    return [PUBLISHED[public_name(file), num] for file, num in data if (public_name(file), num) in PUBLISHED]
 
 
 def write_card(facts: RunFacts) -> str:

@@ -8,7 +8,8 @@ import pytest
 import yaml
 
 from llava_lite.arguments import parse_args
-from llava_lite.train.card import RunFacts, hub_base, losses, public_name, settings_of, write_card
+from llava_lite.train.card import RunFacts, losses, public_name, settings_of, write_card
+from llava_lite.train.origins import hub_base
 from llava_lite.train.train import train
 
 LOG = [{"step": step, "loss": 4.0 - step / 10} for step in range(1, 21)]
@@ -107,6 +108,7 @@ def test_folders_and_tokens_are_no_part_of_the_recipe(tmp_path):
 def test_the_base_of_a_local_stage_is_the_one_its_own_card_names(facts, tmp_path):
     assert hub_base("lmsys/vicuna-7b-v1.5") == "lmsys/vicuna-7b-v1.5"
     assert hub_base(str(tmp_path)) is None
+    assert hub_base("vicuna") is hub_base(str(tmp_path / "gone")) is None
     (tmp_path / "README.md").write_text(write_card(facts))
     assert hub_base(str(tmp_path)) == "lmsys/vicuna-7b-v1.5"
 
