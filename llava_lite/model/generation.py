@@ -12,8 +12,10 @@ from llava_lite.model.splice import Batch, expand_placeholders, positions_from_m
 
 # Tells `generate(images=None)`, LLaVA's way, from a call that never says `images`, the way of transformers.
 UNSET = object()
-# Ways of generating that look up the ids of the prompt themselves and would never see its embeddings.
-BY_IDS = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "prefill_chunk_size")
+# Ways of generating that look up the ids of the prompt themselves and would never see its embeddings, or that want no
+# embeddings beside the ids; with the value that asks for nothing.
+BY_IDS = {"assistant_model": None, "prompt_lookup_num_tokens": None, "assistant_early_exit": None}
+BY_IDS |= {"prefill_chunk_size": None, "encoder_repetition_penalty": 1.0, "encoder_no_repeat_ngram_size": 0}
 
 
 class PictureGeneration:
@@ -55,16 +57,23 @@ class PictureGeneration:
 
     def reads_ids(self, arguments: dict) -> bool:
         """Tell whether the way of generating that was asked for needs the prompt in a cache and not as embeddings."""
+        asked = {name: self.argument(name, arguments) for name in BY_IDS}
+        return any(value is not None and value != BY_IDS[name] for name, value in asked.items())
+
+    def argument(self, name: str, arguments: dict):
+        """Return what `generate` was told, by name or in a generation config, None if nothing."""
         config = arguments.get("generation_config") or self.generation_config
-        return any(arguments.get(name, getattr(config, name, None)) is not None for name in BY_IDS)
+        return arguments.get(name, getattr(config, name, None))
 
     def prefill(self, embeds: torch.Tensor, mask: torch.Tensor, arguments: dict):
         """Return a cache of all positions of the prompt [B, L, D] but the last, which the first step reads.
 
-        arguments: of `generate`; prefill_chunk_size is taken out, since the prompt is read here, that many at a time.
+        arguments: of `generate`; prefill_chunk_size is taken out, since the prompt is read here, that many at a time,
+        and cache_implementation, since the cache is made here.
         """
-        config = arguments.get("generation_config") or self.generation_config
-        chunk_len = arguments.pop("prefill_chunk_size", None) or getattr(config, "prefill_chunk_size", None)
+        chunk_len = self.argument("prefill_chunk_size", arguments)
+        for name in ("prefill_chunk_size", "cache_implementation"):
+            arguments.pop(name, None)
         cache = arguments.pop("past_key_values", None)
         cache = DynamicCache(config=self.config) if cache is None else cache
         positions, end = positions_from_mask(mask), embeds.shape[1] - 1
@@ -80,6 +89,10 @@ class PictureGeneration:
                 logits_to_keep=1,
             )
             start = stop
+        # transformers repeats rows for beams and for several answers, and leaves a cache as it is.
+        copies = max(self.argument(name, arguments) or 1 for name in ("num_beams", "num_return_sequences"))
+        if copies > 1:
+            cache.batch_repeat_interleave(copies)
         return cache
 
     def prepare_inputs_for_generation(

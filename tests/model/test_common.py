@@ -128,8 +128,8 @@ def case(backbone, moe, is_composite):
     return type(name, (CommonTests, unittest.TestCase), body)
 
 
-# A config with a config of the tower in it is a composite one, whose decoder stack is a model of its own; the tests for
-# the others hold as well.
+# A config with a config of the tower in it is a composite one, whose decoder stack is a model of its own; the tests
+# for the others hold as well.
 CASES = [case(backbone, None, False) for backbone in BACKBONES] + [case("llama", None, True), case("llama", MOE, True)]
 CASES += [case("phi", MOE, False)]
 globals().update({one.__name__: one for one in CASES})
