@@ -164,7 +164,7 @@ def open_adapter(model, path, hub: dict):
     folder = str(Path(config_file).parent)
     config = PeftConfig.from_pretrained(folder)
     has_picture_parts = any(PICTURE_PARTS.search(f".{name}.") for name, _ in model.named_modules())
-    if has_picture_parts and not any(PICTURE_PARTS.search(name) for name in saved):
+    if has_picture_parts and not any(PICTURE_PARTS.search(name) and ".lora_" in name for name in saved):
         # LLaVA names layers by their last word, q_proj, while its tower, which has one too, was not there yet.
         config.exclude_modules = config.exclude_modules or f".*{PICTURE_PARTS.pattern}.*"
     tuned = PeftModel.from_pretrained(model, folder, config=config)

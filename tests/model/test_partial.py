@@ -157,6 +157,26 @@ def test_llavas_lora_is_the_formula(form, tuned, pixels, tmp_path):
     assert tokenizer.get_vocab() == load_pretrained_model(tuned.base, device="cpu")[0].get_vocab()
 
 
+def test_biases_of_tower_and_connector_in_an_adapter_count(tuned, pixels, tmp_path):
+    """With --lora_bias all LLaVA's filter takes every bias into the adapter, those of the frozen tower too."""
+    pytest.importorskip("peft", reason="needs the extra 'peft'")
+    folder = tuned.write_lora(tmp_path / "x91")
+    names = [name for name, _ in LlavaLlamaForCausalLM.from_pretrained(folder).named_parameters()]
+    towers = tuned.tower.state_dict()
+    biases = {
+        f"base_model.model.{name}": next(
+            v for k, v in towers.items() if name.endswith(k.removeprefix("vision_model."))
+        )
+        for name in names
+        if "vision_tower" in name and name.endswith("bias")
+    }
+    biases |= {k: v for k, v in tuned.connector("base_model.model.model.").items() if k.endswith("bias")}
+    save_file(load_file(folder / "adapter_model.safetensors") | biases, folder / "adapter_model.safetensors")
+    edit(folder / "adapter_config.json", bias="all")
+    model = LlavaLlamaForCausalLM.from_pretrained(folder)
+    torch.testing.assert_close(logits_of(model, pixels), tuned.expected(pixels), rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("way", ["builder", "class", "auto"])
 def test_llavas_lora_finds_the_base_that_its_adapter_names(way, tuned, pixels, tmp_path):
     pytest.importorskip("peft", reason="needs the extra 'peft'")
