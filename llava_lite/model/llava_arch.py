@@ -19,7 +19,7 @@ from llava_lite.model.embedding import EmbeddingMixin
 from llava_lite.model.generation import PictureGeneration
 from llava_lite.model.image_features import ImageFeaturesMixin
 from llava_lite.model.llava_names import LlavaNames, StackNames
-from llava_lite.model.loading import LoadingMixin
+from llava_lite.model.loading import LoadingMixin, StackLoadingMixin
 from llava_lite.model.moe import MoeBlock, RoutingContext, init_moe_weights, read_moe_config, set_routing
 from llava_lite.model.outputs import LlavaOutput
 from llava_lite.model.sharing import SharingMixin
@@ -51,7 +51,7 @@ class ExpertsMixin:
             init.normal_(module.image_newline, std=module.config.hidden_size**-0.5)
 
 
-class LlavaMetaModel(StackNames, EmbeddingMixin, ImageFeaturesMixin, ExpertsMixin):
+class LlavaMetaModel(StackNames, EmbeddingMixin, ImageFeaturesMixin, StackLoadingMixin, ExpertsMixin):
     """The decoder stack with `vision_tower` and `mm_projector` beside `layers`; MoE blocks replace some MLPs."""
 
     def __init__(self, config):
@@ -122,6 +122,11 @@ class LlavaMetaForCausalLM(
     lm_head_bias = False
     # The loss is divided by num_items_in_batch here, so the Trainer must not divide it again.
     accepts_loss_kwargs = True
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        if "decoder_class" in vars(cls):
+            cls.decoder_class.whole_class = cls
 
     def __init__(self, config):
         PreTrainedModel.__init__(self, config)

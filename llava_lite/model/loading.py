@@ -153,6 +153,20 @@ def has_llava_type(path, hub: dict) -> bool:
     return own_fields(read_json(path, "config.json", hub)).get("model_type", "").startswith("llava_")
 
 
+class StackLoadingMixin:
+    """`from_pretrained` for a decoder stack, whose `whole_class` is the class that holds it."""
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
+        """Return the stack of a folder or hub id, of the whole model where its parts lie in several places."""
+        path, hub = pretrained_model_name_or_path, hub_arguments(kwargs)
+        fields = read_json(path, "config.json", hub) if path is not None else {}
+        tower_elsewhere = fields.get("mm_vision_tower") is not None and fields.get("vision_config") is None
+        if tower_elsewhere or fields.get("base_model_name_or_path") or foreign_format(fields) is not None:
+            return cls.whole_class.from_pretrained(path, *args, **kwargs).get_model()
+        return super().from_pretrained(path, *args, **kwargs)
+
+
 def read_foreign(path, hub: dict) -> dict | None:
     """Return the weights of a checkpoint under our names if it carries another format's, None if it carries ours."""
     fields = read_json(path, "config.json", hub) if path is not None else {}

@@ -1,18 +1,22 @@
 """What transformers' Auto classes and pipelines make of a saved folder, beside transformers' own LLaVA."""
 
 import importlib
+import json
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 import transformers
 from conftest import draw_picture
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoProcessor,
+    CLIPVisionModel,
     pipeline,
 )
 
@@ -61,6 +65,21 @@ def test_every_auto_class_opens_a_folder_as_what_it_is(folder):
     whole = LlavaLlamaForCausalLM.from_pretrained(folder).model
     assert all(torch.equal(weight, whole.state_dict()[name]) for name, weight in stack.state_dict().items())
     assert type(AutoProcessor.from_pretrained(folder)) is LlavaLiteProcessor
+
+
+def test_stack_takes_its_tower_from_where_llava_keeps_it(folder, toy_tower_dir):
+    path = Path(folder) / "config.json"
+    fields = json.loads(path.read_text())
+    assert fields.pop("vision_config")["model_type"] == "clip_vision_model"
+    path.write_text(json.dumps(fields | {"mm_vision_tower": str(toy_tower_dir())}))
+    names = [key for key in load_file(Path(folder) / "model.safetensors") if "vision_tower" not in key]
+    weights = load_file(Path(folder) / "model.safetensors")
+    save_file({key: weights[key] for key in names}, Path(folder) / "model.safetensors", metadata={"format": "pt"})
+    tower = CLIPVisionModel.from_pretrained(toy_tower_dir())
+    stack = AutoModel.from_pretrained(folder)
+    opened = stack.get_vision_tower().encoder.state_dict()
+    expected = tower.state_dict()
+    assert all(torch.equal(opened[name], expected[name]) for name in opened)
 
 
 def test_every_backbone_is_registered_under_its_own_name():
