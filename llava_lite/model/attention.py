@@ -73,7 +73,9 @@ def varlen_attention(
     if groups > 1:
         key, value = (t.repeat_interleave(groups, dim=1) for t in (key, value))
     if query.shape[2] != key.shape[2] or not causal or dropout:
-        allowed = allowed_keys(query, key, attention_mask, causal, sliding_window)
+        # A tower sees every key, and SDPA is quickest where no mask says so.
+        sees_all = not causal and attention_mask is None and sliding_window is None
+        allowed = None if sees_all else allowed_keys(query, key, attention_mask, causal, sliding_window)
         out = F.scaled_dot_product_attention(query, key, value, attn_mask=allowed, dropout_p=dropout, scale=scaling)
         return out.nan_to_num().transpose(1, 2), None
     real = attention_mask
