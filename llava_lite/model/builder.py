@@ -70,13 +70,14 @@ def load_pretrained_model(
         **kwargs,
     }
     arguments = {name: value for name, value in arguments.items() if value is not None}
+    # Before the weights: what is missing for it is told before they are fetched.
+    tokenizer = load_tokenizer(model_path, base, **hub)
     with in_words(model_path, **hub):
         model = _load_model(model_path, base, config, arguments, hub)
     if device_map is None:
         # On the CPU half precision is slow and, in some kernels, absent.
         widen = device.type == "cpu" and model.dtype == torch.float16 and dtype is None and torch_dtype is None
         model = model.to(device, dtype=torch.float32 if widen else None)
-    tokenizer = load_tokenizer(model_path, base, **hub)
     add_image_tokens(model, tokenizer)
     if moe_llava.claims(read_json(model_path, "config.json", hub)):
         # Its config.json may name another end than the tokenizer, whose end it was trained with.

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import logging
 import shutil
+import sys
 
 import pytest
 import torch
@@ -344,6 +345,16 @@ def test_folder_that_is_no_checkpoint_says_so(tmp_path):
     (tmp_path / "run" / "checkpoint-7" / "config.json").write_text("{}")
     with pytest.raises(OSError, match=r"no config\.json; a checkpoint of it is .*checkpoint-7"):
         load_pretrained_model(tmp_path / "run", device="cpu")
+
+
+def test_a_tokenizer_that_cannot_be_read_is_told_before_the_weights_are(toy_model, tmp_path, monkeypatch):
+    # There are no weights here: whoever looked for them first would say so.
+    toy_model().config.save_pretrained(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}')
+    (tmp_path / "tokenizer.model").write_bytes(b"")
+    monkeypatch.setitem(sys.modules, "sentencepiece", None)
+    with pytest.raises(ImportError, match="pip install sentencepiece"):
+        load_pretrained_model(str(tmp_path), device="cpu")
 
 
 def test_start_and_end_tokens_are_added_where_the_config_trains_with_them(toy_model, toy_tokenizer, tmp_path):
