@@ -14,9 +14,15 @@ VERBS = {
     "check": ("llava_lite.data.check", "look through data and pictures before any GPU time is spent"),
     "plan": ("llava_lite.train.plan", "estimate parameters and memory of a run: flags of train, and --num_devices N"),
     "chat": ("llava_lite.serve.cli", "talk to a model in the terminal: llava-lite chat MODEL --image-file x.jpg"),
-    "convert": ("llava_lite.convert", "write a model as transformers' own LLaVA, or back, and check that it is equal"),
+    "convert": (
+        "llava_lite.export.convert",
+        "write a model as transformers' own LLaVA, or back, and check that it is equal",
+    ),
     "push": ("llava_lite.share", "upload a finished folder to the Hub: llava-lite push FOLDER user/name"),
-    "merge": ("llava_lite.merge", "fold LoRA, or a folder of what was trained, into a whole model and check it"),
+    "merge": (
+        "llava_lite.export.merge",
+        "fold LoRA, or a folder of what was trained, into a whole model and check it",
+    ),
 }
 # Set by deepspeed, torchrun and accelerate in the processes that they start.
 LAUNCHED = "WORLD_SIZE"

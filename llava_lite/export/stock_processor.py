@@ -8,10 +8,10 @@ from pathlib import Path
 from tokenizers import AddedToken
 from transformers import LlavaNextProcessor, LlavaProcessor
 
-from llava_lite import witness
 from llava_lite.constants import DEFAULT_IMAGE_TOKEN
+from llava_lite.export import witness
+from llava_lite.export.jinja_template import write_jinja
 from llava_lite.formats import transformers_llava as layout
-from llava_lite.jinja_template import write_jinja
 
 PAD_TOKEN = "<pad>"
 MANY_BACKENDS = (

@@ -13,8 +13,10 @@ import torch
 from tokenizers import Tokenizer
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedTokenizerFast
 
-from llava_lite import witness
-from llava_lite.checked_folder import (
+from llava_lite.companions import read_json
+from llava_lite.constants import IMAGE_TOKEN_INDEX
+from llava_lite.export import witness
+from llava_lite.export.checked_folder import (
     TOLERANCE,
     finish_folder,
     push,
@@ -23,13 +25,11 @@ from llava_lite.checked_folder import (
     removed_on_error,
     start_folder,
 )
-from llava_lite.companions import read_json
-from llava_lite.constants import IMAGE_TOKEN_INDEX
+from llava_lite.export.stock_folder import refuse_inexpressible, write_stock
+from llava_lite.export.stock_processor import write_json
 from llava_lite.formats import transformers_llava as layout
 from llava_lite.hub import in_words
 from llava_lite.inference import load
-from llava_lite.stock_folder import refuse_inexpressible, write_stock
-from llava_lite.stock_processor import write_json
 
 # Model type, width, patch and picture side of a tower -> where it comes from.
 TOWERS = {

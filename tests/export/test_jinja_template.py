@@ -4,7 +4,7 @@ import pytest
 from PIL import Image
 
 from llava_lite.conversation import conv_templates
-from llava_lite.jinja_template import write_jinja
+from llava_lite.export.jinja_template import write_jinja
 from llava_lite.processing import LlavaLiteProcessor
 
 PICTURE = {"type": "image", "image": Image.new("RGB", (9, 9))}

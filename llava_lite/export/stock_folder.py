@@ -8,18 +8,18 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 from transformers import GenerationConfig
 
-from llava_lite import witness
-from llava_lite.formats import transformers_llava as layout
-from llava_lite.inference import end_mark, load
-from llava_lite.model.builder import config_of, is_llava
-from llava_lite.model.configuration import resolve_vision_config
-from llava_lite.stock_processor import (
+from llava_lite.export import witness
+from llava_lite.export.stock_processor import (
     stock_image_processor,
     stock_processor,
     with_image_token,
     write_json,
     write_processor,
 )
+from llava_lite.formats import transformers_llava as layout
+from llava_lite.inference import end_mark, load
+from llava_lite.model.builder import config_of, is_llava
+from llava_lite.model.configuration import resolve_vision_config
 
 # Rows of a vocabulary that grows come to a multiple of this, as in the released llava-hf checkpoints.
 ROWS_MULTIPLE = 64

@@ -9,10 +9,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedTokenizerFast
 
-from llava_lite import witness
-from llava_lite.convert import convert
+from llava_lite.export import witness
+from llava_lite.export.convert import convert
+from llava_lite.export.jinja_template import write_jinja
 from llava_lite.inference import load, prepare, reply
-from llava_lite.jinja_template import write_jinja
 from llava_lite.model.assemble import assemble
 from llava_lite.processing import LlavaLiteProcessor
 
@@ -243,7 +243,7 @@ def test_way_back_keeps_the_kind_of_tokenizer_and_drops_what_convert_added(whole
 def test_tower_of_a_known_shape_is_named_for_llavas_own_loader():
     from transformers import CLIPVisionConfig
 
-    from llava_lite.convert import name_tower
+    from llava_lite.export.convert import name_tower
     from llava_lite.model import LlavaConfig
 
     shape = {"hidden_size": 1024, "num_attention_heads": 16, "patch_size": 14, "image_size": 336}

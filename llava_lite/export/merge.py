@@ -13,8 +13,9 @@ from pathlib import Path
 
 import torch
 
-from llava_lite import witness
-from llava_lite.checked_folder import (
+from llava_lite.companions import find_base, read_json
+from llava_lite.export import witness
+from llava_lite.export.checked_folder import (
     TOLERANCE,
     finish_folder,
     push,
@@ -23,7 +24,6 @@ from llava_lite.checked_folder import (
     removed_on_error,
     start_folder,
 )
-from llava_lite.companions import find_base, read_json
 from llava_lite.hub import in_words
 from llava_lite.inference import load
 from llava_lite.model.builder import is_llava

@@ -5,7 +5,7 @@ import shutil
 from contextlib import contextmanager
 from pathlib import Path
 
-from llava_lite import witness
+from llava_lite.export import witness
 from llava_lite.hub import in_words
 
 # Of a logit, in float32: sums over thousands of products, taken in another order.

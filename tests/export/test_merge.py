@@ -8,9 +8,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from llava_lite import witness
+from llava_lite.export import witness
+from llava_lite.export.merge import merge
 from llava_lite.inference import load
-from llava_lite.merge import merge
 from llava_lite.mm_utils import process_images, tokenizer_image_token
 
 peft = pytest.importorskip("peft", reason="LoRA folders are written and folded with peft")
@@ -193,7 +193,7 @@ def test_adapter_of_a_plain_language_model_is_folded_too(toy_llm_dir, tmp_path):
 
 
 def test_lora_on_a_model_of_transformers_becomes_a_whole_one_of_ours(toy_model, toy_tokenizer, tmp_path):
-    from llava_lite.convert import convert
+    from llava_lite.export.convert import convert
 
     model = toy_model(conv_template="v1")
     model.save_pretrained(tmp_path / "model")
