@@ -90,7 +90,7 @@ def watching_gates(model):
 
 @contextmanager
 def watching(blocks, part_of, read_inputs):
-    """Yield {layer: list} that grows by what a part of a block gets (`read_inputs`) or, with None, gives; on the CPU."""
+    """Yield {layer: list} that grows, on the CPU, by what a part of a block gets (`read_inputs`) or else gives."""
     seen = {layer: [] for layer in blocks}
 
     def hook_on(layer):
