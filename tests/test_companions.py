@@ -8,6 +8,7 @@ import pytest
 from transformers import AutoConfig
 
 from llava_lite.companions import image_processor_of, load_tokenizer, read_json, template_of
+from llava_lite.mm_utils import tokenizer_image_token
 from llava_lite.processing import LlavaLiteProcessor
 
 
@@ -35,6 +36,34 @@ def test_what_reads_a_vocabulary_of_sentencepiece_is_named_where_it_is_missing(t
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(ImportError, match=rf"as tokenizer.model and not.*pip install .*{module.split('.')[-1]}"):
         load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("legacy", [True, False])
+def test_vocabulary_of_sentencepiece_alone_gives_its_own_ids(tmp_path, legacy):
+    import sentencepiece
+    from conftest import toy_corpus
+
+    with open(tmp_path / "tokenizer.model", "wb") as file:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(toy_corpus()),
+            model_writer=file,
+            vocab_size=400,
+            model_type="bpe",
+            byte_fallback=True,
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            minloglevel=2,
+        )
+    marks = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "add_bos_token": True}
+    config = {"tokenizer_class": "LlamaTokenizer", "legacy": legacy, **marks}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    tokenizer = load_tokenizer(tmp_path)
+    pieces = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
+    before, after = "A chat: USER:", "\nWhat colour is the square? ASSISTANT:"
+    assert tokenizer(before)["input_ids"] == [1, *pieces.encode(before)]
+    ids = tokenizer_image_token(f"{before}<image>{after}", tokenizer)
+    assert ids == [1, *pieces.encode(before), -200, *pieces.encode(after)]
 
 
 def test_folder_without_a_tokenizer_takes_that_of_its_base(toy_model, toy_llm_dir, tmp_path):

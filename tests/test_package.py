@@ -34,7 +34,7 @@ FLOORS = {
 OPTIONAL = {"accelerate", "bitsandbytes", "datasets", "deepspeed", "flash_attn", "gradio", "matplotlib", "peft"}
 OPTIONAL |= {"sklearn", "tensorboard", "torchvision"}
 # The names that pip and Python give the same thing, and what transformers itself depends on.
-MODULES = {"pillow": "PIL"}
+MODULES = {"pillow": "PIL", "protobuf": "google"}
 WITH_TRANSFORMERS = {"filelock", "huggingface_hub", "packaging", "regex", "tqdm", "yaml"}
 
 
@@ -104,9 +104,10 @@ def test_files_import_at_the_top_only_what_is_always_installed(path):
     assert everywhere <= allowed | OPTIONAL
 
 
-def test_loading_needs_seven_packages_and_training_three_more():
+def test_loading_needs_nine_packages_and_training_three_more():
     names = {extra: {requirement.name for requirement in lines} for extra, lines in requirements().items()}
-    assert names[""] == {"torch", "transformers", "tokenizers", "safetensors", "pillow", "einops", "numpy"}
+    reads_vocabularies = {"tokenizers", "sentencepiece", "protobuf"}
+    assert names[""] == {"torch", "transformers", "safetensors", "pillow", "einops", "numpy"} | reads_vocabularies
     assert {"accelerate", "deepspeed", "datasets"} <= names["train"]
     assert {"train", "peft", "quant", "serve", "flash", "dev"} <= set(names)
 
@@ -114,7 +115,7 @@ def test_loading_needs_seven_packages_and_training_three_more():
 @pytest.mark.parametrize("constraints", ["constraints.txt", "constraints-5.17.txt"])
 def test_constraints_fit_the_bounds(constraints):
     pinned = pins(constraints)
-    installed_by_scripts = [line for extra in ("", "train", "peft", "dev") for line in requirements()[extra]]
+    installed_by_scripts = [line for extra in ("", "train", "peft", "quant", "dev") for line in requirements()[extra]]
     for requirement in installed_by_scripts:
         assert requirement.specifier.contains(pinned[requirement.name.replace("_", "-")]), requirement
         assert any(bound.operator == ">=" for bound in requirement.specifier), f"{requirement}: no lower bound"
