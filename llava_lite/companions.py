@@ -29,6 +29,8 @@ TEMPLATE_OF_DECODER = {
 GENERIC_TOKENIZERS = ("PreTrainedTokenizerFast", "TokenizersBackend")
 ARCADE100K_FIELDS = ("pad_token", "unk_token", "model_max_length", "padding_side", "chat_template")
 BASE = "base_model_name_or_path"
+# What a tokenizer of the decoders here is made of; the last is of StableLM 2.
+VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", arcade100k.FILE)
 
 
 def template_of(config, tokenizer=None):
@@ -85,9 +87,44 @@ def load_tokenizer(name, base=None, **hub):
     if words is not None and not has_all:
         saved = read_json(name, "tokenizer_config.json", hub)
         return arcade100k.read_arcade100k(words, **{k: saved[k] for k in ARCADE100K_FIELDS if k in saved})
-    with in_words(name, **hub):
-        tokenizer = kind.from_pretrained(name, **hub)
+    try:
+        with in_words(name, **hub):
+            tokenizer = kind.from_pretrained(name, **hub)
+    except OSError:
+        # Of the Hub, and told.
+        raise
+    # Of a file cut short or not fetched transformers and tokenizers raise nearly everything, or ask for tiktoken.
+    except Exception as error:
+        refuse_broken_vocabulary(name, hub, error)
+        raise
     return with_chat_template(tokenizer, name, hub)
+
+
+def refuse_broken_vocabulary(name, hub, error):
+    """Raise OSError if a checkpoint has no vocabulary, ValueError if its file is no such thing; else do nothing."""
+    files = {
+        file: cached_file(name, file, _raise_exceptions_for_missing_entries=False, **hub) for file in VOCABULARIES
+    }
+    files = {file: path for file, path in files.items() if path is not None}
+    if not files:
+        raise OSError(
+            f"{str(name)!r} holds no tokenizer: none of {', '.join(VOCABULARIES)}. Copy the tokenizer files of the "
+            "language model that it was trained on beside its weights."
+        ) from error
+    for file, path in files.items():
+        with open(path, "rb") as stream:
+            is_pointer = stream.read(20) == b"version https://git-"
+        if is_pointer or file == "tokenizer.model" or not _is_json(path, file):
+            reason = "it is a git-lfs pointer: run git lfs pull beside it" if is_pointer else "copy it again"
+            raise ValueError(f"{str(path)!r} cannot be read as a tokenizer; {reason}.") from error
+
+
+def _is_json(path, file):
+    try:
+        with open(path, encoding="utf-8") as stream:
+            return not file.endswith(".json") or isinstance(json.load(stream), dict)
+    except ValueError:
+        return False
 
 
 def need_sentencepiece(name):
@@ -148,6 +185,12 @@ def image_processor_of(name, config, **hub):
         return load_image_processor(name, **hub)
     if config.mm_vision_tower is None:
         raise OSError(f"{name} has no preprocessor_config.json and names no mm_vision_tower to take it from.")
+    if os.path.isabs(config.mm_vision_tower) and not os.path.isdir(config.mm_vision_tower):
+        raise OSError(
+            f"{str(name)!r} has no preprocessor_config.json, and the vision tower that it would be taken from, "
+            f"{config.mm_vision_tower!r}, is not there. Copy the tower's beside the weights, or name the tower as "
+            "mm_vision_tower in config.json."
+        )
     with in_words(config.mm_vision_tower, **everywhere(hub)):
         return load_image_processor(config.mm_vision_tower, **everywhere(hub))
 

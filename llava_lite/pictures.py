@@ -3,6 +3,7 @@
 import base64
 import io
 
+import numpy as np
 import torch
 from PIL import Image, ImageOps
 
@@ -139,8 +140,12 @@ def process_anyres_image(image, processor, grid_pinpoints=None) -> torch.Tensor:
 def process_images(images, image_processor, model_cfg) -> torch.Tensor | list[torch.Tensor]:
     """Return the pictures, prepared as `model_cfg.image_aspect_ratio` says (absent or None: `square`).
 
+    images: PIL pictures, or arrays [H, W, 3] of 0 to 255 (uint8).
     [N, 3, H, W]; for `anyres` [N, n, 3, H, W], or a list of [n, 3, H, W] if they have unequal numbers of crops.
     """
+    # LLaVA hands them to the processor, which takes one picture alone too, and arrays [H, W, 3].
+    images = [images] if isinstance(images, Image.Image) else images
+    images = [Image.fromarray(image) if isinstance(image, np.ndarray) else image for image in images]
     # Evaluation tools hand over any object, with this one attribute or without it.
     aspect_ratio = getattr(model_cfg, "image_aspect_ratio", None) or "square"
     pinpoints = getattr(model_cfg, "image_grid_pinpoints", None)

@@ -66,6 +66,34 @@ def test_vocabulary_of_sentencepiece_alone_gives_its_own_ids(tmp_path, legacy):
     assert ids == [1, *pieces.encode(before), -200, *pieces.encode(after)]
 
 
+@pytest.mark.parametrize(
+    ("file", "content", "words"),
+    [
+        (None, b"", "holds no tokenizer: none of tokenizer.json"),
+        ("tokenizer.model", b"no such thing", r"tokenizer.model' cannot be read as a tokenizer; copy it again"),
+        ("tokenizer.json", b'{"version": ', r"tokenizer.json' cannot be read as a tokenizer; copy it again"),
+        ("tokenizer.json", b"version https://git-lfs.github.com/spec/v1\n", "git-lfs pointer: run git lfs pull"),
+    ],
+)
+def test_a_tokenizer_that_is_missing_or_broken_is_told(toy_model, tmp_path, file, content, words):
+    if file == "tokenizer.model":
+        pytest.importorskip("sentencepiece", reason="without it that is what is told")
+    toy_model(tower=None).config.save_pretrained(tmp_path)
+    if file is not None:
+        (tmp_path / file).write_bytes(content)
+    with pytest.raises((OSError, ValueError), match=words):
+        load_tokenizer(tmp_path)
+
+
+def test_a_tower_that_is_gone_with_the_image_processor_is_told(toy_model, tmp_path):
+    config = toy_model().config
+    config.mm_vision_tower = str(tmp_path / "gone")
+    with pytest.raises(
+        OSError, match=r"has no preprocessor_config.json, and the vision tower .*gone'?.* is not there"
+    ):
+        image_processor_of(tmp_path, config)
+
+
 def test_folder_without_a_tokenizer_takes_that_of_its_base(toy_model, toy_llm_dir, tmp_path):
     base = str(toy_llm_dir("llama"))
     config = toy_model().config

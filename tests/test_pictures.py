@@ -274,6 +274,16 @@ def test_exif_turns_a_picture_for_people_and_not_in_training(tmp_path):
     assert open_picture(tmp_path / "phone.jpg", upright=True).size == (20, 40)
 
 
+@pytest.mark.parametrize("aspect_ratio", ["pad", None])
+def test_process_images_takes_arrays_and_one_picture_as_llavas_processor_does(clip_processor, aspect_ratio):
+    config, picture = SimpleNamespace(image_aspect_ratio=aspect_ratio), random_picture(40, 33)
+    wanted = process_images([picture], clip_processor, config)
+    assert torch.equal(process_images([np.asarray(picture)], clip_processor, config), wanted)
+    assert torch.equal(process_images(picture, clip_processor, config), wanted)
+    stock = clip_processor([np.asarray(picture)], return_tensors="pt")["pixel_values"]
+    assert aspect_ratio == "pad" or torch.equal(wanted, stock.float())
+
+
 def test_process_images_stacks_as_the_configuration_says(clip_processor):
     images = [random_picture(80, 40), random_picture(30, 50).convert("L"), random_picture(40, 40).convert("RGBA")]
     for aspect_ratio in ("square", "pad"):

@@ -8,17 +8,17 @@ import logging
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.utils import cached_file
 
 from llava_lite.companions import find_base, image_processor_of, load_tokenizer, read_json
 from llava_lite.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_PATCH_TOKEN
 from llava_lite.formats import foreign_format, moe_llava
 from llava_lite.hub import everywhere, hub_arguments, in_words, reach_config, require_config
-from llava_lite.model import model_class_for
+from llava_lite.model import BACKBONES, model_class_for
 from llava_lite.model.attention import choose_attention
 from llava_lite.model.loading import KEPT_WHOLE, own_accounting, strays
-from llava_lite.model.partial import base_of, merge_adapter, refuse_strays
+from llava_lite.model.partial import base_of, merge_adapter, refuse_lost_parts, refuse_strays
 from llava_lite.model.weight_files import broken_files_in_words
 
 logger = logging.getLogger(__name__)
@@ -120,6 +120,13 @@ def config_of(name, hub):
     fields = read_json(name, "config.json", hub)
     foreign = foreign_format(fields)
     if foreign is None:
+        found = str(fields.get("model_type"))
+        if found.startswith(("llava", "moe_llava")) and found not in CONFIG_MAPPING:
+            # transformers would say to update it.
+            raise ValueError(
+                f"{str(name)!r} is a LLaVA on a decoder that is not known here (model_type {found!r}); "
+                f"known: {', '.join(sorted(BACKBONES))}, and what other systems call these."
+            )
         return AutoConfig.from_pretrained(name, **hub)
     fields = foreign.config_from(fields)
     config = model_class_for(fields["model_type"]).config_class.from_dict(fields)
@@ -140,6 +147,7 @@ def _load_model(model_path, base, config, arguments, hub):
     if base is None:
         arguments["attn_implementation"] = choose_attention(arguments.get("attn_implementation"))
         return open_plain(model_path, config, arguments, hub)
+    refuse_lost_parts(model_path, hub)
     arguments = {name: value for name, value in arguments.items() if name not in hub} | everywhere(hub)
     return merge_adapter(_load_model(base, None, config, arguments, everywhere(hub)), model_path, hub)
 

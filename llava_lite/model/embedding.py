@@ -132,6 +132,8 @@ class EmbeddingMixin:
 def stack_images(images) -> torch.Tensor:
     """Return pictures as one tensor [N, 3, H, W] from a tensor or a list of [3, H, W] or [n, 3, H, W]."""
     if isinstance(images, torch.Tensor):
+        if images.dim() < 4:
+            raise ValueError(f"pictures have shape {tuple(images.shape)}; expected [N, 3, H, W]: images[None] of one.")
         return images.flatten(0, -4)
     shapes = {tuple(i.shape[-3:]) for i in images}
     if len(shapes) > 1:

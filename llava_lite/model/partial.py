@@ -57,6 +57,8 @@ def take_trained(model, path, num_rows: int, hub: dict):
     """
     files = [file for name in TRAINED if (file := find_file(path, name, hub)) is not None]
     has_adapter = find_file(path, ADAPTER, hub) is not None
+    if not has_adapter:
+        refuse_lost_adapter(path, hub)
     if not files and not has_adapter:
         is_whole = any(find_file(path, name, hub) is not None for name in WHOLE)
         raise OSError(
@@ -68,6 +70,26 @@ def take_trained(model, path, num_rows: int, hub: dict):
         weights |= read_trained(file, read_json(path, "config.json", hub))
     load_trained(model, take_new_rows(model, weights, num_rows), f"weights of {(files or [path])[0]!r}")
     return merge_adapter(model, path, hub) if has_adapter else model, set(weights)
+
+
+def refuse_lost_adapter(path, hub: dict) -> None:
+    """Raise OSError if there are weights of an adapter and nothing that says how to put them on the base."""
+    lost = [name for name in ADAPTER_WEIGHTS if find_file(path, name, hub) is not None]
+    if lost:
+        raise OSError(
+            f"{str(path)!r} holds {lost[0]} and no {ADAPTER}, which says where they go and how they are scaled. "
+            "Copy it beside them."
+        )
+
+
+def refuse_lost_parts(path, hub: dict) -> None:
+    """Raise OSError if trained weights stand beside an adapter without the config.json that says what they are."""
+    lost = [name for name in TRAINED if find_file(path, name, hub) is not None]
+    if lost:
+        raise OSError(
+            f"{str(path)!r} holds {', '.join(lost)} and no config.json, which says what model the weights belong to. "
+            "Copy it beside them."
+        )
 
 
 def read_trained(file: str, fields: dict) -> dict:

@@ -357,6 +357,14 @@ def test_a_tokenizer_that_cannot_be_read_is_told_before_the_weights_are(toy_mode
         load_pretrained_model(str(tmp_path), device="cpu")
 
 
+def test_a_llava_on_an_unknown_decoder_is_told_with_the_known_ones(toy_model, tmp_path):
+    toy_model().config.save_pretrained(tmp_path)
+    fields = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(fields | {"model_type": "llava_mpt"}))
+    with pytest.raises(ValueError, match=r"decoder that is not known here \(model_type 'llava_mpt'\); known: llama"):
+        load_pretrained_model(str(tmp_path), device="cpu")
+
+
 def test_start_and_end_tokens_are_added_where_the_config_trains_with_them(toy_model, toy_tokenizer, tmp_path):
     model = toy_model(mm_use_im_start_end=True, mm_use_im_patch_token=True)
     rows = model.get_input_embeddings().weight.shape[0]

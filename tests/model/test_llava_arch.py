@@ -140,6 +140,11 @@ def test_text_only_batch_gives_tower_and_connector_zero_gradient(model_type, moe
         assert not parameter.grad.any()
 
 
+def test_a_picture_that_is_no_batch_is_told_what_is_expected(toy_model):
+    with pytest.raises(ValueError, match=r"shape \(3, 32, 32\); expected \[N, 3, H, W\]"):
+        toy_model()(torch.tensor([[1, -200, 5]]), images=torch.zeros(3, 32, 32))
+
+
 def test_pictures_without_marks_and_marks_without_pictures_are_refused(toy_model):
     model = toy_model()
     with pytest.raises(ValueError, match="0 image placeholders in input_ids but 1 pictures of 16 features"):

@@ -114,6 +114,14 @@ def write_partial(model, folder, base, names):
     save_file(state, folder / "trained.safetensors", metadata={"format": "pt"})
 
 
+def test_a_tower_of_several_scales_is_refused(toy_model, tmp_path):
+    toy_model().save_pretrained(tmp_path)
+    fields = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(fields | {"s2": True, "s2_scales": "32,64"}))
+    with pytest.raises(ValueError, match=r"several scales \(s2\), which is not known"):
+        LlavaLlamaForCausalLM.from_pretrained(tmp_path)
+
+
 def test_a_projector_folder_opens_on_its_plain_llm(toy_model, toy_llm_dir, tmp_path):
     model = toy_model()
     with torch.no_grad():

@@ -177,6 +177,15 @@ def test_biases_of_tower_and_connector_in_an_adapter_count(tuned, pixels, tmp_pa
     torch.testing.assert_close(logits_of(model, pixels), tuned.expected(pixels), rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("lost", ["adapter_config.json", "config.json"])
+def test_a_lora_folder_without_one_of_its_configs_is_not_opened_in_part(lost, tuned, tmp_path):
+    pytest.importorskip("peft", reason="needs the extra 'peft'")
+    folder = tuned.write_lora(tmp_path / "x91")
+    (folder / lost).unlink()
+    with pytest.raises(OSError, match=f"no {lost}, which says .*Copy it beside them"):
+        load_pretrained_model(folder, tuned.base, device="cpu")
+
+
 @pytest.mark.parametrize("way", ["builder", "class", "auto"])
 def test_llavas_lora_finds_the_base_that_its_adapter_names(way, tuned, pixels, tmp_path):
     pytest.importorskip("peft", reason="needs the extra 'peft'")

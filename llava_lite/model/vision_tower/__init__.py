@@ -18,6 +18,12 @@ def build_vision_tower(config) -> VisionTower:
 
     Raises ValueError with the known model types if the tower is none of them.
     """
+    # LLaVA's key, which only its checkpoints of several scales have.
+    if getattr(config, "s2", False):
+        raise ValueError(
+            "config.json asks for a tower that reads a picture at several scales (s2), which is not known here; such "
+            "a model's connector expects three times the width."
+        )
     vision_config = resolve_vision_config(config)
     if vision_config.model_type not in TOWERS:
         raise ValueError(
