@@ -371,12 +371,13 @@ def test_lora_beside_the_experts_is_added_in(base_layer, written, pixels, tmp_pa
         AutoModelForCausalLM.from_pretrained(there.write(tmp_path / "z"))
 
 
-def test_missing_and_unexpected_weights_are_named(written, tmp_path):
+def test_missing_and_unexpected_weights_are_named(written, toy_tokenizer, tmp_path):
     there = written("llama")
     there.state["model.extra.weight"] = torch.ones(1)
     there.state["model.mm_projector.video_patch_proj.weight"] = torch.ones(1)
     del there.state[f"{PROJECTOR}2.bias"], there.state["model.layers.0.mlp.deepspeed_moe.gate.wg.weight"]
     folder = there.write(tmp_path / "x")
+    toy_tokenizer.save_pretrained(folder)
     for opened in (AutoModelForCausalLM.from_pretrained, lambda path: load_pretrained_model(path, device="cpu")):
         with pytest.raises(ValueError, match="2 missing") as error:
             opened(folder)

@@ -6,7 +6,7 @@ import os
 import pytest
 import torch
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llava_lite.model.builder import load_pretrained_model
 from llava_lite.model.weight_files import read_checkpoint
@@ -149,6 +149,7 @@ def write_folder(model_type, file, toy_model, toy_llm_dir, tmp_path):
     folder.mkdir()
     fields = model.config.to_dict() | {"model_type": model_type}
     (folder / "config.json").write_text(json.dumps(fields))
+    AutoTokenizer.from_pretrained(toy_llm_dir("llama")).save_pretrained(folder)
     save(model.state_dict(), folder / file)
     return folder
 
