@@ -22,7 +22,7 @@ from llava_lite.model.splice import Batch, placeholder_mask, positions_from_mask
 from llava_lite.model.upcycle import upcycle
 from llava_lite.model.vision_tower import build_vision_tower
 from llava_lite.model.vocabulary import fit_rows
-from llava_lite.model.weights import read_weights
+from llava_lite.model.weights import gathered, read_weights
 
 logger = logging.getLogger(__name__)
 
@@ -59,12 +59,21 @@ class StackNames:
         self.mm_projector.requires_grad_(True)
         if given.adapter is not None:
             fill_connector(self.mm_projector, given.adapter)
+            self.fill_newline(given.adapter)
 
     def add_newline(self) -> None:
         """Draw the vector that closes rows of patches, if the config asks for one."""
         if self.config.has_newline:
             drawn = torch.randn(self.config.hidden_size, dtype=self.dtype, device=self.device)
             self.image_newline = torch.nn.Parameter(drawn * self.config.hidden_size**-0.5)
+
+    def fill_newline(self, path) -> None:
+        """Copy the newline out of a file of connector weights, where the model has one and the file holds it."""
+        saved = [weight for name, weight in read_weights(path).items() if name.endswith("image_newline")]
+        if saved and self.config.has_newline:
+            with torch.no_grad(), gathered([self.image_newline], modify=True):
+                if self.image_newline.numel():
+                    self.image_newline.copy_(saved[0])
 
 
 class LlavaNames:

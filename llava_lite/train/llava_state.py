@@ -84,7 +84,8 @@ def safe_save_model_for_hf_trainer(trainer, output_dir):
         parts = [trainer.processing_class]
         save_final(model, output_dir, parts=parts, whole=True, is_writer=args.should_save)
         return
-    keys = ["mm_projector", "embed_tokens"] if getattr(args, "use_im_start_end", False) else ["mm_projector"]
+    # Without the newline of LLaVA-1.6, which LLaVA leaves out, the folder could not be opened again.
+    keys = ["mm_projector", "image_newline"] + ["embed_tokens"] * getattr(args, "use_im_start_end", False)
     weights = get_mm_adapter_state_maybe_zero_3(model.named_parameters(), keys)
     if not args.should_save:
         return

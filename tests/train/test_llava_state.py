@@ -10,6 +10,7 @@ from torch import nn
 
 from llava_lite import conversation as conversation_lib
 from llava_lite.model import LlavaLlamaForCausalLM
+from llava_lite.model.builder import load_pretrained_model
 from llava_lite.train import train as llava_train
 from llava_lite.train.llava_state import (
     find_all_linear_names,
@@ -172,6 +173,30 @@ def test_stage_built_in_llavas_steps_trains_and_is_opened_again(
     for name, param in again.named_parameters():
         assert torch.equal(param, dict(trainer.model.named_parameters())[name]), name
     assert (tmp_path / "out" / "tokenizer.json").is_file()
+
+
+def test_the_newline_is_in_the_file_of_the_connector_and_read_from_it(toy_llm_dir, toy_tower_dir, tmp_path):
+    """LLaVA leaves it out: whatever was drawn while the connector learned to live with it was lost."""
+
+    def with_newline(adapter=None):
+        model = LlavaLlamaForCausalLM.from_pretrained(str(toy_llm_dir("llama")))
+        asked = SimpleNamespace(
+            vision_tower=str(toy_tower_dir()),
+            mm_vision_select_layer=-2,
+            mm_vision_select_feature="patch",
+            mm_projector_type="linear",
+            mm_patch_merge_type="spatial_unpad",
+            pretrain_mm_mlp_adapter=adapter,
+        )
+        model.get_model().initialize_vision_modules(asked)
+        return model
+
+    model, args = with_newline(), SimpleNamespace(tune_mm_mlp_adapter=True, should_save=True)
+    llava_train.safe_save_model_for_hf_trainer(SimpleNamespace(model=model, args=args), str(tmp_path))
+    newline = model.get_model().image_newline
+    assert torch.equal(with_newline(str(tmp_path / "mm_projector.bin")).get_model().image_newline, newline)
+    opened = load_pretrained_model(tmp_path, str(toy_llm_dir("llama")), device="cpu")[1]
+    assert torch.equal(opened.get_model().image_newline, newline)
 
 
 def test_stage_of_the_connector_alone_leaves_llavas_file(toy_llm_dir, toy_tower_dir, toy_data, tmp_path, v1):
