@@ -3,11 +3,18 @@
 import base64
 import io
 import os
+from http.client import HTTPException
+from urllib.request import Request, urlopen
 
 from PIL import Image, ImageOps
 
+from llava_lite import __version__
 from llava_lite.constants import DEFAULT_IMAGE_TOKEN
 from llava_lite.mm_utils import PictureError, open_picture, to_rgb
+
+# What begins an address and no path; how long to wait for what it names.
+ADDRESSES = ("http://", "https://", "data:image/")
+TIMEOUT_S = 30
 
 
 def pictures_of_each(images, texts):
@@ -27,9 +34,11 @@ def pictures_of_each(images, texts):
 
 
 def upright_picture(picture):
-    """Return a PIL picture, a path or the bytes of a file as an RGB picture, turned as its EXIF entry says."""
+    """Return a picture as RGB, turned as its EXIF entry says: a PIL one, the path, address or bytes of a file."""
     if isinstance(picture, Image.Image):
         return to_rgb(ImageOps.exif_transpose(picture))
+    if isinstance(picture, str) and picture.startswith(ADDRESSES):
+        picture = fetch(picture)
     if not isinstance(picture, (str, os.PathLike, bytes)) and not hasattr(picture, "read"):
         raise TypeError(
             f"a picture is a PIL image, a path, an open file or the bytes of one; got {type(picture).__name__}. "
@@ -41,6 +50,23 @@ def upright_picture(picture):
         return open_picture(io.BytesIO(picture), upright=True)
     except PictureError as error:
         raise PictureError(f"{len(picture)} bytes", error.reason) from error
+
+
+def fetch(address):
+    """Return the bytes that an address of the web, or a data: address itself, holds; PictureError if it has none."""
+    shown = _shortened(address) if address.startswith("http") else f"{address[:40]}..."
+    if address.startswith("data:"):
+        try:
+            return base64.b64decode(address.partition(",")[2], validate=True)
+        except ValueError as error:
+            raise PictureError(shown, f"no base64: {error}") from error
+    # Some servers, Wikipedia's among them, answer nobody without a name.
+    request = Request(address, headers={"User-Agent": f"llava_lite/{__version__}"})
+    try:
+        with urlopen(request, timeout=TIMEOUT_S) as answer:
+            return answer.read()
+    except (OSError, HTTPException, ValueError) as error:
+        raise PictureError(shown, f"{type(error).__name__}: {error}") from error
 
 
 def _grouped(images, counts):
@@ -117,16 +143,22 @@ def _read_content(content, need_pictures):
     for part in content:
         if part["type"] == "text":
             words.append(part["text"])
-        elif part["type"] == "image":
+        elif part["type"] in ("image", "image_url"):
             words.append(DEFAULT_IMAGE_TOKEN)
             pictures += [_picture_of(part)] if need_pictures else []
         else:
-            raise ValueError(f"a message has a part of type {part['type']!r}; known: text, image.")
+            raise ValueError(f"a message has a part of type {part['type']!r}; known: text, image, image_url.")
     return "\n".join(words), pictures
 
 
 def _picture_of(part):
-    """Return the picture of a message's part: as it stands, or the bytes that its base64 text holds."""
+    """Return the picture of a message's part: as it stands, or the bytes that its base64 text holds.
+
+    An `image_url` is OpenAI's way to write it: {"type": "image_url", "image_url": {"url": ...}}.
+    """
+    if part["type"] == "image_url":
+        address = part.get("image_url")
+        part = {"url": address.get("url") if isinstance(address, dict) else address}
     found = [key for key in ("image", "path", "url", "base64") if part.get(key) is not None]
     if not found:
         raise ValueError(f"an image part needs one of image, path, url, base64; got {', '.join(part)}.")

@@ -208,6 +208,52 @@ def test_pictures_of_messages_come_as_path_and_base64(processor, tmp_path):
     assert torch.equal(inputs["pixel_values"][0], inputs["pixel_values"][2])
 
 
+def test_pictures_of_messages_come_as_openai_writes_them(processor, tmp_path):
+    picture().save(tmp_path / "a.png")
+    path = str(tmp_path / "a.png")
+    said = [
+        processor.apply_chat_template([user(part, words("Hello!"))], None, True, tokenize=True, return_dict=True)
+        for part in (
+            {"type": "image", "path": path},
+            {"type": "image_url", "image_url": {"url": path}},
+            {"type": "image_url", "image_url": path},
+        )
+    ]
+    for inputs in said[1:]:
+        assert torch.equal(inputs["input_ids"], said[0]["input_ids"])
+        assert torch.equal(inputs["pixel_values"], said[0]["pixel_values"])
+
+
+def test_pictures_are_fetched_from_where_an_address_says(processor, tmp_path):
+    import base64
+    import functools
+    import http.server
+    import threading
+
+    picture().save(tmp_path / "a.png")
+    data = base64.b64encode((tmp_path / "a.png").read_bytes()).decode()
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=tmp_path)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        try:
+            address = f"http://127.0.0.1:{server.server_port}"
+            message = user(
+                {"type": "image", "url": f"{address}/a.png"},
+                {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{data}"}},
+                words("Hello!"),
+            )
+            inputs = processor.apply_chat_template([message], None, True, tokenize=True, return_dict=True)
+            expected = processor(images=picture(), text="<image>")["pixel_values"][0]
+            assert all(torch.equal(pixels, expected) for pixels in inputs["pixel_values"])
+            assert torch.equal(processor(images=f"{address}/a.png", text="<image>")["pixel_values"][0], expected)
+            with pytest.raises(ValueError, match=r"b\.png.*404"):
+                processor(images=f"{address}/b.png", text="<image>")
+        finally:
+            server.shutdown()
+    with pytest.raises(ValueError, match="no base64"):
+        processor(images="data:image/png;base64,???", text="<image>")
+
+
 def test_final_message_can_be_continued(processor):
     messages = [user(words("What colour?")), {"role": "assistant", "content": "The square is"}]
     prompt = processor.apply_chat_template(messages, continue_final_message=True)
@@ -221,7 +267,7 @@ def test_final_message_can_be_continued(processor):
         ([user(words("a")), user(words("b"))], "user, user"),
         ([{"role": "assistant", "content": "a"}], "assistant"),
         ([{"role": "system", "content": "a"}], "at least one message"),
-        ([user({"type": "video", "video": "a.mp4"})], "'video'; known: text, image"),
+        ([user({"type": "video", "video": "a.mp4"})], "'video'; known: text, image, image_url"),
         ([user({"type": "image"})], "image, path, url, base64"),
     ],
 )
