@@ -1,6 +1,13 @@
 """The models; importing this registers them with transformers' Auto classes."""
 
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
+    AutoProcessor,
+)
 
 from llava_lite.model.language_model.llava_llama import LlavaConfig, LlavaLlamaConfig, LlavaLlamaForCausalLM
 from llava_lite.model.language_model.llava_mistral import LlavaMistralConfig, LlavaMistralForCausalLM
@@ -61,6 +68,7 @@ for _model in BACKBONES.values():
     AutoModel.register(_config, _model.decoder_class, exist_ok=True)
     AutoModelForCausalLM.register(_config, _model, exist_ok=True)
     AutoModelForImageTextToText.register(_config, _model, exist_ok=True)
+    AutoModelForMultimodalLM.register(_config, _model, exist_ok=True)
     AutoProcessor.register(_config, LlavaLiteProcessor, exist_ok=True)
 
 __all__ = [

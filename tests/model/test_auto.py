@@ -15,6 +15,7 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
     AutoProcessor,
     CLIPVisionModel,
     pipeline,
@@ -86,7 +87,7 @@ def test_every_backbone_is_registered_under_its_own_name():
     for name, model_class in BACKBONES.items():
         config = AutoConfig.for_model(f"llava_{name}")
         assert type(config) is model_class.config_class
-        for mapping in (AutoModelForCausalLM, AutoModelForImageTextToText):
+        for mapping in (AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM):
             assert mapping._model_mapping[type(config)] is model_class
         assert AutoModel._model_mapping[type(config)] is model_class.decoder_class
 
