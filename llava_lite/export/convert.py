@@ -28,7 +28,7 @@ from llava_lite.export.checked_folder import (
 from llava_lite.export.stock_folder import refuse_inexpressible, write_stock
 from llava_lite.export.stock_processor import write_json
 from llava_lite.formats import transformers_llava as layout
-from llava_lite.hub import in_words
+from llava_lite.hub import in_words, require_config
 from llava_lite.inference import load
 
 # Model type, width, patch and picture side of a tower -> where it comes from.
@@ -73,6 +73,8 @@ def convert(
     refuse_absent(source)
     refuse_full(target)
     with in_words(source):
+        # Aloud: of a file that cannot be reached, read_json says only that there is none.
+        require_config(source, {})
         config = read_json(source, "config.json", {})
     is_stock = layout.claims(config)
     to = to or ("llava" if is_stock else "transformers")

@@ -134,7 +134,9 @@ def write_processor(processor, folder):
     config = {key: value for key, value in config.items() if key not in ("is_local", "local_files_only", "backend")}
     if config.get("tokenizer_class") == "TokenizersBackend":
         config["tokenizer_class"] = "PreTrainedTokenizerFast"
-    write_json(folder / "tokenizer_config.json", config | {"chat_template": processor.chat_template})
+    # A batch is generated from rows padded on the left, and transformers' processor pads as its tokenizer does.
+    config |= {"padding_side": "left", "chat_template": processor.chat_template}
+    write_json(folder / "tokenizer_config.json", config)
 
 
 def write_json(path, fields):

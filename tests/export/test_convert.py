@@ -289,6 +289,27 @@ def test_what_the_layout_cannot_hold_is_refused_before_anything_is_written(whole
     assert {path.name for path in tmp_path.iterdir()} == {"ours"}
 
 
+def test_batch_of_unequal_questions_is_padded_for_generation(whole_folder, tmp_path):
+    convert(whole_folder(conv_template="v1"), tmp_path / "stock", say=str)
+    processor = AutoProcessor.from_pretrained(tmp_path / "stock")
+    model = AutoModelForImageTextToText.from_pretrained(tmp_path / "stock", dtype=torch.float32).eval()
+    options = {"tokenize": True, "return_dict": True, "add_generation_prompt": True, "return_tensors": "pt"}
+    greedy = {"do_sample": False, "max_new_tokens": 6, "min_new_tokens": 6}
+    alone = []
+    for talk in QUESTIONS:
+        inputs = processor.apply_chat_template(talk, **options)
+        alone.append(model.generate(**inputs, **greedy)[0, -6:].tolist())
+    together = processor.apply_chat_template(QUESTIONS, processor_kwargs={"padding": True}, **options)
+    assert together["attention_mask"].min() == 0
+    assert model.generate(**together, **greedy)[:, -6:].tolist() == alone
+
+
+def test_name_that_is_nowhere_is_named_when_there_is_no_network(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(OSError, match="'some/absent' is not in the cache"):
+        convert("some/absent", tmp_path / "new", say=str)
+
+
 def test_wrong_folders_are_refused_in_words(whole_folder, toy_llm_dir, tmp_path):
     source = whole_folder()
     (tmp_path / "full").mkdir()
