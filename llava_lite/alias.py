@@ -9,6 +9,7 @@ leads to `llava_lite.model.moellava_builder`, which keeps MoE-LLaVA's word.
 """
 
 import sys
+import warnings
 from importlib import import_module
 from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
@@ -69,6 +70,8 @@ def register():
     """Let imports find this package under other names; called when the package is imported."""
     if _FINDER not in sys.meta_path:
         sys.meta_path.insert(0, _FINDER)
+        # `python -m llava_lite.alias` finds this module imported by its package, as it should be.
+        warnings.filterwarnings("ignore", rf"'{PACKAGE}\.alias' found in sys\.modules", RuntimeWarning)
 
 
 def install(*names):

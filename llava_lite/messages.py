@@ -124,15 +124,23 @@ def read_messages(messages, need_pictures=True):
 
 
 def in_parts(conversation):
-    """Return messages, or lists of messages, with every text as a part: some templates read nothing else."""
+    """Return messages, or lists of messages, with every text as a part: some templates read nothing else.
+
+    A picture given as base64 text becomes one given by its address, data:..., since a bare text is read as a path.
+    """
     if not isinstance(conversation[0], dict):
         return [in_parts(messages) for messages in conversation]
-    return [
-        {**message, "content": [{"type": "text", "text": message["content"]}]}
-        if isinstance(message["content"], str)
-        else message
-        for message in conversation
-    ]
+    return [{**message, "content": _parts(message["content"])} for message in conversation]
+
+
+def _parts(content):
+    if isinstance(content, str):
+        return [{"type": "text", "text": content}]
+    return [_by_address(part) if "base64" in part else part for part in content]
+
+
+def _by_address(part):
+    return {"type": "image", "url": f"data:image/png;base64,{part['base64']}"}
 
 
 def _read_content(content, need_pictures):

@@ -198,6 +198,10 @@ class KeywordsStoppingCriteria(StoppingCriteria):
         done = [any(keyword in self._text(row) for keyword in self.keywords) for row in answers]
         return torch.tensor(done, dtype=torch.bool, device=output_ids.device)
 
+    def call_for_batch(self, output_ids, scores=None, **kwargs) -> bool:
+        """Return whether the only row [1, T] is done (LLaVA's name, which asks row by row)."""
+        return bool(self(output_ids, scores, **kwargs).all())
+
     def _prompt_len(self, output_ids) -> int:
         prompt = self.prompt.to(output_ids.device)
         length = prompt.shape[-1]

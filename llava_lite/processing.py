@@ -271,6 +271,8 @@ class LlavaLiteProcessor(ProcessorSharing, ProcessorMixin):
         `tokenize` {"type": "image"} will do, and the pictures go to the processor with the prompt.
         An explicit Jinja `chat_template` is rendered by transformers instead.
         """
+        # The pipeline hands it over with the rest; the parent would give it to `__call__`.
+        kwargs.pop("streamer", None)
         if chat_template is None and self.asks_as_transformers:
             chat_template, conversation = self.tokenizer.get_chat_template(), in_parts(conversation)
         if chat_template is not None:

@@ -132,3 +132,4 @@ def test_missing_script_is_said_in_a_line():
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, cwd=PACKAGE.parent)
     assert done.returncode == 2
     assert "there is no file 'nowhere.py'." in done.stderr
+    assert "RuntimeWarning" not in done.stderr

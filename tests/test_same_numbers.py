@@ -195,15 +195,17 @@ def test_spliced_embeddings_are_words_and_features_in_their_order(pair, side):
 
 
 @pytest.mark.parametrize("max_length", [6, 9])
-def test_in_training_rows_are_cut_at_the_maximum_of_the_config(pair, max_length):
+def test_rows_with_labels_are_cut_at_the_maximum_of_the_config(pair, max_length):
     """What stands behind the cut cannot change what stands before it, so the loss is that of the first logits."""
     ours, _, num_features = pair
     rows = BATCHES["unequal lengths"]
     ids, mask, labels = batch_of(rows, [P])
+    with torch.no_grad():
+        logits = ours(ids, attention_mask=mask, labels=labels, images=pictures(rows)).logits
     ours.config.tokenizer_model_max_length = max_length
     try:
         with torch.no_grad():
-            logits = ours(ids, attention_mask=mask, labels=labels, images=pictures(rows)).logits
+            scored = ours(ids, attention_mask=mask, labels=labels, images=pictures(rows))
             loss = ours.train()(ids, attention_mask=mask, labels=labels, images=pictures(rows)).loss
     finally:
         ours.eval()
@@ -214,3 +216,5 @@ def test_in_training_rows_are_cut_at_the_maximum_of_the_config(pair, max_length)
         logits[:, : max_length - 1].flatten(0, 1), labels[:, 1:max_length].flatten(), ignore_index=IGNORE_INDEX
     )
     torch.testing.assert_close(loss, expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(scored.loss, expected, rtol=0, atol=1e-5)
+    assert scored.logits.shape[1] == max_length

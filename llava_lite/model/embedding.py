@@ -89,7 +89,8 @@ class EmbeddingMixin:
         """Return the batch with expanded placeholders and its embeddings [B, L, D], pictures written in.
 
         A row of text alone may bring a blank picture, as LLaVA's collator gives it one; it is not looked at. Rows
-        that are learned from and grow here are cut at config.tokenizer_model_max_length; LLaVA cuts prompts too.
+        with labels that grow here are cut at config.tokenizer_model_max_length; LLaVA cuts prompts without labels too,
+        and with them the end of the question.
         """
         if torch.compiler.is_compiling():
             return batch, self.embed_traced(batch.input_ids, images, image_sizes)
@@ -124,7 +125,7 @@ class EmbeddingMixin:
         embeds = self.get_input_embeddings()(batch.input_ids.masked_fill(is_picture, 0))  # [B, L, D]
         if features is not None:
             embeds = splice(embeds, is_picture, features)
-        if grows and self.training and batch.labels is not None:
+        if grows and batch.labels is not None:
             batch, embeds = cut_rows(batch, embeds, self.config.tokenizer_model_max_length)
         return batch, embeds
 

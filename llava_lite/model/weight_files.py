@@ -36,6 +36,11 @@ def find_weight_files(path, whole_name: str, hub: dict) -> list[str]:
         shards = sorted(set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values()))
     except (ValueError, KeyError, AttributeError) as error:
         raise ValueError(f"{index!r} is no index of weights ({error!r}). Copy it again.") from error
+    outside = [name for name in shards if Path(name).is_absolute() or ".." in Path(name).parts]
+    if outside:
+        raise ValueError(
+            f"{index!r} names weights outside its folder, such as {outside[:3]}; a checkpoint's files stand beside it."
+        )
     found = {name: find_file(path, name, hub) for name in shards}
     absent = [name for name, file in found.items() if file is None]
     if absent:

@@ -66,6 +66,11 @@ def chat(model, processor, pictures, ask, say, conv_template=None, debug=False, 
     return history
 
 
+def load_image(image_file):
+    """Return the picture of a file or an address, upright and as RGB (LLaVA's name)."""
+    return upright_picture(image_file)
+
+
 def role_names(conv_template):
     """Return what to call the two speakers: the roles where they are words, else plain ones."""
     template = get_template(conv_template)

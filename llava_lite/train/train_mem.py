@@ -3,6 +3,16 @@
 import sys
 from pathlib import Path
 
+
+def __getattr__(name):
+    """Lead `train`, which LLaVA's file imports, on to its own place."""
+    if name == "train":
+        from llava_lite.train.train import train
+
+        return train
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
 if __name__ == "__main__":
     # A launcher puts this folder first on the path, where `train.py` and its neighbours would pass for packages.
     sys.path[0] = str(Path(__file__).resolve().parents[2])

@@ -1,5 +1,7 @@
 """convert: the folder that it writes, opened by transformers alone, and the way back."""
 
+import base64
+import io
 import json
 import subprocess
 import sys
@@ -389,6 +391,26 @@ def test_folder_of_transformers_is_asked_as_its_own_chat_template_says(
     expected = stock_processor.decode(tokens, skip_special_tokens=True).strip()
     assert reply(model, processor, "Who is it?", WIDE, max_new_tokens=8) == expected
     assert_transformers_agrees(folder, folder)
+
+
+def test_picture_as_base64_and_a_streamer_reach_a_foreign_model_too(foreign_folder):
+    _, processor = load(foreign_folder(), device="cpu")
+    picture = witness.draw(40, 30)
+    buffer = io.BytesIO()
+    picture.save(buffer, format="PNG")
+    encoded = base64.b64encode(buffer.getvalue()).decode()
+    pixels = []
+    for shown in ({"image": picture}, {"base64": encoded}):
+        content = [{"type": "image", **shown}, {"type": "text", "text": "What is this?"}]
+        inputs = processor.apply_chat_template(
+            [{"role": "user", "content": content}],
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            streamer=None,
+        )
+        pixels.append(inputs["pixel_values"])
+    assert torch.equal(*pixels)
 
 
 def test_messages_reach_the_own_chat_template_as_they_are(foreign_folder):

@@ -96,6 +96,17 @@ def test_a_file_that_is_no_weights_says_what_it_is(content, said, name, tmp_path
         read_weights(tmp_path / name)
 
 
+@pytest.mark.parametrize("name", ["../w.safetensors", "/w.safetensors"])
+def test_an_index_that_leads_out_of_its_folder_is_refused(name, tmp_path):
+    folder = tmp_path / "inside"
+    folder.mkdir()
+    save_file({"w": torch.ones(1)}, tmp_path / "w.safetensors")
+    index = {"weight_map": {"w": name if name.startswith("..") else str(tmp_path / "w.safetensors")}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match="names weights outside its folder"):
+        read_checkpoint(folder, {})
+
+
 def test_a_pickle_of_anything_but_named_tensors_is_refused(tmp_path):
     torch.save({"module": {"a": torch.ones(1)}, "b": torch.ones(1)}, tmp_path / "w.bin")
     with pytest.raises(ValueError, match=r"holds more than named tensors: \['module'\]"):
