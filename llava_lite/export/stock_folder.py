@@ -44,7 +44,7 @@ def write_stock(source, folder, dtype=None, max_shard_size="5GB"):
     notes += more + write_generation_config(model, processor, tokenizer, folder)
     notes += connector_note(fields)
     (Path(folder) / "README.md").write_text(card(source, fields, notes), encoding="utf-8")
-    # What `--to llava` needs to give back the very same folder.
+    # What `--to llava` needs to give back the same weights and the same tokenizer.
     config[layout.RECORD]["vocabulary"] = {
         "num_rows": model.get_input_embeddings().weight.shape[0],
         "num_tokens": len(processor.tokenizer),
