@@ -55,7 +55,11 @@ def get_peft_state_non_lora_maybe_zero_3(named_params, require_grad_only=True):
 
 
 def find_all_linear_names(model):
-    """Return the last names of the decoder's linear layers, sorted, without the vocabulary head: what gets LoRA."""
+    """Return the last names of the decoder's linear layers, sorted, without the vocabulary head: what gets LoRA.
+
+    PEFT finds these names in a tower too, which LLaVA loads only afterwards. What keeps LoRA out of it, as our own
+    `--lora_enable True` does: LoraConfig(exclude_modules=r".*vision_tower.*").
+    """
     names = [
         name
         for name, module in model.named_modules()

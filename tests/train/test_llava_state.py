@@ -74,6 +74,15 @@ def test_linear_layers_of_the_decoder_are_named(toy_model):
     assert find_all_linear_names(toy_model("phi")) == ["dense", "fc1", "fc2", "k_proj", "q_proj", "v_proj"]
 
 
+def test_lora_on_these_names_stays_out_of_the_tower_where_it_is_told_to(toy_model):
+    peft = pytest.importorskip("peft", reason="LoRA is an extra")
+    model = toy_model()
+    config = peft.LoraConfig(target_modules=find_all_linear_names(model), exclude_modules=r".*vision_tower.*")
+    reached = [name for name, _ in peft.get_peft_model(model, config).named_parameters() if "lora_" in name]
+    assert reached
+    assert not [name for name in reached if "vision_tower" in name]
+
+
 def test_new_special_tokens_get_the_mean_row(toy_model, toy_tokenizer):
     model = toy_model()
     before = model.lm_head.weight.clone()
