@@ -103,6 +103,11 @@ class ModelArguments:
     moe_count_padding: bool = knob(False, "Route and count padding too, as MoE-LLaVA does.")
     ep_size: int = knob(1, "Ranks over which experts are split; 1: every rank holds all (MoE-LLaVA's scripts).")
     only_lora_ffn: bool = knob(True, "MoE-LLaVA's; has no effect, since LoRA and experts are two tunings.")
+    plain_paths: list[str] | None = knob(
+        None,
+        "Leave a faster path for the plain one: layer bodies, last layer's rows, loss, experts; for a doubt.",
+        choices=("layers", "rows", "loss", "experts"),
+    )
 
     def __post_init__(self):
         """Refuse what contradicts itself."""

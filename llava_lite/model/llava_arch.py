@@ -54,6 +54,9 @@ class ExpertsMixin:
 class LlavaMetaModel(StackNames, EmbeddingMixin, ImageFeaturesMixin, StackLoadingMixin, ExpertsMixin):
     """The decoder stack with `vision_tower` and `mm_projector` beside `layers`; MoE blocks replace some MLPs."""
 
+    # See plain_paths.py.
+    plain_paths: frozenset[str] = frozenset()
+
     def __init__(self, config):
         super().__init__(config)
         if config.has_vision_tower:
@@ -122,6 +125,8 @@ class LlavaMetaForCausalLM(
     lm_head_bias = False
     # The loss is divided by num_items_in_batch here, so the Trainer must not divide it again.
     accepts_loss_kwargs = True
+    # See plain_paths.py.
+    plain_paths: frozenset[str] = frozenset()
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)

@@ -88,6 +88,7 @@ def prepare(argv=None):
     model = build_model(model_args, data_args, training_args)
     fit_vocabulary(model, tokenizer)
     add_experts(model, model_args, training_args)
+    take_plain_paths(model, model_args)
     gather_experts_together(model)
     model = choose_what_trains(model, model_args, training_args)
     settle_dtypes(model, training_args)
@@ -227,6 +228,13 @@ def add_experts(model, model_args, training_args):
         from llava_lite.model.upcycle import upcycle
 
         upcycle(model, model_args.moe_config(), seed=training_args.seed)
+
+
+def take_plain_paths(model, model_args):
+    """Leave the faster paths that a flag names."""
+    from llava_lite.model.plain_paths import set_plain_paths
+
+    set_plain_paths(model, model_args.plain_paths or ())
 
 
 def gather_experts_together(model):
