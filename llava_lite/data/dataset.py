@@ -20,52 +20,36 @@ from llava_lite.pictures import ASPECT_RATIOS, PictureError, open_picture, prepa
 CLIP_336 = PictureLayout(576)
 
 
-class LazySupervisedDataset(Dataset):
-    """Examples made when asked for; costs a worker nothing but paths, the tokenizer and the image processor.
+class ExampleMaker:
+    """Makes an example of a record and its opened pictures; what data in memory-mapped files and in shards share.
 
     layout: how a picture is prepared and becomes features. max_length: tokens of an example, features counted; text
-    behind is cut. image_folder: for records whose file names none. image_processor may be None where no record has
-    pictures.
+    behind is cut. image_processor may be None where no record has pictures.
     """
 
     def __init__(
         self,
-        annotations: Annotations,
         tokenizer,
         image_processor,
         conv_template: str | Conversation,
-        image_folder: str | None = None,
         layout: PictureLayout = CLIP_336,
         max_length: int = 2048,
         mm_use_im_start_end: bool = False,
-        follow_links: bool = False,
     ):
         if layout.aspect_ratio not in ASPECT_RATIOS:
             known = ", ".join(ASPECT_RATIOS)
             raise ValueError(f"unknown image_aspect_ratio {layout.aspect_ratio!r}; known: {known}.")
-        if image_processor is None and annotations.has_picture.any():
-            raise ValueError(
-                "records have pictures but there is no image processor; name a tower with --vision_tower."
-            )
-        self.annotations = annotations
         self.encoder = RecordEncoder(tokenizer, conv_template, mm_use_im_start_end)
         self.image_processor = image_processor
-        self.image_folder = image_folder
         self.layout = layout
         self.max_length = max_length
-        self.follow_links = follow_links
 
-    def __len__(self):
-        return len(self.annotations)
-
-    def __getitem__(self, i: int) -> dict:
+    def example(self, record: Record, pictures: list[Image.Image]) -> dict:
         """Return {"id", "input_ids" [L], "labels" [L]} and, if the record has pictures, "images" and "image_sizes".
 
         images: a tensor a picture, [3, H, W], or its crops [n, 3, H, W] under any-resolution; image_sizes: width and
-        height of each. Raises DataError naming the record where it cannot be used; a check before the run finds these.
+        height of each. Raises DataError naming the record where it cannot be used.
         """
-        record = self.annotations[i]
-        pictures = [self._open(record, name) for name in record.images]
         input_ids, labels = self._encode(record, pictures)
         example = {"id": record.id, "input_ids": torch.tensor(input_ids), "labels": torch.tensor(labels)}
         if pictures:
@@ -88,6 +72,42 @@ class LazySupervisedDataset(Dataset):
         if all(label == IGNORE_INDEX for label in labels):
             raise DataError(f"{record.name} has nothing to learn in {len(labels)} of its {length} tokens.")
         return input_ids, labels
+
+
+class LazySupervisedDataset(ExampleMaker, Dataset):
+    """Examples made when asked for; costs a worker nothing but paths, the tokenizer and the image processor.
+
+    The arguments are those of ExampleMaker; image_folder: for records whose file names none.
+    """
+
+    def __init__(
+        self,
+        annotations: Annotations,
+        tokenizer,
+        image_processor,
+        conv_template: str | Conversation,
+        image_folder: str | None = None,
+        layout: PictureLayout = CLIP_336,
+        max_length: int = 2048,
+        mm_use_im_start_end: bool = False,
+        follow_links: bool = False,
+    ):
+        super().__init__(tokenizer, image_processor, conv_template, layout, max_length, mm_use_im_start_end)
+        if image_processor is None and annotations.has_picture.any():
+            raise ValueError(
+                "records have pictures but there is no image processor; name a tower with --vision_tower."
+            )
+        self.annotations = annotations
+        self.image_folder = image_folder
+        self.follow_links = follow_links
+
+    def __len__(self):
+        return len(self.annotations)
+
+    def __getitem__(self, i: int) -> dict:
+        """Return the example of record i; DataError where it cannot be used, which a check before the run finds."""
+        record = self.annotations[i]
+        return self.example(record, [self._open(record, name) for name in record.images])
 
     def _open(self, record: Record, name: str) -> Image.Image:
         try:
