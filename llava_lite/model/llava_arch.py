@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers import initialization as init
 
-from llava_lite.constants import IGNORE_INDEX
 from llava_lite.model.connector import build_connector
 from llava_lite.model.crops import unpad_image as unpad_image  # LLaVA's place for it
 from llava_lite.model.embedding import EmbeddingMixin
@@ -24,7 +22,9 @@ from llava_lite.model.moe import MoeBlock, RoutingContext, init_moe_weights, rea
 from llava_lite.model.outputs import LlavaOutput
 from llava_lite.model.sharing import SharingMixin
 from llava_lite.model.splice import Batch
+from llava_lite.model.supervision import find_supervised
 from llava_lite.model.vision_tower import VisionTower, build_vision_tower
+from llava_lite.model.vocabulary_head import VocabularyHead
 
 
 class OfAnInstance:
@@ -56,6 +56,8 @@ class LlavaMetaModel(StackNames, EmbeddingMixin, ImageFeaturesMixin, StackLoadin
 
     # See plain_paths.py.
     plain_paths: frozenset[str] = frozenset()
+    # Whether the last layer runs at the rows of the keyword `supervised_rows` alone.
+    selects_rows = False
 
     def __init__(self, config):
         super().__init__(config)
@@ -137,7 +139,7 @@ class LlavaMetaForCausalLM(
         PreTrainedModel.__init__(self, config)
         self.model = self.decoder_class(config)
         self.vocab_size = config.vocab_size
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=self.lm_head_bias)
+        self.lm_head = VocabularyHead(config.hidden_size, config.vocab_size, bias=self.lm_head_bias)
         self.post_init()
 
     def get_model(self):
@@ -149,6 +151,13 @@ class LlavaMetaForCausalLM(
         return self.model.get_vision_tower()
 
     get_image_tower = get_vision_tower
+
+    def set_output_embeddings(self, new_embeddings):
+        """Put another layer in the place of the head, which stays one that can tell its loss (resizing makes a new one)."""
+        if type(new_embeddings) is nn.Linear:
+            new_embeddings.__class__ = VocabularyHead
+            new_embeddings.plain_paths = self.plain_paths
+        self.lm_head = new_embeddings
 
     def moe_layers(self) -> dict[int, MoeBlock]:
         """Return the MoE blocks by layer index; empty in a dense model."""
@@ -173,6 +182,7 @@ class LlavaMetaForCausalLM(
         num_items_in_batch: int | torch.Tensor | None = None,
         cache_position: torch.LongTensor | None = None,
         shift_labels: torch.LongTensor | None = None,
+        supervised_positions: torch.LongTensor | None = None,
         **kwargs,
     ) -> LlavaOutput | tuple:
         """Return loss and logits of token ids [B, T] in which placeholders stand for pictures [N, 3, H, W].
@@ -184,7 +194,11 @@ class LlavaMetaForCausalLM(
         picture is several crops: see encode_pictures. inputs_embeds: [B, L, D] in place of ids; `images` are then in
         them already, as in LLaVA, and `pixel_values` go where the placeholder's embedding stands, as in transformers.
         shift_labels: [B, L], labels that stand at the position that predicts them, as sequence parallelism cuts them;
-        they replace `labels`. Raises ValueError when placeholders and pictures do not match.
+        they replace `labels`. supervised_positions: [S] flat positions whose next token is learned, if the collator has
+        found them in ids that need no expanding. In training there are no logits: the head runs at those positions alone
+        (in stage 1 about 20 of 600), and so does the last layer where it can. Samples packed in one row [1, L] have
+        position_ids from 0 each, cu_seq_lens_q and max_length_q (see attention.py), and no attention_mask. Raises
+        ValueError when placeholders and pictures do not match.
         """
         batch = Batch(input_ids, attention_mask, position_ids, labels)
         if inputs_embeds is None:
@@ -193,6 +207,15 @@ class LlavaMetaForCausalLM(
         elif pixel_values is not None:
             inputs_embeds = self.write_pictures(inputs_embeds, pixel_values, image_sizes)
         self.routing = self.start_routing(batch.attention_mask)
+        learns = batch.labels is not None or shift_labels is not None
+        positions = targets = None
+        if learns:
+            refuse_other_shape(shift_labels, inputs_embeds)
+            grew = labels is not None and batch.labels.shape != labels.shape
+            positions, targets = find_supervised(batch.labels, shift_labels, None if grew else supervised_positions)
+            recorded = output_hidden_states or output_attentions or self.config.output_hidden_states
+            if self.training and self.model.selects_rows and past_key_values is None and not recorded:
+                kwargs["supervised_rows"] = positions
         outputs = self.model(
             inputs_embeds=inputs_embeds,
             attention_mask=batch.attention_mask,
@@ -207,15 +230,16 @@ class LlavaMetaForCausalLM(
             ),
             **kwargs,
         )
-        hidden = outputs.last_hidden_state  # [B, L, D]
+        hidden = outputs.last_hidden_state  # [B, L, D], or [1, S, D] of supervised rows
         logits = None
-        learns = batch.labels is not None or shift_labels is not None
         if not learns or not self.training:
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits = self.lm_head(hidden[:, kept])
         lm_loss = None
         if learns:
-            lm_loss = self.supervised_loss(hidden, batch.labels, num_items_in_batch, shift_labels)
+            rows = hidden.flatten(0, 1)
+            rows = rows if "supervised_rows" in kwargs else rows[positions]  # [S, D]
+            lm_loss = self.supervised_loss(rows, targets, num_items_in_batch)
         loss, moe_loss, moe_losses = self.add_balance_loss(lm_loss)
         output = LlavaOutput(
             loss=loss,
@@ -230,24 +254,13 @@ class LlavaMetaForCausalLM(
         wants_tuple = self.config.return_dict is False if return_dict is None else not return_dict
         return output.to_tuple() if wants_tuple else output
 
-    def supervised_loss(self, hidden: torch.Tensor, labels, num_items=None, shift_labels=None) -> torch.Tensor:
-        """Return the cross-entropy over supervised positions only, summed and divided by `num_items` (or their count).
-
-        hidden: [B, L, D]; labels, shift_labels: [B, L]. The vocabulary head runs at those positions alone: in stage 1
-        about 20 of 600 carry a label, and logits [B, L, V] are the largest tensor of the step.
-        """
-        if shift_labels is None:
-            hidden, shift_labels = hidden[:, :-1], labels[:, 1:]
-        elif shift_labels.shape != hidden.shape[:2]:
-            raise ValueError(
-                f"shift_labels has shape {tuple(shift_labels.shape)}, the decoder reads {tuple(hidden.shape[:2])} "
-                "positions; give ids with one placeholder a feature and labels of the same length."
-            )
-        learned = shift_labels != IGNORE_INDEX
-        logits = self.lm_head(hidden[learned]).float()  # [supervised, V]
-        total = F.cross_entropy(logits, shift_labels[learned], reduction="sum")
-        count = learned.sum().clamp(min=1) if num_items is None else num_items
-        return total / count
+    def supervised_loss(self, rows: torch.Tensor, targets: torch.Tensor, num_items=None) -> torch.Tensor:
+        """Return the cross-entropy of rows [S, D] that predict targets [S], over `num_items` (or S)."""
+        divisor = max(len(targets), 1) if num_items is None else num_items
+        if isinstance(self.lm_head, VocabularyHead):
+            return self.lm_head(rows, labels=targets, divisor=divisor)
+        # Wrapped, as PEFT does it, or quantised: a layer that returns logits and nothing else.
+        return nn.functional.cross_entropy(self.lm_head(rows).float(), targets, reduction="sum") / divisor
 
     def start_routing(self, attention_mask) -> RoutingContext | None:
         """Give the MoE blocks this call's context: which of the positions are padding."""
@@ -267,6 +280,15 @@ class LlavaMetaForCausalLM(
         moe = read_moe_config(self.config.moe, self.config.num_hidden_layers)
         moe_loss = moe.router_aux_loss_coef * torch.stack(terms).sum()
         return lm_loss + moe_loss, moe_loss, terms
+
+
+def refuse_other_shape(shift_labels, embeds) -> None:
+    """Raise ValueError if shift_labels are there and are not one for each position [B, L] of the embeddings."""
+    if shift_labels is not None and shift_labels.shape != embeds.shape[:2]:
+        raise ValueError(
+            f"shift_labels has shape {tuple(shift_labels.shape)}, the decoder reads {tuple(embeds.shape[:2])} "
+            "positions; give ids with one placeholder a feature and labels of the same length."
+        )
 
 
 def drop_none(**kwargs) -> dict:

@@ -1,0 +1,110 @@
+"""Turn hidden states into logits over the vocabulary, or straight into their loss, without ever holding all logits.
+
+Method: the gradients of a linear layer followed by cross-entropy are made chunk by chunk in the forward pass, where the
+logits of the chunk are at hand (Hsu et al. 2024, Liger Kernel, arXiv 2410.10989, section 3.2).
+
+S supervised positions, C of them in a chunk, V vocabulary, D model width.
+"""
+
+import importlib.util
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+# Logits of a chunk, as a number of float32: small beside the activations of a step, large enough for a full product.
+CHUNK_LOGITS = {"cpu": 2**24, "cuda": 2**26}
+
+
+class VocabularyHead(nn.Linear):
+    """The last layer of a decoder; called with labels, it returns their cross-entropy instead of logits."""
+
+    plain_paths: frozenset[str] = frozenset()
+
+    def forward(self, hidden, labels=None, divisor=1):
+        """Return logits [..., V] of hidden [..., D]; with labels [S] and hidden [S, D] their summed loss / divisor."""
+        if labels is None:
+            return super().forward(hidden)
+        if "loss" in self.plain_paths:
+            return F.cross_entropy(super().forward(hidden).float(), labels, reduction="sum") / divisor
+        return linear_cross_entropy(hidden, self.weight, self.bias, labels, divisor)
+
+
+def linear_cross_entropy(hidden, weight, bias, labels, divisor=1) -> torch.Tensor:
+    """Return the summed cross-entropy of hidden [S, D] against labels [S], all of them words, over divisor.
+
+    weight [V, D], bias [V] or None. float32. On CUDA by Liger's kernel where that is installed.
+    """
+    liger = find_liger(hidden)
+    if liger is not None and len(labels):
+        return liger(input=hidden, weight=weight, target=labels, bias=bias, reduction="sum").float() / divisor
+    return LinearCrossEntropy.apply(hidden, weight, bias, labels, divisor, torch.is_grad_enabled())
+
+
+def find_liger(hidden):
+    """Return Liger's fused linear cross-entropy, or None where it is not installed or the tensor is not on CUDA."""
+    if hidden.device.type != "cuda" or importlib.util.find_spec("liger_kernel") is None:
+        return None
+    from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
+
+    return liger_fused_linear_cross_entropy
+
+
+class LinearCrossEntropy(torch.autograd.Function):
+    """Linear layer and cross-entropy in one; keeps gradients [S, D] and [V, D] for the backward pass, no logits."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, labels, divisor, wants_gradient):
+        """Return the loss, having made the gradients that somebody wants."""
+        needs_hidden, needs_weight, needs_bias = (wants_gradient and needs for needs in ctx.needs_input_grad[:3])
+        kind, dtype = hidden.device.type, weight.dtype
+        if torch.is_autocast_enabled(kind):
+            dtype = torch.get_autocast_dtype(kind)
+        # Half precision is divided late: float16 needs its loss scale first, which comes with the backward pass.
+        early, ctx.late = (1 / divisor, 1) if dtype == torch.float32 else (1, 1 / divisor)
+        num_chunks = max(1, -(-hidden.shape[0] * weight.shape[0] // CHUNK_LOGITS.get(kind, 2**26)))
+        # A sum of many chunks loses the small ones in half precision.
+        sum_dtype = weight.dtype if num_chunks == 1 else torch.float32
+        loss = hidden.new_zeros((), dtype=torch.float32)
+        d_hidden = torch.empty_like(hidden) if needs_hidden else None
+        d_weight = d_bias = None
+        with torch.autocast(kind, enabled=False):
+            matrix = weight.to(dtype)
+            vector = None if bias is None else bias.to(dtype)
+            for rows, words, out in zip(
+                hidden.to(dtype).chunk(num_chunks),
+                labels.chunk(num_chunks),
+                d_hidden.chunk(num_chunks) if needs_hidden else [None] * num_chunks,
+                strict=False,
+            ):
+                scores = F.linear(rows, matrix, vector).float().log_softmax(dim=-1)  # [C, V]
+                loss -= scores.gather(1, words[:, None]).sum()
+                if not (needs_hidden or needs_weight or needs_bias):
+                    continue
+                # In place: from the logarithms of the probabilities to the gradient of the logits.
+                scores.exp_().scatter_add_(1, words[:, None], scores.new_full((len(words), 1), -1.0))
+                d_logits = scores.to(dtype)
+                if needs_hidden:
+                    out.copy_((d_logits @ matrix) * early)
+                if needs_weight:
+                    d_weight = added(d_weight, d_logits.t() @ (rows * early), sum_dtype)
+                if needs_bias:
+                    d_bias = added(d_bias, d_logits.sum(0) * early, sum_dtype)
+        ctx.save_for_backward(d_hidden, *(None if d is None else d.to(weight.dtype) for d in (d_weight, d_bias)))
+        return loss / divisor
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, d_loss):
+        """Return the gradients times that of the loss."""
+        scale = d_loss * ctx.late
+        # Looking at a number on CUDA would wait for the device; on the CPU it saves a pass over [V, D].
+        is_one = scale.device.type == "cpu" and scale.item() == 1
+        # A float32 number without dimensions leaves a tensor's dtype and multiplies in float32.
+        gradients = (d if d is None or is_one else d * scale for d in ctx.saved_tensors)
+        return *gradients, None, None, None
+
+
+def added(total, part, dtype):
+    """Return total + part in `dtype`; `part` alone where there is no total yet."""
+    return part.to(dtype) if total is None else total.add_(part)
