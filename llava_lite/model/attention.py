@@ -1,6 +1,8 @@
-"""Choose the attention function, and run variable-length attention on batches with padding.
+"""Choose the attention function, and attend sample by sample: in packed rows, and in batches with padding.
 
-B batch, H heads, L positions, K cached positions, Dh width of a head.
+A packed row is samples one behind the other; `cu_seq_lens_q` says where each ends, as flash attention's callers name
+it. B batch, H heads, Hkv heads of keys, G queries' heads a key's head, L positions, K cached positions, Dh width of a
+head, n tokens of a sample.
 """
 
 from __future__ import annotations
@@ -19,16 +21,18 @@ logger = logging.getLogger(__name__)
 CHOICES = ("auto", "flash_attention_2", "varlen", "sdpa", "eager")
 
 
-def choose_attention(name: str | None, device: str | None = None) -> str:
+def choose_attention(name: str | None, device: str | None = None, packed: bool = False) -> str:
     """Return the attention implementation that transformers is given.
 
     name: one of CHOICES or a name that transformers knows; None and "auto" take the best that is installed for the
-    device ("cuda" if there is one): flash-attn, else torch's varlen kernel, else sdpa. The choice is logged.
+    device ("cuda" if there is one): flash-attn, else torch's varlen kernel, else sdpa. packed: rows will hold several
+    samples, for which varlen stands in place of sdpa: that is exact there too, by a mask as large as the row squared.
+    The choice is logged.
     """
     if name not in (None, "auto"):
         return name
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    chosen = "sdpa"
+    chosen = "varlen" if packed else "sdpa"
     if device == "cuda" and torch.cuda.get_device_capability() >= (8, 0):
         if importlib.util.find_spec("flash_attn") is not None:
             chosen = "flash_attention_2"
@@ -61,18 +65,37 @@ def window_arguments(kernel, window: int | None) -> dict:
 
 
 def varlen_attention(
-    module, query, key, value, attention_mask, scaling=None, dropout=0.0, is_causal=None, sliding_window=None, **kwargs
+    module,
+    query,
+    key,
+    value,
+    attention_mask,
+    scaling=None,
+    dropout=0.0,
+    is_causal=None,
+    sliding_window=None,
+    cu_seq_lens_q=None,
+    max_length_q=None,
+    **kwargs,
 ) -> tuple[torch.Tensor, None]:
-    """Attend within each row's real tokens, without computing padding.
+    """Attend within each sample of a packed row, or within each row's real tokens, without computing padding.
 
     query [B, H, L, Dh]; key, value [B, Hkv, K, Dh]; attention_mask: [B, positions seen] bool (True is real) or None.
-    Returns [B, L, H, Dh] with zeros at padding. Decoding steps, dropout and attention that is not causal go to SDPA.
+    cu_seq_lens_q: where the samples of a packed row begin, and its end, int [samples + 1]; max_length_q: the longest.
+    Returns [B, L, H, Dh] with zeros at padding. Decoding steps and attention that is not causal go to SDPA.
     """
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    groups = query.shape[1] // key.shape[1]
-    if groups > 1:
-        key, value = (t.repeat_interleave(groups, dim=1) for t in (key, value))
+    if cu_seq_lens_q is not None and causal:
+        if query.shape[2] != key.shape[2]:
+            raise ValueError(
+                f"a packed row of {query.shape[2]} queries and {key.shape[2]} keys: a packed row has no cache; pass "
+                "use_cache=False, or one sample a row."
+            )
+        rows = [t.transpose(1, 2).flatten(0, 1) for t in (query, key, value)]  # [L, H, Dh], a view
+        out = attend_segments(*rows, cu_seq_lens_q, max_length_q, scaling, sliding_window, dropout)
+        return out[None], None
     if query.shape[2] != key.shape[2] or not causal or dropout:
+        key, value = (repeat_heads(t, query.shape[1]) for t in (key, value))
         # A tower sees every key, and SDPA is quickest where no mask says so.
         sees_all = not causal and attention_mask is None and sliding_window is None
         allowed = None if sees_all else allowed_keys(query, key, attention_mask, causal, sliding_window)
@@ -82,30 +105,63 @@ def varlen_attention(
     if real is None:
         real = torch.ones(query.shape[0], query.shape[2], dtype=torch.bool, device=query.device)
     packed = [t.transpose(1, 2)[real] for t in (query, key, value)]  # [tokens, H, Dh]
-    packed_out = attend_segments(*packed, real.sum(1), scaling, sliding_window)
+    packed_out = attend_segments(*packed, ends_of(real.sum(1)), None, scaling, sliding_window)
     out = query.new_zeros(query.shape[0], query.shape[2], query.shape[1], query.shape[3])
     out[real] = packed_out
     return out, None
 
 
-def attend_segments(query, key, value, lengths, scaling=None, window: int | None = None) -> torch.Tensor:
-    """Attend causally inside each segment of packed tokens [tokens, H, Dh]; `lengths` [segments] sum to tokens.
+def ends_of(lengths: torch.Tensor) -> torch.Tensor:
+    """Return where segments of these lengths begin, and the end of the last, int32 [segments + 1]."""
+    return F.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
 
-    On CUDA in half precision one kernel serves all segments; elsewhere SDPA runs once a segment.
+
+def repeat_heads(keys: torch.Tensor, num_heads: int, dim: int = 1) -> torch.Tensor:
+    """Return keys or values with a copy for every query head that shares them."""
+    groups = num_heads // keys.shape[dim]
+    return keys.repeat_interleave(groups, dim=dim) if groups > 1 else keys
+
+
+def attend_segments(query, key, value, ends, longest=None, scaling=None, window=None, dropout=0.0) -> torch.Tensor:
+    """Attend causally inside each segment of packed tokens, query [tokens, H, Dh], key and value [tokens, Hkv, Dh].
+
+    ends: int32 [segments + 1], 0 first; longest: tokens of the longest segment, asked of the device if None. On CUDA
+    in half precision one kernel serves all segments and nothing waits for the device; elsewhere SDPA runs once each.
     """
     kernel = find_varlen_kernel()
-    if query.is_cuda and kernel is not None and query.dtype in (torch.float16, torch.bfloat16):
-        ends = F.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
-        longest = int(lengths.max())
-        scale = {} if scaling is None else {"scale": scaling}
-        return kernel(query, key, value, ends, ends, longest, longest, **window_arguments(kernel, window), **scale)
-    parts = []
-    for q, k, v in zip(*(t.split(lengths.tolist()) for t in (query, key, value)), strict=True):
-        q, k, v = (t.transpose(0, 1)[None] for t in (q, k, v))  # [1, H, n, Dh]
-        mask = allowed_keys(q, k, None, True, window) if window is not None else None
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scaling)
-        parts.append(out[0].transpose(0, 1))
-    return torch.cat(parts)
+    if query.is_cuda and kernel is not None and query.dtype in (torch.float16, torch.bfloat16) and not dropout:
+        longest = int(ends.diff().max()) if longest is None else longest
+        return run_kernel(kernel, query, key, value, ends.to(torch.int32), longest, scaling, window)
+    lengths = ends.diff().tolist()
+    segments = zip(*(t.split(lengths) for t in (query, key, value)), strict=True)
+    # One split and one cat of views: quicker than writing into a buffer, and in the backward pass they are each other.
+    return torch.cat([attend_segment(*segment, scaling, window, dropout) for segment in segments])
+
+
+def run_kernel(kernel, query, key, value, ends, longest: int, scaling, window) -> torch.Tensor:
+    """Return what a `varlen_attn` of any version makes of packed tokens; shapes as in attend_segments."""
+    options = window_arguments(kernel, window) | ({} if scaling is None else {"scale": scaling})
+    if query.shape[1] != key.shape[1]:
+        if "enable_gqa" in inspect.signature(kernel).parameters:
+            options["enable_gqa"] = True
+        else:
+            key, value = (repeat_heads(t, query.shape[1], dim=1) for t in (key, value))
+    return kernel(query, key, value, ends, ends, longest, longest, **options)
+
+
+def attend_segment(query, key, value, scaling=None, window=None, dropout=0.0) -> torch.Tensor:
+    """Attend causally in one sample by SDPA: query [n, H, Dh], key and value [n, Hkv, Dh] -> [n, H, Dh]."""
+    length, num_heads, width = query.shape
+    groups = num_heads // key.shape[1]
+    # Heads that share keys are rows of a batch, whose keys are one and the same memory: SDPA's own grouping copies.
+    query = query.view(length, -1, groups, width).permute(2, 1, 0, 3)  # [G, Hkv, n, Dh]
+    key, value = (t.transpose(0, 1).expand(groups, -1, -1, -1) for t in (key, value))
+    # Within the window's length everything before a token is seen.
+    mask = None if window is None or window >= length else allowed_keys(query, key, None, True, window)
+    out = F.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, is_causal=mask is None, dropout_p=dropout, scale=scaling
+    )
+    return out.permute(2, 1, 0, 3).reshape(length, num_heads, width)
 
 
 def allowed_keys(query, key, mask, causal: bool, window: int | None) -> torch.Tensor:

@@ -7,7 +7,13 @@ import torch
 from torch.nn import functional as F
 
 from llava_lite.model import attention
-from llava_lite.model.attention import attend_segments, choose_attention, varlen_attention, window_arguments
+from llava_lite.model.attention import (
+    attend_segments,
+    choose_attention,
+    run_kernel,
+    varlen_attention,
+    window_arguments,
+)
 
 CAUSAL = SimpleNamespace(is_causal=True)
 
@@ -40,12 +46,58 @@ def test_padded_rows_equal_each_row_alone(left, window):
 def test_packed_segments_do_not_see_each_other():
     torch.manual_seed(0)
     query, key, value = torch.randn(3, 12, 4, 8)
-    out = attend_segments(query, key, value, torch.tensor([5, 4, 3]))
+    out = attend_segments(query, key, value, torch.tensor([0, 5, 9, 12]))
     changed = key.clone()
     changed[:5] += 100
-    again = attend_segments(query, changed, value, torch.tensor([5, 4, 3]))
+    again = attend_segments(query, changed, value, torch.tensor([0, 5, 9, 12]))
     assert torch.equal(out[5:], again[5:])
     assert not torch.allclose(out[:5], again[:5])
+
+
+@pytest.mark.parametrize(("num_keys", "window"), [(4, None), (2, None), (1, 3), (4, 3), (2, 50)])
+def test_a_packed_row_equals_each_sample_alone_and_so_do_its_gradients(num_keys, window):
+    torch.manual_seed(0)
+    query, grad = torch.randn(1, 4, 12, 8), torch.randn(1, 12, 4, 8)
+    key, value = torch.randn(2, 1, num_keys, 12, 8)
+    query, key, value = (t.requires_grad_() for t in (query, key, value))
+    ends = torch.tensor([0, 5, 6, 12], dtype=torch.int32)
+    out, _ = varlen_attention(
+        CAUSAL, query, key, value, None, sliding_window=window, cu_seq_lens_q=ends, max_length_q=6
+    )
+    gradients = torch.autograd.grad(out, (query, key, value), grad)
+    shared = 4 // num_keys
+    expected = [
+        plain(q, k.repeat_interleave(shared, 0), v.repeat_interleave(shared, 0), window)
+        for q, k, v in zip(*(t[0].split([5, 1, 6], dim=1) for t in (query, key, value)), strict=True)
+    ]
+    expected = torch.cat(expected, dim=1).transpose(0, 1)[None]
+    torch.testing.assert_close(out, expected, atol=1e-6, rtol=1e-5)
+    for found, wanted in zip(gradients, torch.autograd.grad(expected, (query, key, value), grad), strict=True):
+        torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_a_packed_row_with_a_cache_is_refused():
+    query, key = torch.randn(1, 2, 3, 4), torch.randn(1, 2, 5, 4)
+    with pytest.raises(ValueError, match="3 queries and 5 keys: a packed row has no cache"):
+        varlen_attention(CAUSAL, query, key, key, None, cu_seq_lens_q=torch.tensor([0, 1, 3]))
+
+
+def test_the_kernel_gets_keys_once_where_it_can_share_them():
+    told = {}
+
+    def newer(query, key, value, cu_q, cu_k, max_q, max_k, *, scale=None, window_size=(-1, -1), enable_gqa=False):
+        told.update(key=key, ends=cu_q, longest=max_k, scale=scale, window=window_size, shares=enable_gqa)
+
+    def older(query, key, value, cu_q, cu_k, max_q, max_k, *, scale=None, window_size=(-1, -1)):
+        told.update(key=key, ends=cu_q, longest=max_k, scale=scale, window=window_size, shares=False)
+
+    query, key, ends = torch.randn(5, 4, 8), torch.randn(5, 2, 8), torch.tensor([0, 2, 5])
+    run_kernel(newer, query, key, key, ends, 3, 0.5, 7)
+    assert (told["key"] is key, told["shares"]) == (True, True)
+    assert (told["ends"] is ends, told["longest"], told["scale"], told["window"]) == (True, 3, 0.5, (6, 0))
+    run_kernel(older, query, key, key, ends, 3, None, None)
+    assert torch.equal(told["key"], key[:, [0, 0, 1, 1]])
+    assert (told["scale"], told["window"]) == (None, (-1, 0))
 
 
 def test_a_decoding_step_sees_the_cache_but_not_its_padding():
@@ -70,6 +122,11 @@ def test_a_static_caches_unwritten_keys_are_not_seen():
 def test_without_a_gpu_auto_is_sdpa_and_a_name_is_kept():
     assert choose_attention("auto", "cpu") == choose_attention(None, "cpu") == "sdpa"
     assert choose_attention("eager", "cpu") == "eager"
+    assert choose_attention("sdpa", "cpu", packed=True) == "sdpa"
+
+
+def test_packed_rows_get_attention_sample_by_sample_where_auto_would_mask_them():
+    assert choose_attention("auto", "cpu", packed=True) == "varlen"
 
 
 @pytest.mark.parametrize(
