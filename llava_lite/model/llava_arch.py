@@ -11,6 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
 
+from llava_lite.model.attention import find_segments
 from llava_lite.model.connector import build_connector
 from llava_lite.model.crops import unpad_image as unpad_image  # LLaVA's place for it
 from llava_lite.model.embedding import EmbeddingMixin
@@ -107,6 +108,11 @@ class LlavaMetaModel(StackNames, EmbeddingMixin, ImageFeaturesMixin, StackLoadin
             input_ids, attention_mask, position_ids = None, batch.attention_mask, batch.position_ids
         elif pixel_values is not None:
             inputs_embeds = self.write_pictures(inputs_embeds, pixel_values, image_sizes)
+        if attention_mask is None and past_key_values is None and "cu_seq_lens_q" not in kwargs:
+            kwargs |= find_segments(position_ids)
+        if "cu_seq_lens_q" in kwargs:
+            # With a cache transformers would look across the samples of a row.
+            use_cache = False
         return super().forward(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -153,7 +159,7 @@ class LlavaMetaForCausalLM(
     get_image_tower = get_vision_tower
 
     def set_output_embeddings(self, new_embeddings):
-        """Put another layer in the place of the head, which stays one that can tell its loss (resizing makes a new one)."""
+        """Put another layer in the head's place; a plain one, as resizing makes it, learns to tell its loss."""
         if type(new_embeddings) is nn.Linear:
             new_embeddings.__class__ = VocabularyHead
             new_embeddings.plain_paths = self.plain_paths
@@ -194,11 +200,11 @@ class LlavaMetaForCausalLM(
         picture is several crops: see encode_pictures. inputs_embeds: [B, L, D] in place of ids; `images` are then in
         them already, as in LLaVA, and `pixel_values` go where the placeholder's embedding stands, as in transformers.
         shift_labels: [B, L], labels that stand at the position that predicts them, as sequence parallelism cuts them;
-        they replace `labels`. supervised_positions: [S] flat positions whose next token is learned, if the collator has
-        found them in ids that need no expanding. In training there are no logits: the head runs at those positions alone
-        (in stage 1 about 20 of 600), and so does the last layer where it can. Samples packed in one row [1, L] have
-        position_ids from 0 each, cu_seq_lens_q and max_length_q (see attention.py), and no attention_mask. Raises
-        ValueError when placeholders and pictures do not match.
+        they replace `labels`. supervised_positions: [S] flat positions whose next token is learned, if the collator
+        has found them in ids that need no expanding. In training there are no logits: the head runs at those positions
+        alone (in stage 1 about 20 of 600), and so does the last layer where it can. Samples packed in one row [1, L]
+        have position_ids from 0 each, cu_seq_lens_q and max_length_q (see attention.py), and no attention_mask.
+        Raises ValueError when placeholders and pictures do not match.
         """
         batch = Batch(input_ids, attention_mask, position_ids, labels)
         if inputs_embeds is None:

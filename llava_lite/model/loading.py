@@ -20,6 +20,7 @@ from llava_lite.hub import HUB_ARGUMENTS, everywhere, hub_arguments, in_words, r
 from llava_lite.model.attention import choose_attention
 from llava_lite.model.configuration import load_vision_config, own_fields
 from llava_lite.model.partial import base_of, refuse_strays, take_trained
+from llava_lite.model.products import take_faster_products
 from llava_lite.model.weight_files import broken_files_in_words, find_file, read_checkpoint
 
 logger = logging.getLogger(__name__)
@@ -116,6 +117,8 @@ class LoadingMixin:
             # Of a tower that is not read from here the shapes do not matter.
             prefix = TOWER if model.get_vision_tower() is not None and not tower_is_inside else "\0"
             refuse_shapes(path, [found for found in info["mismatched_keys"] if not found[0].startswith(prefix)])
+        # Only now: quantisers, which replace layers while loading, look for torch's own class and no other.
+        take_faster_products(model)
         return model, info
 
     @classmethod

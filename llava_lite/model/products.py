@@ -6,19 +6,33 @@ Zen 5 core with torch 2.13: 190 to 210 GFLOP/s for 90 to 97, forward and in both
 """
 
 from functools import cache
+from pathlib import Path
 
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 # Below this many rows a product waits for memory, not for arithmetic, and BLAS has the shorter way to it.
 LEAST_ROWS = 8
+# Below this many multiplications a layer's own autograd function costs more than the kernel saves: toys.
+LEAST_WORK = 2**21
 
 
 @cache
 def _has_wide_vectors():
     # torch.compile's own fusion of linear layers; private, hence looked for.
-    known = hasattr(torch.ops.mkldnn, "_linear_pointwise")
-    return known and torch.backends.mkldnn.is_available() and "AVX512" in torch.backends.cpu.get_cpu_capability()
+    known = hasattr(torch.ops.mkldnn, "_linear_pointwise") and torch.backends.mkldnn.is_available()
+    return known and "AVX512" in torch.backends.cpu.get_cpu_capability() and not _is_mkls_own()
+
+
+def _is_mkls_own():
+    """Return whether the processor is of MKL's maker, where MKL is as fast; True where nothing tells."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return True
+    makers = {line.partition(":")[2].strip() for line in lines if line.startswith("vendor_id")}
+    return not makers or "GenuineIntel" in makers
 
 
 def takes_onednn(*tensors):
@@ -36,7 +50,8 @@ def takes_onednn(*tensors):
 
 def product(left, right):
     """Return left [M, K] @ right.T [K, N] of right [N, K], outside autograd; both may be views, transposed too."""
-    if len(left) >= LEAST_ROWS and takes_onednn(left, right):
+    # Of no terms a sum is zero, which oneDNN leaves unwritten.
+    if len(left) >= LEAST_ROWS and left.shape[1] and takes_onednn(left, right):
         return torch.ops.mkldnn._linear_pointwise(left, right, None, "none", [], "")
     return torch.mm(left, right.t())
 
@@ -65,6 +80,25 @@ class _Linear(torch.autograd.Function):
 def linear(inputs, weight, bias=None):
     """Return what F.linear returns, with its gradients; faster where `takes_onednn` says so."""
     rows = inputs.numel() // max(inputs.shape[-1], 1)
-    if rows < LEAST_ROWS or not takes_onednn(inputs, weight) or torch.is_autocast_enabled("cpu"):
+    small = rows < LEAST_ROWS or rows * weight.numel() < LEAST_WORK
+    if small or not takes_onednn(inputs, weight) or torch.is_autocast_enabled("cpu"):
         return F.linear(inputs, weight, bias)
     return _Linear.apply(inputs.reshape(rows, -1), weight, bias).view(*inputs.shape[:-1], -1)
+
+
+class Linear(nn.Linear):
+    """torch's linear layer with the faster product."""
+
+    def forward(self, inputs):
+        """Return the outputs [..., N] of inputs [..., K]."""
+        return linear(inputs, self.weight, self.bias)
+
+
+def take_faster_products(module) -> None:
+    """Make every plain linear layer inside multiply by `linear`; names, weights and what wraps them stay.
+
+    What is quantised, or is another kind of layer for any reason, stays what it is.
+    """
+    for layer in module.modules():
+        if type(layer) is nn.Linear:
+            layer.__class__ = Linear

@@ -1,7 +1,7 @@
-"""Turn hidden states into logits over the vocabulary, or straight into their loss, without ever holding all logits.
+"""Turn hidden states into logits over the vocabulary, or straight into their loss, without holding all logits.
 
-Method: the gradients of a linear layer followed by cross-entropy are made chunk by chunk in the forward pass, where the
-logits of the chunk are at hand (Hsu et al. 2024, Liger Kernel, arXiv 2410.10989, section 3.2).
+Method: the gradients of a linear layer followed by cross-entropy are made chunk by chunk in the forward pass, where
+the logits of the chunk are at hand (Hsu et al. 2024, Liger Kernel, arXiv 2410.10989, section 3.2).
 
 S supervised positions, C of them in a chunk, V vocabulary, D model width.
 """
@@ -9,14 +9,15 @@ S supervised positions, C of them in a chunk, V vocabulary, D model width.
 import importlib.util
 
 import torch
-from torch import nn
 from torch.nn import functional as F
+
+from llava_lite.model.products import Linear, product
 
 # Logits of a chunk, as a number of float32: small beside the activations of a step, large enough for a full product.
 CHUNK_LOGITS = {"cpu": 2**24, "cuda": 2**26}
 
 
-class VocabularyHead(nn.Linear):
+class VocabularyHead(Linear):
     """The last layer of a decoder; called with labels, it returns their cross-entropy instead of logits."""
 
     plain_paths: frozenset[str] = frozenset()
@@ -77,7 +78,8 @@ class LinearCrossEntropy(torch.autograd.Function):
                 d_hidden.chunk(num_chunks) if needs_hidden else [None] * num_chunks,
                 strict=False,
             ):
-                scores = F.linear(rows, matrix, vector).float().log_softmax(dim=-1)  # [C, V]
+                scores = product(rows, matrix)
+                scores = (scores if vector is None else scores.add_(vector)).float().log_softmax(dim=-1)  # [C, V]
                 loss -= scores.gather(1, words[:, None]).sum()
                 if not (needs_hidden or needs_weight or needs_bias):
                     continue
@@ -85,9 +87,9 @@ class LinearCrossEntropy(torch.autograd.Function):
                 scores.exp_().scatter_add_(1, words[:, None], scores.new_full((len(words), 1), -1.0))
                 d_logits = scores.to(dtype)
                 if needs_hidden:
-                    out.copy_((d_logits @ matrix) * early)
+                    out.copy_(product(d_logits, matrix.t()) * early)
                 if needs_weight:
-                    d_weight = added(d_weight, d_logits.t() @ (rows * early), sum_dtype)
+                    d_weight = added(d_weight, product(d_logits.t(), (rows * early).t()), sum_dtype)
                 if needs_bias:
                     d_bias = added(d_bias, d_logits.sum(0) * early, sum_dtype)
         ctx.save_for_backward(d_hidden, *(None if d is None else d.to(weight.dtype) for d in (d_weight, d_bias)))

@@ -15,6 +15,7 @@ from torch import nn
 from llava_lite.constants import IGNORE_INDEX
 from llava_lite.model.configuration import has_class_token
 from llava_lite.model.moe import MoeBlock
+from llava_lite.model.products import product
 from llava_lite.train.tuning import count
 
 # Dense half-precision peaks in flops/s from the makers' data sheets, by a part of the device's name; first match.
@@ -117,7 +118,7 @@ def measured_peak_flops(device, dtype, repeats=5):
     best_s = float("inf")
     for _ in range(repeats):
         start_s = time.perf_counter()
-        a @ a
+        product(a, a)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         best_s = min(best_s, time.perf_counter() - start_s)

@@ -1,5 +1,7 @@
 """The faster product is the product: float64 is the truth, F.linear the rival."""
 
+import copy
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -7,17 +9,22 @@ from torch.nn import functional as F
 from llava_lite.model import products
 from llava_lite.model.products import linear, product, takes_onednn
 
+SIZES = [(0, 3, 5), (9, 0, 5), (1, 3, 5), (7, 16, 4), (9, 31, 65), (128, 64, 96)]
+
 
 @pytest.fixture(params=["onednn", "blas"])
-def library(request):
+def library(request, monkeypatch):
     """Run a test with oneDNN, where this machine has what it takes, and without."""
     if request.param == "onednn" and not takes_onednn(torch.ones(1)):
         pytest.skip("this processor has no 512-bit vectors, or torch no oneDNN")
+    monkeypatch.setattr(products, "LEAST_WORK", 0)
     with torch.backends.mkldnn.flags(enabled=request.param == "onednn"):
         yield request.param
 
 
-@pytest.mark.parametrize(("rows", "inner", "columns"), [(0, 3, 5), (1, 3, 5), (7, 16, 4), (9, 31, 65), (128, 64, 96)])
+@pytest.mark.parametrize(
+    ("rows", "inner", "columns"), [(0, 3, 5), (9, 0, 5), (1, 3, 5), (7, 16, 4), (9, 31, 65), (128, 64, 96)]
+)
 @pytest.mark.parametrize("views", ["whole", "transposed", "sliced"])
 def test_a_product_of_any_views_is_that_of_float64(library, rows, inner, columns, views):
     torch.manual_seed(0)
@@ -74,3 +81,15 @@ def test_few_rows_stay_with_blas(library, monkeypatch):
     assert not asked
     product(torch.ones(8, 4), torch.ones(2, 4))
     assert len(asked) == 1
+
+
+def test_a_loaded_model_multiplies_by_it_and_a_copy_or_an_adapter_notices_nothing(toy_model):
+    from peft import LoraConfig, get_peft_model
+
+    model = toy_model()
+    layer = model.model.layers[0].self_attn.q_proj
+    assert type(layer) is products.Linear
+    assert type(model.get_vision_tower().vision_tower.vision_model.encoder.layers[0].mlp.fc1) is products.Linear
+    assert list(copy.deepcopy(model).state_dict()) == list(model.state_dict())
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"]))
+    assert "layers.0.self_attn.q_proj.lora_A" in str(list(adapted.state_dict()))
