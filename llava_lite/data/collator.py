@@ -1,4 +1,7 @@
-"""Turn examples into a padded batch."""
+"""Turn examples into a batch: a padded row each, or all in one row, one behind the other.
+
+B batch, L tokens, n samples, N pictures, S supervised positions.
+"""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -17,9 +20,53 @@ def batch_pictures(examples: list[dict]) -> dict:
     return {"images": torch.stack(pictures) if pictures[0].dim() == 3 else pictures, "image_sizes": sizes}
 
 
+def supervised_positions(labels: torch.Tensor) -> torch.Tensor:
+    """Return the flat positions [S] of labels [B, L] whose next token is learned; a row's first token never is.
+
+    Found here, on a worker, where the model would have to wait for the device to know how many there are.
+    """
+    learned = torch.nn.functional.pad(labels[:, 1:] != IGNORE_INDEX, (0, 1))  # [B, L]
+    return learned.flatten().nonzero().squeeze(1)
+
+
+@dataclass
+class PackedCollator:
+    """Examples, or packs (lists) of them -> one row [1, L] without padding: input_ids, labels, position_ids.
+
+    Positions count from 0 in each sample. cu_seq_lens_q and _k, int32 [n + 1], say where samples begin and the last
+    one ends, max_length_q and _k are the longest: transformers' names, by which attention keeps samples apart. There
+    is no attention_mask: with one, transformers would look across samples. The label of a sample's first token is
+    IGNORE_INDEX, since no token stands before it. supervised_positions, sample_ids and pictures as in
+    DataCollatorForSupervisedDataset.
+    """
+
+    def __call__(self, examples: list) -> dict:
+        """Return the batch."""
+        examples = [example for some in examples for example in (some if isinstance(some, list) else [some])]
+        lengths = [len(example["input_ids"]) for example in examples]
+        ends = torch.tensor([0, *lengths]).cumsum(0)
+        labels = torch.cat([example["labels"] for example in examples])
+        labels[ends[:-1]] = IGNORE_INDEX
+        ends, longest = ends.to(torch.int32), max(lengths)
+        batch = {
+            "input_ids": torch.cat([example["input_ids"] for example in examples])[None],
+            "labels": labels[None],
+            "position_ids": torch.cat([torch.arange(length) for length in lengths])[None],
+            "cu_seq_lens_q": ends,
+            "cu_seq_lens_k": ends,
+            "max_length_q": longest,
+            "max_length_k": longest,
+            "supervised_positions": supervised_positions(labels[None]),
+            "sample_ids": [example["id"] for example in examples],
+        }
+        return batch | batch_pictures(examples)
+
+
 @dataclass
 class DataCollatorForSupervisedDataset:
     """Examples -> input_ids, labels, attention_mask [B, L], sample_ids, and images and image_sizes if there are any.
+
+    supervised_positions [S]: the flat positions whose next token is learned.
 
     The mask says what is padding; it is not derived from the ids, so a pad token that stands in the text is kept.
     Pictures stand one after another in the order of their examples, [N, 3, H, W], or in a list of [n, 3, H, W] where
@@ -44,6 +91,7 @@ class DataCollatorForSupervisedDataset:
             "attention_mask": self._pad([torch.ones_like(example["input_ids"]) for example in examples], 0),
             "sample_ids": [example["id"] for example in examples],
         }
+        batch["supervised_positions"] = supervised_positions(batch["labels"])
         return batch | batch_pictures(examples)
 
     def _pad(self, rows: list[torch.Tensor], value: int) -> torch.Tensor:

@@ -104,8 +104,13 @@ class LazySupervisedDataset(ExampleMaker, Dataset):
     def __len__(self):
         return len(self.annotations)
 
-    def __getitem__(self, i: int) -> dict:
-        """Return the example of record i; DataError where it cannot be used, which a check before the run finds."""
+    def __getitem__(self, i: int | tuple[int, ...]) -> dict | list[dict]:
+        """Return the example of record i, or those of a pack of records.
+
+        DataError where one cannot be used, which a check before the run finds.
+        """
+        if isinstance(i, tuple):
+            return [self[k] for k in i]
         record = self.annotations[i]
         return self.example(record, [self._open(record, name) for name in record.images])
 
@@ -115,6 +120,11 @@ class LazySupervisedDataset(ExampleMaker, Dataset):
             return open_picture(path)
         except PictureError as error:
             raise DataError(f"{record.name}: {error}") from error
+
+    @property
+    def sources(self) -> list[tuple[str, int]]:
+        """The name of each file and how many of its records are used; for the card."""
+        return [(file.name, len(positions)) for file, positions, _ in self.annotations.by_file()]
 
     @property
     def lengths(self):

@@ -76,6 +76,7 @@ def varlen_attention(
     sliding_window=None,
     cu_seq_lens_q=None,
     max_length_q=None,
+    position_ids=None,
     **kwargs,
 ) -> tuple[torch.Tensor, None]:
     """Attend within each sample of a packed row, or within each row's real tokens, without computing padding.
@@ -85,6 +86,10 @@ def varlen_attention(
     Returns [B, L, H, Dh] with zeros at padding. Decoding steps and attention that is not causal go to SDPA.
     """
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    if cu_seq_lens_q is None and attention_mask is None and causal and query.shape[2] == key.shape[2] > 1:
+        # transformers' StableLM layers hand on the positions alone.
+        found = find_segments(position_ids)
+        cu_seq_lens_q, max_length_q = found.get("cu_seq_lens_q"), found.get("max_length_q")
     if cu_seq_lens_q is not None and causal:
         if query.shape[2] != key.shape[2]:
             raise ValueError(
@@ -93,7 +98,7 @@ def varlen_attention(
             )
         rows = [t.transpose(1, 2).flatten(0, 1) for t in (query, key, value)]  # [L, H, Dh], a view
         out = attend_segments(*rows, cu_seq_lens_q, max_length_q, scaling, sliding_window, dropout)
-        return out[None], None
+        return out.unflatten(0, query.shape[::2]), None
     if query.shape[2] != key.shape[2] or not causal or dropout:
         key, value = (repeat_heads(t, query.shape[1]) for t in (key, value))
         # A tower sees every key, and SDPA is quickest where no mask says so.
@@ -109,6 +114,22 @@ def varlen_attention(
     out = query.new_zeros(query.shape[0], query.shape[2], query.shape[1], query.shape[3])
     out[real] = packed_out
     return out, None
+
+
+def find_segments(position_ids: torch.Tensor | None) -> dict:
+    """Return where samples begin in rows whose positions [B, L] start anew, as attention is told; {} if none does.
+
+    For a caller who packs and gives positions alone, as transformers allows: our attention would not see it.
+    """
+    if position_ids is None or torch.compiler.is_compiling():
+        return {}
+    starts = position_ids.diff(dim=1, prepend=position_ids[:, :1]) != 1  # [B, L], and each row's first
+    if int(starts.sum()) == len(position_ids):
+        return {}
+    first = starts.flatten().nonzero().squeeze(1)
+    ends = F.pad(first, (0, 1), value=position_ids.numel()).to(torch.int32)
+    longest = int(ends.diff().max())
+    return {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": longest, "max_length_k": longest}
 
 
 def ends_of(lengths: torch.Tensor) -> torch.Tensor:

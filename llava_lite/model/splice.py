@@ -36,9 +36,14 @@ def expand_placeholders(
     is_picture: [B, T] bool. lengths: features of each picture, in reading order. pad_left: side of the new padding;
     None keeps the side that the mask shows (right if none). Labels are IGNORE_INDEX at pictures and padding. Returns a
     batch of [B, L]; `attention_mask` stays None if it was None and no row needs padding, `position_ids` likewise (else
-    they count the real tokens from 0).
+    they count the real tokens from 0). Raises ValueError for a row of several samples, whose ends would move.
     """
     ids = batch.input_ids
+    if batch.attention_mask is None and batch.position_ids is not None and (batch.position_ids.diff(dim=1) < 1).any():
+        raise ValueError(
+            "a row of several samples with one placeholder a picture; packed rows need one placeholder a feature, as "
+            "the examples of llava_lite.data.dataset have them."
+        )
     real = torch.ones_like(ids, dtype=torch.bool) if batch.attention_mask is None else batch.attention_mask.bool()
     repeats = torch.ones_like(ids)
     repeats[is_picture] = torch.as_tensor(lengths, dtype=ids.dtype, device=ids.device)
