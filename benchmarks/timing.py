@@ -70,37 +70,38 @@ def timed(runner) -> tuple[float, float]:
     return own if isinstance(own, tuple) else (own, cpu_s)
 
 
-def summary(samples: dict[str, Samples], base: str, work: dict[str, float] | float = 1.0) -> dict:
+def summary(samples: dict[str, Samples], base: str, work: dict | list[float] | float = 1.0) -> dict:
     """Return {name: figures} of interleaved samples, every ratio against `base` (above 1: faster than it).
 
-    work: units of one call, such as tokens, of each runner or of all; `rate` is units a second of wall time. `ratio`
+    work: units of one call, such as tokens: a number, or a list of a number a round, of all runners or in a dict of
+    each; `rate` is units a second of wall time. `ratio`
     and `ratio_cpu` are medians of the rounds' own ratios of seconds a unit; `ratio_range` their least and largest. The
     runner that ran twice has `self_ratio` and `self_range`: itself against itself, the noise of this run.
     """
     if base not in samples:
         raise ValueError(f"no runner {base!r}; known: {', '.join(samples)}.")
-    units = work if isinstance(work, dict) else dict.fromkeys(samples, work)
-    per_unit = {name: _per_unit(one, units[name.removesuffix(AGAIN)]) for name, one in samples.items()}
+    own_work = work if isinstance(work, dict) else dict.fromkeys(samples, work)
+    per_unit = {name: _per_unit(one, own_work[name.removesuffix(AGAIN)]) for name, one in samples.items()}
     figures = {}
     for name, one in samples.items():
         if name.endswith(AGAIN):
             continue
-        count = units[name]
-        ratios = _ratios(per_unit[base].wall_s, per_unit[name].wall_s)
+        mine = per_unit[name]
+        ratios = _ratios(per_unit[base].wall_s, mine.wall_s)
         figures[name] = {
             "wall_s": statistics.median(one.wall_s),
             "cpu_s": statistics.median(one.cpu_s),
-            "rate": statistics.median(count / second for second in one.wall_s),
-            "cpu_s_per_unit": statistics.median(one.cpu_s) / count,
+            "rate": 1 / statistics.median(mine.wall_s),
+            "cpu_s_per_unit": statistics.median(mine.cpu_s),
             "ratio": statistics.median(ratios),
             "ratio_range": [min(ratios), max(ratios)],
-            "ratio_cpu": statistics.median(_ratios(per_unit[base].cpu_s, per_unit[name].cpu_s)),
+            "ratio_cpu": statistics.median(_ratios(per_unit[base].cpu_s, mine.cpu_s)),
             "wall_s_each": one.wall_s,
             "cpu_s_each": one.cpu_s,
         }
         if name + AGAIN in samples:
-            own = _ratios(per_unit[name].wall_s, per_unit[name + AGAIN].wall_s)
-            own_cpu = _ratios(per_unit[name].cpu_s, per_unit[name + AGAIN].cpu_s)
+            own = _ratios(mine.wall_s, per_unit[name + AGAIN].wall_s)
+            own_cpu = _ratios(mine.cpu_s, per_unit[name + AGAIN].cpu_s)
             figures[name] |= {
                 "self_ratio": statistics.median(own),
                 "self_range": [min(own), max(own)],
@@ -110,8 +111,9 @@ def summary(samples: dict[str, Samples], base: str, work: dict[str, float] | flo
     return figures
 
 
-def _per_unit(one: Samples, count: float) -> Samples:
-    return Samples([second / count for second in one.wall_s], [second / count for second in one.cpu_s])
+def _per_unit(one: Samples, work: list[float] | float) -> Samples:
+    counts = work if isinstance(work, list) else [work] * len(one.wall_s)
+    return Samples(*([s / n for s, n in zip(clock, counts, strict=True)] for clock in (one.wall_s, one.cpu_s)))
 
 
 def _ratios(base: list[float], other: list[float]) -> list[float]:

@@ -1,9 +1,11 @@
 """The benchmarks run, say what they promise to say, and compare like with like; their figures are not tested."""
 
+import itertools
 import json
 
 import pytest
 
+from benchmarks import rivals, workload
 from benchmarks.timing import AGAIN, Samples, interleave, machine, summary, write_result
 
 
@@ -42,6 +44,8 @@ def test_ratio_is_the_median_of_the_rounds_own_ratios():
     assert figures["base"]["self_range"] == pytest.approx([0.8, 1.0])
     with pytest.raises(ValueError, match="no runner 'slow'; known: base, fast"):
         summary(samples, "slow")
+    # Rounds of unlike work: 100 tokens in 2 s, 400 in 4 s, 400 in 4 s.
+    assert summary(samples, "base", [100, 400, 400])["base"]["rate"] == 100
 
 
 def test_result_names_machine_and_versions(tmp_path):
@@ -50,3 +54,62 @@ def test_result_names_machine_and_versions(tmp_path):
     assert report["settings"] == {"num_steps": 3}
     assert {"torch", "transformers"} <= set(report["machine"]["versions"])
     assert {"date", "processor", "num_cores", "num_threads", "device", "load", "commit"} <= set(machine())
+
+
+class Enough(Exception):
+    """Ends a rival, which otherwise steps on."""
+
+
+def steps_of(rival, stage, num_steps=2, **options):
+    """Return the first steps of a rival at toy size."""
+    schedule, steps = workload.batches(workload.SIZES["toy"], stage, num_steps), []
+
+    def tell(step):
+        if step is not None:
+            steps.append(step)
+        if len(steps) == num_steps:
+            raise Enough
+
+    with pytest.raises(Enough):
+        rivals.RIVALS[rival](workload.size_of("toy", stage), stage, schedule, options, tell)
+    return steps
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_rivals_do_the_same_work(stage, tmp_path, monkeypatch):
+    monkeypatch.setenv("LLAVA_LITE_CACHE", str(tmp_path))
+    experts = {"experts": "eager"} if stage == 3 else {}
+    ours = steps_of("ours", stage)
+    others = [
+        steps_of("stock loop", stage, **experts),
+        steps_of("stock Trainer", stage, **experts),
+        steps_of("stock loop", stage, checkpointing=True, **experts),
+    ]
+    if stage == 3:
+        others.append(steps_of("stock loop", stage, experts="grouped_mm"))
+    for other in others:
+        for mine, theirs in zip(ours, other, strict=True):
+            assert mine.loss == pytest.approx(theirs.loss, abs=1e-5)
+            # Ours follows the balance loss too, which LlavaForConditionalGeneration leaves out.
+            assert mine.gradient_norm == pytest.approx(theirs.gradient_norm, rel=2e-3 if stage == 3 else 1e-5)
+
+
+def test_batches_are_those_of_the_stages():
+    for stage, (learned, text) in {1: ((0.03, 0.2), (10, 60)), 2: ((0.1, 0.26), (50, 300))}.items():
+        size = workload.SIZES["S"]
+        for example in itertools.chain(*workload.batches(size, stage, 8)):
+            ids, labels = example["input_ids"], example["labels"]
+            assert (ids == workload.PICTURE).sum() == 256
+            num_text = len(ids) - 256 - (1 if stage == 1 else 35)
+            assert text[0] <= num_text <= text[1]
+            share = float((labels != workload.IGNORE_INDEX).float().mean())
+            assert learned[0] <= share <= learned[1]
+            assert ((labels == workload.IGNORE_INDEX) | (labels == ids)).all()
+
+
+def test_logits_weigh_at_size_v_what_they_do_in_a_7b_model():
+    llama_7b = workload.Size(4096, 11008, 32, 32)
+    assert llama_7b.logits_share(1) == pytest.approx(0.0198, abs=1e-4)
+    for stage in (1, 2, 3):
+        assert workload.size_of("V", stage).logits_share(stage) == pytest.approx(0.02, abs=1e-3)
+        assert workload.size_of("S", stage).logits_share(stage) > 0.25

@@ -1,0 +1,68 @@
+"""Step through the original LLaVA's own code, installed by whoever wants the comparison, with its published flags.
+
+The package `llava` (LLaVA 1.2.2) and the transformers 4.37 that it needs come from the folders that `--llava` and
+`--python-path` of benchmarks.training name. Model, tower and splice are its own; weights, padded batches and the fused
+AdamW are those of every rival. Its scripts train with gradient checkpointing, so that is on.
+"""
+
+from __future__ import annotations
+
+import tempfile
+
+import torch
+
+from benchmarks.rivals import Step, choose_what_trains, make_optimizer
+from benchmarks.workload import PICTURE, Size, fill, padded
+
+
+def original_model(size: Size, folder: str):
+    """Return LLaVA's own model with the seeded weights, in training mode; its tower is opened from `folder`."""
+    from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
+    from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
+
+    CLIPVisionModel(CLIPVisionConfig(**size.vision_config())).save_pretrained(folder)
+    CLIPImageProcessor(size=size.image_size, crop_size=size.image_size).save_pretrained(folder)
+    config = LlavaConfig(
+        **size.text_config(),
+        mm_vision_tower=folder,
+        mm_hidden_size=size.vision_width,
+        mm_projector_type="mlp2x_gelu",
+        mm_vision_select_layer=-2,
+        mm_vision_select_feature="patch",
+        use_mm_proj=True,
+        tokenizer_padding_side="right",
+        tokenizer_model_max_length=2048,
+        use_cache=False,
+    )
+    model = LlavaLlamaForCausalLM(config)
+    model.get_vision_tower().load_model()
+    fill(dict(model.named_parameters()))
+    return model.train()
+
+
+def one_mark_a_picture(example: dict) -> dict:
+    """Return an example as LLaVA's dataset makes it: one placeholder a picture, the features come in the model."""
+    ids = example["input_ids"]
+    kept = (ids != PICTURE) | (ids.roll(1) != PICTURE)
+    return example | {"input_ids": ids[kept], "labels": example["labels"][kept]}
+
+
+def original_loop(size, stage, schedule, options, tell):
+    """Step through LLaVA's own model; options: checkpointing (default: on)."""
+    with tempfile.TemporaryDirectory() as folder:
+        model = original_model(size, folder)
+    parameters = choose_what_trains(model, stage)
+    if options.get("checkpointing", True):
+        model.enable_input_require_grads()
+        model.gradient_checkpointing_enable()
+    optimizer = make_optimizer(parameters, size)
+    tell(None)
+    for examples in schedule:
+        batch = padded([one_mark_a_picture(example) for example in examples])
+        pictures = batch.pop("pixel_values")
+        loss = model(**batch, images=pictures).loss
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        tell(Step(loss.item(), norm.item()))
