@@ -24,6 +24,7 @@ from llava_lite.contradictions import (
     check_together,
     check_training,
     fold_tuning,
+    settle_packing,
     without_effect,
 )
 from llava_lite.flag_help import FlagParser
@@ -173,6 +174,15 @@ class TrainingArguments(transformers.TrainingArguments):
     unfreeze_mm_vision_tower: bool = knob(False, "Train the vision tower too (LLaVA-NeXT).")
     mm_projector_lr: float | None = knob(None, "Learning rate of the connector; default: --learning_rate.")
     mm_vision_tower_lr: float | None = knob(None, "Learning rate of the vision tower; default: --learning_rate.")
+    packing: Literal["none", "samples", "tokens"] | None = knob(
+        None,
+        "What a micro-batch is: none, records padded to the longest; samples, the same records in one row without "
+        "padding; tokens, one row of records up to --packing_tokens; default: samples where no other flag needs "
+        "padding.",
+    )
+    packing_tokens: int | None = knob(
+        None, "Most tokens of a micro-batch with --packing tokens; default: 4 times --model_max_length."
+    )
     group_by_modality_length: bool = knob(False, "Batches of like length, pictures and text apart (LLaVA-1.5).")
     lora_enable: bool = knob(False, "LLaVA's word for --tuning lora.")
     lora_r: int = knob(64, "Rank of LoRA (Hu et al. 2022; LLaVA-1.5: 128).")
@@ -283,6 +293,7 @@ def parse_args(argv):
         near = difflib.get_close_matches(unknown[0].lstrip("-").replace("-", "_"), known, n=1)
         raise ValueError(f"unknown flag {unknown[0]!r}." + (f" Did you mean --{near[0]}?" if near else " See --help."))
     fold_tuning(model_args, training_args)
+    settle_packing(model_args, training_args)
     check_together(model_args, data_args, training_args)
     for flag, reason in without_effect(model_args, training_args):
         logger.info("%s has no effect: %s.", flag, reason)

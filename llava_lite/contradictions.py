@@ -1,6 +1,9 @@
 """Refuse flags that contradict each other, both named, and fold the older ones into `tuning`."""
 
 import json
+import logging
+
+logger = logging.getLogger(__name__)
 
 TUNING_NAMES = ("projector", "full", "lora", "moe")
 # The flag, true, that means each tuning in LLaVA's and MoE-LLaVA's scripts.
@@ -49,6 +52,45 @@ def fold_tuning(model_args, training_args):
     training_args.tuning = next(iter(said.values()), "full")
     for flag, tuning in TUNING_FLAGS.items():
         setattr(owners[flag], flag, tuning == training_args.tuning)
+
+
+def settle_packing(model_args, training_args):
+    """Choose what a micro-batch is where no flag says it: records in one row, unless another flag needs padding."""
+    args = training_args
+    reason = needs_padding(model_args, args)
+    if args.packing is None:
+        args.packing = "none" if reason else "samples"
+        if reason:
+            logger.info("--packing none: %s.", reason)
+    if args.packing == "tokens" and args.packing_tokens is None:
+        args.packing_tokens = 4 * args.model_max_length
+
+
+def needs_padding(model_args, training_args):
+    """Return the flag that needs a padded row a record, and why; None if there is none."""
+    if model_args.moe_count_padding and training_args.tuning == "moe":
+        return "--moe_count_padding True routes padding, and packed rows have none"
+    if training_args.parallelism_config is not None:
+        return "--parallelism_config cuts rows where samples of a packed one do not end"
+    return None
+
+
+def check_packing(model_args, training_args):
+    """Raise ValueError for what does not go with --packing."""
+    args = training_args
+    reason = needs_padding(model_args, args)
+    refuse(
+        args.packing != "none" and reason is not None, f"--packing {args.packing} and {reason}; drop one of the flags."
+    )
+    if args.packing != "tokens":
+        return
+    refuse(args.packing_tokens < 1, f"--packing_tokens {args.packing_tokens}: a pack holds at least one token.")
+    refuse(
+        args.per_device_train_batch_size != 1,
+        f"--packing tokens and --per_device_train_batch_size {args.per_device_train_batch_size}: a micro-batch is one "
+        f"pack of up to {args.packing_tokens:,} tokens; say --per_device_train_batch_size 1, and --packing_tokens for "
+        "its size.",
+    )
 
 
 def check_model(args):
@@ -154,6 +196,7 @@ def check_together(model_args, data_args, training_args):
     )
     refuse(training_args.bits < 16 and tuning != "lora", f"--bits {training_args.bits} needs --lora_enable True.")
     check_checkpointing(tuning, training_args.gradient_checkpointing_kwargs)
+    check_packing(model_args, training_args)
     evaluates = data_args.eval_data_path is not None or data_args.eval_split > 0
     strategy = getattr(training_args.eval_strategy, "value", training_args.eval_strategy)
     refuse(strategy != "no" and not evaluates, f"--eval_strategy {strategy} needs --eval_data_path or --eval_split.")
@@ -169,6 +212,11 @@ def without_effect(model_args, training_args):
         idle += [(model_args, CAPACITY_FLAGS, "without --moe_drop_tokens True no token is dropped")]
     if tuning != "lora":
         idle += [(training_args, LORA_FLAGS, f"--tuning {tuning} has no adapters")]
+    if training_args.packing == "tokens":
+        reason = "packs of --packing tokens are about equally long, in an order of their own"
+        idle += [(training_args, ("group_by_modality_length", "train_sampling_strategy"), reason)]
+    else:
+        idle += [(training_args, ("packing_tokens",), f"--packing {training_args.packing} counts records")]
     return [
         (f"--{flag} {getattr(args, flag)}", reason)
         for args, flags, reason in idle

@@ -101,10 +101,12 @@ def varlen_attention(
         return out.unflatten(0, query.shape[::2]), None
     if query.shape[2] != key.shape[2] or not causal or dropout:
         key, value = (repeat_heads(t, query.shape[1]) for t in (key, value))
-        # A tower sees every key, and SDPA is quickest where no mask says so.
-        sees_all = not causal and attention_mask is None and sliding_window is None
-        allowed = None if sees_all else allowed_keys(query, key, attention_mask, causal, sliding_window)
-        out = F.scaled_dot_product_attention(query, key, value, attn_mask=allowed, dropout_p=dropout, scale=scaling)
+        options = {"dropout_p": dropout, "scale": scaling}
+        if not causal and attention_mask is None and sliding_window is None:
+            # A tower sees every key, and SDPA is quickest where no mask says so.
+            return F.scaled_dot_product_attention(query, key, value, **options).transpose(1, 2), None
+        allowed = allowed_keys(query, key, attention_mask, causal, sliding_window)
+        out = F.scaled_dot_product_attention(query, key, value, attn_mask=allowed, **options)
         return out.nan_to_num().transpose(1, 2), None
     real = attention_mask
     if real is None:

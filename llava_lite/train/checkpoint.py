@@ -96,6 +96,8 @@ class CheckpointMixin:
             "seed": args.seed,
             "data_seed": args.data_seed,
             "group_by_modality_length": getattr(args, "group_by_modality_length", None),
+            # None in a checkpoint from before there were packs, too.
+            "--packing_tokens": args.packing_tokens if getattr(args, "packing", None) == "tokens" else None,
             "samples": len(data) if hasattr(data, "__len__") else None,
             "checksum of the samples' lengths": None if lengths is None else zlib.crc32(np.asarray(lengths).tobytes()),
             "DeepSpeed ZeRO stage": self._zero_stage(),

@@ -17,7 +17,7 @@ class EvaluationMixin:
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """Return the mean loss of a batch; what counts, sums over learned tokens, is kept for evaluation_loop."""
         inputs = self._prepare_inputs(inputs)
-        self.hide_repeats(inputs["labels"])
+        self.hide_repeats(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             outputs = model(**inputs, num_items_in_batch=1, logits_to_keep=1)
         num_learned = (inputs["labels"][:, 1:] != IGNORE_INDEX).sum()
@@ -27,12 +27,18 @@ class EvaluationMixin:
         self.eval_sums += torch.stack([loss, num_learned.to(loss), balance, torch.ones_like(loss)]).double()
         return loss / num_learned.clamp(min=1), None, None
 
-    def hide_repeats(self, labels):
+    def hide_repeats(self, inputs):
         """Take the labels off the records that fill up the ranks' last batches: they were counted already."""
         progress = self.accelerator.gradient_state
         if progress.end_of_dataloader and progress.remainder > 0:
             rank = self.accelerator.process_index
-            labels[count_of_rank(progress.remainder, rank, self.args.eval_batch_size) :] = IGNORE_INDEX
+            count = count_of_rank(progress.remainder, rank, self.args.eval_batch_size)
+            ends = inputs.get("cu_seq_lens_q")
+            if ends is None:
+                inputs["labels"][count:] = IGNORE_INDEX
+            else:
+                inputs["labels"][:, ends[min(count, len(ends) - 1)] :] = IGNORE_INDEX
+            inputs.pop("supervised_positions", None)
 
     def evaluation_loop(self, *args, metric_key_prefix="eval", **kwargs):
         """Run the stock loop; the loss is the mean over all learned tokens, whatever batches they came in."""

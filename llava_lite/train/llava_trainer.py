@@ -24,7 +24,7 @@ from llava_lite.train.llava_state import get_mm_adapter_state_maybe_zero_3, mayb
 from llava_lite.train.plots import draw_plots
 from llava_lite.train.pushing import PushingMixin
 from llava_lite.train.run_log import RunLog, TrainingBar
-from llava_lite.train.throughput import Meter, peak_flops, step_flops
+from llava_lite.train.throughput import Meter, has_pictures, peak_flops, step_flops
 from llava_lite.train.tuning import compute_dtype, parameter_groups
 
 # With LLaVA's names, whose homes are files of their own.
@@ -133,8 +133,14 @@ class LLaVATrainer(CheckpointMixin, EvaluationMixin, PushingMixin, Trainer):
         return self.optimizer
 
     def _get_train_sampler(self, train_dataset=None):
-        """Return the sampler that keeps lengths and modalities together, if asked for; else the stock one."""
+        """Return the sampler of packs, or the one that keeps lengths and modalities together; else the stock one."""
         dataset = self.train_dataset if train_dataset is None else train_dataset
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        if self.args.packing == "tokens":
+            from llava_lite.data.packing import PackSampler, refuse_longer
+
+            refuse_longer(dataset, self.args.packing_tokens)
+            return PackSampler(dataset.lengths, self.args.packing_tokens, seed)
         if not self.args.group_by_modality_length:
             return super()._get_train_sampler(dataset)
         from llava_lite.data.sampler import ModalityLengthGroupedSampler
@@ -145,7 +151,7 @@ class LLaVATrainer(CheckpointMixin, EvaluationMixin, PushingMixin, Trainer):
             has_picture,
             batch_size=self.args.train_batch_size,
             world_size=self.args.world_size * self.args.gradient_accumulation_steps,
-            seed=self.args.seed if self.args.data_seed is None else self.args.data_seed,
+            seed=seed,
         )
 
     # A step.
@@ -155,7 +161,7 @@ class LLaVATrainer(CheckpointMixin, EvaluationMixin, PushingMixin, Trainer):
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         for batch in batches:
             self.meter.add(batch)
-        self.ids_of_step, self.has_pictures = [], any("images" in batch for batch in batches)
+        self.ids_of_step, self.has_pictures = [], any(has_pictures(batch) for batch in batches)
         return batches, num_items
 
     def _prepare_inputs(self, inputs):

@@ -194,10 +194,17 @@ class Meter:
         self.start_clock()
 
 
+def has_pictures(batch):
+    """Tell whether a batch shows any picture, as pixels or as features of the tower."""
+    return "images" in batch or "image_features" in batch
+
+
 def count_batch(batch):
     """Return [3] tokens without padding, supervised tokens, pictures of a batch; a tensor on its device."""
-    num_tokens = batch["attention_mask"].sum()
     num_supervised = (batch["labels"][:, 1:] != IGNORE_INDEX).sum()
+    # A packed row has neither mask nor padding.
+    mask = batch.get("attention_mask")
+    num_tokens = num_supervised.new_tensor(batch["input_ids"].numel()) if mask is None else mask.sum()
     # [N, 3, H, W], or a list of [3, H, W] or [n, 3, H, W].
     num_pictures = sum(picture.shape[0] if picture.dim() == 4 else 1 for picture in batch.get("images", ()))
     return torch.stack([num_tokens, num_supervised, num_tokens.new_tensor(num_pictures)])

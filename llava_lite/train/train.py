@@ -154,6 +154,7 @@ def build_tokenizer(model_args, training_args):
 def build_model(model_args, data_args, training_args):
     """Return the model with tower and connector, in training mode; a connector of stage 1 is filled in."""
     from llava_lite.model.assemble import assemble, load_connector
+    from llava_lite.model.attention import choose_attention
 
     model = assemble(
         model_args.model_name_or_path,
@@ -169,7 +170,9 @@ def build_model(model_args, data_args, training_args):
             "freeze_mm_mlp_adapter": training_args.freeze_mm_mlp_adapter,
         },
         dtype=loading_dtype(training_args),
-        attn_implementation=model_args.attn_implementation,
+        attn_implementation=choose_attention(
+            model_args.attn_implementation, training_args.device.type, packed=training_args.packing != "none"
+        ),
         cache_dir=training_args.cache_dir,
         **quantization(training_args),
     )
@@ -314,9 +317,10 @@ def log_plan(model, train_set, training_args):
 
 def build_trainer(model, tokenizer, train_set, eval_set, data_args, training_args):
     """Return the trainer."""
-    from llava_lite.data.collator import DataCollatorForSupervisedDataset
+    from llava_lite.data.collator import DataCollatorForSupervisedDataset, PackedCollator
     from llava_lite.train.llava_trainer import LLaVATrainer
 
+    pads = training_args.packing == "none"
     num_examples = 0 if eval_set is None else min(data_args.num_eval_generations, len(eval_set))
     return LLaVATrainer(
         model,
@@ -324,7 +328,7 @@ def build_trainer(model, tokenizer, train_set, eval_set, data_args, training_arg
         processing_class=tokenizer,
         train_dataset=train_set,
         eval_dataset=eval_set,
-        data_collator=DataCollatorForSupervisedDataset(tokenizer.pad_token_id),
+        data_collator=DataCollatorForSupervisedDataset(tokenizer.pad_token_id) if pads else PackedCollator(),
         eval_examples=[eval_set[i] for i in range(num_examples)],
         eval_max_new_tokens=data_args.eval_max_new_tokens,
     )

@@ -4,8 +4,8 @@ import pytest
 import torch
 from conftest import BACKBONE_TYPES
 
-from llava_lite.data.collator import DataCollatorForSupervisedDataset, PackedCollator
 from llava_lite.constants import IMAGE_TOKEN_INDEX
+from llava_lite.data.collator import DataCollatorForSupervisedDataset, PackedCollator
 
 MOE = {"moe_mode": "dense", "num_experts": [4], "top_k_experts": 2}
 ANYRES = {"image_aspect_ratio": "anyres", "image_grid_pinpoints": [[64, 32], [32, 64]]}
