@@ -129,7 +129,12 @@ class ModelArguments:
 class DataArguments:
     """What is learned from, and what is held out."""
 
-    data_path: list[str] | None = knob(None, "LLaVA JSON or JSONL files, or YAML mixtures of them.")
+    data_path: list[str] | None = knob(
+        None,
+        "LLaVA JSON or JSONL files, or YAML mixtures of them; or shards with the pictures inside (WebDataset .tar, "
+        ".parquet): paths, globs, {00000..00331}, hf://datasets/user/name. Shards need --max_steps.",
+    )
+    shuffle_window: int = knob(512, "Records of a shard that are shuffled together, and held in memory, a worker.")
     image_folder: str | None = knob(None, "Folder that the records' picture paths start from.")
     image_aspect_ratio: str | None = knob(
         None,

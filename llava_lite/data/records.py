@@ -139,6 +139,17 @@ READERS: dict[str, Reader] = {
     "jsonl": Reader(scan_lines, parse_json_record),
 }
 MIXTURES = ("yaml", "yml")
+# Read from first to last by data/shards.py and never indexed: sets that no disk of ours holds.
+SHARD_KINDS = ("tar", "parquet")
+
+
+def is_shards(data_path: str | Sequence[str] | None) -> bool:
+    """Say whether the paths are shards; DataError if some are and some are not."""
+    paths = [data_path] if isinstance(data_path, (str, os.PathLike)) else list(data_path or ())
+    kinds = {os.fspath(path).startswith("hf://") or _suffix(os.fspath(path)) in SHARD_KINDS for path in paths}
+    if len(kinds) > 1:
+        raise DataError("--data_path names shards and annotation files; a run reads the one kind or the other.")
+    return kinds == {True}
 
 
 class Source(NamedTuple):
@@ -176,8 +187,11 @@ def _suffix(path: str) -> str:
 
 def _file_source(path: str, image_folder: str | None, sampling: str = "all") -> Source:
     kind = _suffix(path)
+    if kind in SHARD_KINDS:
+        raise DataError(f"{path}: shards are read by a training run alone, as its only --data_path.")
     if kind not in READERS:
-        raise DataError(f"{path}: unknown format {kind!r}; known: {', '.join([*READERS, *MIXTURES])}.")
+        known = ", ".join([*READERS, *MIXTURES, *SHARD_KINDS])
+        raise DataError(f"{path}: unknown format {kind!r}; known: {known}.")
     if not os.path.isfile(path):
         raise DataError(f"{path}: no such annotation file.")
     return Source(path, kind, image_folder, sampling)

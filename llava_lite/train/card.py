@@ -67,7 +67,6 @@ def card_of_run(trainer, model_args, data_args, whole: bool) -> str:
 
     args, config = trainer.args, trainer.unwrapped.config
     rows = table_rows(trainer.model, args)
-    files = trainer.train_dataset.annotations.by_file()
     return write_card(
         RunFacts(
             name=os.path.abspath(args.output_dir),
@@ -76,7 +75,7 @@ def card_of_run(trainer, model_args, data_args, whole: bool) -> str:
             conv_template=model_args.version,
             tower=config.mm_vision_tower,
             connector=config.mm_projector_type if config.has_vision_tower else None,
-            data=[(file.name, len(positions)) for file, positions, _ in files],
+            data=trainer.train_dataset.sources,
             trained={part: row["trained"] for part, row in rows.items()},
             frozen={part: row["frozen"] for part, row in rows.items()},
             log=read_metrics(Path(args.output_dir) / METRICS),

@@ -24,6 +24,7 @@ from llava_lite.train.llava_state import get_mm_adapter_state_maybe_zero_3, mayb
 from llava_lite.train.plots import draw_plots
 from llava_lite.train.pushing import PushingMixin
 from llava_lite.train.run_log import RunLog, TrainingBar
+from llava_lite.train.stream_run import StreamMixin
 from llava_lite.train.throughput import Meter, has_pictures, peak_flops, step_flops
 from llava_lite.train.tuning import compute_dtype, parameter_groups
 
@@ -60,7 +61,7 @@ class RunEvents(TrainerCallback):
         self.trainer.draw()
 
 
-class LLaVATrainer(CheckpointMixin, EvaluationMixin, PushingMixin, Trainer):
+class LLaVATrainer(StreamMixin, CheckpointMixin, EvaluationMixin, PushingMixin, Trainer):
     """Trains a LLaVA model; args are llava_lite's TrainingArguments, batches come from its collator.
 
     eval_examples: examples of the evaluation set that are answered at each evaluation. tokenizer: LLaVA's word, from
@@ -108,6 +109,7 @@ class LLaVATrainer(CheckpointMixin, EvaluationMixin, PushingMixin, Trainer):
 
     def begin_run(self):
         """Begin the log, the clock and the watch on the first gradients."""
+        super().begin_run()
         self.run_log.start(self.state.global_step)
         self.last_figures_step = min(self.last_figures_step, self.state.global_step)
         self.watch = GradientWatch(self.groups)
@@ -251,7 +253,7 @@ class LLaVATrainer(CheckpointMixin, EvaluationMixin, PushingMixin, Trainer):
 
     def progress_state(self):
         """Return what was counted since the last line of the log."""
-        return {
+        return super().progress_state() | {
             "balance_sum": self.balance_sum.cpu(),
             "last_figures_step": self.last_figures_step,
             "experts": {str(layer): row.cpu() for layer, row in self.experts.sums.items()},
@@ -260,6 +262,7 @@ class LLaVATrainer(CheckpointMixin, EvaluationMixin, PushingMixin, Trainer):
 
     def load_progress_state(self, state):
         """Take up the counts of the run that saved them."""
+        super().load_progress_state(state)
         device = self.args.device
         self.balance_sum = state["balance_sum"].to(device)
         self.last_figures_step = state["last_figures_step"]

@@ -13,10 +13,13 @@ METRICS = "metrics.jsonl"
 
 
 class RunLog:
-    """The lines of metrics.jsonl, one a log: step, loss, its parts, rates, tokens a second, MFU, experts."""
+    """The lines of metrics.jsonl, one a log: step, loss, its parts, rates, tokens a second, MFU, experts.
 
-    def __init__(self, output_dir, is_writer=True):
-        self.path = Path(output_dir) / METRICS
+    name: of another file of lines that each have a "step".
+    """
+
+    def __init__(self, output_dir, is_writer=True, name=METRICS):
+        self.path = Path(output_dir) / name
         self.is_writer = is_writer
 
     def start(self, step):

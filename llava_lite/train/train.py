@@ -82,6 +82,7 @@ def prepare(argv=None):
     start_logging()
     model_args, data_args, training_args = parse_args(sys.argv[1:] if argv is None else argv)
     refuse_unshareable(model_args, training_args)
+    refuse_without_length(data_args, training_args)
     join_ranks(training_args)
     set_seed(training_args.seed)
     tokenizer = build_tokenizer(model_args, training_args)
@@ -125,6 +126,13 @@ def start_logging():
 
 
 def join_ranks(training_args):
+def refuse_without_length(data_args, training_args):
+    """Refuse what cannot be asked of shards, whose records nobody has counted."""
+    from llava_lite.train.stream_run import refuse_of_shards
+
+    refuse_of_shards(data_args, training_args)
+
+
     """Let DeepSpeed know the ranks, and leave the log to the first; warnings and errors come from all."""
     if training_args.uses_deepspeed:
         import deepspeed
@@ -256,7 +264,7 @@ def gather_experts_together(model):
 
 
 def load_data(model, tokenizer, model_args, data_args, training_args):
-    """Return the records to learn from and those held out (or None), every one of them checked."""
+    """Return the records to learn from and those held out (or None), every one of them checked but for shards."""
     from llava_lite.anyres import PictureLayout
     from llava_lite.data.dataset import open_dataset
     from llava_lite.train.ranks import everyone
@@ -268,7 +276,9 @@ def load_data(model, tokenizer, model_args, data_args, training_args):
     def open_files(paths, ledger):
         dataset, report = open_dataset(
             paths,
+    from llava_lite.data.records import is_shards
             tokenizer,
+    from llava_lite.train.stream_run import open_stream
             None if tower is None else tower.image_processor,
             model_args.version,
             image_folder=data_args.image_folder,
@@ -286,7 +296,10 @@ def load_data(model, tokenizer, model_args, data_args, training_args):
         logger.info("%s:\n%s", ", ".join(paths), report.summary())
         return dataset
 
-    train_set = open_files(data_args.data_path, "skipped_records.jsonl")
+    if is_shards(data_args.data_path):
+        train_set = open_stream(model, tokenizer, model_args, data_args, training_args)
+    else:
+        train_set = open_files(data_args.data_path, "skipped_records.jsonl")
     if data_args.eval_data_path is not None:
         return train_set, open_files(data_args.eval_data_path, "skipped_eval_records.jsonl")
     return split(train_set, data_args.eval_split, training_args.seed) if data_args.eval_split else (train_set, None)

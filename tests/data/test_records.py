@@ -153,7 +153,7 @@ def test_a_wrong_mixture_is_refused(tmp_path, text, words):
 
 
 def test_an_unknown_format_is_refused_with_the_known_ones():
-    with pytest.raises(DataError, match="unknown format 'csv'; known: json, jsonl, yaml, yml"):
+    with pytest.raises(DataError, match="unknown format 'csv'; known: json, jsonl, yaml, yml, tar, parquet"):
         open_sources("captions.csv")
     with pytest.raises(DataError, match="no annotation file given"):
         open_sources([])

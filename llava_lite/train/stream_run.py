@@ -1,0 +1,123 @@
+"""Let a Trainer take its micro-batches from shards: no sampler, no length, and a resume that reads nothing twice."""
+
+import logging
+
+from torch.utils.data import DataLoader
+
+from llava_lite.anyres import PictureLayout
+from llava_lite.data.dataset import ExampleMaker
+from llava_lite.data.records import is_shards
+from llava_lite.data.shards import find_shards
+from llava_lite.data.streaming import StreamCollator, StreamDataset
+from llava_lite.train.ranks import everyone
+from llava_lite.train.run_log import RunLog
+
+logger = logging.getLogger(__name__)
+
+LEDGER = "skipped_records-rank{rank:05d}.jsonl"
+
+
+def refuse_of_shards(data_args, training_args) -> None:
+    """Raise ValueError for what cannot be asked of shards, before a model is loaded for it."""
+    if not is_shards(data_args.data_path):
+        return
+    if training_args.max_steps <= 0:
+        raise ValueError(
+            "--max_steps is needed with shards: how many records they hold is known when they have been read. One "
+            "pass over N records is N / (ranks x batch x accumulation) steps."
+        )
+    for flag, is_set in {
+        "group_by_modality_length True": training_args.group_by_modality_length,
+        f"eval_split {data_args.eval_split}": data_args.eval_split > 0,
+    }.items():
+        if is_set:
+            raise ValueError(
+                f"--{flag} needs records whose number and lengths are known; shards are read as they come."
+            )
+
+
+def open_stream(model, tokenizer, model_args, data_args, training_args) -> StreamDataset:
+    """Return the stream of the shards that --data_path names; every rank must find the same."""
+    tower, args = model.get_vision_tower(), training_args
+    maker = ExampleMaker(
+        tokenizer,
+        None if tower is None else tower.image_processor,
+        model_args.version,
+        layout=PictureLayout(0) if tower is None else model.config.picture_layout,
+        max_length=args.model_max_length,
+        mm_use_im_start_end=model.config.mm_use_im_start_end,
+    )
+    stream = StreamDataset(
+        find_shards(data_args.data_path),
+        maker,
+        args.per_device_train_batch_size,
+        num_workers=args.dataloader_num_workers,
+        rank=args.process_index,
+        num_ranks=args.world_size,
+        seed=args.seed if args.data_seed is None else args.data_seed,
+        window=data_args.shuffle_window,
+        bad_record=data_args.bad_record,
+        max_bad_share=data_args.max_bad_share,
+    )
+    if len({tuple(sorted(settings.items(), key=str)) for settings in everyone(stream.settings)}) > 1:
+        raise ValueError(f"the ranks see different shards under {data_args.data_path}; share them, or copy them.")
+    logger.info("%s: %s", ", ".join(data_args.data_path), stream)
+    return stream
+
+
+class StreamMixin:
+    """Trainer overrides for a StreamDataset as train_dataset; with any other they change nothing."""
+
+    @property
+    def stream(self) -> StreamDataset | None:
+        """The training set, if it is a stream."""
+        return self.train_dataset if isinstance(self.train_dataset, StreamDataset) else None
+
+    def get_train_dataloader(self):
+        """Return the loader of this rank's own lanes; accelerate would read on one rank and send to the others."""
+        if self.stream is None:
+            return super().get_train_dataloader()
+        args = self.args
+        return DataLoader(
+            self.stream,
+            batch_size=None,
+            collate_fn=StreamCollator(self.data_collator),
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory and args.device.type == "cuda",
+            prefetch_factor=args.dataloader_prefetch_factor,
+        )
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        """Return the micro-batches of a step on the device, having noted how far their lanes are."""
+        batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if self.stream is None:
+            return batches, num_items
+        from accelerate.utils import send_to_device
+
+        for batch in batches:
+            taken = batch.pop("stream")
+            self.stream.note(taken)
+            for record in taken.left_out:
+                self.ledger.write({"step": self.state.global_step + 1, **record})
+        return [send_to_device(batch, device, non_blocking=True) for batch in batches], num_items
+
+    def begin_run(self):
+        """Begin the ledger of this rank's records that are left out, behind what a resumed run has written."""
+        if self.stream is not None and self.stream.bad_record == "skip":
+            self.ledger = RunLog(self.args.output_dir, name=LEDGER.format(rank=self.args.process_index))
+            self.ledger.start(self.state.global_step)
+
+    def progress_state(self) -> dict:
+        """Return what the parents remember, and the place of each lane."""
+        more = {} if self.stream is None else {"stream": self.stream.state_dict()}
+        return super().progress_state() | more
+
+    def load_progress_state(self, state) -> None:
+        """Take up the places; --ignore_data_skip begins the order anew."""
+        super().load_progress_state(state)
+        if self.stream is not None and not self.args.ignore_data_skip:
+            self.stream.load_state_dict(state["stream"])
+
+    def _step_settings(self) -> dict:
+        """Return what must be equal for a step to be the same step, the order of the stream included."""
+        return super()._step_settings() | ({} if self.stream is None else self.stream.settings)

@@ -1,0 +1,221 @@
+"""Shards: which files, what a record is, from any place on; `datasets` reads the same tar and parquet files."""
+
+import io
+import json
+
+import fsspec
+import pytest
+from fsspec.implementations.dirfs import DirFileSystem
+from huggingface_hub import HfFileSystem
+from PIL import Image
+from toy_shards import (
+    caption_files,
+    caption_of,
+    caption_row,
+    picture_bytes,
+    talk_json,
+    talk_of,
+    talk_row,
+    tar_files,
+    write_caption_tars,
+    write_parquet,
+)
+
+from llava_lite.data.records import is_shards, open_sources
+from llava_lite.data.scan import DataError
+from llava_lite.data.shard_files import Place
+from llava_lite.data.shards import find_shards, parse_shard_record, read_shard
+
+LONG = "folder/" * 20 + "a_key_longer_than_the_hundred_bytes_that_a_plain_header_has_room_for"
+
+
+def records_of(shard, place=Place(), part=0, num_parts=1):  # noqa: B008 - a tuple does not change
+    """Return the parsed records of a shard."""
+    return [parse_shard_record(shard, raw) for raw in read_shard(shard, place, part, num_parts)]
+
+
+def only(path):
+    """Return the one shard at a path."""
+    (shard,) = find_shards(str(path))
+    return shard
+
+
+def test_captions_of_a_tar_are_those_that_datasets_reads(tmp_path, monkeypatch):
+    import datasets
+
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    pattern = write_caption_tars(tmp_path / "shards", [3, 4])
+    ours = [found for shard in find_shards(pattern) for found in records_of(shard)]
+    theirs = datasets.load_dataset("webdataset", data_files=pattern, split="train", streaming=True)
+    theirs = list(theirs.cast_column("png", datasets.Image(decode=False)))
+    assert len(ours) == len(theirs) == 7
+    for (record, pictures), item in zip(ours, theirs, strict=True):
+        assert record.turns == (("human", "<image>"), ("gpt", item["txt"].strip()))
+        assert record.id == item["__key__"].rsplit("/", 1)[-1]
+        assert pictures == (item["png"]["bytes"],)
+
+
+def test_rows_of_parquet_are_those_that_datasets_reads(tmp_path, monkeypatch):
+    import datasets
+
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    path = write_parquet(tmp_path / "a.parquet", [talk_row(n) for n in range(7)], row_group_size=3)
+    ours = records_of(only(path))
+    theirs = list(datasets.load_dataset("parquet", data_files=str(path), split="train", streaming=True))
+    assert [record.id for record, _ in ours] == [item["id"] for item in theirs]
+    for (record, pictures), item in zip(ours, theirs, strict=True):
+        assert record.turns == tuple((turn["from"], turn["value"]) for turn in item["conversations"])
+        assert pictures == (item["image"]["bytes"],)
+
+
+@pytest.mark.parametrize("kind", ["tar", "parquet"])
+def test_reading_goes_on_from_any_place_without_what_stands_before(kind, tmp_path):
+    if kind == "tar":
+        path = tar_files(tmp_path / "a.tar", [file for n in range(9) for file in caption_files(n)])
+    else:
+        path = write_parquet(tmp_path / "a.parquet", [caption_row(n) for n in range(9)], row_group_size=4)
+    shard = only(path)
+    whole = list(read_shard(shard))
+    assert [raw.number for raw in whole] == list(range(9))
+    for k, raw in enumerate(whole):
+        assert list(read_shard(shard, raw.after)) == whole[k + 1 :]
+    if kind == "tar":
+        # Not a byte of the records before is read: they may be anything.
+        at = whole[4].after.offset
+        path.write_bytes(b"\xff" * at + path.read_bytes()[at:])
+        assert list(read_shard(shard, whole[4].after)) == whole[5:]
+
+
+@pytest.mark.parametrize("kind", ["tar", "parquet"])
+def test_parts_of_a_shard_are_disjoint_and_make_the_whole(kind, tmp_path):
+    if kind == "tar":
+        path = tar_files(tmp_path / "a.tar", [file for n in range(10) for file in caption_files(n)])
+    else:
+        path = write_parquet(tmp_path / "a.parquet", [caption_row(n) for n in range(10)], row_group_size=4)
+    shard = only(path)
+    parts = [list(read_shard(shard, part=part, num_parts=3)) for part in range(3)]
+    assert [[raw.number for raw in part] for part in parts] == [[0, 3, 6, 9], [1, 4, 7], [2, 5, 8]]
+    assert sorted((raw for part in parts for raw in part), key=lambda raw: raw.number) == list(read_shard(shard))
+    assert list(read_shard(shard, parts[1][0].after, 1, 3)) == parts[1][1:]
+
+
+def test_conversations_lie_in_json_beside_their_pictures(tmp_path):
+    two = json.dumps({"conversations": talk_of(1, marks=2)}).encode()
+    files = [("0.jpg", b"a"), ("0.json", talk_json(0)), ("1.0.jpg", b"b"), ("1.1.jpg", b"c"), ("1.json", two)]
+    files += [("2.json", json.dumps({"conversations": [*talk_of(2, marks=0)]}).encode()), ("._junk", b"x")]
+    first, second, third = records_of(only(tar_files(tmp_path / "a.tar", files)))
+    assert (first.record.id, first.pictures, first.record.where) == ("000000", (b"a",), "a.tar[0]")
+    assert (second.record.id, second.pictures) == ("1", (b"b", b"c"))
+    assert second.record.images == ("1.0.jpg", "1.1.jpg")
+    assert (third.record.images, third.pictures) == ((), ())
+
+
+def test_captions_lie_in_json_too_and_keys_may_be_long(tmp_path):
+    files = [(f"{LONG}.jpg", b"p"), (f"{LONG}.json", json.dumps({"caption": " a cat ", "url": "x"}).encode())]
+    shard = only(tar_files(tmp_path / "a.tar", files * 1))
+    ((record, pictures),) = records_of(shard)
+    assert (record.id, record.turns[1], pictures) == (LONG, ("gpt", "a cat"), (b"p",))
+
+
+def test_rows_hold_conversations_in_several_shapes(tmp_path):
+    turns = talk_of(5)
+    as_lists = {"from": [turn["from"] for turn in turns], "value": [turn["value"] for turn in turns]}
+    for k, talk in enumerate((turns, as_lists, json.dumps(turns))):
+        row = {"images": [picture_bytes(1)], "conversations": talk}
+        ((record, pictures),) = records_of(only(write_parquet(tmp_path / f"{k}.parquet", [row])))
+        assert record.turns == (("human", turns[0]["value"]), ("gpt", turns[1]["value"]))
+        assert Image.open(io.BytesIO(pictures[0])).size == (41, 40)
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ([("7.jpg", b"a")], r"record '7' \(a.tar\[0\]\): 1 pictures and no caption \(found: jpg\)"),
+        ([("7.txt", b"a cat")], "0 pictures and a caption"),
+        ([("7.jpg", b"a"), ("7.txt", b" ")], "the caption is empty"),
+        ([("7.jpg", b"a"), ("7.txt", b"\xff")], "the txt is not UTF-8"),
+        ([("7.jpg", b"a"), ("7.json", b"{")], "not JSON"),
+        ([("7.jpg", b"a"), ("7.json", b"[]")], "the JSON holds list, expected dict"),
+        ([("7.json", json.dumps({"image": "a.jpg", "conversations": talk_of(1)}).encode())], "the shard holds none"),
+        ([("7.jpg", b"a"), ("7.json", json.dumps({"conversations": talk_of(1, 2)}).encode())], "2 <image> marks"),
+    ],
+)
+def test_broken_record_is_named_by_shard_and_key(files, message, tmp_path):
+    shard = only(tar_files(tmp_path / "a.tar", [*files, *caption_files(8)]))
+    first, second = read_shard(shard)
+    with pytest.raises(DataError, match=message):
+        parse_shard_record(shard, first)
+    assert parse_shard_record(shard, second).record.turns[1] == ("gpt", caption_of(8))
+
+
+@pytest.mark.parametrize(
+    ("more", "message"), [(0, "cut short"), (100, "byte"), (520, "ends inside '000002.png': 8 of")]
+)
+def test_a_shard_that_is_cut_short_gives_what_it_has_and_says_so(more, message, tmp_path):
+    path = tar_files(tmp_path / "a.tar", [file for n in range(3) for file in caption_files(n)])
+    third = list(read_shard(only(path)))[1].after.offset
+    # In front of the third record, inside its header, inside its picture.
+    path.write_bytes(path.read_bytes()[: third + more])
+    *whole, last = read_shard(only(path))
+    # The second is known to be whole where the third begins.
+    assert [raw.key for raw in whole] == ["000000", "000001"][: 2 if more == 520 else 1]
+    with pytest.raises(DataError, match=message):
+        parse_shard_record(only(path), last)
+
+
+def test_what_is_no_parquet_file_is_told_by_its_name(tmp_path):
+    (tmp_path / "a.parquet").write_bytes(b"x" * 4000)
+    (raw,) = read_shard(only(tmp_path / "a.parquet"))
+    with pytest.raises(DataError, match=r"a\.parquet: no parquet file, or a broken one"):
+        raise raw.error
+
+
+def test_globs_and_braces_name_shards_in_one_order(tmp_path):
+    write_caption_tars(tmp_path, [1] * 11)
+    names = [shard.name for shard in find_shards(str(tmp_path / "*.tar"))]
+    assert names == [f"{k:05d}.tar" for k in range(11)]
+    assert [shard.name for shard in find_shards(str(tmp_path / "{00008..00010}.tar"))] == names[8:]
+    assert [shard.name for shard in find_shards([str(tmp_path / "00003.tar"), str(tmp_path / "*3.tar")])] == names[3:4]
+    with pytest.raises(DataError, match="2 of 3 shards are there"):
+        find_shards(str(tmp_path / "{00009..00011}.tar"))
+    with pytest.raises(DataError, match="0 of 1 shards are there"):
+        find_shards(str(tmp_path / "x*.parquet"))
+
+
+@pytest.fixture
+def hub_folder(tmp_path, monkeypatch):
+    """A folder that answers to hf://, in the Hub's place."""
+
+    class Hub(DirFileSystem):
+        protocol = "hf"
+
+        def __init__(self, **kwargs):
+            super().__init__(path=str(tmp_path / "hub"), fs=fsspec.filesystem("file"))
+
+    fsspec.register_implementation("hf", Hub, clobber=True)
+    yield tmp_path / "hub" / "datasets"
+    fsspec.register_implementation("hf", HfFileSystem, clobber=True)
+
+
+def test_a_data_set_of_the_hub_is_all_its_shards(hub_folder):
+    write_caption_tars(hub_folder / "user" / "captions" / "data", [2, 2])
+    write_parquet(hub_folder / "user" / "captions" / "more.parquet", [caption_row(9)])
+    shards = find_shards("hf://datasets/user/captions")
+    assert [shard.path for shard in shards] == [
+        "hf://datasets/user/captions/data/00000.tar",
+        "hf://datasets/user/captions/data/00001.tar",
+        "hf://datasets/user/captions/more.parquet",
+    ]
+    found = [record.turns[1][1] for shard in shards for record, _ in records_of(shard)]
+    assert found == [caption_of(n) for n in (0, 1, 2, 3, 9)]
+    assert find_shards("hf://datasets/user/captions/data/*.tar") == shards[:2]
+
+
+def test_paths_say_whether_they_are_shards(tmp_path):
+    assert is_shards(["a/{0..9}.tar", "b.parquet", "hf://datasets/user/name"])
+    assert not is_shards("train.json")
+    assert not is_shards(None)
+    with pytest.raises(DataError, match="the one kind or the other"):
+        is_shards(["a.tar", "b.json"])
+    with pytest.raises(DataError, match="shards are read by a training run alone"):
+        open_sources(str(tmp_path / "a.tar"))
