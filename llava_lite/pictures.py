@@ -2,12 +2,16 @@
 
 import base64
 import io
+import os
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 
 from llava_lite.anyres import cut_crops, default_pinpoints
+from llava_lite.jpeg import read_jpeg
+from llava_lite.picture_steps import OtherSteps, PictureSteps, read_steps
+from llava_lite.resize import Resize, resized_bytes
 
 # 256 MiB once decoded as RGB, where Pillow itself begins to warn. Phones and cameras end at 65 million pixels.
 MAX_PICTURE_PIXELS = 2**28 // 3
@@ -42,6 +46,10 @@ def open_picture(path, upright=False) -> Image.Image:
     path: a file, or an open one such as io.BytesIO. The size is read from the header before anything is decoded.
     upright: turn it as its EXIF entry says. For people's own pictures; training, like LLaVA's, leaves it as stored.
     """
+    if not upright and isinstance(path, (str, os.PathLike)):
+        pixels = read_jpeg(path, MAX_PICTURE_PIXELS)
+        if pixels is not None:
+            return Image.fromarray(pixels)
     try:
         with Image.open(path, formats=PICTURE_FORMATS) as picture:
             width, height = picture.size
@@ -109,10 +117,41 @@ def prepare_picture(pil, image_processor, aspect_ratio="square", grid_pinpoints=
     aspect_ratio: `square`, what the processor makes of it (CLIP cuts out the middle); `pad`, first put on a square of
     the mean colour, so that nothing is cut; `anyres`, cut into crops (grid_pinpoints: as in process_anyres_image).
     """
-    if aspect_ratio not in ASPECT_RATIOS:
-        raise ValueError(f"unknown image_aspect_ratio {aspect_ratio!r}; known: {', '.join(ASPECT_RATIOS)}.")
+    try:
+        steps = read_steps(image_processor)
+    except OtherSteps:
+        return _called(pil, image_processor, aspect_ratio, grid_pinpoints)
+    return steps.normalise(picture_bytes(pil, steps, aspect_ratio, grid_pinpoints))
+
+
+def picture_bytes(
+    pil, steps: PictureSteps, aspect_ratio="square", grid_pinpoints=None, resize: Resize = "exact"
+) -> torch.Tensor:
+    """Return what `prepare_picture` does before it is normalised, uint8: a tower that gets these normalises itself.
+
+    steps: of the tower's image processor. resize: `exact`, Pillow's bytes, or `fast`, torch's, up to 1e-3 away in the
+    mean once normalised.
+    """
+    _check_aspect_ratio(aspect_ratio)
     if aspect_ratio == "anyres":
-        return process_anyres_image(pil, image_processor, grid_pinpoints)
+        whole = steps.size if isinstance(steps.size, int) else steps.side
+        crops = _cut(pil, whole, steps.side, grid_pinpoints)
+        return torch.stack([resized_bytes(crop, steps, resize=resize) for crop in crops])
+    picture, pad = to_rgb(pil), aspect_ratio == "pad"
+    if pad:
+        picture = _shrunk(picture)
+    elif steps.crop is not None and isinstance(steps.size, int):
+        picture = _middle(picture)
+    return resized_bytes(picture, steps, pad, resize)
+
+
+def _called(pil, image_processor, aspect_ratio, grid_pinpoints) -> torch.Tensor:
+    """Return prepare_picture's by the image processor itself."""
+    _check_aspect_ratio(aspect_ratio)
+    if aspect_ratio == "anyres":
+        side = picture_side(image_processor)
+        crops = _cut(pil, image_processor.size.get("shortest_edge", side), side, grid_pinpoints)
+        return image_processor(crops, return_tensors="pt")["pixel_values"].float()
     picture = to_rgb(pil)
     if aspect_ratio == "pad":
         background = tuple(int(255 * mean) for mean in image_processor.image_mean)
@@ -123,18 +162,25 @@ def prepare_picture(pil, image_processor, aspect_ratio="square", grid_pinpoints=
     return pixels[0].float()
 
 
+def _cut(image, base_size, side, grid_pinpoints) -> list[Image.Image]:
+    # Pillow resizes most modes by itself; of 16 bits to_rgb knows how to keep the upper ones.
+    picture = to_rgb(image) if image.mode.startswith("I") else image
+    crops = cut_crops(picture, grid_pinpoints or default_pinpoints(side), base_size, side)
+    return [to_rgb(crop) for crop in crops]
+
+
+def _check_aspect_ratio(aspect_ratio) -> None:
+    if aspect_ratio not in ASPECT_RATIOS:
+        raise ValueError(f"unknown image_aspect_ratio {aspect_ratio!r}; known: {', '.join(ASPECT_RATIOS)}.")
+
+
 def process_anyres_image(image, processor, grid_pinpoints=None) -> torch.Tensor:
     """Return the crops of a picture as the tower reads them, float32 [n, 3, H, W]: the whole first, then the tiles.
 
     grid_pinpoints: resolutions as in read_pinpoints; None for LLaVA-1.6's five at the tower's size. As in LLaVA the
     picture is resized in its own mode: a palette takes the nearest pixel, transparent parts lose their colour.
     """
-    # Pillow resizes most modes by itself; of 16 bits to_rgb knows how to keep the upper ones.
-    picture = to_rgb(image) if image.mode.startswith("I") else image
-    patch_size = picture_side(processor)
-    pinpoints = grid_pinpoints or default_pinpoints(patch_size)
-    crops = cut_crops(picture, pinpoints, processor.size.get("shortest_edge", patch_size), patch_size)
-    return processor([to_rgb(crop) for crop in crops], return_tensors="pt")["pixel_values"].float()
+    return prepare_picture(image, processor, "anyres", grid_pinpoints)
 
 
 def process_images(images, image_processor, model_cfg) -> torch.Tensor | list[torch.Tensor]:
