@@ -102,7 +102,9 @@ class ModelArguments:
         "never", "When the second of two experts is drawn with Gumbel noise (DeepSpeed's gate: always)."
     )
     moe_count_padding: bool = knob(False, "Route and count padding too, as MoE-LLaVA does.")
-    ep_size: int = knob(1, "Ranks over which experts are split; 1: every rank holds all (MoE-LLaVA's scripts).")
+    ep_size: int = knob(
+        1, "Ranks that share the experts of a layer, with ZeRO-2 or 3; 1: every rank holds all (MoE-LLaVA's scripts)."
+    )
     only_lora_ffn: bool = knob(True, "MoE-LLaVA's; has no effect, since LoRA and experts are two tunings.")
     plain_paths: list[str] | None = knob(
         None,
@@ -122,7 +124,9 @@ class ModelArguments:
         """Return the nested `moe` dict of the model's config, with MoE-LLaVA's keys."""
         sampling = {"never": False, "training": True, "always": "always"}[self.moe_second_expert_sampling]
         values = {key: getattr(self, key) for key in MOE_KEYS.split()}
-        return {**values, "num_experts": self.num_experts or [4], "moe_second_expert_sampling": sampling}
+        # A folder holds all experts, on however many ranks they were trained.
+        values |= {"num_experts": self.num_experts or [4], "ep_size": 1}
+        return {**values, "moe_second_expert_sampling": sampling}
 
 
 @dataclass

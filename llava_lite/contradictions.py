@@ -103,9 +103,7 @@ def check_model(args):
         not 1 <= args.top_k_experts <= least,
         f"--top_k_experts {args.top_k_experts} with --num_experts {least}: a token visits 1 to {least} experts.",
     )
-    refuse(
-        args.ep_size != 1, f"--ep_size {args.ep_size}: experts are not split over ranks; use 1 with zero2 or zero3."
-    )
+    refuse(args.ep_size < 1, f"--ep_size {args.ep_size}: at least one rank holds the experts.")
     refuse(
         args.moe_second_expert_sampling != "never" and args.top_k_experts != 2,
         f"--moe_second_expert_sampling {args.moe_second_expert_sampling} draws the second of two experts and "
@@ -197,9 +195,37 @@ def check_together(model_args, data_args, training_args):
     refuse(training_args.bits < 16 and tuning != "lora", f"--bits {training_args.bits} needs --lora_enable True.")
     check_checkpointing(tuning, training_args.gradient_checkpointing_kwargs)
     check_packing(model_args, training_args)
+    check_expert_parallel(model_args, training_args)
     evaluates = data_args.eval_data_path is not None or data_args.eval_split > 0
     strategy = getattr(training_args.eval_strategy, "value", training_args.eval_strategy)
     refuse(strategy != "no" and not evaluates, f"--eval_strategy {strategy} needs --eval_data_path or --eval_split.")
+
+
+def check_expert_parallel(model_args, training_args):
+    """Raise ValueError for what does not go with experts that several ranks share; of the model, see split_experts."""
+    said = f"--ep_size {model_args.ep_size}"
+    if model_args.ep_size == 1:
+        return
+    refuse(
+        training_args.zero_stage not in (2, 3),
+        f"{said} needs ZeRO: give --deepspeed zero2.json or zero3.json; got "
+        f"{f'stage {training_args.zero_stage}' if training_args.uses_deepspeed else 'no --deepspeed'}.",
+    )
+    refuse(
+        training_args.tuning not in ("moe", "full"),
+        f"{said} shares out experts that train; --tuning {training_args.tuning} trains none.",
+    )
+    for flag in ("moe_drop_tokens", "use_residual"):
+        refuse_pair(getattr(model_args, flag), f"{flag} True", said.removeprefix("--"))
+    uneven = [number for number in model_args.num_experts or [4] if number % model_args.ep_size]
+    refuse(
+        training_args.tuning == "moe" and bool(uneven),
+        f"{said} and --num_experts {' '.join(map(str, uneven))}: so many ranks cannot share them evenly.",
+    )
+    refuse(
+        training_args.world_size % model_args.ep_size > 0,
+        f"{said} with {training_args.world_size} ranks: the ranks must come in whole groups of that size.",
+    )
 
 
 def without_effect(model_args, training_args):

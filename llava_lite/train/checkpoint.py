@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from llava_lite.train import manifest as paper
 from llava_lite.train.engine_state import load_engine, save_engine
+from llava_lite.train.expert_parallel import parallel_experts
 from llava_lite.train.final import save_final
 from llava_lite.train.interrupt import EXIT_RESUMABLE, ProgressCallback
 from llava_lite.train.manifest import SaveError, newest_whole_checkpoint
@@ -89,7 +90,10 @@ class CheckpointMixin:
         """Return what must be equal for a step to be the same step."""
         args, data = self.args, self.train_dataset
         lengths = getattr(data, "lengths", None)
+        # Only where there are some: a checkpoint from before this key goes on.
+        shared = {experts.num_ranks for experts in parallel_experts(self.model).values()}
         return {
+            **({"--ep_size": shared.pop()} if shared else {}),
             "world_size": args.world_size,
             "per_device_train_batch_size": args.per_device_train_batch_size,
             "gradient_accumulation_steps": args.gradient_accumulation_steps,

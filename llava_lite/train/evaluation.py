@@ -3,6 +3,7 @@
 import torch
 
 from llava_lite.constants import IGNORE_INDEX
+from llava_lite.train.expert_parallel import needs_all_ranks
 from llava_lite.train.generations import generate_answers, report_answers, write_answers
 
 
@@ -58,10 +59,9 @@ class EvaluationMixin:
         return metrics
 
     def answer_examples(self):
-        """Let the model answer a few records: on rank 0, and on all under ZeRO-3, which needs them."""
+        """Let the model answer a few records: on rank 0, and on all where a forward pass needs them."""
         model = self.unwrapped
-        needs_all = any(hasattr(param, "ds_id") for param in model.parameters())
-        if not self.eval_examples or not (needs_all or self.is_world_process_zero()):
+        if not self.eval_examples or not (needs_all_ranks(model) or self.is_world_process_zero()):
             return
         with self.accelerator.autocast():
             answers = generate_answers(

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 
 from llava_lite.model.weights import gathered
 from llava_lite.train import manifest as paper
+from llava_lite.train.expert_parallel import with_all_experts
 from llava_lite.train.ranks import raise_together
 from llava_lite.train.trained_weights import PROJECTOR, TRAINED, projector_state, trained_state
 
@@ -111,7 +112,7 @@ def whole_state(model, keep: bool) -> dict[str, torch.Tensor]:
                 copies[id(weight)] = value.to("cpu", copy=True)
         if keep:
             state[plain_name(name)] = copies[id(weight)]
-    return state
+    return with_all_experts(model, state, keep)
 
 
 def lora_modules(model) -> Iterable[tuple[str, torch.nn.Module]]:

@@ -8,6 +8,7 @@ import torch
 
 from llava_lite.constants import IGNORE_INDEX
 from llava_lite.data.collator import batch_pictures
+from llava_lite.train.expert_parallel import needs_all_ranks
 
 logger = logging.getLogger(__name__)
 
@@ -34,10 +35,8 @@ def decode(tokenizer, ids):
 def generate_answers(model, tokenizer, examples, device, max_new_tokens):
     """Return [{"id", "prompt", "expected", "answer"}] for examples of the evaluation set, greedily.
 
-    Under ZeRO-3 all ranks must call this with the same examples: every step gathers weights.
+    Under ZeRO-3 and --ep_size all ranks must call this with the same examples: every step needs all of them.
     """
-    # A rank that stops early would leave the others alone in the next gathering.
-    is_partitioned = any(hasattr(param, "ds_id") for param in model.parameters())
     answers = []
     for example in examples:
         prompt, expected = prompt_and_answer(example["input_ids"], example["labels"])
@@ -49,7 +48,8 @@ def generate_answers(model, tokenizer, examples, device, max_new_tokens):
             max_new_tokens=max_new_tokens,
             do_sample=False,
             use_cache=True,
-            synced_gpus=is_partitioned,
+            # A rank that stops early would leave the others alone in the next gathering.
+            synced_gpus=needs_all_ranks(model),
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
         )

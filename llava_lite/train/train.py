@@ -96,6 +96,7 @@ def prepare(argv=None):
     train_set, eval_set = load_data(model, tokenizer, model_args, data_args, training_args)
     logger.info("what trains (--tuning %s):\n%s", training_args.tuning, describe(model, training_args))
     log_plan(model, train_set, training_args)
+    share_out_experts(model, model_args, training_args)
     trainer = build_trainer(model, tokenizer, train_set, eval_set, data_args, training_args)
     return Stage(trainer, tokenizer, model_args, data_args, checkpoint_to_resume(training_args))
 
@@ -261,6 +262,14 @@ def gather_experts_together(model):
         from llava_lite.model.moe import MoeBlock
 
         set_z3_leaf_modules(model, [MoeBlock])
+
+
+def share_out_experts(model, model_args, training_args):
+    """Leave on this rank its share of the experts, if several are to share them."""
+    if model_args.ep_size > 1:
+        from llava_lite.train.expert_parallel import split_experts
+
+        split_experts(model, model_args.ep_size, training_args.deepspeed_plugin.deepspeed_config)
 
 
 def load_data(model, tokenizer, model_args, data_args, training_args):

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from llava_lite.model.weights import gathered, is_partitioned
+from llava_lite.train.expert_parallel import with_all_experts
 
 TRAINED = "trained.safetensors"
 PROJECTOR = "mm_projector.bin"
@@ -25,7 +26,7 @@ def trained_names(model: nn.Module) -> list[str]:
 def trained_state(model: nn.Module, keep: bool = True, buffers: bool = True) -> dict[str, torch.Tensor]:
     """Return what a run can change, on the CPU: trained parameters and, if wanted, saved buffers.
 
-    All ranks must call it under ZeRO-3; those without `keep` get {}.
+    All ranks must call it under ZeRO-3 and --ep_size; those without `keep` get {}.
     """
     changing = set(trained_names(model)) | ({name for name, _ in model.named_buffers()} if buffers else set())
     state = {}
@@ -34,7 +35,7 @@ def trained_state(model: nn.Module, keep: bool = True, buffers: bool = True) -> 
             with gathered([weight]):
                 if keep:
                     state[name] = weight.detach().to("cpu", copy=True).contiguous()
-    return state
+    return with_all_experts(model, state, keep)
 
 
 def drop_frozen(model: nn.Module, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -30,8 +30,8 @@ def part_of(name):
 
 
 def count(param):
-    """Return the number of elements of a parameter, whole or partitioned by ZeRO-3."""
-    return getattr(param, "ds_numel", param.numel())
+    """Return the number of elements of a parameter, whole, partitioned by ZeRO-3 or shared out by --ep_size."""
+    return getattr(param, "ds_numel", param.numel()) * getattr(param, "num_shares", 1)
 
 
 def train_projector(model, model_args, training_args):
@@ -165,9 +165,10 @@ class Group:
     weight_decay: float
 
     def for_optimizer(self):
-        """Return the group as torch's optimizers take it."""
+        """Return the group as torch's optimizers take it; one of shared out experts is marked for DeepSpeed."""
+        shared = getattr(self.parameters[0], "group_name", None)
         return {
-            "name": self.name,
+            **({"name": self.name} if shared is None else {"name": shared, "moe": True}),
             "params": list(self.parameters),
             "lr": self.learning_rate,
             "weight_decay": self.weight_decay,

@@ -5,6 +5,7 @@
 #
 # Variables: MODEL (the dense output of stage 2, which knows its tower and projector), TRAIN_MODULES ("fc1 fc2 wg" for Phi),
 # VERSION, OUTPUT below; the others as in pretrain.sh. Flags come last and win. Keep devices x batch x accumulation at 128.
+# With --ep_size 2 two ranks share the experts of a layer, each holding half of them; ZeRO-2 or 3, same losses, same folder.
 # Tokens over capacity are dropped, as MoE-LLaVA did, with --moe_drop_tokens True; else the capacity factor has no effect.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)

@@ -1,0 +1,327 @@
+"""Experts that several ranks share: what is refused, and that they train what ranks with all of them train."""
+
+import copy
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+
+from llava_lite.arguments import ModelArguments
+from llava_lite.contradictions import check_expert_parallel
+from llava_lite.train.expert_parallel import (
+    needs_all_ranks,
+    parallel_experts,
+    refuse_unshareable_experts,
+    split_block,
+    with_all_experts,
+)
+from llava_lite.train.parallel_experts import join_weights, split_weights
+from llava_lite.train.throughput import step_flops
+from llava_lite.train.tuning import count, parameter_groups
+
+ROOT = Path(__file__).parents[2]
+WORKER = Path(__file__).with_name("resume_cases.py")
+MOE = {"moe_mode": "sparse", "num_experts": [4], "top_k_experts": 2}
+
+
+# What is refused.
+
+
+def run_of(**more):
+    """Return what is read of TrainingArguments."""
+    return SimpleNamespace(**({"uses_deepspeed": True, "zero_stage": 2, "tuning": "moe", "world_size": 4} | more))
+
+
+@pytest.mark.parametrize(
+    ("model_flags", "run", "said"),
+    [
+        ({}, {"uses_deepspeed": False, "zero_stage": 0}, "--ep_size 2 needs ZeRO: .*zero2.json.*got no --deepspeed"),
+        ({}, {"zero_stage": 1}, "--ep_size 2 needs ZeRO: .* got stage 1"),
+        ({}, {"tuning": "lora"}, "--ep_size 2 shares out experts that train; --tuning lora trains none"),
+        ({"moe_drop_tokens": True}, {}, "--moe_drop_tokens True and --ep_size 2 contradict"),
+        ({"use_residual": True}, {}, "--use_residual True and --ep_size 2 contradict"),
+        ({"num_experts": [4, 3]}, {}, "--ep_size 2 and --num_experts 3"),
+        ({}, {"world_size": 3}, "--ep_size 2 with 3 ranks"),
+    ],
+)
+def test_flags_that_do_not_go_with_shared_experts_are_refused(model_flags, run, said):
+    with pytest.raises(ValueError, match=said):
+        check_expert_parallel(ModelArguments(ep_size=2, **model_flags), run_of(**run))
+
+
+def test_ranks_in_whole_groups_under_zero_may_share_experts():
+    for stage in (2, 3):
+        check_expert_parallel(ModelArguments(ep_size=2, num_experts=[4]), run_of(zero_stage=stage))
+
+
+@pytest.mark.parametrize(
+    ("kind", "moe", "said"),
+    [
+        ("llama", None, "--ep_size 2: this model has no experts"),
+        ("llama", {"num_experts": [3]}, "layer 0 has 3 experts, which 2 ranks cannot share evenly"),
+        ("phi", {}, "layer 0 has experts of fc1 with biases; only gated ones without biases"),
+        ("llama", {"use_residual": True}, "layer 0 keeps a dense MLP"),
+        ("llama", {"moe_drop_tokens": True}, "layer 0 drops tokens"),
+    ],
+)
+def test_experts_that_cannot_be_shared_out_are_refused(toy_model, kind, moe, said):
+    model = toy_model(kind, None if moe is None else MOE | moe, tower=None)
+    with pytest.raises(ValueError, match=said):
+        refuse_unshareable_experts(model, 2, {})
+
+
+def test_frozen_experts_and_a_second_way_to_share_them_are_refused(toy_model):
+    model = toy_model(moe=MOE, tower=None)
+    with pytest.raises(ValueError, match=r"--ep_size 2 and expert_parallel in the DeepSpeed JSON"):
+        refuse_unshareable_experts(model, 2, {"expert_parallel": {"enabled": True, "autoep_size": 2}})
+    refuse_unshareable_experts(model, 2, {})
+    model.moe_layers()[2].experts.down_proj.requires_grad_(False)
+    with pytest.raises(ValueError, match="layer 2: down_proj of the experts do not train"):
+        refuse_unshareable_experts(model, 2, {})
+
+
+def test_folder_of_shared_experts_says_one_rank():
+    assert ModelArguments(moe_enable=True, ep_size=2).moe_config()["ep_size"] == 1
+
+
+# One process.
+
+
+def test_each_rank_takes_its_experts_and_together_they_are_all_of_them():
+    gate_up, down = torch.randn(6, 8, 3), torch.randn(6, 3, 4)
+    shares = [split_weights(gate_up, down, rank, 3) for rank in range(3)]
+    for expert in range(6):
+        held, place = shares[expert // 2], expert % 2
+        assert torch.equal(held["w1"][place], gate_up[expert, :4])
+        assert torch.equal(held["w3"][place], gate_up[expert, 4:])
+        assert torch.equal(held["w2"][place], down[expert])
+    assert all(weight.is_contiguous() for held in shares for weight in held.values())
+    whole = join_weights(shares)
+    assert torch.equal(whole["gate_up_proj"], gate_up)
+    assert torch.equal(whole["down_proj"], down)
+
+
+@pytest.fixture
+def group():
+    """A group of this process alone."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield dist.group.WORLD
+    dist.destroy_process_group()
+
+
+@pytest.fixture
+def pair(toy_model, group):
+    """Two equal models with experts that differ; the second one's are shared out, among one rank."""
+    model = toy_model(moe=MOE, tower=None)
+    with torch.no_grad():
+        for block in model.moe_layers().values():
+            for weight in block.experts.parameters():
+                weight.normal_(std=0.2)
+    shared = copy.deepcopy(model)
+    for block in shared.moe_layers().values():
+        split_block(block, "ep_size_1", group, group)
+    return model, shared
+
+
+def test_shared_out_experts_learn_what_whole_ones_learn(pair):
+    ids = torch.randint(3, 50, (2, 12), generator=torch.Generator().manual_seed(0))
+    # Padding takes no expert, on either way.
+    mask = torch.ones_like(ids)
+    mask[1, 7:] = 0
+    model, shared = pair
+    results = [each.train()(input_ids=ids, attention_mask=mask, labels=ids) for each in pair]
+    for result in results:
+        result.loss.backward()
+    assert results[1].loss.item() == pytest.approx(results[0].loss.item(), rel=1e-6)
+    assert results[1].moe_loss.item() == pytest.approx(results[0].moe_loss.item(), rel=1e-6)
+    for layer, block in shared.moe_layers().items():
+        stock, experts = model.moe_layers()[layer], block.experts
+        grad = torch.cat([experts.w1.grad, experts.w3.grad], dim=1)
+        torch.testing.assert_close(grad, stock.experts.gate_up_proj.grad)
+        torch.testing.assert_close(experts.w2.grad, stock.experts.down_proj.grad)
+        torch.testing.assert_close(block.gate.weight.grad, stock.gate.weight.grad)
+        assert torch.equal(shared.routing.counts()[layer][0], model.routing.counts()[layer][0])
+    weights = (each.get_input_embeddings().weight.grad for each in pair)
+    torch.testing.assert_close(*weights)
+
+
+def test_rank_without_a_token_still_gives_every_expert_a_gradient(pair):
+    experts = pair[1].moe_layers()[0].experts
+    tokens = torch.zeros(0, 32, requires_grad=True)
+    out = experts(tokens, torch.zeros(0, 2, dtype=torch.long), torch.zeros(0, 2))
+    assert out.shape == (0, 32)
+    out.sum().backward()
+    assert all(not weight.grad.any() for weight in experts.parameters())
+
+
+def test_saved_state_holds_all_experts_under_their_own_names(pair):
+    model, shared = pair
+    state = with_all_experts(shared, dict(shared.state_dict()), keep=True)
+    whole = model.state_dict()
+    assert set(state) == set(whole)
+    assert all(torch.equal(state[name], weight) for name, weight in whole.items())
+    assert with_all_experts(shared, {}, keep=False) == {}
+    assert with_all_experts(model, whole, keep=True) is whole
+
+
+def test_engine_sees_layers_of_autoep_and_groups_of_experts(pair):
+    from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
+    from deepspeed.moe.utils import is_moe_param
+
+    model, shared = pair
+    assert all(isinstance(block, AutoEPMoELayer) for block in shared.moe_layers().values())
+    args = SimpleNamespace(learning_rate=1e-3, weight_decay=0.1, mm_projector_lr=None, mm_vision_tower_lr=None)
+    names = [name for name, _ in shared.named_parameters() if "norm" not in name]
+    groups = {group.name: group.for_optimizer() for group in parameter_groups(shared, args, names)}
+    assert groups["experts"]["moe"] is True
+    assert groups["experts"]["name"] == "ep_size_1"
+    for name, group in groups.items():
+        assert all(is_moe_param(weight) == (name == "experts") for weight in group["params"])
+        assert ("moe" in group) == (name == "experts")
+    assert needs_all_ranks(shared)
+    assert not needs_all_ranks(model)
+    assert len(parallel_experts(shared)) == 2
+
+
+def test_experts_of_other_ranks_count_as_work_and_as_parameters(pair):
+    model, shared = pair
+    for block in shared.moe_layers().values():
+        # As if there were a second rank: half of each weight is there.
+        for name in ("w1", "w2", "w3"):
+            weight = torch.nn.Parameter(getattr(block.experts, name)[:2].detach())
+            weight.num_shares = 2
+            setattr(block.experts, name, weight)
+    assert sum(map(count, shared.parameters())) == sum(map(count, model.parameters()))
+    assert step_flops(shared) == step_flops(model)
+
+
+# Several ranks.
+
+# SGD: Adam would blow rounding up to whole steps. Text-only records, padding on some ranks, accumulation, recomputing.
+COMMON = (
+    "--optim=sgd --learning_rate=0.1 --max_steps=6 --gradient_checkpointing=True --gradient_accumulation_steps=2 "
+    "--per_device_train_batch_size=2 --train_sampling_strategy=random --seed=3 --logging_steps=2 "
+    "--router_aux_loss_coef=0.05"
+)
+ENGINES = {"zero2": "--deepspeed=zero2.json", "zero3": "--deepspeed=zero3.json"}
+KINDS = {
+    "evaluated": (
+        "--max_grad_norm=0 --eval_split=5 --eval_strategy=steps --eval_steps=3 --num_eval_generations=1 "
+        "--eval_max_new_tokens=3 --logging_steps=3"
+    ),
+    "clipped": "--max_grad_norm=0.5 --gradient_checkpointing=False --moe_mode=dense --top_k_experts=1",
+}
+RESUMED = "--optim=adamw_torch --learning_rate=0.01 --save_strategy=steps --save_steps=2 --seed=5"
+
+
+def launch(cases, folder, world_size=2, timeout_s=900):
+    """Run resume_cases.py over all cases on ranks of this machine; return the results of each rank."""
+    for name, case in cases.items():
+        case["output"] = str(folder / name)
+    (folder / "cases.json").write_text(json.dumps(cases))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    common = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(ROOT)}
+    common |= {"WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size)}
+    common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    command = [sys.executable, str(WORKER), str(folder / "cases.json"), str(folder / "results_RANK.json")]
+    ranks = []
+    for rank in range(world_size):
+        env = common | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        log = open(folder / f"rank{rank}.log", "w")  # noqa: SIM115 - the process writes to it
+        ranks.append(subprocess.Popen(command, env=env, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT))
+    try:
+        codes = [rank.wait(timeout_s) for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    assert codes == [0] * world_size, (folder / "rank0.log").read_text()[-3000:]
+    return [json.loads((folder / f"results_{rank}.json").read_text()) for rank in range(world_size)]
+
+
+@pytest.fixture
+def flags_of(stage_flags, toy_data, tmp_path):
+    data = toy_data(tmp_path / "data", num_records=48, text_only_every=3)
+
+    def make(engine, ep_size, more):
+        flags = stage_flags("moe", tmp_path / "unused", data=data)
+        return [*flags, *COMMON.split(), ENGINES[engine], f"--ep_size={ep_size}", *more.split()]
+
+    return make
+
+
+def assert_same_run(one, two, name):
+    """Compare what one rank saw of two runs."""
+    assert two["samples"] == one["samples"], name
+    assert any("loss" in line for line in one["log"])
+    for line, other in zip(one["log"], two["log"], strict=True):
+        assert without_clock(other) == pytest.approx(without_clock(line), rel=1e-5), name
+
+
+def without_clock(line):
+    """Return a line of the log without what depends on the clock."""
+    return {key: value for key, value in line.items() if not key.endswith(("_runtime", "_per_second"))}
+
+
+def assert_same_folder(one, two):
+    """Compare the final folders of two runs: config, names, and weights to 1e-5."""
+    weights, others = (load_file(folder / "model.safetensors") for folder in (one, two))
+    assert {name: weight.shape for name, weight in weights.items()} == {n: w.shape for n, w in others.items()}
+    far = {name: gap for name in weights if (gap := float((weights[name] - others[name]).abs().max())) > 1e-5}
+    assert not far, two
+    assert json.loads((two / "config.json").read_text()) == json.loads((one / "config.json").read_text())
+
+
+def experts_log(folder):
+    """Return what metrics.jsonl says of the experts, line by line."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [line["experts"] for line in lines if "experts" in line]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ENGINES)
+def test_two_ranks_that_share_experts_train_what_ranks_with_all_of_them_train(engine, flags_of, tmp_path):
+    cases = {
+        f"{kind}_{ep_size}": {"argv": flags_of(engine, ep_size, more)}
+        for kind, more in KINDS.items()
+        for ep_size in (1, 2)
+    }
+    cases["resumed"] = {"argv": flags_of(engine, 2, RESUMED), "resume_from": [4]}
+    ranks = launch(cases, tmp_path)
+    for kind in KINDS:
+        folders = [tmp_path / f"{kind}_{ep_size}" / "whole" for ep_size in (1, 2)]
+        for rank in ranks:
+            assert_same_run(rank[f"{kind}_1"]["whole"], rank[f"{kind}_2"]["whole"], kind)
+        assert_same_folder(*folders)
+        one, two = map(experts_log, folders)
+        assert one, "the experts are logged"
+        for line, other in zip(one, two, strict=True):
+            for layer, report in line.items():
+                assert other[layer] == pytest.approx(report, rel=1e-5)
+    for rank in ranks:
+        whole, resumed = rank["resumed"]["whole"], rank["resumed"]["4"]
+        assert resumed["weights"] == whole["weights"]
+        assert resumed["log"] == whole["log"]
+
+
+@pytest.mark.slow
+def test_two_groups_of_two_ranks_train_what_four_ranks_train(flags_of, tmp_path):
+    cases = {
+        f"{engine}_{ep_size}": {"argv": flags_of(engine, ep_size, KINDS["clipped"])}
+        for engine in ENGINES
+        for ep_size in (1, 2)
+    }
+    ranks = launch(cases, tmp_path, world_size=4)
+    for engine in ENGINES:
+        for rank in ranks:
+            assert_same_run(rank[f"{engine}_1"]["whole"], rank[f"{engine}_2"]["whole"], engine)
+        assert_same_folder(tmp_path / f"{engine}_1/whole", tmp_path / f"{engine}_2/whole")
