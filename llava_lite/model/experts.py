@@ -1,7 +1,8 @@
 """Hold the experts of one MoE layer in fused 3-D weights and run each token through those it chose.
 
 The names and shapes of the weights are those of transformers' experts interface, which multiplies them one expert
-after the other (`eager`), as one batch (`batched_mm`) or in one grouped product (`grouped_mm`, its default).
+after the other (`eager`), as one batch (`batched_mm`) or in one grouped product (`grouped_mm`, its default). Here the
+default is a function of our own, registered beside these as `llava_lite`.
 
 Shapes: `S` tokens, `K` choices a token, `E` experts, `D` model width, `I` width of an expert.
 """
@@ -13,7 +14,9 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import initialization as init
 from transformers.activations import ACT2FN
-from transformers.integrations.moe import use_experts_implementation
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, use_experts_implementation
+
+from .grouped_experts import can_run, grouped_experts
 
 
 @dataclass(frozen=True)
@@ -106,15 +109,35 @@ class FusedExperts(nn.Module):
         return getattr(self, name).unbind(0), biases
 
 
+# What runs the experts unless a user names another function of transformers' experts interface.
+OWN = "llava_lite"
+# On CUDA, up to so many choices (decoding) transformers' batched product is asked, as transformers does.
+FEW_CHOICES = 16
+ALL_EXPERTS_FUNCTIONS.register(OWN, grouped_experts)
+
+
 class Experts(FusedExperts):
     """Experts of any width."""
+
+    plain_paths: frozenset[str] = frozenset()
 
     def forward(self, tokens, experts, weights):
         """Return the weighted sum of the chosen experts' outputs [S, D], as the config's implementation computes it.
 
-        A grouped product reads rows of whole 16 bytes; experts of another width run one after the other.
+        tokens: [S, D]; experts, weights: [S, K].
         """
+        implementation = self.config._experts_implementation
+        if implementation in (None, OWN):
+            implementation = self._best_implementation(tokens, experts)
+        # transformers' grouped product reads rows of whole 16 bytes.
         row_bytes = (side * tokens.element_size() for side in (self.shape.hidden_size, self.shape.intermediate_size))
-        if self.config._experts_implementation == "grouped_mm" and any(size % 16 for size in row_bytes):
-            return FusedExperts.forward.__wrapped__(self, tokens, experts, weights)
-        return super().forward(tokens, experts, weights)
+        if implementation == "grouped_mm" and any(size % 16 for size in row_bytes):
+            implementation = "eager"
+        run = ALL_EXPERTS_FUNCTIONS.get_interface(implementation, FusedExperts.forward.__wrapped__)
+        return run(self, tokens, experts, weights)
+
+    def _best_implementation(self, tokens, experts):
+        if tokens.is_cuda and not torch.is_grad_enabled() and experts.numel() <= FEW_CHOICES:
+            return "batched_mm"
+        plain = "experts" in self.plain_paths or torch.compiler.is_compiling() or not can_run(self, tokens)
+        return "grouped_mm" if plain else OWN

@@ -15,6 +15,7 @@ from llava_lite.model.attention import find_segments
 from llava_lite.model.connector import build_connector
 from llava_lite.model.crops import unpad_image as unpad_image  # LLaVA's place for it
 from llava_lite.model.embedding import EmbeddingMixin
+from llava_lite.model.experts import OWN
 from llava_lite.model.generation import PictureGeneration
 from llava_lite.model.image_features import ImageFeaturesMixin
 from llava_lite.model.llava_names import LlavaNames, StackNames
@@ -41,6 +42,10 @@ class ExpertsMixin:
 
     # transformers looks for its decorator in the model's own file, does not find it there and refuses grouped experts.
     _can_set_experts_implementation = OfAnInstance()
+
+    def get_correct_experts_implementation(self, requested_experts):
+        """Return the name of what runs the experts: our own function unless another is asked for."""
+        return super().get_correct_experts_implementation(requested_experts or OWN)
 
     @torch.no_grad()
     def _init_weights(self, module):

@@ -19,7 +19,7 @@ from llava_lite.model.moe import (
     set_routing,
 )
 
-IMPLEMENTATIONS = ("eager", "batched_mm", "grouped_mm")
+IMPLEMENTATIONS = ("eager", "batched_mm", "grouped_mm", "llava_lite")
 SHAPE = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2}
 KINDS = {
     "llama": (LlamaConfig(**SHAPE), LlamaMLP),

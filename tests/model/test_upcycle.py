@@ -33,7 +33,7 @@ def logits(model, ids=IDS, mask=MASK):
 
 
 @pytest.mark.parametrize("model_type", BACKBONES)
-@pytest.mark.parametrize("implementation", ["eager", "batched_mm", "grouped_mm"])
+@pytest.mark.parametrize("implementation", ["eager", "batched_mm", "grouped_mm", "llava_lite"])
 @pytest.mark.parametrize("moe", [{"top_k_experts": 2}, {"top_k_experts": 3, "use_residual": True}])
 def test_upcycled_model_equals_the_dense_one(dense_model, model_type, implementation, moe):
     model = dense_model(model_type)
@@ -175,9 +175,9 @@ def test_under_zero3_it_is_the_same_model_and_takes_the_same_step(tmp_path):
 
 
 @pytest.mark.parametrize("model_type", BACKBONES)
-def test_a_model_with_experts_uses_grouped_products_and_lets_the_user_choose(toy_model, model_type):
+def test_a_model_with_experts_runs_them_by_our_own_function_and_lets_the_user_choose(toy_model, model_type):
     model = toy_model(model_type, moe={"num_experts": 4, "moe_mode": "sparse"}, tower=None)
-    assert model.config._experts_implementation == "grouped_mm"
+    assert model.config._experts_implementation == "llava_lite"
     with torch.no_grad():
         grouped = model(IDS, attention_mask=MASK).logits
         model.set_experts_implementation("eager")

@@ -1,0 +1,168 @@
+"""Turn tokens and the experts they chose into the weighted sum of the experts' outputs, with its gradients by hand.
+
+The choices are sorted by expert once: the rows of an expert lie together in every product, none is padded, none is
+dropped, and no tensor is larger than choices times width. Kept for the backward pass are tokens, routes and the inner
+rows before their activation, which is computed again. MegaBlocks (Gale et al. 2022, arXiv 2211.15841) and ScatterMoE
+(Tan et al. 2024, arXiv 2403.08245) do so with kernels of their own; here torch's products do.
+
+Shapes: `S` tokens, `K` choices a token, `R` rows of a group, `E` experts, `D` model width, `I` width of an expert.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from .expert_groups import can_group, empty_gradient, group_choices
+
+_gelu_tanh = partial(F.gelu, approximate="tanh")
+_gelu_tanh_backward = partial(torch.ops.aten.gelu_backward, approximate="tanh")
+# By config.hidden_act: the function, and (gradient, input) -> gradient. Any other one is left to autograd.
+ACTIVATIONS = {
+    "silu": (F.silu, torch.ops.aten.silu_backward),
+    "gelu": (F.gelu, torch.ops.aten.gelu_backward),
+    "gelu_new": (_gelu_tanh, _gelu_tanh_backward),
+    "gelu_pytorch_tanh": (_gelu_tanh, _gelu_tanh_backward),
+}
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def grouped_experts(module, tokens, experts, weights):
+    """Return the weighted sum of the chosen experts' outputs [S, D]; a function of transformers' experts interface.
+
+    module: FusedExperts. tokens: [S, D]; experts, weights: [S, K].
+    """
+    params = _parameters(module)
+    dtype = params[0].dtype
+    if torch.is_autocast_enabled(tokens.device.type):
+        dtype = torch.get_autocast_dtype(tokens.device.type)
+        params = [param if param is None else param.to(dtype) for param in params]
+    activation = InnerActivation(module.has_gate, module.config.hidden_act, module.act_fn)
+    widths = (module.shape.hidden_size, module.shape.intermediate_size)
+    groups = group_choices(experts, module.num_experts, can_group(tokens.device, dtype, widths))
+    rows = tokens.to(dtype)
+    if torch.is_grad_enabled():
+        mixed = _GroupedExperts.apply(rows, weights, *params, activation, groups)
+    else:
+        mixed = mix_experts(rows, weights, params, activation, groups)
+    return mixed.to(tokens.dtype)
+
+
+def can_run(module, tokens):
+    """Return whether the weights are plain numbers of one kind; else transformers' functions must run them."""
+    given = [param for param in _parameters(module) if param is not None]
+    plain = all(type(param.data) is torch.Tensor and param.dtype in DTYPES for param in given)
+    return plain and len({param.dtype for param in given}) == 1 and given[0].device == tokens.device
+
+
+def _parameters(module):
+    up_bias, down_bias = f"{module.up_name}_bias", "down_proj_bias"
+    biases = (getattr(module, name) if module.has_bias else None for name in (up_bias, down_bias))
+    up_bias, down_bias = biases
+    return getattr(module, module.up_name), up_bias, module.down_proj, down_bias
+
+
+@dataclass(frozen=True)
+class InnerActivation:
+    """What stands between an expert's two products: act(gate) * up, or act alone."""
+
+    gated: bool
+    name: str
+    module: torch.nn.Module
+
+    def hidden(self, inner):
+        """Return (activated, hidden) rows [R, I] of inner ones; nothing gated, both are the same."""
+        activate, _ = self._functions()
+        if not self.gated:
+            activated = activate(inner)
+            return activated, activated
+        gate, up = inner.chunk(2, dim=1)
+        activated = activate(gate)
+        return activated, activated * up
+
+    def gradient(self, inner, activated, grad):
+        """Return the gradient of inner rows; `grad`, that of hidden ones, is written over."""
+        _, backward = self._functions()
+        if not self.gated:
+            return backward(grad, inner)
+        gate, up = inner.chunk(2, dim=1)
+        result = torch.empty_like(inner)
+        for_gate, for_up = result.chunk(2, dim=1)
+        torch.mul(grad, activated, out=for_up)
+        for_gate.copy_(backward(grad.mul_(up), gate))
+        return result
+
+    def _functions(self):
+        return ACTIVATIONS.get(self.name) or (self.module, self._backward_by_autograd)
+
+    def _backward_by_autograd(self, grad, inner):
+        with torch.enable_grad():
+            inner = inner.detach().requires_grad_()
+            return torch.autograd.grad(self.module(inner), inner, grad)[0]
+
+
+def mix_experts(tokens, weights, params, activation, groups, keep=None):
+    """Return the weighted sum of the experts' outputs [S, D]; `keep`, a list, gets the inner rows of each group."""
+    up, up_bias, down, down_bias = params
+    mixed = torch.zeros_like(tokens, dtype=weights.dtype)
+    for group in groups:
+        inner = group.product(tokens.index_select(0, group.tokens), up, up_bias)  # [R, 2I] or [R, I]
+        _, hidden = activation.hidden(inner)
+        group.add_to(mixed, group.product(hidden, down, down_bias), weights)
+        if keep is not None:
+            keep.append(inner)
+    return mixed.to(tokens.dtype)
+
+
+class _GroupedExperts(torch.autograd.Function):
+    """Two products of each group of rows, forward; four more and what lies between, backward."""
+
+    @staticmethod
+    def forward(ctx, tokens, weights, up, up_bias, down, down_bias, activation, groups):
+        inners = []
+        mixed = mix_experts(tokens, weights, (up, up_bias, down, down_bias), activation, groups, inners)
+        # The parameters themselves and no views: ZeRO-3 takes their storage away and brings it back.
+        ctx.save_for_backward(tokens, weights, up, down, down_bias, *inners)
+        ctx.activation, ctx.groups = activation, groups
+        return mixed
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        tokens, weights, up, down, down_bias, *inners = ctx.saved_tensors
+        for_tokens, for_weights, for_up, for_up_bias, for_down, for_down_bias, *_ = ctx.needs_input_grad
+        d_tokens = torch.zeros_like(tokens, dtype=weights.dtype) if for_tokens else None
+        d_weights = torch.zeros_like(weights, memory_format=torch.contiguous_format) if for_weights else None
+        d_up = empty_gradient(up, ctx.groups) if for_up else None
+        d_up_bias = empty_gradient(up[:, :, 0], ctx.groups) if for_up_bias else None
+        d_down = empty_gradient(down, ctx.groups) if for_down else None
+        d_down_bias = empty_gradient(down_bias, ctx.groups) if for_down_bias else None
+        for group, inner in zip(ctx.groups, inners, strict=True):
+            share = weights.flatten()[group.choices, None]  # [R, 1]
+            d_out = grad.index_select(0, group.tokens)  # [R, D], not weighted yet
+            d_hidden = group.product_back(d_out, down)  # [R, I]
+            activated, hidden = ctx.activation.hidden(inner)
+            if for_weights:
+                d_weight = (d_hidden * hidden).sum(dim=1, dtype=weights.dtype)
+                if down_bias is not None:
+                    d_weight += group.dot_bias(d_out, down_bias)
+                d_weights.view(-1)[group.choices] = d_weight
+            d_out.mul_(share)
+            if for_down:
+                group.weight_gradient(d_out, hidden, d_down)
+            if for_down_bias:
+                group.bias_gradient(d_out, d_down_bias)
+            if not (for_tokens or for_up or for_up_bias):
+                continue
+            d_inner = ctx.activation.gradient(inner, activated, d_hidden.mul_(share))
+            del d_out, d_hidden, activated, hidden
+            if for_up:
+                group.weight_gradient(d_inner, tokens.index_select(0, group.tokens), d_up)
+            if for_up_bias:
+                group.bias_gradient(d_inner, d_up_bias)
+            if for_tokens:
+                group.add_to(d_tokens, group.product_back(d_inner, up))
+        d_tokens = None if d_tokens is None else d_tokens.to(tokens.dtype)
+        return d_tokens, d_weights, d_up, d_up_bias, d_down, d_down_bias, None, None
