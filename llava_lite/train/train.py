@@ -126,7 +126,6 @@ def start_logging():
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(torch|transformers|deepspeed|peft)\.")
 
 
-def join_ranks(training_args):
 def refuse_without_length(data_args, training_args):
     """Refuse what cannot be asked of shards, whose records nobody has counted."""
     from llava_lite.train.stream_run import refuse_of_shards
@@ -134,6 +133,7 @@ def refuse_without_length(data_args, training_args):
     refuse_of_shards(data_args, training_args)
 
 
+def join_ranks(training_args):
     """Let DeepSpeed know the ranks, and leave the log to the first; warnings and errors come from all."""
     if training_args.uses_deepspeed:
         import deepspeed
@@ -276,7 +276,9 @@ def load_data(model, tokenizer, model_args, data_args, training_args):
     """Return the records to learn from and those held out (or None), every one of them checked but for shards."""
     from llava_lite.anyres import PictureLayout
     from llava_lite.data.dataset import open_dataset
+    from llava_lite.data.records import is_shards
     from llava_lite.train.ranks import everyone
+    from llava_lite.train.stream_run import open_stream
 
     if data_args.data_path is None:
         raise ValueError("--data_path is needed: one or more files of records.")
@@ -285,9 +287,7 @@ def load_data(model, tokenizer, model_args, data_args, training_args):
     def open_files(paths, ledger):
         dataset, report = open_dataset(
             paths,
-    from llava_lite.data.records import is_shards
             tokenizer,
-    from llava_lite.train.stream_run import open_stream
             None if tower is None else tower.image_processor,
             model_args.version,
             image_folder=data_args.image_folder,
