@@ -150,6 +150,9 @@ class DataArguments:
         "Resolutions that anyres cuts pictures at, [(width, height), ...] in pixels or (1x1),...,(6x6) in crops; "
         "default: the model's, else LLaVA-1.6's five.",
     )
+    picture_resize: Literal["exact", "fast"] = knob(
+        "exact", "exact: the bytes of the image processor's own filter; fast: torch's, up to 1e-3 away in the mean."
+    )
     bad_record: Literal["raise", "skip"] = knob("raise", "A broken record or picture stops the run, or is left out.")
     max_bad_share: float = knob(0.01, "Largest share of records that --bad_record skip may leave out.")
     follow_links: bool = knob(False, "Read pictures through links that lead out of image_folder.")
@@ -202,6 +205,9 @@ class TrainingArguments(transformers.TrainingArguments):
     bits: Literal[4, 8, 16] = knob(16, "Bits of the frozen decoder's weights; 4 and 8 need LoRA and bitsandbytes.")
     double_quant: bool = knob(True, "Quantise the scales of 4-bit weights too (QLoRA, Dettmers et al. 2023).")
     quant_type: Literal["fp4", "nf4"] = knob("nf4", "4-bit number format (QLoRA).")
+    auto_checkpointing: bool = knob(
+        False, "What --gradient_checkpointing auto sets: recompute as few decoder layers as memory makes necessary."
+    )
     save_full: bool = knob(False, "Write the whole model at the end, also where only a part of it trained.")
     # The rest are fields of transformers, with the defaults of the published scripts.
     bf16: bool | None = knob(None, "Compute in bfloat16; default: where the device can.", nargs="?", const=True)
@@ -217,6 +223,7 @@ class TrainingArguments(transformers.TrainingArguments):
 
     def __post_init__(self):
         """Refuse what contradicts itself; take from the machine what was not said."""
+        self.settle_checkpointing()
         check_training(self)
         # Before transformers opens it, which would say only that a file is missing.
         read_deepspeed(self.deepspeed)
@@ -236,6 +243,13 @@ class TrainingArguments(transformers.TrainingArguments):
         """The device of this process; ranks on a CPU get "cpu:0" from a launcher, where torch restores nothing to."""
         device = super().device
         return type(device)("cpu") if device.type == "cpu" else device
+
+    def settle_checkpointing(self):
+        """Take the word `auto` out of transformers' flag, which knows yes and no."""
+        for name in ("gradient_checkpointing", "activation_checkpointing"):
+            if getattr(self, name, None) == "auto":
+                setattr(self, name, False)
+                self.auto_checkpointing = True
 
     def default_bf16(self):
         """Return what the launcher, the DeepSpeed JSON or else the device says about bfloat16."""

@@ -21,29 +21,33 @@ SAMPLINGS = (0x11, 0x21, 0x22)
 
 
 def read_jpeg(path, max_pixels: int) -> np.ndarray | None:
-    """Return the bytes [H, W, 3] of a JPEG file; None if Pillow is to read it, or no other library is installed."""
+    """Return the bytes [H, W, 3] of a JPEG; None if Pillow is to read it, or no other library is installed.
+
+    path: a file, or its content as io.BytesIO.
+    """
     decode = find_decoder()
     if decode is None:
         return None
     try:
-        with open(path, "rb") as file:
-            data = file.read(2)
-            if data != START:
-                return None
-            data += file.read()
+        data = path.getvalue() if isinstance(path, io.BytesIO) else _content(path)
         size = plain_size(data)
-        if size is None or size[0] * size[1] > max_pixels:
-            return None
-        return decode(data)
+        return decode(data) if size is not None and size[0] * size[1] <= max_pixels else None
     # Pillow finds the same fault, if it is one to it, and words it.
     except Exception:
         return None
 
 
+def _content(path) -> bytes:
+    with open(path, "rb") as file:
+        start = file.read(len(START))
+        return start + file.read() if start == START else b""
+
+
 def plain_size(data: bytes) -> tuple[int, int] | None:
     """Return (width, height) from the header of a plain JPEG, None for any other."""
-    at = len(START)
-    size = None
+    at, size = len(START), None
+    if data[:at] != START:
+        return None
     while at + 4 <= len(data) and data[at] == 0xFF:
         marker, (length,) = data[at + 1], struct.unpack_from(">H", data, at + 2)
         part = data[at + 4 : at + 2 + length]

@@ -46,7 +46,7 @@ def open_picture(path, upright=False) -> Image.Image:
     path: a file, or an open one such as io.BytesIO. The size is read from the header before anything is decoded.
     upright: turn it as its EXIF entry says. For people's own pictures; training, like LLaVA's, leaves it as stored.
     """
-    if not upright and isinstance(path, (str, os.PathLike)):
+    if not upright and isinstance(path, (str, os.PathLike, io.BytesIO)):
         pixels = read_jpeg(path, MAX_PICTURE_PIXELS)
         if pixels is not None:
             return Image.fromarray(pixels)

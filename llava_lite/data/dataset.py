@@ -1,5 +1,7 @@
 """Turn records into examples: token ids with every feature of a picture, labels, and the pictures as tensors."""
 
+import logging
+
 import torch
 from PIL import Image
 from torch.utils.data import Dataset
@@ -14,7 +16,11 @@ from llava_lite.data.picture_files import find_picture
 from llava_lite.data.records import Record
 from llava_lite.data.scan import DataError
 from llava_lite.mm_utils import truncate_example
-from llava_lite.pictures import ASPECT_RATIOS, PictureError, open_picture, prepare_picture
+from llava_lite.picture_steps import OtherSteps, read_steps
+from llava_lite.pictures import ASPECT_RATIOS, PictureError, open_picture, picture_bytes, prepare_picture
+from llava_lite.resize import Resize
+
+logger = logging.getLogger(__name__)
 
 # LLaVA-1.5's tower, one crop a picture.
 CLIP_336 = PictureLayout(576)
@@ -24,7 +30,8 @@ class ExampleMaker:
     """Makes an example of a record and its opened pictures; what data in memory-mapped files and in shards share.
 
     layout: how a picture is prepared and becomes features. max_length: tokens of an example, features counted; text
-    behind is cut. image_processor may be None where no record has pictures.
+    behind is cut. image_processor may be None where no record has pictures. picture_resize: make pictures bytes, which
+    the tower normalises as its own image processor would (it must be this one); None: numbers, normalised here.
     """
 
     def __init__(
@@ -35,6 +42,7 @@ class ExampleMaker:
         layout: PictureLayout = CLIP_336,
         max_length: int = 2048,
         mm_use_im_start_end: bool = False,
+        picture_resize: Resize | None = None,
     ):
         if layout.aspect_ratio not in ASPECT_RATIOS:
             known = ", ".join(ASPECT_RATIOS)
@@ -43,20 +51,28 @@ class ExampleMaker:
         self.image_processor = image_processor
         self.layout = layout
         self.max_length = max_length
+        self.picture_resize = picture_resize
+        self.steps = _steps_of(image_processor) if picture_resize and image_processor is not None else None
 
     def example(self, record: Record, pictures: list[Image.Image]) -> dict:
         """Return {"id", "input_ids" [L], "labels" [L]} and, if the record has pictures, "images" and "image_sizes".
 
-        images: a tensor a picture, [3, H, W], or its crops [n, 3, H, W] under any-resolution; image_sizes: width and
-        height of each. Raises DataError naming the record where it cannot be used.
+        images: a tensor a picture, [3, H, W], or its crops [n, 3, H, W] under any-resolution, uint8 or float32;
+        image_sizes: width and height of each. Raises DataError naming the record where it cannot be used.
         """
         input_ids, labels = self._encode(record, pictures)
         example = {"id": record.id, "input_ids": torch.tensor(input_ids), "labels": torch.tensor(labels)}
         if pictures:
-            shape = self.layout.aspect_ratio, self.layout.pinpoints
-            example["images"] = [prepare_picture(picture, self.image_processor, *shape) for picture in pictures]
+            example["images"] = [self.pixels(picture) for picture in pictures]
             example["image_sizes"] = [picture.size for picture in pictures]
         return example
+
+    def pixels(self, picture: Image.Image) -> torch.Tensor:
+        """Return a picture as the tower takes it."""
+        shape = self.layout.aspect_ratio, self.layout.pinpoints
+        if self.steps is None:
+            return prepare_picture(picture, self.image_processor, *shape)
+        return picture_bytes(picture, self.steps, *shape, self.picture_resize)
 
     def _encode(self, record: Record, pictures) -> tuple[list[int], list[int]]:
         input_ids, labels = self.encoder(record)
@@ -72,6 +88,14 @@ class ExampleMaker:
         if all(label == IGNORE_INDEX for label in labels):
             raise DataError(f"{record.name} has nothing to learn in {len(labels)} of its {length} tokens.")
         return input_ids, labels
+
+
+def _steps_of(image_processor):
+    try:
+        return read_steps(image_processor)
+    except OtherSteps as reason:
+        logger.info("pictures travel as float32, four times as many bytes, made by the image processor: %s.", reason)
+        return None
 
 
 class LazySupervisedDataset(ExampleMaker, Dataset):
@@ -91,8 +115,11 @@ class LazySupervisedDataset(ExampleMaker, Dataset):
         max_length: int = 2048,
         mm_use_im_start_end: bool = False,
         follow_links: bool = False,
+        picture_resize: Resize | None = None,
     ):
-        super().__init__(tokenizer, image_processor, conv_template, layout, max_length, mm_use_im_start_end)
+        super().__init__(
+            tokenizer, image_processor, conv_template, layout, max_length, mm_use_im_start_end, picture_resize
+        )
         if image_processor is None and annotations.has_picture.any():
             raise ValueError(
                 "records have pictures but there is no image processor; name a tower with --vision_tower."
@@ -149,12 +176,13 @@ def open_dataset(
     follow_links: bool = False,
     cache_dir: str | None = None,
     num_workers: int = 0,
+    picture_resize: Resize | None = None,
     **policy,
 ) -> tuple[LazySupervisedDataset, Report]:
     """Return the examples of annotation files, indexed and checked, and what the check found.
 
     policy: bad_record, max_bad_share, ledger_path, decode of check_annotations. num_workers: processes that count
-    tokens the first time.
+    tokens the first time. picture_resize: as in ExampleMaker.
     """
     annotations = open_annotations(data_path, image_folder, cache_dir, num_workers)
     encoder = RecordEncoder(tokenizer, conv_template, mm_use_im_start_end)
@@ -177,5 +205,6 @@ def open_dataset(
         max_length,
         mm_use_im_start_end,
         follow_links,
+        picture_resize,
     )
     return dataset, report

@@ -49,7 +49,7 @@ class ImageFeaturesMixin:
         )
         wanted = self.config if vision is None else vision
         outputs = tower.encoder(
-            crops.to(tower.device, tower.dtype),
+            tower.pixels(crops),
             output_hidden_states=True,
             output_attentions=wanted.output_attentions if output_attentions is None else output_attentions,
         )

@@ -46,6 +46,7 @@ def open_stream(model, tokenizer, model_args, data_args, training_args) -> Strea
         layout=PictureLayout(0) if tower is None else model.config.picture_layout,
         max_length=args.model_max_length,
         mm_use_im_start_end=model.config.mm_use_im_start_end,
+        picture_resize=data_args.picture_resize,
     )
     stream = StreamDataset(
         find_shards(data_args.data_path),
@@ -56,6 +57,7 @@ def open_stream(model, tokenizer, model_args, data_args, training_args) -> Strea
         num_ranks=args.world_size,
         seed=args.seed if args.data_seed is None else args.data_seed,
         window=data_args.shuffle_window,
+        pack_tokens=args.packing_tokens if args.packing == "tokens" else None,
         bad_record=data_args.bad_record,
         max_bad_share=data_args.max_bad_share,
     )

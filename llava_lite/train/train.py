@@ -95,6 +95,7 @@ def prepare(argv=None):
     settle_dtypes(model, training_args)
     train_set, eval_set = load_data(model, tokenizer, model_args, data_args, training_args)
     logger.info("what trains (--tuning %s):\n%s", training_args.tuning, describe(model, training_args))
+    checkpoint_as_needed(model, train_set, training_args)
     log_plan(model, train_set, training_args)
     share_out_experts(model, model_args, training_args)
     trainer = build_trainer(model, tokenizer, train_set, eval_set, data_args, training_args)
@@ -296,6 +297,7 @@ def load_data(model, tokenizer, model_args, data_args, training_args):
             mm_use_im_start_end=model.config.mm_use_im_start_end,
             num_workers=training_args.dataloader_num_workers,
             follow_links=data_args.follow_links,
+            picture_resize=data_args.picture_resize,
             bad_record=data_args.bad_record,
             max_bad_share=data_args.max_bad_share,
             ledger_path=f"{training_args.output_dir}/{ledger}" if data_args.bad_record == "skip" else None,
@@ -328,6 +330,14 @@ def split(dataset, held_out, seed):
         part.annotations = dataset.annotations.select(sorted(chosen))
         parts.append(part)
     return tuple(parts)
+
+
+def checkpoint_as_needed(model, train_set, training_args):
+    """Recompute as few layers in the backward pass as memory makes necessary, if that is left to us."""
+    from llava_lite.train.memory import choose_checkpointing
+
+    if training_args.auto_checkpointing:
+        choose_checkpointing(model, train_set, training_args)
 
 
 def log_plan(model, train_set, training_args):

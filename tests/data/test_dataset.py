@@ -15,6 +15,7 @@ from llava_lite.data.index import open_annotations
 from llava_lite.data.sampler import ModalityLengthGroupedSampler
 from llava_lite.data.scan import DataError
 from llava_lite.mm_utils import load_image_processor
+from llava_lite.picture_steps import read_steps
 from llava_lite.pictures import open_picture, prepare_picture
 
 P = 16
@@ -98,6 +99,30 @@ def test_the_picture_is_the_one_that_mm_utils_prepares(opened, oddities, process
     picture = open_picture(f"{oddities[1]}/ocr_vqa/images/as_png.png")
     assert [pixels.shape for pixels in example["images"]] == [(3, 32, 32)]
     assert torch.equal(example["images"][0], prepare_picture(picture, processor, aspect_ratio))
+
+
+@pytest.mark.parametrize("aspect_ratio", ["square", "pad", "anyres"])
+def test_bytes_of_a_picture_are_its_numbers_before_they_are_normalised(opened, processor, aspect_ratio):
+    layout = PictureLayout(P, 4, 32, aspect_ratio, pinpoints=((32, 64), (64, 32)))
+    numbers, pixels = (opened(layout=layout, picture_resize=resize)[0] for resize in (None, "exact"))
+    for i in range(len(numbers)):
+        for one, other in zip(numbers[i].get("images", ()), pixels[i].get("images", ()), strict=True):
+            assert other.dtype == torch.uint8
+            assert torch.equal(read_steps(processor).normalise(other), one)
+    collate = DataCollatorForSupervisedDataset(pad_token_id=0)
+    images = collate([pixels[0], pixels[1]])["images"]
+    assert all(picture.dtype == torch.uint8 for picture in images)
+
+
+def test_a_processor_of_other_steps_makes_numbers_and_the_reason_is_told_once(opened, processor, caplog):
+    processor.do_rescale = False
+    with caplog.at_level("INFO", logger="llava_lite.data.dataset"):
+        dataset, _ = opened(picture_resize="fast")
+        pictures = [dataset[i]["images"][0] for i in range(len(dataset)) if dataset.has_picture[i]]
+    assert {picture.dtype for picture in pictures} == {torch.float32}
+    assert [line.getMessage() for line in caplog.records] == [
+        "pictures travel as float32, four times as many bytes, made by the image processor: do_rescale is off."
+    ]
 
 
 def test_workers_get_paths_not_records(opened):

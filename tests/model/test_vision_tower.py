@@ -1,10 +1,16 @@
 """Towers compute what stock transformers computes, and no more."""
 
+import copy
+
 import pytest
 import torch
+from conftest import draw_picture
 from transformers import AutoModel, CLIPVisionModel, SiglipVisionModel
 
+from llava_lite.mm_utils import load_image_processor, prepare_picture
 from llava_lite.model.vision_tower.base import count_read_layers
+from llava_lite.picture_steps import read_steps
+from llava_lite.pictures import picture_bytes
 
 
 def pictures():
@@ -51,6 +57,41 @@ def test_a_frozen_tower_keeps_no_graph_and_an_unfrozen_one_does(toy_model):
     assert tower(pictures()).requires_grad
     tower.requires_grad_(False)
     assert not tower(pictures()).requires_grad
+
+
+@pytest.mark.parametrize("kind", ["clip", "siglip", "dinov2"])
+def test_bytes_are_normalised_as_the_image_processor_does(kind, toy_model, toy_tower_dir):
+    tower = toy_model(tower=kind).get_vision_tower()
+    processor = load_image_processor(toy_tower_dir(kind))
+    pictures = [draw_picture(seed) for seed in range(3)]
+    pixels = torch.stack([prepare_picture(picture, processor, "pad") for picture in pictures])
+    by_bytes = torch.stack([picture_bytes(picture, read_steps(processor), "pad") for picture in pictures])
+    assert by_bytes.dtype == torch.uint8
+    assert torch.equal(tower.pixels(by_bytes), pixels)
+    assert torch.equal(tower(by_bytes), tower(pixels))
+    assert torch.equal(torch.cat(tower(list(by_bytes))), torch.cat(tower(list(pixels))))
+    assert not [name for name in tower.state_dict() if "mean" in name or "constants" in name]
+    tower = copy.deepcopy(tower).to(torch.bfloat16)
+    assert torch.equal(tower.pixels(by_bytes), pixels.to(torch.bfloat16))
+
+
+def test_bytes_and_crops_of_bytes_go_through_the_whole_model(toy_model, toy_tower_dir):
+    model, processor = toy_model(), load_image_processor(toy_tower_dir("clip"))
+    ids = torch.tensor([[1, -200, 5, 6]])
+    crops = picture_bytes(draw_picture(0), read_steps(processor), "anyres", [[32, 64], [64, 32]])
+    for images in (crops[:1], [crops]):
+        number = lambda images: read_steps(processor).normalise(images)  # noqa: E731
+        numbers = [number(images[0])] if isinstance(images, list) else number(images)
+        assert torch.equal(model(ids, images=images).logits, model(ids, images=numbers).logits)
+    features = model.get_image_features(crops).last_hidden_state
+    assert torch.equal(features, model.get_image_features(number(crops)).last_hidden_state)
+
+
+def test_bytes_for_a_processor_that_does_more_are_refused(toy_model):
+    tower = toy_model().get_vision_tower()
+    tower.image_processor.do_normalize = False
+    with pytest.raises(ValueError, match="do_normalize is off"):
+        tower(torch.zeros(1, 3, 32, 32, dtype=torch.uint8))
 
 
 def test_layer_counts_by_hand():

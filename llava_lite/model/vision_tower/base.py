@@ -15,6 +15,7 @@ from torch import nn
 from llava_lite.mm_utils import load_image_processor
 from llava_lite.model.configuration import drops_first
 from llava_lite.model.weights import full_state_dict, load_into
+from llava_lite.picture_steps import PictureSteps, read_steps
 
 UNREAD = re.compile(r"\.vision_model\.(post_layernorm|layernorm|head|pooler)\.|mask_token")
 
@@ -45,6 +46,8 @@ class VisionTower(nn.Module, ABC):
         self.vision_tower_name = config.mm_vision_tower
         self.read(config.mm_vision_select_layer, config.mm_vision_select_feature)
         self.vision_tower = self.build_encoder(vision_config)
+        # No buffers: they would be saved, cast to the tower's dtype, or left empty by a load that skips them.
+        self._constants = None
         # Else whoever trains all that requires a gradient (DDP, a test of checkpointing) waits for theirs in vain.
         for param in self.unread():
             param.requires_grad_(False)
@@ -76,6 +79,7 @@ class VisionTower(nn.Module, ABC):
     def forward(self, images: torch.Tensor | list[torch.Tensor]) -> torch.Tensor | list[torch.Tensor]:
         """Return features [N, P, C] of pictures [N, 3, H, W], in the tower's dtype.
 
+        Numbers are taken for normalised, bytes (uint8) are normalised here, as the image processor does.
         A list of pictures [3, H, W] gives a list of features [1, P, C], as in LLaVA. A frozen tower runs
         without gradient: the graph would hold activations that nobody reads.
         """
@@ -83,11 +87,25 @@ class VisionTower(nn.Module, ABC):
             return [self(picture[None]) for picture in images]
         trains = any(p.requires_grad for p in self.parameters())
         with torch.set_grad_enabled(torch.is_grad_enabled() and trains):
-            hidden = self.embed(images.to(device=self.device, dtype=self.dtype))  # [N, S, C]
+            hidden = self.embed(self.pixels(images))  # [N, S, C]
             for layer in self.layers[: self.num_read_layers]:
                 hidden = layer(hidden, attention_mask=None) if self.layers_take_mask else layer(hidden)
                 hidden = hidden[0] if isinstance(hidden, tuple) else hidden
         return self.select_tokens(hidden)
+
+    def pixels(self, images: torch.Tensor) -> torch.Tensor:
+        """Return pictures [N, 3, H, W] normalised, on the tower's device and in its dtype."""
+        images = images.to(self.device)
+        if images.dtype == torch.uint8:
+            if self._constants is None or self._constants[0].device != images.device:
+                self._constants = self.steps.constants(images.device)
+            images = self.steps.normalise(images, self._constants)
+        return images.to(self.dtype)
+
+    @cached_property
+    def steps(self) -> PictureSteps:
+        """What the image processor does to a picture; ValueError where that is no plain normalisation."""
+        return read_steps(self.image_processor)
 
     def select_tokens(self, hidden: torch.Tensor) -> torch.Tensor:
         """Return those tokens [N, P, C] of a layer's output [N, S, C] that are read."""
