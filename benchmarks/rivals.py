@@ -22,13 +22,14 @@ class Step:
     gradient_norm: float
 
 
-def our_model(size: Size, stage: int, attn_implementation: str | None = None, dtype=None, plain_paths=()):
-    """Return our model, seeded, in training mode."""
+def our_model(size: Size, stage: int, attn_implementation=None, dtype=None, plain_paths=(), packed=True, draws=True):
+    """Return our model in training mode; packed: rows will hold several samples; draws: seed its weights."""
     from transformers.initialization import no_init_weights
 
     from llava_lite.model.attention import choose_attention
     from llava_lite.model.language_model.llava_llama import LlavaLlamaConfig, LlavaLlamaForCausalLM
     from llava_lite.model.plain_paths import set_plain_paths
+    from llava_lite.model.products import take_faster_products
 
     config = LlavaLlamaConfig(
         **size.text_config(),
@@ -40,9 +41,12 @@ def our_model(size: Size, stage: int, attn_implementation: str | None = None, dt
     options = {} if dtype is None else {"dtype": dtype}
     with no_init_weights():
         model = LlavaLlamaForCausalLM._from_config(
-            config, attn_implementation=choose_attention(attn_implementation), **options
+            config, attn_implementation=choose_attention(attn_implementation, packed=packed), **options
         )
-    fill({full_name(name): parameter for name, parameter in model.named_parameters()})
+    # As loading does.
+    take_faster_products(model)
+    if draws:
+        fill({full_name(name): parameter for name, parameter in model.named_parameters()})
     set_plain_paths(model, plain_paths)
     return model.train()
 
@@ -175,7 +179,8 @@ def our_trainer(size, stage, schedule, options, tell):
         model_args, data_args, training_args = parse_args(
             [*flags.split(), "--tuning", tunings[stage], *options.get("flags", [])]
         )
-        model = our_model(size, stage, model_args.attn_implementation, plain_paths=options.get("plain_paths", ()))
+        plain, packed = options.get("plain_paths", ()), training_args.packing != "none"
+        model = our_model(size, stage, model_args.attn_implementation, plain_paths=plain, packed=packed)
         model = choose_what_trains(model, model_args, training_args)
         settle_dtypes(model, training_args)
         trainer = build_trainer(model, _Pad(), Rows(schedule), None, data_args, training_args)

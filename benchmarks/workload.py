@@ -109,14 +109,14 @@ def moe_config() -> dict:
 
 
 def fill(parameters: dict[str, torch.Tensor]) -> None:
-    """Draw every parameter from its own name: norms 1, biases 0, matrices N(0, 0.02)."""
+    """Draw every parameter from its own name, on its device: norms 1, biases 0, matrices N(0, 0.02)."""
     with torch.no_grad():
         for name, parameter in parameters.items():
             if name.endswith(".bias") or "norm" in name:
                 parameter.fill_(float(not name.endswith(".bias")))
                 continue
-            generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
-            parameter.copy_(torch.randn(parameter.shape, generator=generator).mul_(0.02))
+            generator = torch.Generator(parameter.device).manual_seed(zlib.crc32(name.encode()))
+            parameter.normal_(std=0.02, generator=generator)
 
 
 def batches(size: Size, stage: int, count: int, seed: int = 0) -> list[list[dict]]:

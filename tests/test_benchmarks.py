@@ -4,8 +4,9 @@ import itertools
 import json
 
 import pytest
+import torch
 
-from benchmarks import rivals, workload
+from benchmarks import ablation, cuda_suite, rivals, workload
 from benchmarks.timing import AGAIN, Samples, interleave, machine, summary, write_result
 
 
@@ -113,3 +114,31 @@ def test_logits_weigh_at_size_v_what_they_do_in_a_7b_model():
     for stage in (1, 2, 3):
         assert workload.size_of("V", stage).logits_share(stage) == pytest.approx(0.02, abs=1e-3)
         assert workload.size_of("S", stage).logits_share(stage) > 0.25
+
+
+def test_cuda_suite_runs_its_training_at_toy_widths_on_a_cpu(tmp_path):
+    file = tmp_path / "suite.json"
+    cuda_suite.main(["--toy", "--parts", "stage 3", "--json", str(file)])
+    stage = json.loads(file.read_text())["results"]["stage 3"]
+    losses = [one["first_loss"] for one in stage["rivals"].values()]
+    assert len(losses) == 4
+    assert losses == pytest.approx([losses[0]] * 4, abs=1e-5)
+    ours = stage["rivals"]["ours"]
+    # MFU is the product of the three figures beside it.
+    assert ours["mfu"] == pytest.approx(ours["tokens_per_s"] * stage["flops_per_token"] / stage["peak_flops"])
+    assert stage["ratio"] > 0
+
+
+def test_rival_without_memory_is_told_and_the_others_run(monkeypatch):
+    def too_small(size, stage, device, stock=None, checkpointing=False):
+        raise torch.OutOfMemoryError("tried to allocate 20 GiB.\nmore of it")
+
+    monkeypatch.setattr(cuda_suite, "Rival", too_small)
+    found = cuda_suite.measure_rival(workload.SIZES["toy"], 1, "cpu", 1, {})
+    assert found == {"out_of_memory": "tried to allocate 20 GiB."}
+
+
+def test_every_item_off_is_the_same_function():
+    result = ablation.measure("toy", 3, rounds=1)
+    assert {"layers off", "rows off", "loss off", "experts off", "packing off", "all off"} <= set(result["variants"])
+    assert result["largest_loss_difference"] < 1e-5

@@ -1,0 +1,259 @@
+"""Turn one GPU and 8 minutes into MFU, memory and speed at the widths of a 7B model, ours beside what others use.
+
+    python -m benchmarks.cuda_suite [--json FILE] [--minutes 8]      on a GPU; needs no `datasets`
+    python -m benchmarks.cuda_suite --toy                            the same code at toy widths on a CPU
+
+Random weights in bfloat16, gradients and AdamW's states too, for all rivals alike. Two such models do not fit on a
+card, so rivals of a stage run one after another, each for some steps; the spread of the steps of a rival is given.
+Stage 3 has half of the layers, for everybody, since the states of all its experts exceed one card.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import gc
+import importlib.util
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from benchmarks.rivals import choose_what_trains, make_optimizer, our_model, stock_model
+from benchmarks.timing import write_result
+from benchmarks.workload import IGNORE_INDEX, SIZES, Size, batches, count_tokens, padded
+
+WIDTHS_7B = Size(4096, 11008, 32, 32, image_size=336, vision_width=1024, vision_layers=24)
+SAMPLES_A_STEP = {1: 32, 2: 16, 3: 16}
+# The order in which they are measured, should the time run out.
+PARTS = ("stage 2", "stage 1", "stage 3", "moe_layer", "generation")
+WARMUP, ROUNDS = 2, 6
+
+
+def size_of(stage: int, toy: bool) -> Size:
+    """Return the widths of a stage."""
+    if toy:
+        return SIZES["toy"]
+    return replace(WIDTHS_7B, batch_size=SAMPLES_A_STEP[stage], num_layers=16 if stage == 3 else 32)
+
+
+def rivals_of(stage: int) -> dict[str, dict]:
+    """Return {name: how it is built}; the fastest way to attend that is installed for everybody."""
+    has_flash = importlib.util.find_spec("flash_attn") is not None and torch.cuda.is_available()
+    stock = {"attn_implementation": "flash_attention_2" if has_flash else "sdpa"}
+    if stage == 3:
+        stock["experts"] = "grouped_mm"
+    return {
+        "ours": {},
+        "stock": {"stock": stock},
+        "stock +ckpt": {"stock": stock, "checkpointing": True},
+        "ours +ckpt": {"checkpointing": True},
+    }
+
+
+class Rival:
+    """A model that trains on a device; `step` does one step and returns its seconds and its loss."""
+
+    def __init__(self, size: Size, stage: int, device: str, stock=None, checkpointing=False):
+        dtype = torch.bfloat16 if device == "cuda" else torch.float32
+        self.device, self.is_stock = device, stock is not None
+        with torch.device(device):
+            build = stock_model if self.is_stock else our_model
+            self.model = build(size, stage, dtype=dtype, **(stock or {}))
+        if checkpointing:
+            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+        self.image_id = size.vocab_size - 1
+        self.parameters = choose_what_trains(self.model, stage)
+        self.optimizer = make_optimizer(self.parameters, size)
+        self.dtype = dtype
+
+    def collate(self, examples) -> dict:
+        """Return the batch on the device: padded for stock models, one row for ours."""
+        if self.is_stock:
+            batch = padded(examples, self.image_id)
+        else:
+            from llava_lite.data.collator import PackedCollator
+
+            batch = PackedCollator()(examples)
+            del batch["sample_ids"]
+        moved = {}
+        for key, value in batch.items():
+            if isinstance(value, torch.Tensor):
+                value = value.to(self.device, self.dtype if value.is_floating_point() else None)
+            moved[key] = value
+        return moved
+
+    def step(self, examples) -> tuple[float, float]:
+        """Return the seconds of a step, collation included, and its loss."""
+        wait(self.device)
+        start_s = time.perf_counter()
+        output = self.model(**self.collate(examples), use_cache=False)
+        output.loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        wait(self.device)
+        language = getattr(output, "lm_loss", None)
+        return time.perf_counter() - start_s, (output.loss if language is None else language).item()
+
+
+def wait(device):
+    """Wait until the device has done what it was given."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def allocated_bytes(device, peak=False) -> int | None:
+    """Return the bytes that torch holds on the device now or at most; None on a CPU, which does not count."""
+    if device != "cuda":
+        return None
+    return torch.cuda.max_memory_allocated() if peak else torch.cuda.memory_allocated()
+
+
+def free(device):
+    """Give back what nobody holds any more."""
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def measure_rival(size, stage, device, rounds, options) -> dict:
+    """Return a rival's tokens a second, MFU and memory, or {"out_of_memory": what was said}."""
+    free(device)
+    try:
+        return _measure(Rival(size, stage, device, **options), size, stage, device, rounds)
+    except torch.OutOfMemoryError as error:
+        return {"out_of_memory": str(error).splitlines()[0]}
+
+
+def _measure(rival, size, stage, device, rounds):
+    loaded_bytes = allocated_bytes(device)
+    schedule = batches(size, stage, 2)
+    per_token_s, losses = [], []
+    for turn in range(-WARMUP, rounds):
+        examples = schedule[turn % len(schedule)]
+        seconds, loss = rival.step(examples)
+        losses.append(loss)
+        if turn >= 0:
+            per_token_s.append(seconds / count_tokens(examples))
+    rate = 1 / statistics.median(per_token_s)
+    figures = {
+        "tokens_per_s": rate,
+        "tokens_per_s_range": [1 / max(per_token_s), 1 / min(per_token_s)],
+        "samples_per_s": rate * size.batch_size / (sum(map(count_tokens, schedule)) / len(schedule)),
+        "first_loss": losses[0],
+    }
+    if loaded_bytes is not None:
+        figures["loaded_bytes"], figures["peak_bytes"] = loaded_bytes, allocated_bytes(device, peak=True)
+    return figures
+
+
+def add_mfu(rivals: dict, size: Size, stage: int, device: str) -> dict:
+    """Add the MFU of each rival by the flops that our model's step needs, the same for all (see train/throughput)."""
+    from llava_lite.train.throughput import peak_flops, step_flops
+
+    with torch.device("meta"):
+        model = our_model(size, stage, attn_implementation="sdpa", draws=False)
+    choose_what_trains(model, stage)
+    examples = [example for batch in batches(size, stage, 2) for example in batch]
+    learned = sum(int((example["labels"][1:] != IGNORE_INDEX).sum()) for example in examples)
+    tokens = count_tokens(examples)
+    per_token = step_flops(model).of_batch(tokens, learned, len(examples)) / tokens
+    peak = peak_flops(torch.device(device), torch.bfloat16 if device == "cuda" else torch.float32)
+    for one in rivals.values():
+        if "tokens_per_s" in one:
+            one["mfu"] = one["tokens_per_s"] * per_token / peak
+    return {"flops_per_token": per_token, "peak_flops": peak, "tokens_per_sample": tokens / len(examples)}
+
+
+def measure_stage(stage: int, device: str, toy: bool, deadline_s: float) -> dict:
+    """Return the figures of every rival of a stage for which there was time."""
+    size, rivals = size_of(stage, toy), {}
+    for name, options in rivals_of(stage).items():
+        # With room enough nobody would recompute.
+        if name == "ours +ckpt" and "out_of_memory" not in rivals["ours"] and not toy:
+            continue
+        if time.monotonic() > deadline_s:
+            rivals[name] = {"skipped": "no time left"}
+            continue
+        rivals[name] = measure_rival(size, stage, device, 1 if toy else ROUNDS, options)
+        print(f"stage {stage}, {name}: {rivals[name]}", flush=True)
+    free(device)
+    result = {"rivals": rivals} | add_mfu(rivals, size, stage, device)
+    rates = {name: one["tokens_per_s"] for name, one in rivals.items() if "tokens_per_s" in one}
+    ours = [name for name in rates if name.startswith("ours")]
+    stock = [name for name in rates if name.startswith("stock")]
+    if ours and stock:
+        best_ours, best_stock = max(ours, key=rates.get), max(stock, key=rates.get)
+        result |= {"best_ours": best_ours, "best_stock": best_stock, "ratio": rates[best_ours] / rates[best_stock]}
+    return result
+
+
+def measure_module(name: str, toy: bool, timeout_s: float) -> dict:
+    """Return the report of another benchmark, which runs its 7B widths by itself where there is a GPU."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "report.json"
+        command = [sys.executable, "-m", f"benchmarks.{name}", "--json", str(file), *(["--quick"] if toy else [])]
+        root = str(Path(__file__).resolve().parents[1])
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])}
+        try:
+            done = subprocess.run(
+                command, capture_output=True, text=True, timeout=max(timeout_s, 1), env=environment, check=False
+            )
+        except subprocess.TimeoutExpired:
+            return {"skipped": f"not done within {timeout_s:.0f} s"}
+        if not file.exists():
+            return {"failed": done.stderr[-2000:]}
+        return json.loads(file.read_text())["results"]
+
+
+def main(argv=None) -> dict:
+    """Measure part after part until the time is over, print, and return what is written to --json."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", help="file that the figures are written to")
+    parser.add_argument("--minutes", type=float, default=8.0, help="time for everything")
+    parser.add_argument("--toy", action="store_true", help="toy widths on a CPU")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="what is measured")
+    args = parser.parse_args(argv)
+    if not args.toy and not torch.cuda.is_available():
+        parser.error("there is no CUDA device; --toy runs the same code on the CPU.")
+    device = "cpu" if args.toy else "cuda"
+    # Half a minute is left for the last rival to end in.
+    end_s = time.monotonic() + 60 * args.minutes - 30
+    results = {}
+    for part in PARTS:
+        if part not in args.parts:
+            continue
+        left_s = end_s - time.monotonic()
+        if left_s < 0:
+            results[part] = {"skipped": "no time left"}
+        elif part.startswith("stage"):
+            # Two of the parts behind a stage shall not go without.
+            results[part] = measure_stage(int(part.split()[1]), device, args.toy, time.monotonic() + 0.5 * left_s)
+        else:
+            free(device)
+            results[part] = measure_module(part, args.toy, left_s)
+        show(part, results[part])
+        report = write_result("cuda_suite", results, args.json, toy=args.toy)
+    return report
+
+
+def show(part: str, result: dict) -> None:
+    """Print a part."""
+    print(part, {key: value for key, value in result.items() if key != "rivals"})
+    for name, one in result.get("rivals", {}).items():
+        with contextlib.suppress(KeyError):
+            peak = f"{one['peak_bytes'] / 2**30:7.1f} GiB" if "peak_bytes" in one else ""
+            print(f"  {name:14}{one['tokens_per_s']:10.0f} tokens/s  MFU {100 * one['mfu']:5.1f}%  {peak}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
