@@ -14,8 +14,10 @@ from transformers import initialization as init
 from llava_lite.model.attention import find_segments
 from llava_lite.model.connector import build_connector
 from llava_lite.model.crops import unpad_image as unpad_image  # LLaVA's place for it
+from llava_lite.model.decoding import can_step, step
 from llava_lite.model.embedding import EmbeddingMixin
 from llava_lite.model.experts import OWN
+from llava_lite.model.fast_layer import take_fast_layers
 from llava_lite.model.generation import PictureGeneration
 from llava_lite.model.image_features import ImageFeaturesMixin
 from llava_lite.model.llava_names import LlavaNames, StackNames
@@ -80,6 +82,7 @@ class LlavaMetaModel(StackNames, EmbeddingMixin, ImageFeaturesMixin, StackLoadin
         if moe is not None:
             for index, num_experts in zip(moe.layers, moe.num_experts, strict=True):
                 self.layers[index].mlp = MoeBlock(config, moe, num_experts, self.layers[index].mlp)
+        take_fast_layers(self)
         self.post_init()
 
     def get_vision_tower(self) -> VisionTower | None:
@@ -87,6 +90,11 @@ class LlavaMetaModel(StackNames, EmbeddingMixin, ImageFeaturesMixin, StackLoadin
         return getattr(self, "vision_tower", None)
 
     get_image_tower = get_vision_tower
+
+    @property
+    def selects_rows(self) -> bool:
+        """Whether the last layer takes `supervised_rows` [S] of B * L, and the stack then returns [1, S, D]."""
+        return getattr(self.layers[-1], "selects_rows", False)
 
     def get_model(self):
         """Return the decoder stack, which is this: what a whole model is asked can be asked here too."""
@@ -113,6 +121,8 @@ class LlavaMetaModel(StackNames, EmbeddingMixin, ImageFeaturesMixin, StackLoadin
             input_ids, attention_mask, position_ids = None, batch.attention_mask, batch.position_ids
         elif pixel_values is not None:
             inputs_embeds = self.write_pictures(inputs_embeds, pixel_values, image_sizes)
+        if can_step(self, inputs_embeds, attention_mask, past_key_values, kwargs):
+            return step(self, inputs_embeds, attention_mask, position_ids, past_key_values)
         if attention_mask is None and past_key_values is None and "cu_seq_lens_q" not in kwargs:
             kwargs |= find_segments(position_ids)
         if "cu_seq_lens_q" in kwargs:
