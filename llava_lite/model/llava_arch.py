@@ -64,8 +64,6 @@ class LlavaMetaModel(StackNames, EmbeddingMixin, ImageFeaturesMixin, StackLoadin
 
     # See plain_paths.py.
     plain_paths: frozenset[str] = frozenset()
-    # Whether the last layer runs at the rows of the keyword `supervised_rows` alone.
-    selects_rows = False
 
     def __init__(self, config):
         super().__init__(config)
