@@ -193,7 +193,7 @@ def check_together(model_args, data_args, training_args):
         "use --tuning full, or drop the flag.",
     )
     refuse(training_args.bits < 16 and tuning != "lora", f"--bits {training_args.bits} needs --lora_enable True.")
-    check_checkpointing(tuning, training_args.gradient_checkpointing_kwargs)
+    check_checkpointing(tuning, training_args.auto_checkpointing, training_args.gradient_checkpointing_kwargs)
     check_packing(model_args, training_args)
     check_expert_parallel(model_args, training_args)
     evaluates = data_args.eval_data_path is not None or data_args.eval_split > 0
@@ -251,13 +251,14 @@ def without_effect(model_args, training_args):
     ]
 
 
-def check_checkpointing(tuning, kwargs):
-    """Refuse reentrant gradient checkpointing with experts.
+def check_checkpointing(tuning, is_auto, kwargs):
+    """Refuse reentrant gradient checkpointing with experts, and of some layers only.
 
     It runs the forward pass without gradient and the balance loss goes silent.
     """
     reentrant = isinstance(kwargs, dict) and kwargs.get("use_reentrant")
-    refuse(
-        tuning == "moe" and reentrant,
-        f'--tuning moe needs gradient_checkpointing_kwargs={{"use_reentrant": false}}; got {json.dumps(kwargs)}.',
-    )
+    for flag, is_set in (("tuning moe", tuning == "moe"), ("gradient_checkpointing auto", is_auto)):
+        refuse(
+            is_set and reentrant,
+            f'--{flag} needs gradient_checkpointing_kwargs={{"use_reentrant": false}}; got {json.dumps(kwargs)}.',
+        )

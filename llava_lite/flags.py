@@ -139,7 +139,12 @@ def translate(argv, known):
             logger.info("--%s has no effect: %s.", name, WITHOUT_EFFECT[name])
         elif name in TRANSLATED and name not in known:
             flags += TRANSLATED[name](values)
-        elif name.endswith(("t_checkpointing", "n_checkpointing", "_checkpointing_kwargs")):
+        elif name.endswith(("gradient_checkpointing", "activation_checkpointing")):
+            flags = [flag for flag in flags if flag[0] != "auto_checkpointing"]
+            is_auto = values == ["auto"]
+            flags.append((checkpointing(name, known), ["False"] if is_auto else values))
+            flags += [("auto_checkpointing", ["True"])] if is_auto else []
+        elif name.endswith("_checkpointing_kwargs"):
             flags.append((checkpointing(name, known), values))
         else:
             flags.append((RENAMED.get(name, name), values))

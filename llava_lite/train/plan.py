@@ -1,140 +1,54 @@
-"""Estimate what a run needs of each device, from shapes alone: memory, tokens and optimizer steps.
-
-Letters: D model width, I width of an MLP, K experts that a token visits (1 in a dense layer), s bytes of a number.
-"""
+"""Estimate what a run needs of each device, from shapes alone: memory, tokens and optimizer steps."""
 
 import math
 import os
-from dataclasses import dataclass
 
-import numpy as np
-from torch import nn
+from llava_lite.train.memory import (
+    estimate_memory,
+    gib,
+    longest_batch,
+    memory_lines,
+    offloaded,
+)
+from llava_lite.train.tuning import choose_what_trains, describe, loading_dtype
 
-from llava_lite.model.moe import MoeBlock
-from llava_lite.train.tuning import choose_what_trains, compute_dtype, count, describe, loading_dtype
-
-GIB = 2**30
-# Of two float32 tensors of the size of the weights that Adam keeps, four bytes each.
-ADAM_BYTES = 8
-MASTER_BYTES = 4
-
-
-@dataclass(frozen=True)
-class Memory:
-    """Bytes on one device. Not in it: the device's own context, communication buckets, fragmentation."""
-
-    weights: float
-    gradients: float
-    optimizer: float
-    activations: float
-    logits: float
-
-    @property
-    def total(self):
-        """Return the sum."""
-        return self.weights + self.gradients + self.optimizer + self.activations + self.logits
-
-
-def weight_bytes(model, zero_stage, num_ranks):
-    """Return bytes of weights, gradients and optimizer state on one rank (Rajbhandari et al. 2020, ZeRO, section 3).
-
-    Adam keeps 8 bytes a trained weight, and 4 more for the float32 copy of a half-precision one. ZeRO-1 splits the
-    optimizer over the ranks, ZeRO-2 the gradients too, ZeRO-3 the weights too, frozen ones included.
-    """
-    weights = gradients = optimizer = 0
-    for param in model.parameters():
-        size = param.element_size()
-        weights += count(param) * size
-        if param.requires_grad:
-            gradients += count(param) * size
-            optimizer += count(param) * (ADAM_BYTES + (MASTER_BYTES if size < 4 else 0))
-    return (
-        weights / (num_ranks if zero_stage >= 3 else 1),
-        gradients / (num_ranks if zero_stage >= 2 else 1),
-        optimizer / (num_ranks if zero_stage >= 1 else 1),
-    )
-
-
-def layer_activation_bytes(layer, config, dtype_bytes):
-    """Return the bytes a token that a stock decoder layer keeps for its backward pass.
-
-    s * (n D + 2 kv + m I K + e K D): n = 3 + 2.5 an RMSNorm + 2 a LayerNorm with trained weights, 2 + 1 a norm with
-    frozen ones (which need no input), 1 more an RMSNorm in half precision, for its float32; kv the width of keys;
-    m = 4 or 3 in a gated MLP (input, gate, up, product), 5 or 4 in Phi's; e = 3 or 2 in a layer with experts, 1
-    more in half precision. Counted with saved-tensor hooks on transformers 5.23.
-    """
-    trains = any(param.requires_grad for param in layer.parameters())
-    block = layer.mlp if isinstance(layer.mlp, MoeBlock) else None
-    visits = 0 if block is None else block.moe.top_k_experts
-    is_gated = hasattr(layer.mlp, "gate_proj") if block is None else block.experts.shape.gated
-    norms = [m for m in layer.children() if "norm" in type(m).__name__.lower()]
-    num_rms = sum(not isinstance(norm, nn.LayerNorm) for norm in norms)
-    of_norms = 2 * len(norms) + 0.5 * num_rms if trains else len(norms)
-    is_half = dtype_bytes < 4
-    width = (3 if trains else 2) + of_norms + is_half * num_rms + visits * ((3 if trains else 2) + is_half)
-    inner = config.intermediate_size * max(visits, 1) * ((4 if trains else 3) + (0 if is_gated else 1))
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return dtype_bytes * (width * config.hidden_size + inner + 2 * head_dim * config.num_key_value_heads)
-
-
-def activation_bytes(model, num_tokens, dtype_bytes, checkpointing):
-    """Return the bytes of activations of a micro-batch; with gradient checkpointing a layer keeps only its input."""
-    layers, config = model.get_model().layers, model.config
-    per_layer = [layer_activation_bytes(layer, config, dtype_bytes) for layer in layers]
-    if not checkpointing:
-        return num_tokens * sum(per_layer)
-    return num_tokens * (max(per_layer) + len(layers) * dtype_bytes * config.hidden_size)
-
-
-def logits_bytes(config, num_learned, dtype_bytes):
-    """Return the bytes of logits at the learned positions: as computed, in float32, and both gradients."""
-    return num_learned * config.vocab_size * 2 * (dtype_bytes + 4)
-
-
-def estimate_memory(model, training_args, num_tokens, num_learned):
-    """Return the Memory of one rank for micro-batches of `num_tokens`, `num_learned` of them supervised."""
-    dtype_bytes = compute_dtype(training_args).itemsize
-    weights, gradients, optimizer = weight_bytes(model, training_args.zero_stage, training_args.world_size)
-    return Memory(
-        weights=weights,
-        gradients=gradients,
-        optimizer=optimizer,
-        activations=activation_bytes(model, num_tokens, dtype_bytes, training_args.gradient_checkpointing),
-        logits=logits_bytes(model.config, num_learned, dtype_bytes),
-    )
-
-
-def longest_batch(lengths, batch_size):
-    """Return the tokens of the longest batch that can be drawn, padding included."""
-    return batch_size * int(np.max(lengths))
-
-
-def memory_lines(memory):
-    """Return the table of one rank's memory."""
-    rows = [*((name, getattr(memory, name)) for name in memory.__dataclass_fields__), ("total", memory.total)]
-    return [
-        f"{name:<14}{value / GIB:>10.3f} GiB" if memory.total > GIB else f"{name:<14}{value / 2**20:>10.1f} MiB"
-        for name, value in rows
-    ]
+# What a pack of --packing tokens is full of, counted on lengths like mix665k's; see data/packing.py.
+PACK_SHARE = 0.97
 
 
 def plan_of_run(model, dataset, training_args):
     """Return the lines that a run prints before it starts: batch, steps, memory a rank in its longest batch."""
     args = training_args
-    batch = args.world_size * args.per_device_train_batch_size * args.gradient_accumulation_steps
-    num_steps = steps_of_run(len(dataset), batch, args)
-    num_tokens = longest_batch(dataset.lengths, args.per_device_train_batch_size)
-    learned_share = dataset.annotations.token_facts().num_learned.sum() / max(dataset.lengths.sum(), 1)
-    memory = estimate_memory(model, args, num_tokens, num_tokens * learned_share)
+    num_micro = args.world_size * args.gradient_accumulation_steps
+    num_tokens = longest_batch(dataset, args)
+    unit = f"packs of {args.packing_tokens:,} tokens" if args.packing == "tokens" else "records"
+    size = 1 if args.packing == "tokens" else args.per_device_train_batch_size
+    annotations, learned_share = getattr(dataset, "annotations", None), 1.0
+    if annotations is not None:
+        learned_share = annotations.token_facts().num_learned.sum() / max(dataset.lengths.sum(), 1)
+    memory = estimate_memory(model, args, num_tokens, num_tokens * learned_share, num_checkpointed(model))
     head = [
-        f"{args.world_size} ranks x {args.per_device_train_batch_size} records x {args.gradient_accumulation_steps} "
-        f"accumulated = {batch} a step, {num_steps:,} steps, ZeRO-{args.zero_stage}",
+        f"{args.world_size} ranks x {size} {unit} x {args.gradient_accumulation_steps} accumulated = "
+        f"{num_micro * size} a step, {num_steps_of(dataset, args):,} steps, ZeRO-{args.zero_stage}",
         f"estimated memory of a rank in its longest batch ({num_tokens:,} tokens):",
     ]
-    tail = []
-    if dataset.layout.is_anyres:
-        tail = [picture_line(dataset.layout, args.model_max_length)]
+    tail = [picture_line(dataset.layout, args.model_max_length)] if dataset.layout.is_anyres else []
     return "\n".join(head + memory_lines(memory) + tail)
+
+
+def num_checkpointed(model):
+    """Return how many decoder layers are checkpointed now; None where that is only to come."""
+    return sum(getattr(layer, "gradient_checkpointing", False) for layer in model.get_model().layers) or None
+
+
+def num_steps_of(dataset, args):
+    """Return the optimizer steps of a run; with packs of tokens, about."""
+    if args.max_steps > 0:
+        return args.max_steps
+    batch = args.world_size * args.gradient_accumulation_steps
+    if args.packing == "tokens":
+        return steps_of_run(math.ceil(dataset.lengths.sum() / args.packing_tokens / PACK_SHARE), batch, args)
+    return steps_of_run(len(dataset), batch * args.per_device_train_batch_size, args)
 
 
 def picture_line(layout, max_length):
@@ -180,37 +94,48 @@ def empty_model(model_args, data_args, training_args):
 
 
 def main(argv=None):
-    """Print the plan of a run: the flags of `llava-lite train`, and --num_devices N. Reads configs, no weights."""
+    """Print the plan of a run: the flags of `llava-lite train`, and those below. Reads configs, no weights."""
     import argparse
     import sys
 
-    from llava_lite.arguments import parse_args
+    from llava_lite.arguments import parse_args, read_deepspeed
+    from llava_lite.train.memory import GIB, USABLE_SHARE, fewest_checkpointed
 
     argv = list(sys.argv[1:] if argv is None else argv)
     own = argparse.ArgumentParser(prog="llava-lite plan", add_help=False, allow_abbrev=False)
     own.add_argument("--num_devices", "--num-devices", type=int, default=1, metavar="N", help="ranks (default: 1)")
+    own.add_argument(
+        "--device_memory", "--device-memory", type=float, default=80, metavar="GIB",
+        help="memory of a device, for --gradient_checkpointing auto (default: 80)",
+    )  # fmt: skip
     options, flags = own.parse_known_args(argv)
-    num_devices = options.num_devices
     if {"-h", "--help"} & set(flags):
         print(f"{own.format_help()}\nand the flags of `llava-lite train`, which follow.\n")
     os.environ.setdefault("ACCELERATE_USE_CPU", "true")
-    model_args, data_args, training_args = parse_args(flags)
-    model = empty_model(model_args, data_args, training_args)
-    print(describe(model, training_args))
-    num_tokens = training_args.per_device_train_batch_size * training_args.model_max_length
-    weights, gradients, optimizer = weight_bytes(model, training_args.zero_stage, num_devices)
-    dtype_bytes = compute_dtype(training_args).itemsize
-    memory = Memory(
-        weights,
-        gradients,
-        optimizer,
-        activation_bytes(model, num_tokens, dtype_bytes, training_args.gradient_checkpointing),
-        logits_bytes(model.config, num_tokens, dtype_bytes),
-    )
+    model_args, data_args, args = parse_args(flags)
+    model = empty_model(model_args, data_args, args)
+    print(describe(model, args))
+    packed = args.packing == "tokens"
+    num_tokens = args.packing_tokens if packed else args.per_device_train_batch_size * args.model_max_length
+    offload = offloaded(read_deepspeed(args.deepspeed))
+
+    def memory_with(number):
+        return estimate_memory(model, args, num_tokens, num_tokens, number, options.num_devices, offload)
+
+    num_layers = len(model.get_model().layers)
+    chosen = num_layers if args.gradient_checkpointing else 0
+    if args.auto_checkpointing:
+        budget = USABLE_SHARE["cuda"] * options.device_memory * GIB
+        chosen = fewest_checkpointed(num_layers, lambda number: memory_with(number).total, budget)
+    records = f"{args.per_device_train_batch_size} records of {args.model_max_length}"
     print(
-        f"\n{num_devices} devices, ZeRO-{training_args.zero_stage}, {num_tokens:,} tokens in a micro-batch "
-        f"({training_args.per_device_train_batch_size} records of {training_args.model_max_length}, all learned):"
+        f"\n{options.num_devices} devices, ZeRO-{args.zero_stage}, {num_tokens:,} tokens in a micro-batch "
+        f"({'a pack' if packed else records}, all learned), {chosen} of {num_layers} layers checkpointed:"
     )
-    print("\n".join(memory_lines(memory)))
+    print("\n".join(memory_lines(memory_with(chosen))))
+    if args.auto_checkpointing:
+        print(f"without checkpointing {gib(memory_with(0).total)}, room for {gib(budget)}")
+    if offload:
+        print(f"in the memory of the host, or on its disks: {' and '.join(sorted(offload))}")
     if model.config.has_vision_tower:
-        print(picture_line(model.config.picture_layout, training_args.model_max_length))
+        print(picture_line(model.config.picture_layout, args.model_max_length))

@@ -25,7 +25,7 @@ launch_train \
     --per_device_train_batch_size 16 \
     --learning_rate 2e-5 \
     --max_grad_norm 0 \
-    --gradient_checkpointing True \
+    --gradient_checkpointing auto \
     --dataloader_num_workers 4 \
     --save_steps 1000 --save_total_limit 1 \
     --output_dir "${OUTPUT:-./checkpoints/llava-v1.5-7b}" \

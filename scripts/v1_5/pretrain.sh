@@ -24,7 +24,7 @@ launch_train \
     --per_device_train_batch_size 32 \
     --learning_rate 1e-3 \
     --max_grad_norm 0 \
-    --gradient_checkpointing True \
+    --gradient_checkpointing auto \
     --dataloader_num_workers 4 \
     --save_steps 500 --save_total_limit 1 \
     --output_dir "${OUTPUT:-./checkpoints/llava-v1.5-7b-pretrain}" \
