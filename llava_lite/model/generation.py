@@ -6,8 +6,8 @@ B rows, T tokens before the splice, L after, D model width.
 from __future__ import annotations
 
 import torch
-from transformers import DynamicCache
 
+from llava_lite.model.kv_cache import GrowingCache, give_room
 from llava_lite.model.splice import Batch, expand_placeholders, positions_from_mask
 
 # Tells `generate(images=None)`, LLaVA's way, from a call that never says `images`, the way of transformers.
@@ -75,7 +75,7 @@ class PictureGeneration:
         for name in ("prefill_chunk_size", "cache_implementation"):
             arguments.pop(name, None)
         cache = arguments.pop("past_key_values", None)
-        cache = DynamicCache(config=self.config) if cache is None else cache
+        cache = GrowingCache(self.config) if cache is None else cache
         positions, end = positions_from_mask(mask), embeds.shape[1] - 1
         start = cache.get_seq_length()
         while start < end:
@@ -94,6 +94,13 @@ class PictureGeneration:
         if copies > 1:
             cache.batch_repeat_interleave(copies)
         return cache
+
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
+        """Give the cache that transformers makes room to grow, unless the caller named one."""
+        named = model_kwargs.get("past_key_values") is not None or generation_config.cache_implementation is not None
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+        if not named:
+            give_room(model_kwargs.get("past_key_values"))
 
     def prepare_inputs_for_generation(
         self, input_ids, next_sequence_length=None, past_key_values=None, inputs_embeds=None, **kwargs

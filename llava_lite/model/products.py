@@ -48,12 +48,16 @@ def takes_onednn(*tensors):
     )
 
 
-def product(left, right):
-    """Return left [M, K] @ right.T [K, N] of right [N, K], outside autograd; both may be views, transposed too."""
+def product(left, right, out=None):
+    """Return left [M, K] @ right.T [K, N] of right [N, K], outside autograd; both may be views, transposed too.
+
+    out: [M, N], written if it is given.
+    """
     # Of no terms a sum is zero, which oneDNN leaves unwritten.
     if len(left) >= LEAST_ROWS and left.shape[1] and takes_onednn(left, right):
-        return torch.ops.mkldnn._linear_pointwise(left, right, None, "none", [], "")
-    return torch.mm(left, right.t())
+        found = torch.ops.mkldnn._linear_pointwise(left, right, None, "none", [], "")
+        return found if out is None else out.copy_(found)
+    return torch.mm(left, right.t(), out=out)
 
 
 class _Linear(torch.autograd.Function):
@@ -77,8 +81,26 @@ class _Linear(torch.autograd.Function):
         )
 
 
+def unlearned(inputs, weight, bias=None):
+    """Return what F.linear returns, outside autograd, of as few rows as a decoding step has or of many.
+
+    With 170 MB of weights read once a step (one Zen 5 core): 9.2 ms for BLAS's 12.6 at 1 row, 9.6 for 20 at 4, 16 for
+    25 at 8.
+    """
+    rows = inputs.numel() // max(inputs.shape[-1], 1)
+    if not rows or weight.numel() < LEAST_WORK // LEAST_ROWS or not takes_onednn(inputs, weight):
+        return F.linear(inputs, weight, bias)
+    if 1 < rows < 5:
+        # The weight on the left, as BLAS likes it best while there are so few columns.
+        out = torch.mm(weight, inputs.reshape(rows, -1).t()).t().contiguous().view(*inputs.shape[:-1], -1)
+        return out if bias is None else out.add_(bias)
+    return torch.ops.mkldnn._linear_pointwise(inputs, weight, bias, "none", [], "")
+
+
 def linear(inputs, weight, bias=None):
     """Return what F.linear returns, with its gradients; faster where `takes_onednn` says so."""
+    if not torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu"):
+        return unlearned(inputs, weight, bias)
     rows = inputs.numel() // max(inputs.shape[-1], 1)
     small = rows < LEAST_ROWS or rows * weight.numel() < LEAST_WORK
     if small or not takes_onednn(inputs, weight) or torch.is_autocast_enabled("cpu"):

@@ -37,6 +37,9 @@ def test_a_product_of_any_views_is_that_of_float64(library, rows, inner, columns
     out = product(left, right)
     assert out.dtype == torch.float32
     torch.testing.assert_close(out.double(), left.double() @ right.double().t(), rtol=1e-5, atol=1e-5)
+    into = torch.full((2, rows, columns), float("nan"))[1]
+    assert product(left, right, out=into).data_ptr() == into.data_ptr()
+    assert torch.equal(into, out)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
@@ -44,6 +47,19 @@ def test_other_dtypes_stay_with_torch(dtype):
     left, right = torch.randn(9, 4).to(dtype), torch.randn(3, 4).to(dtype)
     assert not takes_onednn(left, right)
     assert torch.equal(product(left, right), left @ right.t())
+
+
+@pytest.mark.parametrize("biased", [True, False])
+@pytest.mark.parametrize("shape", [(1, 1, 16), (1, 2, 16), (4, 1, 16), (7, 1, 16), (3, 5, 16), (16,), (0, 16)])
+def test_without_gradients_a_linear_layer_of_any_number_of_rows_is_that_of_float64(library, biased, shape):
+    torch.manual_seed(0)
+    inputs, weight, bias = torch.randn(*shape), torch.randn(12, 16), torch.randn(12) if biased else None
+    with torch.no_grad():
+        out = linear(inputs, weight, bias)
+    expected = F.linear(inputs.double(), weight.double(), None if bias is None else bias.double())
+    assert out.shape == expected.shape
+    assert out.is_contiguous()
+    torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("biased", [True, False])
