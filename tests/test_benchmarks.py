@@ -7,6 +7,10 @@ import pytest
 import torch
 
 from benchmarks import ablation, cuda_suite, rivals, workload
+from benchmarks.__main__ import BENCHMARKS, read_reports
+from benchmarks.__main__ import main as run_all
+from benchmarks.results import write_page
+from benchmarks.table import table
 from benchmarks.timing import AGAIN, Samples, interleave, machine, summary, write_result
 
 
@@ -142,3 +146,71 @@ def test_every_item_off_is_the_same_function():
     result = ablation.measure("toy", 3, rounds=1)
     assert {"layers off", "rows off", "loss off", "experts off", "packing off", "all off"} <= set(result["variants"])
     assert result["largest_loss_difference"] < 1e-5
+
+
+MACHINE = {
+    "date": "2026-01-01 00:00 UTC",
+    "processor": "a processor",
+    "num_cores": 2,
+    "num_threads": 2,
+    "device": "cpu",
+    "python": "3.12",
+    "versions": {"torch": "2.13"},
+    "commit": "abc",
+}
+
+
+def report_of_training(ratios):
+    """Return a training report of size S whose stages have these ratios, and shares of memory of 0.5."""
+    stages = {}
+    for stage, ratio in ratios.items():
+        one = {"rate": 10, "cpu_s_per_unit": 0.1, "ratio": ratio, "ratio_range": [1, 2], "above_loaded_bytes": 2**20}
+        batches = {"samples_a_step": 4, "tokens_a_step": 9, "learned_share": 0.1, "padding_share": 0.1}
+        stages[stage] = {
+            "rivals": {"ours": one, "stock": one},
+            "against_stock": {"ratio": ratio, "self_range": [0.9, 1.1]},
+            "memory_share": 0.5,
+            "batches": batches | {"logits_share": 0.4, "optimizer": "sgd"},
+            "largest_loss_difference": 1e-6,
+        }
+    return {"machine": MACHINE, "results": {"S": stages}}
+
+
+def test_table_says_what_was_not_measured():
+    lines = {line[0]: line[1:] for line in table({"training": report_of_training({"1": 1.9, "2": 1.75})})}
+    speed, memory = list(lines.values())[1], list(lines.values())[4]
+    assert speed == ["1.50 / 1.70 / 1.45", "1.80 / 2.10 / 1.85", "1.90 / 1.75 / -", "gate met where measured"]
+    # Of memory less is better: 0.5 is met by 0.5, and missed where 0.4 is the goal.
+    assert memory[2:] == ["0.50 / 0.50 / -", "gate met where measured"]
+    others = [line[2:] for name, line in lines.items() if "H200" in name]
+    assert others == [["not measured", ""]] * len(others)
+    assert len(others) == 3
+    missed = table({"training": report_of_training({"1": 1.4, "2": 3.0, "3": 3.0})})[1]
+    assert missed[-1] == "GATE MISSED"
+
+
+def test_page_is_written_from_the_reports_alone(tmp_path):
+    pytest.importorskip("matplotlib")
+    ratios = {"1": 1.9, "2": 1.75, "3": 2.0}
+    variants = {"all on": {"relative_time": 1.0, "self_range": [1, 1]}, "loss off": {"relative_time": 1.5}}
+    ablated = {"machine": MACHINE, "results": {"S": {stage: {"variants": variants} for stage in ratios}}}
+    write_page({"training": report_of_training(ratios), "ablation": ablated}, tmp_path)
+    page = (tmp_path / "RESULTS.md").read_text()
+    assert "| loss off | 1.50 | 1.50 | 1.50 |" in page
+    assert "1.90 / 1.75 / 2.00" in page
+    assert "a processor, 2 cores, 2 threads; Python 3.12, torch 2.13" in page
+    assert (tmp_path / "results.png").stat().st_size > 10_000
+
+
+@pytest.mark.slow
+def test_one_command_runs_every_benchmark(tmp_path):
+    assert run_all(["--quick", "--threads", "1", "--results", str(tmp_path)]) == 0
+    reports = read_reports(tmp_path)
+    assert set(reports) == set(BENCHMARKS)
+    for name, report in reports.items():
+        assert report["name"] == name
+        assert report["results"]
+        assert report["machine"]["versions"]["torch"] == torch.__version__
+    stages = reports["training"]["results"]["toy"]
+    assert set(stages) == {"1", "2", "3"}
+    assert all(stage["largest_loss_difference"] < 1e-4 for stage in stages.values())

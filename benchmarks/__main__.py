@@ -1,0 +1,76 @@
+"""Run every benchmark, print the table of gates, and write benchmarks/results/*.json, RESULTS.md and its plot.
+
+    python -m benchmarks [--quick] [--only training ablation ...] [--llava FOLDER --python-path FOLDER]
+    python -m benchmarks --report           nothing is run: the table from the results that are there
+
+On a CPU that nobody else uses all of it takes about 20 minutes; `python -m benchmarks.cuda_suite` is apart, for a GPU,
+and its report is read too where it lies in the same folder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from benchmarks.results import write_page
+from benchmarks.table import as_text, table
+
+FOLDER = Path(__file__).resolve().parent
+BENCHMARKS = ("start_up", "annotations", "pictures", "moe_layer", "generation", "training", "ablation")
+
+
+def run(name: str, file: Path, flags: list[str]) -> bool:
+    """Run a benchmark in a process of its own; return whether it wrote its report."""
+    print(f"== {name}", flush=True)
+    start_s = time.monotonic()
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(FOLDER.parent), os.environ.get("PYTHONPATH", "")])}
+    command = [sys.executable, "-m", f"benchmarks.{name}", "--json", str(file), *flags]
+    code = subprocess.run(command, env=environment, check=False).returncode
+    print(f"== {name}: {time.monotonic() - start_s:.0f} s{'' if code == 0 else f', ended with {code}'}\n", flush=True)
+    return code == 0
+
+
+def read_reports(folder: Path) -> dict:
+    """Return {name: report} of the JSON files of a folder."""
+    files = sorted(folder.glob("*.json")) if folder.is_dir() else []
+    return {file.stem: json.loads(file.read_text(encoding="utf-8")) for file in files}
+
+
+def main(argv=None) -> int:
+    """Run, print, write; return 1 if a benchmark failed."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__.splitlines()[0])
+    parser.add_argument("--only", nargs="+", choices=BENCHMARKS, default=list(BENCHMARKS), help="what is run")
+    parser.add_argument("--report", action="store_true", help="run nothing; write the page from what lies there")
+    parser.add_argument("--quick", action="store_true", help="toy sizes, into a folder of their own, no page")
+    parser.add_argument("--threads", type=int, help="threads of torch; default: each benchmark's own")
+    parser.add_argument("--rounds", type=int, help="interleaved rounds; default: each benchmark's own")
+    parser.add_argument("--llava", help="folder that holds the original package `llava`, see benchmarks.training")
+    parser.add_argument("--python-path", help="folder with the libraries that it needs")
+    parser.add_argument("--results", type=Path, help="folder of the reports")
+    args = parser.parse_args(argv)
+    folder = args.results or FOLDER / ("results_quick" if args.quick else "results")
+    failed = []
+    for name in [] if args.report else args.only:
+        flags = ["--quick"] if args.quick else []
+        for key in ("threads", "rounds"):
+            flags += [f"--{key}", str(getattr(args, key))] if getattr(args, key) else []
+        if name == "training" and args.llava:
+            flags += ["--llava", args.llava, *(["--python-path", args.python_path] if args.python_path else [])]
+        if not run(name, folder / f"{name}.json", flags):
+            failed.append(name)
+    reports = read_reports(folder)
+    print(as_text(table(reports)))
+    if not args.quick:
+        print("written:", *write_page(reports, FOLDER))
+    if failed:
+        print(f"failed: {', '.join(failed)}", file=sys.stderr)
+    return int(bool(failed))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,171 @@
+"""Turn the reports of the benchmarks into the page RESULTS.md and its plot."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from benchmarks.table import ROWS, STAGES, as_markdown, dig, table
+
+PAGE, PLOT = "RESULTS.md", "results.png"
+HEAD = """# What was measured
+
+Written by `python -m benchmarks` from the reports of its runs; nothing is taken from elsewhere. A ratio is the median
+over interleaved rounds of the two times of the same round; its range is that of the rounds. "Not measured" stands
+where the machine or the other code was not to be had.
+"""
+
+
+def write_page(reports: dict, folder: Path) -> list[str]:
+    """Write the page and, where there is something to draw, the plot; return their paths."""
+    drawn = draw(reports, folder / PLOT)
+    parts = [HEAD, machine_lines(reports), as_markdown(table(reports))]
+    parts += [f"![ratios, memory and ablation]({PLOT})"] if drawn else []
+    parts += [*training_parts(reports), *ablation_parts(reports), *suite_parts(reports)]
+    page = folder / PAGE
+    page.write_text("\n\n".join(part.strip() for part in parts if part) + "\n", encoding="utf-8")
+    return [str(page), *([str(folder / PLOT)] if drawn else [])]
+
+
+def machine_lines(reports: dict) -> str:
+    """Return when and on what each report was made."""
+    lines = []
+    for name, report in reports.items():
+        machine = report["machine"]
+        versions = ", ".join(f"{library} {version}" for library, version in machine["versions"].items())
+        where = f"{machine['processor']}, {machine['num_cores']} cores, {machine['num_threads']} threads"
+        where += "" if machine["device"] == "cpu" else f", {machine['device']}"
+        lines.append(
+            f"- {name}: {machine['date']}, {where}; Python {machine['python']}, {versions}; {machine['commit']}"
+        )
+    return "\n".join(lines)
+
+
+def training_parts(reports: dict) -> list[str]:
+    """Return a table of rivals for each size and stage."""
+    parts = ["## Training"] if "training" in reports else []
+    for size, stages in (dig(reports, "training", "results") or {}).items():
+        for stage, result in stages.items():
+            lines = [["", "tokens/s", "CPU s / 1000 tokens", "ratio", "range", "MiB above loaded model"]]
+            for name, one in result["rivals"].items():
+                low, high = one["ratio_range"]
+                memory = f"{one['above_loaded_bytes'] / 2**20:.0f}"
+                numbers = [f"{one['rate']:.0f}", f"{1000 * one['cpu_s_per_unit']:.2f}", f"{one['ratio']:.2f}"]
+                lines.append([name, *numbers, f"{low:.2f}-{high:.2f}", memory])
+            parts += [f"### Size {size}, stage {stage}", about_batches(result, stage), as_markdown(lines)]
+    return parts
+
+
+def about_batches(result: dict, stage: str) -> str:
+    """Return what a size and stage worked on, and how far its figures can be trusted."""
+    batches = result["batches"]
+    low, high = result["against_stock"]["self_range"]
+    return (
+        f"{batches['samples_a_step']} samples and {batches['tokens_a_step']:.0f} tokens a step, "
+        f"{100 * batches['learned_share']:.0f}% of them learned; padding, where there is some, "
+        f"{100 * batches['padding_share']:.0f}%; the vocabulary head is {100 * batches['logits_share']:.1f}% of the "
+        f"decoder's products; {batches['optimizer']}. Ours over itself: {low:.2f}-{high:.2f}. "
+        f"Losses within {result['largest_loss_difference']:.0e} of ours"
+        + (", the balance loss apart, which the stock model leaves out." if stage == "3" else ".")
+    )
+
+
+def ablation_parts(reports: dict) -> list[str]:
+    """Return the table of what each item buys."""
+    results = dig(reports, "ablation", "results") or {}
+    parts = ["## What each item buys"] if results else []
+    for size, stages in results.items():
+        names = variant_names(stages)
+        lines = [["", *(f"stage {stage}" for stage in stages)]]
+        for name in names:
+            times = [dig(one, "variants", name, "relative_time") for one in stages.values()]
+            lines.append([name, *("-" if time is None else f"{time:.2f}" for time in times)])
+        ranges = [one["variants"]["all on"]["self_range"] for one in stages.values()]
+        own = ", ".join(f"{low:.2f}-{high:.2f}" for low, high in ranges)
+        parts += [
+            f"Time of a step over that with all on, size {size} (all on over itself: {own}).",
+            as_markdown(lines),
+        ]
+    return parts
+
+
+def variant_names(stages: dict) -> list[str]:
+    """Return the variants of all stages in the order of the stage that has most."""
+    longest = sorted(stages.values(), key=lambda one: -len(one["variants"]))
+    return list(dict.fromkeys(name for one in longest for name in one["variants"]))
+
+
+def suite_parts(reports: dict) -> list[str]:
+    """Return the tables of the GPU suite."""
+    results = dig(reports, "cuda_suite", "results") or {}
+    parts = ["## One GPU, 7B widths"] if results else []
+    for stage in STAGES:
+        part = results.get(f"stage {stage}", {})
+        lines = [["", "tokens/s", "MFU, %", "peak GiB"]]
+        for name, one in part.get("rivals", {}).items():
+            if "tokens_per_s" not in one:
+                lines.append([name, next(iter(one)).replace("_", " "), "-", "-"])
+                continue
+            peak = f"{one['peak_bytes'] / 2**30:.1f}" if "peak_bytes" in one else "-"
+            lines.append([name, f"{one['tokens_per_s']:.0f}", f"{100 * one['mfu']:.1f}", peak])
+        if len(lines) > 1:
+            parts += [f"### Stage {stage}", as_markdown(lines)]
+    return parts
+
+
+def draw(reports: dict, file: Path) -> bool:
+    """Draw ratios with their gates, memory, and the ablation; return whether there was anything to draw."""
+    if not {"training", "ablation"} & set(reports):
+        return False
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, (speed, memory, items) = pyplot.subplots(
+        1, 3, figsize=(15, 5), width_ratios=(3, 2, 4), layout="constrained"
+    )
+    rows = [(ROWS[0], "size S"), (ROWS[1], "size V, logits as in 7B"), (ROWS[2], "size S, over LLaVA's code")]
+    bars(speed, reports, [pair for pair in rows if any(pair[0].cells(reports))])
+    speed.set_title("Training speed over the fastest stock run")
+    bars(memory, reports, [(ROWS[3], "size S")])
+    memory.set_title("Memory over the leanest stock run")
+    draw_ablation(items, dig(reports, "ablation", "results") or {})
+    items.set_title("Step without an item over the step with all")
+    figure.savefig(file, dpi=110)
+    pyplot.close(figure)
+    return True
+
+
+def bars(axes, reports: dict, rows: list) -> None:
+    """Draw a group of bars a stage, with a mark at each gate and each goal."""
+    width = 0.8 / max(len(rows), 1)
+    for place, (row, label) in enumerate(rows):
+        cells = row.cells(reports)
+        at = [stage + (place - (len(rows) - 1) / 2) * width for stage in range(len(cells))]
+        drawn = axes.bar(at, [cell or 0 for cell in cells], width * 0.9, label=label, color=f"C{place}")
+        axes.bar_label(drawn, ["" if cell is None else f"{cell:.2f}" for cell in cells], fontsize=8)
+        for marks, style, name in ((row.gate, "k-", "gate"), (row.goal, "k:", "goal")):
+            for x, mark, cell in zip(at, marks, cells, strict=True):
+                if cell is not None:
+                    first = place == 0 and x == at[0]
+                    ends = [x - width * 0.45, x + width * 0.45]
+                    axes.plot(ends, [mark, mark], style, linewidth=1.2, label=name if first else None)
+    axes.axhline(1, color="grey", linewidth=0.6)
+    axes.set_xticks(range(len(STAGES)), [f"stage {stage}" for stage in STAGES])
+    axes.legend(fontsize=8)
+
+
+def draw_ablation(axes, results: dict) -> None:
+    """Draw for each item and stage the time without it over the time with all."""
+    stages = next(iter(results.values()), {})
+    names = [name for name in variant_names(stages) if name != "all on"]
+    height = 0.8 / max(len(stages), 1)
+    for place, (stage, one) in enumerate(stages.items()):
+        shown = [(y, dig(one, "variants", name, "relative_time")) for y, name in enumerate(names)]
+        shown = [(y + (place - 1) * height, time) for y, time in shown if time is not None]
+        axes.barh([y for y, _ in shown], [time - 1 for _, time in shown], height * 0.9, left=1, label=f"stage {stage}")
+    axes.axvline(1, color="grey", linewidth=0.6)
+    axes.set_yticks(range(len(names)), names, fontsize=8)
+    axes.invert_yaxis()
+    if names:
+        axes.legend(fontsize=8)

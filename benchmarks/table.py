@@ -1,0 +1,150 @@
+"""Turn the reports of the benchmarks into the project's table: what was measured, beside gate and goal.
+
+A cell that no report holds says "not measured". Nothing is computed here that was not measured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+NOT_MEASURED = "not measured"
+STAGES = ("1", "2", "3")
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of the table. read: reports -> a number a column; gate and goal: as many; most: smaller is better."""
+
+    name: str
+    gate: tuple
+    goal: tuple
+    read: Callable[[dict], list]
+    most: bool = False
+    form: str = "{:.2f}"
+
+    def cells(self, reports: dict) -> list:
+        """Return a number or None a column."""
+        try:
+            found = self.read(reports)
+        except (KeyError, TypeError, IndexError):
+            found = []
+        return [*found, *[None] * (len(self.gate) - len(found))]
+
+    def met(self, reports: dict, marks: tuple) -> bool | None:
+        """Tell whether every measured cell meets its mark, None if there is none."""
+        pairs = [
+            (cell, mark) for cell, mark in zip(self.cells(reports), marks, strict=True) if None not in (cell, mark)
+        ]
+        if not pairs:
+            return None
+        return all(cell <= mark if self.most else cell >= mark for cell, mark in pairs)
+
+    def written(self, values) -> str:
+        """Return numbers as a cell of the table."""
+        if all(value is None for value in values):
+            return NOT_MEASURED
+        return " / ".join("-" if value is None else self.form.format(value) for value in values)
+
+
+def dig(tree, *keys):
+    """Return what lies under `keys`, None where nothing does."""
+    for key in keys:
+        if not isinstance(tree, dict) or key not in tree:
+            return None
+        tree = tree[key]
+    return tree
+
+
+def of_stages(size: str, *keys):
+    """Return a reader of the training report: a number a stage."""
+    return lambda reports: [dig(reports["training"]["results"], size, stage, *keys) for stage in STAGES]
+
+
+def mfu_of_stages(reports: dict) -> list:
+    """Return our MFU of the stages in percent."""
+    found = []
+    for stage in STAGES:
+        part = dig(reports["cuda_suite"]["results"], f"stage {stage}") or {}
+        share = dig(part, "rivals", part.get("best_ours"), "mfu")
+        found.append(None if share is None else 100 * share)
+    return found
+
+
+def moe_layer(reports: dict, on_gpu: bool) -> list:
+    """Return our speed over DeepSpeed's at capacity 1.5: at the least tokens on a CPU, at each number on a GPU."""
+    on_gpu_suite = dig(reports, "cuda_suite", "results", "moe_layer", "training")
+    figures = on_gpu_suite if on_gpu else reports["moe_layer"]["results"]["training"]
+    if not on_gpu and reports["moe_layer"]["machine"]["device"] != "cpu":
+        return [None]
+    ours = [figures[tokens]["llava-lite"] for tokens in sorted(figures, key=int)]
+    return [one["ratio"] for one in ours if one["base"].startswith("deepspeed")][:1]
+
+
+ROWS = [
+    Row(
+        "training tokens/s, CPU, stages 1 / 2 / 3, over the best stock transformers",
+        (1.5, 1.7, 1.45),
+        (1.8, 2.1, 1.85),
+        of_stages("S", "against_stock", "ratio"),
+    ),
+    Row(
+        "the same where logits weigh as in a 7B model",
+        (1.0, 1.1, 1.2),
+        (1.15, 1.3, 1.4),
+        of_stages("V", "against_stock", "ratio"),
+    ),
+    Row(
+        "the same over LLaVA's and MoE-LLaVA's own code, published flags",
+        (2.0, 2.2, 2.7),
+        (2.5, 2.8, 3.4),
+        of_stages("S", "against_llava", "ratio"),
+    ),
+    Row(
+        "memory above the loaded model over the leanest stock run without checkpointing",
+        (0.5, 0.6, 0.55),
+        (0.4, 0.5, 0.45),
+        of_stages("S", "memory_share"),
+        most=True,
+    ),
+    Row(
+        "MoE layer, forward and backward, CPU, over DeepSpeed at capacity 1.5",
+        (1.3,),
+        (1.5,),
+        lambda reports: moe_layer(reports, on_gpu=False),
+    ),
+    Row("H200, 7B widths, MFU of stages 1 / 2 / 3, %", (45, 42, 38), (55, 50, 45), mfu_of_stages, form="{:.1f}"),
+    Row(
+        "H200, MoE layer at 6k tokens, over DeepSpeed",
+        (2.0,),
+        (2.6,),
+        lambda reports: moe_layer(reports, on_gpu=True),
+    ),
+]
+
+
+def table(reports: dict, rows=None) -> list[list[str]]:
+    """Return the table as rows of text: name, gate, goal, measured, verdict; the first is its head."""
+    lines = [["", "gate", "goal", "measured", ""]]
+    for row in ROWS if rows is None else rows:
+        gate, goal = row.met(reports, row.gate), row.met(reports, row.goal)
+        cells = row.cells(reports)
+        verdict = "" if gate is None else "goal met" if goal else "gate met" if gate else "GATE MISSED"
+        if verdict and None in cells:
+            verdict += " where measured"
+        measured = row.written(cells)
+        lines.append([row.name, row.written(row.gate), row.written(row.goal), measured, verdict])
+    return lines
+
+
+def as_text(lines: list[list[str]]) -> str:
+    """Return a table in columns."""
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
+    padded = ("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in lines)
+    return "\n".join(line.rstrip() for line in padded)
+
+
+def as_markdown(lines: list[list[str]]) -> str:
+    """Return a table in Markdown."""
+    head, *rest = lines
+    return "\n".join("| " + " | ".join(line) + " |" for line in [head, ["---"] * len(head), *rest])
