@@ -9,7 +9,7 @@ Shapes: `S` tokens, `K` choices a token, `R` rows of a group, `E` experts; a wei
 
 import torch
 
-from .products import product
+from .products import product, unlearned
 
 # Public since torch 2.10.
 _grouped_mm = getattr(torch.nn.functional, "grouped_mm", None) or getattr(torch, "_grouped_mm", None)
@@ -58,8 +58,7 @@ class OneExpert:
 
     def product(self, rows, weight, bias=None):
         """Return the outputs [R, N] of inputs [R, M]."""
-        out = product(rows, weight[self.expert])
-        return out if bias is None else out.add_(bias[self.expert])
+        return unlearned(rows, weight[self.expert], None if bias is None else bias[self.expert])
 
     def product_back(self, grad, weight):
         """Return the gradient of the inputs [R, M] from that of the outputs [R, N]."""
@@ -67,7 +66,7 @@ class OneExpert:
 
     def weight_gradient(self, grad, rows, into):
         """Write the part of the gradient [E, N, M] of the group's experts, from that of outputs and from inputs."""
-        into[self.expert].copy_(product(grad.t(), rows.t()))
+        product(grad.t(), rows.t(), out=into[self.expert])
 
     def bias_gradient(self, grad, into):
         """Write the part of the gradient [E, N] of the group's experts."""
