@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from llava_lite.data.collator import DataCollatorForSupervisedDataset
+from llava_lite.data.collator import DataCollatorForSupervisedDataset, PackedCollator
 
 
 def example(name, ids, labels, num_pictures=0, dtype=torch.float32):
@@ -51,3 +51,50 @@ def test_a_missing_pad_token_is_refused():
         DataCollatorForSupervisedDataset(pad_token_id=None)
     with pytest.raises(ValueError, match="unknown padding_side 'middle'"):
         DataCollatorForSupervisedDataset(pad_token_id=0, padding_side="middle")
+
+
+def test_samples_stand_in_one_row_with_their_own_positions():
+    batch = PackedCollator()([*EXAMPLES, example("c", [4, 6], [-100, 6])])
+    assert batch["input_ids"].tolist() == [[5, 0, 7, 8, 4, 6]]
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 0, 1]]
+    # No token stands before a sample's first.
+    assert batch["labels"].tolist() == [[-100, 0, 7, -100, -100, 6]]
+    assert batch["supervised_positions"].tolist() == [0, 1, 4]
+    assert batch["cu_seq_lens_q"].tolist() == batch["cu_seq_lens_k"].tolist() == [0, 3, 4, 6]
+    assert batch["cu_seq_lens_q"].dtype == torch.int32
+    assert batch["max_length_q"] == batch["max_length_k"] == 3
+    assert batch["sample_ids"] == ["a", "b", "c"]
+    assert "attention_mask" not in batch
+
+
+def test_packs_of_examples_are_one_row_too():
+    packs = [[EXAMPLES[0], example("c", [4, 6], [-100, 6], 1)], [EXAMPLES[1]]]
+    batch = PackedCollator()(packs)
+    flat = PackedCollator()([*packs[0], *packs[1]])
+    assert batch["input_ids"].tolist() == [[5, 0, 7, 4, 6, 8]]
+    assert batch["sample_ids"] == flat["sample_ids"] == ["a", "c", "b"]
+    assert torch.equal(batch["images"], flat["images"])
+
+
+def test_packing_leaves_the_examples_as_they_were():
+    one = example("a", [5, 6], [5, 6])
+    PackedCollator()([one])
+    assert one["labels"].tolist() == [5, 6]
+
+
+@pytest.mark.parametrize("crops", [False, True])
+def test_pictures_of_a_packed_row_are_those_of_the_padded_batch(crops):
+    examples = [example("a", [1], [1], 2), example("b", [1, 2], [1, 2]), example("c", [1, 2, 3], [1] * 3, 1)]
+    if crops:
+        examples[0]["images"][0] = torch.zeros(4, 3, 2, 2)
+        examples[0]["images"][1] = torch.zeros(5, 3, 2, 2)
+        examples[2]["images"][0] = torch.zeros(2, 3, 2, 2)
+    packed, padded = PackedCollator()(examples), DataCollatorForSupervisedDataset(pad_token_id=0)(examples)
+    assert packed["image_sizes"] == padded["image_sizes"]
+    assert [p.shape for p in packed["images"]] == [p.shape for p in padded["images"]]
+
+
+def test_positions_that_learn_are_those_before_a_learned_token():
+    batch = DataCollatorForSupervisedDataset(pad_token_id=0)(EXAMPLES)
+    # Rows of three: of the first both, of the second the token alone, which nothing comes before.
+    assert batch["supervised_positions"].tolist() == [0, 1]

@@ -28,6 +28,8 @@ KINDS = {
     ),
     "experts": ("moe", "--router_aux_loss_coef=0 --train_sampling_strategy=random --seed=3"),
     "lora": ("lora", "--lora_dropout=0 --group_by_modality_length=True"),
+    # A third of these packs are of text alone.
+    "packs": ("moe", "--router_aux_loss_coef=0 --packing=tokens --packing_tokens=145"),
 }
 
 
@@ -70,6 +72,9 @@ def flags_of(stage_flags, toy_data, tmp_path):
     def make(kind, out, batch):
         stage, more = KINDS[kind]
         more = f"{more} --pretrain_mm_mlp_adapter={adapter}"
+        if kind == "packs":
+            # Of two ranks a pack each, or of one process two in turn.
+            more, batch = f"{more} --gradient_accumulation_steps={batch // 2}", 1
         return [
             *stage_flags(stage, out, data=data),
             *COMMON.split(),
@@ -99,7 +104,9 @@ def test_two_ranks_train_what_one_process_trains(flags_of, tmp_path):
     ]
     results = launch(cases, tmp_path)
     for kind in KINDS:
-        log = train(flags_of(kind, tmp_path / f"one_{kind}", 4)).state.log_history
+        # On ranks in packed rows, alone with padding.
+        padded = [] if kind == "packs" else ["--packing=none"]
+        log = train([*flags_of(kind, tmp_path / f"one_{kind}", 4), *padded]).state.log_history
         expected = {key: [line[key] for line in log if key in line] for key in ("loss", "eval_loss")}
         for engine in ENGINES:
             for result in results.get(f"{engine}_{kind}", ()):

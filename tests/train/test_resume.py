@@ -22,7 +22,10 @@ STAGES = {
     "full": ["--tuning", "full", "--group_by_modality_length", "True"],
     "lora": ["--tuning", "lora", "--lora_r", "4"],
     "moe": ["--tuning", "moe", "--num_experts", "2", "--group_by_modality_length", "True"],
+    "packs": ["--tuning", "moe", "--num_experts", "2", "--packing", "tokens"],
 }
+# Tokens of a pack that make as many packs of the 22 records as there are micro-batches of 2 or of 1 of them.
+PACK_TOKENS = {2: 145, 1: 95}
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +57,8 @@ def flags(tmp_path_factory, toy_llm_dir, toy_tower_dir, toy_data):
 
     def make(stage, workers, batch_size):
         own = {"dataloader_num_workers": workers, "per_device_train_batch_size": batch_size}
+        if stage == "packs":
+            own |= {"per_device_train_batch_size": 1, "packing_tokens": PACK_TOKENS[batch_size]}
         pairs = [(f"--{name}", str(value)) for name, value in (common | own).items()]
         return [*STAGES[stage], *(word for pair in pairs for word in pair)]
 
@@ -130,8 +135,8 @@ def differences(ranks, case, name):
 
 @pytest.fixture(scope="module")
 def alone(flags, tmp_path_factory):
-    """Results of the four stages in one process; 0 workers for two of them, 2 for the others."""
-    workers = {"projector": 2, "full": 0, "lora": 2, "moe": 0}
+    """Results of the stages in one process; 0 workers for some of them, 2 for the others."""
+    workers = {"projector": 2, "full": 0, "lora": 2, "moe": 0, "packs": 2}
     cases = {stage: {"argv": flags(stage, workers[stage], 2), "resume_from": [8, 4]} for stage in STAGES}
     cases["full"]["broken"] = ["random state"]
     cases["moe"]["broken"] = ["counters of the log"]
@@ -153,7 +158,7 @@ def test_without_the_counters_the_next_line_of_the_log_would_differ(alone):
 
 @pytest.mark.slow
 def test_a_stage_resumes_bit_for_bit_with_the_other_number_of_workers(flags, tmp_path):
-    workers = {"projector": 0, "full": 2, "lora": 0, "moe": 2}
+    workers = {"projector": 0, "full": 2, "lora": 0, "moe": 2, "packs": 0}
     cases = {stage: {"argv": flags(stage, workers[stage], 2), "resume_from": [8, 4]} for stage in STAGES}
     ranks = run_cases(tmp_path, cases)
     for stage in STAGES:
@@ -165,13 +170,14 @@ def test_a_stage_resumes_bit_for_bit_with_the_other_number_of_workers(flags, tmp
 
 @pytest.fixture(scope="module")
 def two_ranks(flags, tmp_path_factory):
-    """Results of the four stages on 2 ranks under ZeRO-2, and of a disk that is full for the second rank."""
+    """Results of the stages on 2 ranks under ZeRO-2, and of a disk that is full for the second rank."""
     zero2 = ["--deepspeed", str(ROOT / "zero2.json")]
     cases = {
         "projector": {"argv": [*flags("projector", 2, 1), *zero2], "resume_from": [8]},
         "full": {"argv": [*flags("full", 0, 1), *zero2], "resume_from": [8], "broken": ["epoch of the sampler"]},
         "lora": {"argv": [*flags("lora", 0, 1), *zero2], "resume_from": [4]},
         "moe": {"argv": [*flags("moe", 2, 1), *zero2], "resume_from": [8, 4]},
+        "packs": {"argv": [*flags("packs", 0, 1), *zero2], "resume_from": [8], "broken": ["epoch of the sampler"]},
         "full disk": {"argv": [*flags("full", 0, 1), *zero2], "full_disk_on": 1},
     }
     return run_cases(tmp_path_factory.mktemp("ranks"), cases, deepspeed_launcher(29701), num_ranks=2)
@@ -183,7 +189,8 @@ def test_a_stage_resumes_bit_for_bit_on_two_ranks(two_ranks, stage):
 
 
 def test_without_the_epoch_of_the_sampler_two_ranks_would_see_other_samples(two_ranks):
-    assert "samples" in differences(two_ranks, "full", "8 without epoch of the sampler")
+    for case in ("full", "packs"):
+        assert "samples" in differences(two_ranks, case, "8 without epoch of the sampler")
 
 
 def test_a_disk_that_is_full_for_one_rank_stops_both_and_leaves_the_checkpoint_before(two_ranks):
