@@ -12,6 +12,7 @@ from llava_lite.train.checkpoint import CheckpointMixin
 from llava_lite.train.evaluation import EvaluationMixin
 from llava_lite.train.expert_meter import ExpertMeter, flat_report
 from llava_lite.train.guards import GradientWatch, stop_if_gradient_not_finite, stop_if_not_finite
+from llava_lite.train.heap import keep_freed_memory
 from llava_lite.train.llava_args import completed
 from llava_lite.train.llava_order import (
     LengthGroupedSampler,
@@ -77,6 +78,8 @@ class LLaVATrainer(StreamMixin, CheckpointMixin, EvaluationMixin, PushingMixin, 
                 "one process drives one device: %d of them stay idle. Start ranks with deepspeed.", args.n_gpu - 1
             )
             args._n_gpu = 1
+        if args.device.type == "cpu":
+            keep_freed_memory()
         super().__init__(model, args, **kwargs)
         self.eval_examples, self.eval_max_new_tokens = list(eval_examples), eval_max_new_tokens
         # The model divides its loss by num_items_in_batch and shifts labels, whatever wraps it.
