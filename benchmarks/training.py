@@ -24,16 +24,15 @@ WARMUP = 1
 def rivals_of(size: str, stage: int) -> dict[str, tuple[str, dict]]:
     """Return {name: (key of RIVALS, options)} of the runners that a size and stage is measured with."""
     rivals = {OURS: ("ours", {})}
-    if stage < 3:
-        rivals |= {"stock": ("stock loop", {}), "stock +ckpt": ("stock loop", {"checkpointing": True})}
-        # A frozen decoder at size V leaves room for more processes; full training does not.
-        return rivals if size == "V" else rivals | {"stock Trainer": ("stock Trainer", {})}
-    rivals |= {f"stock {kind}": ("stock loop", {"experts": kind}) for kind in ("eager", "grouped_mm")}
+    kinds = {"": {}} if stage < 3 else {f" {kind}": {"experts": kind} for kind in ("eager", "grouped_mm")}
+    rivals |= {f"stock{name}": ("stock loop", options) for name, options in kinds.items()}
     if size == "V":
+        # Recomputing is slower at every stage of size S too, and here it takes minutes.
         return rivals
+    name, options = list(kinds.items())[-1]
     return rivals | {
-        "stock grouped_mm +ckpt": ("stock loop", {"experts": "grouped_mm", "checkpointing": True}),
-        "stock Trainer grouped_mm": ("stock Trainer", {"experts": "grouped_mm"}),
+        f"stock{name} +ckpt": ("stock loop", {**options, "checkpointing": True}),
+        f"stock Trainer{name}": ("stock Trainer", options),
     }
 
 
