@@ -16,6 +16,8 @@ from torch.nn import functional as F
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
+from llava_lite.model.cpu_attention import attend_on_cpu, attends_here
+
 logger = logging.getLogger(__name__)
 
 CHOICES = ("auto", "flash_attention_2", "varlen", "sdpa", "eager")
@@ -77,12 +79,14 @@ def varlen_attention(
     cu_seq_lens_q=None,
     max_length_q=None,
     position_ids=None,
+    query_rows=None,
     **kwargs,
 ) -> tuple[torch.Tensor, None]:
     """Attend within each sample of a packed row, or within each row's real tokens, without computing padding.
 
     query [B, H, L, Dh]; key, value [B, Hkv, K, Dh]; attention_mask: [B, positions seen] bool (True is real) or None.
     cu_seq_lens_q: where the samples of a packed row begin, and its end, int [samples + 1]; max_length_q: the longest.
+    query_rows: ascending positions [L] of the queries in a packed row of more keys, where `attends_here`.
     Returns [B, L, H, Dh] with zeros at padding. Decoding steps and attention that is not causal go to SDPA.
     """
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
@@ -91,13 +95,16 @@ def varlen_attention(
         found = find_segments(position_ids)
         cu_seq_lens_q, max_length_q = found.get("cu_seq_lens_q"), found.get("max_length_q")
     if cu_seq_lens_q is not None and causal:
-        if query.shape[2] != key.shape[2]:
+        if query.shape[2] != key.shape[2] and query_rows is None:
             raise ValueError(
                 f"a packed row of {query.shape[2]} queries and {key.shape[2]} keys: a packed row has no cache; pass "
                 "use_cache=False, or one sample a row."
             )
         rows = [t.transpose(1, 2).flatten(0, 1) for t in (query, key, value)]  # [L, H, Dh], a view
-        out = attend_segments(*rows, cu_seq_lens_q, max_length_q, scaling, sliding_window, dropout)
+        if query_rows is not None:
+            out = attend_on_cpu(*rows, cu_seq_lens_q.tolist(), scaling, sliding_window, query_rows.tolist())
+        else:
+            out = attend_segments(*rows, cu_seq_lens_q, max_length_q, scaling, sliding_window, dropout)
         return out.unflatten(0, query.shape[::2]), None
     if query.shape[2] != key.shape[2] or not causal or dropout:
         key, value = (repeat_heads(t, query.shape[1]) for t in (key, value))
@@ -149,12 +156,15 @@ def attend_segments(query, key, value, ends, longest=None, scaling=None, window=
     """Attend causally inside each segment of packed tokens, query [tokens, H, Dh], key and value [tokens, Hkv, Dh].
 
     ends: int32 [segments + 1], 0 first; longest: tokens of the longest segment, asked of the device if None. On CUDA
-    in half precision one kernel serves all segments and nothing waits for the device; elsewhere SDPA runs once each.
+    in half precision one kernel serves all segments and nothing waits for the device; float32 on the CPU is attended
+    by whole products; elsewhere SDPA runs once each.
     """
     kernel = find_varlen_kernel()
     if query.is_cuda and kernel is not None and query.dtype in (torch.float16, torch.bfloat16) and not dropout:
         longest = int(ends.diff().max()) if longest is None else longest
         return run_kernel(kernel, query, key, value, ends.to(torch.int32), longest, scaling, window)
+    if attends_here(query, key, value, dropout=dropout):
+        return attend_on_cpu(query, key, value, ends.tolist(), scaling, window)
     lengths = ends.diff().tolist()
     segments = zip(*(t.split(lengths) for t in (query, key, value)), strict=True)
     # One split and one cat of views: quicker than writing into a buffer, and in the backward pass they are each other.

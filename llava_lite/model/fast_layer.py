@@ -22,7 +22,8 @@ from transformers.models.qwen2 import modeling_qwen2 as qwen2
 from transformers.models.qwen3 import modeling_qwen3 as qwen3
 from transformers.models.stablelm import modeling_stablelm as stablelm
 
-from .fused import rms_norm, rotate, swiglu
+from .cpu_attention import attends_here
+from .fused import rms_norm, rotate, rotate_one, swiglu
 from .moe import MoeBlock
 
 
@@ -85,13 +86,17 @@ class FastAttention(FastPart):
                 **kwargs,
             )
             return pick(states, supervised_rows), weights
-        heads = (*hidden_states.shape[:-1], -1, self.head_dim)
-        query, key = self.norm_heads(
-            self.q_proj(hidden_states).view(heads),  # [B, L, H, Dh]
-            self.k_proj(hidden_states).view(heads),
-        )
-        value = self.v_proj(hidden_states).view(heads)
-        query, key = rotate(query, key, *position_embeddings)
+        heads = (-1, self.head_dim)
+        value = self.v_proj(hidden_states).unflatten(-1, heads)  # [B, L, Hkv, Dh]
+        asking = supervised_rows if self.asks_by_rows(supervised_rows, value, kwargs) else None
+        query = self.norm_heads("q", self.q_proj(pick(hidden_states, asking)).unflatten(-1, heads))
+        key = self.norm_heads("k", self.k_proj(hidden_states).unflatten(-1, heads))
+        if asking is None:
+            query, key = rotate(query, key, *position_embeddings)
+        else:
+            query = rotate_one(query, *(pick(angles, asking) for angles in position_embeddings))
+            key = rotate_one(key, *position_embeddings)
+            kwargs["query_rows"] = asking
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, self.eager_attention)
         states, weights = attend(
             self,
@@ -104,12 +109,22 @@ class FastAttention(FastPart):
             **self.window(),
             **kwargs,
         )
-        states = pick(states.flatten(2), supervised_rows)
+        states = pick(states.flatten(2), supervised_rows if asking is None else None)
         return getattr(self, self.output_name)(states), weights
 
-    def norm_heads(self, query, key):
-        """Return queries and keys [B, L, H, Dh] as the backbone norms them before it turns them."""
-        return query, key
+    def asks_by_rows(self, rows, value, kwargs) -> bool:
+        """Return whether queries are made and attention runs at `rows` alone: in packed rows on the CPU.
+
+        Elsewhere the kernels want a query for every key.
+        """
+        packed = rows is not None and kwargs.get("cu_seq_lens_q") is not None
+        varlen = self.config._attn_implementation == "varlen"
+        dropout = self.attention_dropout if self.training else 0.0
+        return packed and varlen and attends_here(value, dropout=dropout) and bool((rows.diff() > 0).all())
+
+    def norm_heads(self, which, states):
+        """Return queries ("q") or keys ("k") [B, L, H, Dh] as the backbone norms them before it turns them."""
+        return states
 
     def window(self) -> dict:
         """Return how the attention function is told of a sliding window, where the backbone has one."""
@@ -127,9 +142,9 @@ class MistralBody(FastAttention):
 class QwenBody(FastAttention):
     """Qwen's window is the layer's; Qwen3 norms queries and keys."""
 
-    def norm_heads(self, query, key):
+    def norm_heads(self, which, states):
         """Return them normed over the width of a head, in Qwen3."""
-        return (self.q_norm(query), self.k_norm(key)) if hasattr(self, "q_norm") else (query, key)
+        return getattr(self, f"{which}_norm")(states) if hasattr(self, "q_norm") else states
 
     def window(self):
         """Return it."""
@@ -139,13 +154,12 @@ class QwenBody(FastAttention):
 class LayerNormedHeads(FastAttention):
     """StableLM's and Phi's attention, which may norm queries and keys head by head."""
 
-    def norm_heads(self, query, key):
+    def norm_heads(self, which, states):
         """Return them normed where the config says so."""
         if not self.qk_layernorm:
-            return query, key
+            return states
         # StableLM has a norm for each head and looks for heads in the second place.
-        norms = ((self.q_layernorm, query), (self.k_layernorm, key))
-        return tuple(norm(states.transpose(1, 2)).transpose(1, 2) for norm, states in norms)
+        return getattr(self, f"{which}_layernorm")(states.transpose(1, 2)).transpose(1, 2)
 
 
 class PhiBody(LayerNormedHeads):

@@ -109,10 +109,15 @@ def rotate(query, key, cos, sin) -> tuple[torch.Tensor, torch.Tensor]:
     """
     liger = liger_for(query.device)
     if liger is not None and cos.shape[-1] == query.shape[-1]:
-        # Its kernel writes into what it is given, and autograd must not know that from the projection's own output.
+        # Its kernel writes into what it is given: here a projection's output, which no backward pass reads.
         turned = liger.rotate(query.transpose(1, 2), key.transpose(1, 2), cos, sin)
         return turned[0].transpose(1, 2), turned[1].transpose(1, 2)
-    return _Rotate.apply(query, cos, sin), _Rotate.apply(key, cos, sin)
+    return rotate_one(query, cos, sin), rotate_one(key, cos, sin)
+
+
+def rotate_one(states, cos, sin) -> torch.Tensor:
+    """Return queries or keys alone [B, L, H, Dh], turned."""
+    return _Rotate.apply(states, cos, sin)
 
 
 class _Rotate(torch.autograd.Function):

@@ -1,0 +1,171 @@
+"""Attend causally inside the samples of packed rows on the CPU, by batched products over blocks of queries.
+
+torch's own kernel for the CPU (scaled_dot_product_attention) works tile by tile at a quarter of the speed of a
+product. Here a block of queries meets all its keys at once; scores are made in both passes and never kept. Float32
+throughout, the same sums in another order.
+
+T tokens of all samples, S queries (every token, or some), H heads, Hkv heads of keys, G queries' heads a key's head,
+Dh width of a head, q queries of a block, k keys that it meets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from llava_lite.model.products import takes_onednn
+
+# Queries of a block: a block meets no key behind its last query, so nearly half of a sample is never computed. Of 64,
+# 128, 256 and 512 the quickest with samples of 300 tokens.
+BLOCK = 128
+
+
+def attends_here(*tensors, dropout=0.0) -> bool:
+    """Return whether `attend_on_cpu` takes these: float32 on the CPU, nothing dropped, no graph being traced."""
+    plain = all(tensor.device.type == "cpu" and tensor.dtype == torch.float32 for tensor in tensors)
+    return plain and not dropout and not torch.is_autocast_enabled("cpu") and not torch.compiler.is_compiling()
+
+
+def attend_on_cpu(query, key, value, ends, scaling=None, window=None, rows=None) -> torch.Tensor:
+    """Return what the queries [S, H, Dh] see of key and value [T, Hkv, Dh], as [S, H, Dh].
+
+    ends: list of where samples begin, and the end of the last. scaling: of the scores, default Dh**-0.5. window: how
+    many keys a query sees, its own included; None for all before it. rows: where among T the queries stand, list in
+    ascending order; None if every token asks.
+    """
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    return _Attention.apply(query, key, value, list(plan_blocks(ends, rows, window)), scaling)
+
+
+class Block(NamedTuple):
+    """Queries that meet their keys together."""
+
+    queries: slice  # of S
+    keys: slice  # of T
+    # Of the last keys, those that a query must not see: bool [q, those]; every query sees the keys before them.
+    hidden: torch.Tensor
+
+
+def plan_blocks(ends, rows=None, window=None) -> Iterator[Block]:
+    """Yield the blocks of queries, sample by sample."""
+    done = 0
+    for start, stop in pairwise(ends):
+        asking = range(start, stop)
+        if rows is not None:
+            asking = [row for row in rows[done : done + stop - start] if row < stop]
+        for first in range(0, len(asking), BLOCK):
+            positions = asking[first : first + BLOCK]
+            low = start if window is None else max(start, positions[0] - window + 1)
+            keys = slice(low, positions[-1] + 1)
+            queries = slice(done + first, done + first + len(positions))
+            yield Block(queries, keys, hidden_keys(positions, low, window))
+        done += len(asking)
+
+
+def hidden_keys(positions, low: int, window: int | None) -> torch.Tensor:
+    """Return which keys the queries at `positions` must not see, from the first that is hidden from any."""
+    at = torch.tensor(positions)[:, None]
+    keys = torch.arange(low if window is not None else positions[0] + 1, positions[-1] + 1)[None]
+    return keys > at if window is None else (keys > at) | (keys <= at - window)
+
+
+class _Attention(torch.autograd.Function):
+    """Keeps queries, keys and values."""
+
+    @staticmethod
+    def forward(ctx, query, key, value, blocks, scaling):
+        ctx.save_for_backward(query, key, value)
+        ctx.blocks, ctx.scaling = blocks, scaling
+        out = torch.empty(query.shape)
+        query, key, value = by_head(query, key.shape[1]), by_head(key), by_head(value)
+        with quick_products():
+            for block in blocks:
+                asking = rows_of(query, block) * scaling
+                seen = probabilities(asking, key[:, block.keys], block.hidden) @ value[:, block.keys]
+                out[block.queries].copy_(by_token(seen, out.shape[1]))
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        query, key, value = ctx.saved_tensors
+        num_heads, num_key_heads = query.shape[1], key.shape[1]
+        d_query = torch.empty(query.shape)
+        query, grad = by_head(query, num_key_heads), by_head(grad, num_key_heads)
+        key, value = by_head(key), by_head(value)
+        d_key, d_value = torch.zeros_like(key), torch.zeros_like(value)
+        with quick_products():
+            for block in ctx.blocks:
+                keys, values = key[:, block.keys], value[:, block.keys]
+                asking, told = rows_of(query, block) * ctx.scaling, rows_of(grad, block)
+                seen = probabilities(asking, keys, block.hidden)  # [Hkv, G * q, k]
+                d_value[:, block.keys] += seen.transpose(1, 2) @ told
+                d_scores = torch._softmax_backward_data(told @ values.transpose(1, 2), seen, -1, seen.dtype)
+                d_key[:, block.keys] += d_scores.transpose(1, 2) @ asking
+                d_query[block.queries].copy_(by_token((d_scores @ keys).mul_(ctx.scaling), num_heads))
+        return d_query, d_key.transpose(0, 1), d_value.transpose(0, 1), None, None
+
+
+def by_head(states, num_key_heads: int | None = None) -> torch.Tensor:
+    """Return states [T, Hkv, Dh] as [Hkv, T, Dh], and those of queries [S, H, Dh] as [Hkv, G, S, Dh], contiguous."""
+    states = states.transpose(0, 1)
+    return (states if num_key_heads is None else states.unflatten(0, (num_key_heads, -1))).contiguous()
+
+
+def rows_of(states, block: Block) -> torch.Tensor:
+    """Return the block's queries of [Hkv, G, S, Dh], those of heads with the same keys in one matrix [G * q, Dh]."""
+    return states[:, :, block.queries].flatten(1, 2)
+
+
+def by_token(states, num_heads: int) -> torch.Tensor:
+    """Return states [Hkv, G * q, Dh] as [q, H, Dh]."""
+    return states.view(num_heads, -1, states.shape[-1]).transpose(0, 1)
+
+
+def probabilities(asking, keys, hidden) -> torch.Tensor:
+    """Return how much each of the queries [Hkv, G * q, Dh], scaled, sees of the keys [Hkv, k, Dh]."""
+    scores = asking @ keys.transpose(1, 2)
+    if hidden.shape[1]:
+        ends = scores.view(len(scores), -1, *hidden.shape[:1], scores.shape[-1])[..., -hidden.shape[1] :]
+        ends.masked_fill_(hidden, float("-inf"))
+    return scores.softmax(dim=-1)
+
+
+@contextmanager
+def quick_products():
+    """Let oneDNN make batched float32 products where it makes them in float32, and sooner than BLAS."""
+    settings = getattr(torch.backends.mkldnn, "matmul", None)
+    if not _onednn_is_exact():
+        yield
+        return
+    before = settings.fp32_precision
+    # torch asks oneDNN for them only if bfloat16 would be allowed, of which it makes no use without matrix tiles.
+    settings.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        settings.fp32_precision = before
+
+
+@cache
+def _onednn_is_exact() -> bool:
+    """Return whether this processor's batched products stay float32 under the permission; tried, not believed."""
+    settings = getattr(torch.backends.mkldnn, "matmul", None)
+    if not hasattr(settings, "fp32_precision") or not takes_onednn(torch.empty(0)):
+        return False
+    has_tiles = getattr(torch.cpu, "_is_amx_tile_supported", lambda: True)()
+    generator = torch.Generator().manual_seed(0)
+    left, right = torch.rand(2, 2, 256, 256, generator=generator)
+    before, exact = settings.fp32_precision, left.double() @ right.double()
+    settings.fp32_precision = "bf16"
+    try:
+        # Sums of 256 numbers below 1: float32 is off by 1e-5 of them, bfloat16 by 1e-2.
+        return not has_tiles and bool((left @ right - exact).abs().max() < 1e-3)
+    finally:
+        settings.fp32_precision = before
