@@ -2,12 +2,17 @@
 
 import copy
 import itertools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
-from transformers import LlamaConfig
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from llava_lite.model import expert_groups, experts
 from llava_lite.model.experts import OWN, Experts, MlpShape
@@ -300,3 +305,27 @@ def test_a_compiled_call_takes_transformers_function_and_gives_the_same():
         expected = module(*routes)
         compiled = torch.compile(module, fullgraph=True, backend="eager")(*routes)
     torch.testing.assert_close(compiled, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_on_two_ranks_zero_2_and_3_take_the_step_of_one_process(tmp_path):
+    pytest.importorskip("deepspeed")
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig(vocab_size=50, initializer_range=0.2, **shape)).save_pretrained(tmp_path / "dense")
+    out = tmp_path / "results.json"
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    run = subprocess.run(
+        [*launcher, str(Path(__file__).with_name("grouped_experts_worker.py")), str(tmp_path / "dense"), str(out)],
+        env=os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    results = json.loads(out.read_text())
+    assert len(results) == 6
+    for case, result in results.items():
+        # Sums of two ranks and of two batches, and ours and eager's, differ in order.
+        assert result["stepped"] < 1e-6, case
+        assert result["calls"] == (4 if "checkpointing" in case else 2), case
