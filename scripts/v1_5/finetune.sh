@@ -5,6 +5,11 @@
 #
 # Variables: MODEL, VISION_TOWER, PROJECTOR (of stage 1), VERSION (template), OUTPUT below; the others as in pretrain.sh.
 # Flags come last and win. Keep devices x batch x accumulation at 128.
+#
+# The records of a micro-batch stand in one row without padding (--packing samples): a step is the published 128 records,
+# and learns the same; --packing none pads them. By tokens instead, which fills devices evenly and lets the number of
+# records of a step vary: --packing tokens --packing_tokens 12600 --per_device_train_batch_size 1, where a device has
+# about 16 records of mix665k (786 tokens each in the mean).
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 source "$here/../lib/launch.sh"

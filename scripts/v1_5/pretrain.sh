@@ -5,6 +5,7 @@
 #
 # Variables: MODEL, VISION_TOWER, OUTPUT below; DATA_ROOT, DATA_PATH, IMAGE_FOLDER in ../lib/data.sh; LAUNCHER, NUM_GPUS,
 # HOSTFILE, ZERO in ../lib/launch.sh. Flags come last and win. Keep devices x batch x accumulation at 256.
+# The records of a micro-batch stand in one row without padding: a step is the published 256 records, and learns the same.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 source "$here/../lib/launch.sh"
