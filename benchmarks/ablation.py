@@ -149,8 +149,12 @@ def add_flags(parser):
 
 def main(argv=None) -> dict:
     """Measure, print, and return what is written to --json."""
+    from llava_lite.train.heap import keep_freed_memory
+
     args = arguments(__doc__.splitlines()[0], argv, add_flags)
     torch.set_num_threads(args.threads)
+    # For all variants, as the trainer does: it holds for a process, not for a step.
+    keep_freed_memory()
     # Of transformers 6's names and of oneDNN's settings, at every switch.
     warnings.filterwarnings("ignore")
     results = {}

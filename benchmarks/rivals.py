@@ -6,6 +6,7 @@ tells the Step that it just did; `tell` returns when the next one is wanted. sch
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
 from dataclasses import dataclass
 
@@ -168,7 +169,7 @@ class Rows(torch.utils.data.Dataset):
 
 
 def our_trainer(size, stage, schedule, options, tell):
-    """Step through LLaVATrainer, its collator and its log, as a run does; options: flags, plain_paths."""
+    """Step through LLaVATrainer, its collator and its log, as a run does; options: flags, plain_paths, onednn."""
     from llava_lite.arguments import parse_args
     from llava_lite.train.train import build_trainer
     from llava_lite.train.tuning import choose_what_trains, settle_dtypes
@@ -184,7 +185,9 @@ def our_trainer(size, stage, schedule, options, tell):
         model = choose_what_trains(model, model_args, training_args)
         settle_dtypes(model, training_args)
         trainer = build_trainer(model, _Pad(), Rows(schedule), None, data_args, training_args)
-        run_stepwise(trainer, tell)
+        onednn = options.get("onednn", True)
+        with contextlib.nullcontext() if onednn else torch.backends.mkldnn.flags(enabled=False):
+            run_stepwise(trainer, tell)
 
 
 def stock_trainer(size, stage, schedule, options, tell):
