@@ -144,9 +144,12 @@ SHARD_KINDS = ("tar", "parquet")
 
 
 def is_shards(data_path: str | Sequence[str] | None) -> bool:
-    """Say whether the paths are shards; DataError if some are and some are not."""
+    """Say whether the paths are shards, or folders of them; DataError if some are and some are not."""
     paths = [data_path] if isinstance(data_path, (str, os.PathLike)) else list(data_path or ())
-    kinds = {os.fspath(path).startswith("hf://") or _suffix(os.fspath(path)) in SHARD_KINDS for path in paths}
+    kinds = {
+        path.startswith("hf://") or _suffix(path) in SHARD_KINDS or os.path.isdir(path)
+        for path in map(os.fspath, paths)
+    }
     if len(kinds) > 1:
         raise DataError("--data_path names shards and annotation files; a run reads the one kind or the other.")
     return kinds == {True}

@@ -1,7 +1,7 @@
 # shellcheck shell=bash
 # Start llava_lite/train/train_mem.py on the devices of one or many nodes with the launcher that the caller names.
 # Sourced by the recipes. Variables, all optional:
-#   LAUNCHER     deepspeed (default) | torchrun | accelerate
+#   LAUNCHER     deepspeed (default) | torchrun | accelerate | srun (this call is one rank, a task of srun: scripts/slurm)
 #   NUM_GPUS     processes on each node; default: every GPU (one process where there is none)
 #   HOSTFILE     nodes and their slots, for LAUNCHER=deepspeed: scripts/hostfile.example
 #   NNODES NODE_RANK MASTER_ADDR MASTER_PORT    one call a node, for torchrun and accelerate: scripts/slurm
@@ -9,6 +9,9 @@
 #   ZERO         2 | 3, or the path of a DeepSpeed JSON; default: the recipe's
 #   LAUNCHER_ARGS  further options of the launcher: LAUNCHER_ARGS="--include worker-0:0,1"
 #   LAUNCHER_CMD a command to use in place of the launcher and its options
+#   DRY_RUN      anything: print the command, start nothing
+# Where a node has several networks, NCCL_SOCKET_IFNAME names the one on which ranks meet and NCCL_IB_HCA the adapters that
+# carry their data; a wrong guess of NCCL's is slow, or hangs. All launchers hand NCCL_* on to the other nodes.
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 export PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}"
@@ -53,6 +56,15 @@ accelerate_options() {
     [ "$total" -eq 1 ] || printf '%s\n' --multi_gpu
 }
 
+# One rank, which srun has started: nothing stands between a signal and the process that saves a checkpoint when it comes.
+srun_ranks() { # sets the variables that a launcher would
+    [ -n "${SLURM_PROCID:-}" ] || die "LAUNCHER=srun is for a task of srun, which has SLURM_PROCID; see scripts/slurm/finetune.sbatch."
+    [ -n "${MASTER_ADDR:-}" ] && [ -n "${MASTER_PORT:-}" ] || die "LAUNCHER=srun needs MASTER_ADDR and MASTER_PORT, equal on all nodes."
+    export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS
+    # "8(x4)": eight tasks on each of four nodes.
+    export LOCAL_WORLD_SIZE=${SLURM_STEP_TASKS_PER_NODE%%[^0-9]*}
+}
+
 # The command that the flags of training are added to.
 launcher_command() { # sets COMMAND
     local launcher=${LAUNCHER:-deepspeed} options
@@ -62,7 +74,12 @@ launcher_command() { # sets COMMAND
     fi
     case $launcher in
         deepspeed | torchrun | accelerate) ;;
-        *) die "unknown LAUNCHER '$launcher'; known: deepspeed, torchrun, accelerate." ;;
+        srun)
+            srun_ranks
+            COMMAND=(python)
+            return
+            ;;
+        *) die "unknown LAUNCHER '$launcher'; known: deepspeed, torchrun, accelerate, srun." ;;
     esac
     command -v "$launcher" >/dev/null || PATH="$ROOT/.venv/bin:$PATH"
     command -v "$launcher" >/dev/null || die "no '$launcher' on PATH; bash scripts/quickstart.sh makes an environment, or: pip install -e '${ROOT}[train]' -c '$ROOT/constraints.txt'"
@@ -75,5 +92,10 @@ launcher_command() { # sets COMMAND
 launch_train() { # flags of llava-lite train
     local COMMAND
     launcher_command
+    if [ -n "${DRY_RUN:-}" ]; then
+        printf '%q ' "${COMMAND[@]}" "$ROOT/llava_lite/train/train_mem.py" "$@"
+        echo
+        return
+    fi
     exec "${COMMAND[@]}" "$ROOT/llava_lite/train/train_mem.py" "$@"
 }

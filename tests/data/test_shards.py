@@ -213,6 +213,7 @@ def test_a_data_set_of_the_hub_is_all_its_shards(hub_folder):
 
 def test_paths_say_whether_they_are_shards(tmp_path):
     assert is_shards(["a/{0..9}.tar", "b.parquet", "hf://datasets/user/name"])
+    assert is_shards(str(tmp_path))
     assert not is_shards("train.json")
     assert not is_shards(None)
     with pytest.raises(DataError, match="the one kind or the other"):

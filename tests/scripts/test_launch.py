@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import socket
 import subprocess
 import sys
@@ -70,7 +71,9 @@ def test_launcher_gets_its_own_options(variables, command, launched):
 @pytest.mark.parametrize(
     ("variables", "message"),
     [
-        ({"LAUNCHER": "mpirun"}, "unknown LAUNCHER 'mpirun'; known: deepspeed, torchrun, accelerate."),
+        ({"LAUNCHER": "mpirun"}, "unknown LAUNCHER 'mpirun'; known: deepspeed, torchrun, accelerate, srun."),
+        ({"LAUNCHER": "srun"}, "LAUNCHER=srun is for a task of srun"),
+        ({"LAUNCHER": "srun", "SLURM_PROCID": "0"}, "needs MASTER_ADDR and MASTER_PORT"),
         ({"NODE_RANK": "1"}, "NODE_RANK=1 with LAUNCHER=deepspeed needs HOSTFILE"),
     ],
 )
@@ -81,25 +84,54 @@ def test_launcher_that_cannot_work_is_refused(variables, message, bash, echo):
     assert done.stdout == ""
 
 
-def test_slurm_example_calls_the_recipe_once_a_node(bash, echo):
-    (echo / "scontrol").write_text("#!/bin/sh\nprintf 'n7\\nn8\\n'\n")
-    (echo / "srun").write_text('#!/bin/sh\nshift\nSLURM_NODEID=1 exec "$@"\n')
-    for name in ("scontrol", "srun"):
-        (echo / name).chmod(0o755)
-    job = {"SLURM_NNODES": "2", "SLURM_GPUS_ON_NODE": "8", "SLURM_JOB_ID": "12", "SLURM_JOB_NODELIST": "n[7-8]"}
-    done = bash(ROOT / "scripts/slurm/finetune.sbatch", "finetune", "--seed", "5", path=echo, cwd=ROOT, **job)
+def test_dry_run_prints_a_command_that_can_be_pasted(bash, echo):
+    done = bash(ROOT / "scripts/v1_5/pretrain.sh", "--seed", "5", path=echo, DRY_RUN="1", OUTPUT="my output")
     assert done.returncode == 0, done.stderr
-    command = json.loads(done.stdout)
-    options = dict(zip(command[1:11:2], command[2:12:2], strict=True))
-    assert command[0] == "torchrun"
-    assert options == {
-        "--nnodes": "2",
-        "--nproc_per_node": "8",
-        "--node_rank": "1",
-        "--master_addr": "n7",
-        "--master_port": "20012",
+    words = shlex.split(done.stdout)
+    assert words[:2] == ["deepspeed", str(ROOT / "llava_lite/train/train_mem.py")]
+    assert words[words.index("--output_dir") + 1] == "my output"
+    assert words[-2:] == ["--seed", "5"]
+
+
+@pytest.fixture
+def slurm(echo):
+    """Return the variables of a job of 16 tasks on 2 nodes; srun starts its tenth alone, as `python` prints it."""
+    (echo / "scontrol").write_text('#!/bin/sh\nif [ "$1" = show ]; then printf "n7\\nn8\\n"; else echo "$@"; fi\n')
+    task = "SLURM_PROCID=9 SLURM_LOCALID=1 SLURM_NTASKS=16 SLURM_STEP_TASKS_PER_NODE='8(x2)'"
+    (echo / "srun").write_text(f'#!/bin/sh\nshift\n{task} exec "$@"\n')
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    (echo / "python").write_text(
+        f"#!{sys.executable}\nimport json, os, sys\n"
+        f"print(json.dumps([{{name: os.environ[name] for name in {names}}}, sys.argv[1:]]))\n"
+        "sys.exit(int(os.environ['STATUS']))\n"
+    )
+    for name in ("scontrol", "srun", "python"):
+        (echo / name).chmod(0o755)
+    return {"SLURM_JOB_ID": "12", "SLURM_JOB_NODELIST": "n[7-8]"}
+
+
+def test_slurm_example_calls_the_recipe_once_a_rank(bash, echo, slurm):
+    script = ROOT / "scripts/slurm/finetune.sbatch"
+    done = bash(script, "finetune", "--seed", "5", path=echo, cwd=ROOT, STATUS="0", **slurm)
+    assert done.returncode == 0, done.stderr
+    ranks, command = json.loads(done.stdout)
+    assert ranks == {
+        "RANK": "9",
+        "LOCAL_RANK": "1",
+        "WORLD_SIZE": "16",
+        "LOCAL_WORLD_SIZE": "8",
+        "MASTER_ADDR": "n7",
+        "MASTER_PORT": "20012",
     }
+    assert command[0] == str(ROOT / "llava_lite/train/train_mem.py")
     assert command[-2:] == ["--seed", "5"]
+
+
+@pytest.mark.parametrize(("status", "told"), [("75", ["requeue 12"]), ("1", [])])
+def test_slurm_job_is_queued_again_only_if_it_saved_in_time(status, told, bash, echo, slurm):
+    done = bash(ROOT / "scripts/slurm/finetune.sbatch", "finetune", path=echo, cwd=ROOT, STATUS=status, **slurm)
+    assert done.returncode == int(status)
+    assert [line for line in done.stdout.splitlines() if line.startswith("requeue")] == told
 
 
 def free_port():
@@ -176,6 +208,14 @@ WAYS = {
     "accelerate": [{"LAUNCHER": "accelerate", "NUM_GPUS": "2"}],
     "two nodes of torchrun": [
         {"LAUNCHER": "torchrun", "NUM_GPUS": "1", "NNODES": "2", "NODE_RANK": rank, **HOSTS} for rank in "01"
+    ],
+    "two tasks of srun": [
+        {
+            **{"LAUNCHER": "srun", "SLURM_PROCID": rank, "SLURM_LOCALID": rank, "SLURM_NTASKS": "2"},
+            **{"SLURM_STEP_TASKS_PER_NODE": "2(x1)"},
+            **HOSTS,
+        }
+        for rank in "01"
     ],
     "hostfile of two": [{"HOSTFILE": "hostfile", "LAUNCHER_ARGS": "--no_ssh_check", **HOSTS}],
     "hostfile of two, a call a node": [{"HOSTFILE": "hostfile", "NODE_RANK": rank, **HOSTS} for rank in "01"],
