@@ -153,6 +153,11 @@ class DataArguments:
     picture_resize: Literal["exact", "fast"] = knob(
         "exact", "exact: the bytes of the image processor's own filter; fast: torch's, up to 1e-3 away in the mean."
     )
+    feature_cache: str = knob(
+        "off",
+        "Keep a frozen tower's features on disk and read them: a folder for them; auto: in the cache folder, where "
+        "more than one epoch reads them, or an earlier run left them, and half the free disk holds them; off.",
+    )
     bad_record: Literal["raise", "skip"] = knob("raise", "A broken record or picture stops the run, or is left out.")
     max_bad_share: float = knob(0.01, "Largest share of records that --bad_record skip may leave out.")
     follow_links: bool = knob(False, "Read pictures through links that lead out of image_folder.")

@@ -196,6 +196,12 @@ def check_together(model_args, data_args, training_args):
     check_checkpointing(tuning, training_args.auto_checkpointing, training_args.gradient_checkpointing_kwargs)
     check_packing(model_args, training_args)
     check_expert_parallel(model_args, training_args)
+    trains_tower = training_args.unfreeze_mm_vision_tower or training_args.lora_vision_tower
+    refuse(
+        data_args.feature_cache not in ("auto", "off") and trains_tower,
+        f"--feature_cache {data_args.feature_cache} keeps the features of a frozen tower, and --"
+        f"{'unfreeze_mm' if training_args.unfreeze_mm_vision_tower else 'lora'}_vision_tower True trains it.",
+    )
     evaluates = data_args.eval_data_path is not None or data_args.eval_split > 0
     strategy = getattr(training_args.eval_strategy, "value", training_args.eval_strategy)
     refuse(strategy != "no" and not evaluates, f"--eval_strategy {strategy} needs --eval_data_path or --eval_split.")

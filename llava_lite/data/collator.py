@@ -12,12 +12,18 @@ from llava_lite.constants import IGNORE_INDEX
 
 
 def batch_pictures(examples: list[dict]) -> dict:
-    """Return {"images", "image_sizes"} of the examples as the model takes them, {} if none has a picture."""
-    pictures = [picture for example in examples for picture in example.get("images", ())]
+    """Return {"images", "image_sizes"} of the examples as the model takes them, {} if none has a picture.
+
+    Examples of a run that reads the tower's features from disk have these in place of pictures, `image_features`; a
+    batch of text alone then has an empty one, by which the model knows that the tower runs on no rank.
+    """
+    name = "image_features" if any("image_features" in example for example in examples) else "images"
+    pictures = [picture for example in examples for picture in example.get(name, ())]
     if not pictures:
-        return {}
+        return {} if name == "images" else {name: torch.empty(0)}
     sizes = [size for example in examples for size in example.get("image_sizes", ())]
-    return {"images": torch.stack(pictures) if pictures[0].dim() == 3 else pictures, "image_sizes": sizes}
+    is_crops = pictures[0].dim() == (4 if name == "images" else 3)
+    return {name: pictures if is_crops else torch.stack(pictures), "image_sizes": sizes}
 
 
 def supervised_positions(labels: torch.Tensor) -> torch.Tensor:

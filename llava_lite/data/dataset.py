@@ -11,6 +11,7 @@ from llava_lite.constants import IGNORE_INDEX
 from llava_lite.conversation import Conversation
 from llava_lite.data.check import Report, check_annotations
 from llava_lite.data.encode import RecordEncoder, expand_image_tokens
+from llava_lite.data.feature_cache import FeatureView, StoredPicture
 from llava_lite.data.index import Annotations, open_annotations
 from llava_lite.data.picture_files import find_picture
 from llava_lite.data.records import Record
@@ -54,16 +55,20 @@ class ExampleMaker:
         self.picture_resize = picture_resize
         self.steps = _steps_of(image_processor) if picture_resize and image_processor is not None else None
 
-    def example(self, record: Record, pictures: list[Image.Image]) -> dict:
+    def example(self, record: Record, pictures: list[Image.Image | StoredPicture]) -> dict:
         """Return {"id", "input_ids" [L], "labels" [L]} and, if the record has pictures, "images" and "image_sizes".
 
         images: a tensor a picture, [3, H, W], or its crops [n, 3, H, W] under any-resolution, uint8 or float32;
-        image_sizes: width and height of each. Raises DataError naming the record where it cannot be used.
+        image_sizes: width and height of each. Pictures whose features are stored give "image_features" in place of
+        images, [P, C] or [n, P, C]. Raises DataError naming the record where it cannot be used.
         """
         input_ids, labels = self._encode(record, pictures)
         example = {"id": record.id, "input_ids": torch.tensor(input_ids), "labels": torch.tensor(labels)}
-        if pictures:
+        if pictures and isinstance(pictures[0], StoredPicture):
+            example["image_features"] = [picture.features for picture in pictures]
+        elif pictures:
             example["images"] = [self.pixels(picture) for picture in pictures]
+        if pictures:
             example["image_sizes"] = [picture.size for picture in pictures]
         return example
 
@@ -101,8 +106,11 @@ def _steps_of(image_processor):
 class LazySupervisedDataset(ExampleMaker, Dataset):
     """Examples made when asked for; costs a worker nothing but paths, the tokenizer and the image processor.
 
-    The arguments are those of ExampleMaker; image_folder: for records whose file names none.
+    The arguments are those of ExampleMaker; image_folder: for records whose file names none. features: of the pictures
+    of these records, once they are stored; pictures are then neither opened nor encoded.
     """
+
+    features: FeatureView | None = None
 
     def __init__(
         self,
@@ -139,12 +147,14 @@ class LazySupervisedDataset(ExampleMaker, Dataset):
         if isinstance(i, tuple):
             return [self[k] for k in i]
         record = self.annotations[i]
-        return self.example(record, [self._open(record, name) for name in record.images])
+        if self.features is None:
+            return self.example(record, [self.open(record, name) for name in record.images])
+        return {"image_features": [], **self.example(record, self.features[i])}
 
-    def _open(self, record: Record, name: str) -> Image.Image:
+    def open(self, record: Record, name: str) -> Image.Image:
+        """Return a picture of a record; DataError naming the record if it cannot be used."""
         try:
-            path, _ = find_picture(record.image_folder or self.image_folder, name, self.follow_links)
-            return open_picture(path)
+            return open_picture(self.picture_path(record, name))
         except PictureError as error:
             raise DataError(f"{record.name}: {error}") from error
 
@@ -152,6 +162,10 @@ class LazySupervisedDataset(ExampleMaker, Dataset):
     def sources(self) -> list[tuple[str, int]]:
         """The name of each file and how many of its records are used; for the card."""
         return [(file.name, len(positions)) for file, positions, _ in self.annotations.by_file()]
+
+    def picture_path(self, record: Record, name: str) -> str:
+        """Return where a picture of a record lies; PictureError if there is none."""
+        return find_picture(record.image_folder or self.image_folder, name, self.follow_links)[0]
 
     @property
     def lengths(self):

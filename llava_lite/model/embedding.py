@@ -23,28 +23,35 @@ class EmbeddingMixin:
             raise ValueError(
                 "this model has no vision tower but pictures were given; set mm_vision_tower in its config."
             )
-        features = tower(stack_images(images))
+        return self.project_features(tower(stack_images(images)))
+
+    def project_features(self, features: torch.Tensor) -> torch.Tensor:
+        """Return features [N, P, D] of the tower's features [N, P, C]."""
         weight = next(self.get_model().mm_projector.parameters(), features)
         if weight.is_floating_point() and not torch.is_autocast_enabled(features.device.type):
             features = features.to(weight.dtype)
         return self.get_model().mm_projector(features)
 
-    def encode_pictures(self, images, image_sizes=None) -> tuple[torch.Tensor, list[int]]:
+    def encode_pictures(self, images, image_sizes=None, image_features=None) -> tuple[torch.Tensor, list[int]]:
         """Return the features [F, D] of all pictures, one picture after another, and how many each has.
 
         images: [N, 3, H, W]; or [N, n, 3, H, W] or a list of [3, H, W] and [n, 3, H, W], where n crops are one picture
         and are merged as the config says. image_sizes: (width, height) of each, needed to merge `spatial` crops.
+        image_features: what the tower made of the pictures before, in place of them: [N, P, C] or a list of [n, P, C].
         A newline, if the model has one, follows at the end once more, whether it was used or not: see needs_dummy.
         """
-        if isinstance(images, torch.Tensor) and images.dim() < 5:
-            crops = self.encode_images(images)  # [N, P, D]
+        encode, given, plain_dim = self.encode_images, images, 4
+        if image_features is not None:
+            encode, given, plain_dim = self.project_features, image_features, 3
+        if isinstance(given, torch.Tensor) and given.dim() <= plain_dim:
+            crops = encode(given)  # [N, P, D]
             pictures, newline = [crops.flatten(0, 1)], self.newline(crops.device)
             lengths = [crops.shape[1]] * len(crops)
         else:
             layout = self.config.picture_layout
             sizes = None if image_sizes is None else [tuple(int(side) for side in size) for size in image_sizes]
-            groups = crops_of_each(images, sizes, layout)
-            crops = self.encode_images(torch.cat(groups))
+            groups = crops_of_each(given, sizes, layout) if image_features is None else list(given)
+            crops = encode(torch.cat(groups))
             newline = self.newline(crops.device)
             pictures = [
                 merge_crops(features, None if sizes is None else sizes[i], layout, newline)
@@ -84,24 +91,28 @@ class EmbeddingMixin:
         return self.training or is_partitioned(next(self.parameters()))
 
     def embed_batch(
-        self, batch: Batch, images, image_sizes=None, pad_left: bool | None = None
+        self, batch: Batch, images, image_sizes=None, pad_left: bool | None = None, image_features=None
     ) -> tuple[Batch, torch.Tensor]:
         """Return the batch with expanded placeholders and its embeddings [B, L, D], pictures written in.
 
         A row of text alone may bring a blank picture, as LLaVA's collator gives it one; it is not looked at. Rows
         with labels that grow here are cut at config.tokenizer_model_max_length; LLaVA cuts prompts without labels too,
-        and with them the end of the question.
+        and with them the end of the question. image_features: as in encode_pictures; the tower then runs for no batch,
+        so a batch of text alone has an empty one.
         """
         if torch.compiler.is_compiling():
             return batch, self.embed_traced(batch.input_ids, images, image_sizes)
         if images is not None:
             is_picture = placeholder_mask(batch.input_ids, self.config.image_token_index)
             images, image_sizes = without_blanks(is_picture, images, image_sizes)
-        has_images = images is not None and len(images) > 0
+        given = images if image_features is None else image_features
+        has_images = given is not None and len(given) > 0
         features, lengths = None, []
         if has_images:
             # Before the decoder, once, on every rank: see needs_dummy.
-            features, lengths = self.encode_pictures(images, image_sizes)
+            features, lengths = self.encode_pictures(images, image_sizes, image_features)
+        elif self.needs_dummy() and image_features is not None:
+            features, _ = self.encode_pictures(None, None, self.get_vision_tower().dummy_feature[None])
         elif self.needs_dummy():
             features, _ = self.encode_pictures(self.dummy_images())
         elif batch.input_ids.shape[1] == 1:

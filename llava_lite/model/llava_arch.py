@@ -201,6 +201,7 @@ class LlavaMetaForCausalLM(
         num_items_in_batch: int | torch.Tensor | None = None,
         cache_position: torch.LongTensor | None = None,
         shift_labels: torch.LongTensor | None = None,
+        image_features: torch.Tensor | list[torch.Tensor] | None = None,
         supervised_positions: torch.LongTensor | None = None,
         **kwargs,
     ) -> LlavaOutput | tuple:
@@ -217,12 +218,13 @@ class LlavaMetaForCausalLM(
         has found them in ids that need no expanding. In training there are no logits: the head runs at those positions
         alone (in stage 1 about 20 of 600), and so does the last layer where it can. Samples packed in one row [1, L]
         have position_ids from 0 each, cu_seq_lens_q and max_length_q (see attention.py), and no attention_mask.
+        image_features: what the tower made of the pictures before, in place of them: [N, P, C] or a list of [n, P, C].
         Raises ValueError when placeholders and pictures do not match.
         """
         batch = Batch(input_ids, attention_mask, position_ids, labels)
         if inputs_embeds is None:
             images = images if images is not None else pixel_values
-            batch, inputs_embeds = self.embed_batch(batch, images, image_sizes)
+            batch, inputs_embeds = self.embed_batch(batch, images, image_sizes, image_features=image_features)
         elif pixel_values is not None:
             inputs_embeds = self.write_pictures(inputs_embeds, pixel_values, image_sizes)
         self.routing = self.start_routing(batch.attention_mask)

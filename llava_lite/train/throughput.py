@@ -196,7 +196,7 @@ class Meter:
 
 def has_pictures(batch):
     """Tell whether a batch shows any picture, as pixels or as features of the tower."""
-    return "images" in batch or "image_features" in batch
+    return "images" in batch or len(batch.get("image_features", ())) > 0
 
 
 def count_batch(batch):

@@ -99,6 +99,7 @@ def prepare(argv=None):
     log_plan(model, train_set, training_args)
     share_out_experts(model, model_args, training_args)
     trainer = build_trainer(model, tokenizer, train_set, eval_set, data_args, training_args)
+    read_features(trainer, train_set, data_args)
     return Stage(trainer, tokenizer, model_args, data_args, checkpoint_to_resume(training_args))
 
 
@@ -364,6 +365,14 @@ def build_trainer(model, tokenizer, train_set, eval_set, data_args, training_arg
         eval_examples=[eval_set[i] for i in range(num_examples)],
         eval_max_new_tokens=data_args.eval_max_new_tokens,
     )
+
+
+def read_features(trainer, train_set, data_args):
+    """Let the records to learn from bring what the frozen tower makes of their pictures, if that is to be kept."""
+    if data_args.feature_cache != "off":
+        from llava_lite.train.features import use_features
+
+        use_features(trainer, train_set, data_args.feature_cache)
 
 
 def checkpoint_to_resume(training_args):

@@ -1,0 +1,166 @@
+"""Features on disk are those that were written, bit for bit, whoever wrote them and however it ended."""
+
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from llava_lite.data import feature_cache
+from llava_lite.data.feature_cache import KEY, FeatureStore, FeatureWriter
+
+P, C = 4, 6
+
+
+def key(number):
+    return f"{number:024d}".encode()
+
+
+def keys(*numbers):
+    return np.array([key(number) for number in numbers], KEY)
+
+
+def features(number, *shape, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(number)
+    return torch.randn(*(shape or (P, C)), generator=generator).to(dtype)
+
+
+@pytest.fixture
+def store(tmp_path):
+    return FeatureStore(tmp_path / "store", torch.float32, C)
+
+
+def write(store, *numbers):
+    with FeatureWriter(store) as writer:
+        for number in numbers:
+            writer.add(key(number), features(number), (number, 2 * number))
+
+
+def one_each(store, *numbers):
+    """Return the features of records with one picture each."""
+    return store.view(keys(*numbers), np.arange(len(numbers) + 1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(P, C), (3, P, C)])
+def test_what_was_written_is_read_bit_for_bit(tmp_path, dtype, shape):
+    store = FeatureStore(tmp_path, dtype, C)
+    written = [features(number, *shape, dtype=dtype) for number in range(5)]
+    with FeatureWriter(store) as writer:
+        for number, one in enumerate(written):
+            writer.add(key(number), one, (10 + number, 20))
+    view = store.view(keys(4, 0, 0, 3), np.array([0, 1, 1, 4]))
+    assert [[picture.size for picture in view[i]] for i in range(3)] == [
+        [(14, 20)],
+        [],
+        [(10, 20), (10, 20), (13, 20)],
+    ]
+    for picture, number in zip([*view[0], *view[2]], (4, 0, 0, 3), strict=True):
+        assert picture.features.dtype == dtype
+        assert torch.equal(picture.features, written[number])
+
+
+def test_shards_of_several_writers_are_one_store(store, monkeypatch):
+    monkeypatch.setattr(feature_cache, "SHARD_BYTES", 2 * P * C * 4)
+    write(store, 1, 2, 3, 4, 5)
+    write(store, 7, 6)
+    assert len(store.shards()) == 4
+    assert (store.find(keys(9, 5, 0, 6))["shard"] >= 0).tolist() == [False, True, False, True]
+    view = one_each(store, 6, 1, 5, 3)
+    for i, number in enumerate((6, 1, 5, 3)):
+        assert torch.equal(view[i][0].features, features(number))
+
+
+def test_a_picture_that_is_not_stored_is_named_by_number(store):
+    write(store, 1)
+    with pytest.raises(KeyError, match="2 of 3 pictures have no features"):
+        one_each(store, 1, 2, 3)
+    assert (FeatureStore(store.folder / "none", torch.float32, C).find(keys(1))["shard"] < 0).all()
+
+
+def test_features_of_another_kind_are_refused(store):
+    with FeatureWriter(store) as writer:
+        with pytest.raises(ValueError, match=r"torch.bfloat16 of width 6; this folder holds torch.float32"):
+            writer.add(key(1), features(1, dtype=torch.bfloat16), (1, 1))
+        with pytest.raises(ValueError, match="width 5"):
+            writer.add(key(1), features(1, P, 5), (1, 1))
+
+
+def test_a_view_travels_as_paths_and_reads_the_same(store):
+    write(store, *range(100))
+    view = one_each(store, *range(100))
+    data = pickle.dumps(view)
+    assert len(data) < 1000
+    assert torch.equal(pickle.loads(data)[42][0].features, features(42))
+
+
+def test_what_has_no_list_yet_is_not_read(store):
+    with FeatureWriter(store) as writer:
+        writer.add(key(1), features(1), (1, 1))
+        assert store.shards() == []
+        assert (store.find(keys(1))["shard"] < 0).all()
+    assert len(store.shards()) == 1
+
+
+def test_entries_beyond_the_end_of_a_cut_file_are_not_read(store):
+    write(store, 1, 2, 3)
+    (path,) = store.folder.glob("*.bin")
+    os.truncate(path, 3 * P * C * 4 - 1)
+    assert (store.find(keys(1, 2, 3))["shard"] >= 0).tolist() == [True, True, False]
+
+
+def test_only_old_remains_are_swept(store):
+    write(store, 1)
+    old, fresh = store.folder / "old.bin", store.folder / "fresh.bin"
+    for path in (old, fresh):
+        path.write_bytes(b"half")
+    long_ago = time.time() - 2 * feature_cache.ORPHAN_S
+    for path in [old, *store.folder.glob("*-*.bin")]:
+        os.utime(path, (long_ago, long_ago))
+    store.sweep()
+    assert not old.exists()
+    assert fresh.exists()
+    assert torch.equal(one_each(store, 1)[0][0].features, features(1))
+
+
+WRITER = """
+import sys
+from pathlib import Path
+sys.path.insert(0, {tests!r})
+from data.test_feature_cache import feature_cache, FeatureStore, FeatureWriter, features, key, torch, C, P
+feature_cache.SHARD_BYTES = 8 * P * C * 4
+with FeatureWriter(FeatureStore(Path({folder!r}), torch.float32, C)) as writer:
+    for number in range({first}, 10**9):
+        writer.add(key(number), features(number), (1, 1))
+        if number == {first} + 300:
+            print("ready", flush=True)
+"""
+
+
+def test_two_writers_that_are_killed_leave_only_whole_features(store):
+    tests = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    writers = [
+        subprocess.Popen(
+            [sys.executable, "-c", WRITER.format(tests=tests, folder=str(store.folder), first=first)],
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for first in (0, 10**8)
+    ]
+    for writer in writers:
+        assert writer.stdout.readline() == "ready\n"
+    for writer in writers:
+        writer.send_signal(signal.SIGKILL)
+        writer.wait()
+        writer.stdout.close()
+    numbers = [first + i for first in (0, 10**8) for i in range(300)]
+    found = [number for number, place in zip(numbers, store.find(keys(*numbers)), strict=True) if place["shard"] >= 0]
+    assert len(found) > 550
+    view = one_each(store, *found)
+    for i, number in enumerate(found):
+        assert torch.equal(view[i][0].features, features(number))

@@ -1,0 +1,163 @@
+"""A run that reads its frozen tower's features from disk is the run that makes them anew at every step."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from llava_lite.data.collator import DataCollatorForSupervisedDataset
+from llava_lite.data.feature_cache import StoredPicture
+from llava_lite.model.vision_tower.base import VisionTower
+
+
+def losses(folder):
+    lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+    return [line[name] for line in lines if "loss" in line for name in ("loss", "grad_norm")]
+
+
+@pytest.fixture
+def tower_calls(monkeypatch):
+    """Numbers of pictures that the tower has been given, call by call, blank ones too."""
+    calls, forward = [], VisionTower.forward
+    monkeypatch.setattr(
+        VisionTower, "forward", lambda self, images: calls.append(len(images)) or forward(self, images)
+    )
+    return calls
+
+
+@pytest.fixture
+def opened(monkeypatch):
+    """The files that were opened as pictures by training's data."""
+    from llava_lite.data import dataset
+
+    paths, open_picture = [], dataset.open_picture
+    monkeypatch.setattr(dataset, "open_picture", lambda path: paths.append(path) or open_picture(path))
+    return paths
+
+
+ANYRES = ["--image_aspect_ratio", "anyres", "--image_grid_pinpoints", "[(32, 64), (64, 32)]"]
+ANYRES += ["--mm_patch_merge_type", "spatial_unpad"]
+
+
+@pytest.mark.parametrize(
+    ("stage", "more"),
+    [("projector", []), ("full", ANYRES), ("moe", ["--picture_resize", "fast"])],
+)
+def test_losses_and_gradients_are_those_of_a_run_without(
+    run_stage, toy_data, tmp_path, tower_calls, opened, stage, more
+):
+    data = toy_data(tmp_path / "mixed")
+    # One picture a call, with and without: kernels may round a picture otherwise in a larger batch.
+    flags = ["--max_steps", 4, "--per_device_train_batch_size", 1, "--gradient_accumulation_steps", 2, *more]
+    plain = run_stage(stage, tmp_path / "plain", *flags, data=data)
+    tower_calls.clear(), opened.clear()
+    cached = run_stage(stage, tmp_path / "cached", *flags, "--feature_cache", tmp_path / "store", data=data)
+    num_pictures = int(cached.train_dataset.has_picture.sum())
+    # A blank one to see what comes out, then all of them, 16 at most at a time, and none in the run.
+    assert len(opened) == num_pictures == 16
+    assert len(tower_calls) == 2
+    assert losses(tmp_path / "cached") == pytest.approx(losses(tmp_path / "plain"), rel=1e-6)
+    for (name, one), (_, other) in zip(
+        plain.model.state_dict().items(), cached.model.state_dict().items(), strict=True
+    ):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6, msg=name)
+
+
+def test_stored_features_are_the_towers_bit_for_bit_and_made_once(run_stage, toy_data, tmp_path, tower_calls, opened):
+    data = toy_data(tmp_path / "mixed")
+    flags = ["--max_steps", 1, "--feature_cache", tmp_path / "store"]
+    trainer = run_stage("full", tmp_path / "one", *flags, data=data)
+    dataset, tower = trainer.train_dataset, trainer.unwrapped.get_vision_tower()
+    shown = [i for i in range(len(dataset)) if dataset.has_picture[i]]
+    records = [dataset.annotations[i] for i in shown]
+    pixels = [dataset.pixels(dataset.open(record, record.images[0])) for record in records]
+    with torch.no_grad():
+        expected = tower(torch.stack(pixels))
+    for i, features, record in zip(shown, expected, records, strict=True):
+        (stored,) = dataset[i]["image_features"]
+        assert torch.equal(stored, features)
+        assert dataset[i]["image_sizes"] == [Image.open(f"{data[1]}/{record.images[0]}").size]
+    tower_calls.clear(), opened.clear()
+    run_stage("full", tmp_path / "two", *flags, data=data)
+    assert (tower_calls, opened) == ([1], [])
+    # A file that changed is made again, the others are not.
+    path = Path(data[1]) / records[3].images[0]
+    Image.new("RGB", (41, 40), "blue").save(path)
+    os.utime(path, (1, 1))
+    opened.clear()
+    run_stage("full", tmp_path / "three", *flags, data=data)
+    assert opened == [str(path)]
+    # Another tower or another way of preparing has a folder of its own.
+    opened.clear()
+    run_stage("full", tmp_path / "four", *flags, "--image_aspect_ratio", "square", data=data)
+    run_stage("full", tmp_path / "five", *flags, "--mm_vision_select_layer", "-1", data=data)
+    assert len(opened) == 2 * len(shown)
+    assert len(list((tmp_path / "store").iterdir())) == 3
+
+
+def test_a_batch_of_text_alone_says_that_the_tower_does_not_run(toy_model, tower_calls):
+    model = toy_model().train()
+    ids, labels = torch.tensor([5, 6, 7]), torch.tensor([-100, 6, 7])
+    text = {"id": "a", "input_ids": ids, "labels": labels, "image_features": []}
+    batch = DataCollatorForSupervisedDataset(0)([text])
+    del batch["sample_ids"]
+    assert len(batch["image_features"]) == 0
+    model(**batch).loss.backward()
+    weight = next(model.get_model().mm_projector.parameters())
+    assert weight.grad is not None
+    assert not weight.grad.any()
+    assert tower_calls == []
+    shown = {"id": "b", "input_ids": torch.tensor([-200] * 16 + [6]), "labels": torch.tensor([-100] * 16 + [6])}
+    shown |= {"image_features": [StoredPicture((4, 4), torch.randn(16, 32)).features], "image_sizes": [(4, 4)]}
+    batch = DataCollatorForSupervisedDataset(0)([text, shown])
+    assert batch["image_features"].shape == (1, 16, 32)
+    assert batch["image_sizes"] == [(4, 4)]
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (
+            ["--unfreeze_mm_vision_tower", "True"],
+            "--feature_cache .* frozen tower, and --unfreeze_mm_vision_tower True trains it",
+        ),
+        (["--data_path", "{text}"], "no record has a picture"),
+    ],
+)
+def test_a_folder_for_features_that_cannot_be_kept_is_refused(stage_flags, toy_data, tmp_path, more, words):
+    from llava_lite.train.train import prepare
+
+    text, _ = toy_data(tmp_path / "text", text_only_every=1)
+    more = [word.format(text=text) for word in more]
+    with pytest.raises(ValueError, match=words):
+        prepare(stage_flags("full", tmp_path / "run", "--feature_cache", tmp_path / "store", *more))
+
+
+def test_auto_keeps_features_where_they_are_read_again_and_fit(stage_flags, toy_data, tmp_path, monkeypatch, caplog):
+    from llava_lite.train import features
+    from llava_lite.train.train import prepare
+
+    data = toy_data(tmp_path / "mixed")
+
+    def keeps(*more):
+        caplog.clear()
+        with caplog.at_level("INFO", logger="llava_lite.train.features"):
+            flags = stage_flags("full", tmp_path / "run", "--feature_cache", "auto", *more, data=data)
+            return prepare(flags).trainer.train_dataset.features is not None
+
+    assert not keeps()
+    assert "one epoch reads them once" in caplog.text
+    assert not keeps("--num_train_epochs", 2, "--unfreeze_mm_vision_tower", "True")
+    assert "the vision tower trains" in caplog.text
+    with monkeypatch.context() as patch:
+        patch.setattr(features, "AUTO_SHARE", 0.0)
+        assert not keeps("--num_train_epochs", 2)
+        assert "do not fit" in caplog.text
+    assert keeps("--num_train_epochs", 2)
+    assert "features of 16 pictures are 0.00 GB; 16 of them" in caplog.text
+    # What an earlier run has left is read, though this one reads it once.
+    assert keeps()
+    assert "; 0 of them" in caplog.text
