@@ -48,7 +48,8 @@ class Block(NamedTuple):
 
     queries: slice  # of S
     keys: slice  # of T
-    # Of the last keys, those that a query must not see: bool [q, those]; every query sees the keys before them.
+    # What is added to the scores of the last keys: -inf [q, those] where a query must not see one, else 0; every query
+    # sees the keys before them.
     hidden: torch.Tensor
 
 
@@ -69,10 +70,12 @@ def plan_blocks(ends, rows=None, window=None) -> Iterator[Block]:
 
 
 def hidden_keys(positions, low: int, window: int | None) -> torch.Tensor:
-    """Return which keys the queries at `positions` must not see, from the first that is hidden from any."""
+    """Return -inf where the queries at `positions` must not see a key, from the first that is hidden from any."""
     at = torch.tensor(positions)[:, None]
     keys = torch.arange(low if window is not None else positions[0] + 1, positions[-1] + 1)[None]
-    return keys > at if window is None else (keys > at) | (keys <= at - window)
+    hidden = keys > at if window is None else (keys > at) | (keys <= at - window)
+    # Adding is quicker than filling where a mask says so.
+    return torch.zeros(hidden.shape).masked_fill_(hidden, float("-inf"))
 
 
 class _Attention(torch.autograd.Function):
@@ -83,11 +86,10 @@ class _Attention(torch.autograd.Function):
         ctx.save_for_backward(query, key, value)
         ctx.blocks, ctx.scaling = blocks, scaling
         out = torch.empty(query.shape)
-        query, key, value = by_head(query, key.shape[1]), by_head(key), by_head(value)
         with quick_products():
             for block in blocks:
-                asking = rows_of(query, block) * scaling
-                seen = probabilities(asking, key[:, block.keys], block.hidden) @ value[:, block.keys]
+                asking = rows_of(query, block, key.shape[1]).mul(scaling)
+                seen = torch.bmm(probabilities(asking, keys_of(key, block), block.hidden), keys_of(value, block))
                 out[block.queries].copy_(by_token(seen, out.shape[1]))
         return out
 
@@ -97,30 +99,31 @@ class _Attention(torch.autograd.Function):
         query, key, value = ctx.saved_tensors
         num_heads, num_key_heads = query.shape[1], key.shape[1]
         d_query = torch.empty(query.shape)
-        query, grad = by_head(query, num_key_heads), by_head(grad, num_key_heads)
-        key, value = by_head(key), by_head(value)
-        d_key, d_value = torch.zeros_like(key), torch.zeros_like(value)
+        # Head by head in memory, where a block adds to them.
+        d_key, d_value = (torch.zeros(num_key_heads, *key.shape[::2]) for _ in range(2))  # [Hkv, T, Dh]
         with quick_products():
             for block in ctx.blocks:
-                keys, values = key[:, block.keys], value[:, block.keys]
-                asking, told = rows_of(query, block) * ctx.scaling, rows_of(grad, block)
+                keys, values = keys_of(key, block), keys_of(value, block)
+                asking = rows_of(query, block, num_key_heads).mul(ctx.scaling)
+                told = rows_of(grad, block, num_key_heads).contiguous()
                 seen = probabilities(asking, keys, block.hidden)  # [Hkv, G * q, k]
-                d_value[:, block.keys] += seen.transpose(1, 2) @ told
-                d_scores = torch._softmax_backward_data(told @ values.transpose(1, 2), seen, -1, seen.dtype)
-                d_key[:, block.keys] += d_scores.transpose(1, 2) @ asking
-                d_query[block.queries].copy_(by_token((d_scores @ keys).mul_(ctx.scaling), num_heads))
+                d_value[:, block.keys] += torch.bmm(seen.transpose(1, 2), told)
+                d_seen = torch.bmm(told, values.transpose(1, 2))
+                d_scores = torch._softmax_backward_data(d_seen, seen, -1, seen.dtype)
+                d_key[:, block.keys] += torch.bmm(d_scores.transpose(1, 2), asking)
+                d_query[block.queries].copy_(by_token(torch.bmm(d_scores, keys).mul_(ctx.scaling), num_heads))
         return d_query, d_key.transpose(0, 1), d_value.transpose(0, 1), None, None
 
 
-def by_head(states, num_key_heads: int | None = None) -> torch.Tensor:
-    """Return states [T, Hkv, Dh] as [Hkv, T, Dh], and those of queries [S, H, Dh] as [Hkv, G, S, Dh], contiguous."""
-    states = states.transpose(0, 1)
-    return (states if num_key_heads is None else states.unflatten(0, (num_key_heads, -1))).contiguous()
+def keys_of(states, block: Block) -> torch.Tensor:
+    """Return the block's keys or values of [T, Hkv, Dh] as [Hkv, k, Dh] in one piece, as products want them."""
+    return states[block.keys].transpose(0, 1).contiguous()
 
 
-def rows_of(states, block: Block) -> torch.Tensor:
-    """Return the block's queries of [Hkv, G, S, Dh], those of heads with the same keys in one matrix [G * q, Dh]."""
-    return states[:, :, block.queries].flatten(1, 2)
+def rows_of(states, block: Block, num_key_heads: int) -> torch.Tensor:
+    """Return the block's queries of [S, H, Dh], those of heads with the same keys in one matrix: [Hkv, G * q, Dh]."""
+    states = states[block.queries].transpose(0, 1)  # [H, q, Dh]
+    return states.reshape(num_key_heads, -1, states.shape[-1])
 
 
 def by_token(states, num_heads: int) -> torch.Tensor:
@@ -130,10 +133,9 @@ def by_token(states, num_heads: int) -> torch.Tensor:
 
 def probabilities(asking, keys, hidden) -> torch.Tensor:
     """Return how much each of the queries [Hkv, G * q, Dh], scaled, sees of the keys [Hkv, k, Dh]."""
-    scores = asking @ keys.transpose(1, 2)
+    scores = torch.bmm(asking, keys.transpose(1, 2))
     if hidden.shape[1]:
-        ends = scores.view(len(scores), -1, *hidden.shape[:1], scores.shape[-1])[..., -hidden.shape[1] :]
-        ends.masked_fill_(hidden, float("-inf"))
+        scores.view(-1, len(hidden), scores.shape[-1])[..., -hidden.shape[1] :].add_(hidden)
     return scores.softmax(dim=-1)
 
 
