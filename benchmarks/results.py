@@ -158,7 +158,7 @@ def bars(axes, reports: dict, shown: list) -> None:
                     axes.plot(ends, [mark, mark], style, linewidth=1.2, label=name if first else None)
     axes.axhline(1, color="grey", linewidth=0.6)
     axes.set_xticks(range(len(STAGES)), [f"stage {stage}" for stage in STAGES])
-    axes.legend(fontsize=8)
+    axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.07), ncols=2)
 
 
 def draw_ablation(axes, results: dict) -> None:
