@@ -30,6 +30,9 @@ PAIRS = {
         "top_k_experts",
     ),
     "--label_smoothing_factor 0.1": ("label_smoothing_factor 0.1",),
+    "--packing tokens --per_device_train_batch_size 4": ("packing tokens", "per_device_train_batch_size 4"),
+    "--packing tokens --per_device_train_batch_size 1 --packing_tokens 0": ("packing_tokens 0",),
+    "--packing samples --moe_enable True --moe_count_padding True": ("packing samples", "moe_count_padding True"),
 }
 
 
@@ -82,6 +85,27 @@ def test_flags_that_the_run_does_not_ask_about_are_told(tmp_path, caplog):
     ]
     assert told("--moe_enable True --capacity_factor 1.5 --moe_drop_tokens True --use_residual True") == []
     assert told("--lora_enable True --lora_r 128 --lora_alpha 256") == []
+    packs = "--packing tokens --per_device_train_batch_size 1"
+    assert told(f"{packs} --group_by_modality_length True") == [
+        "--group_by_modality_length True has no effect: packs of --packing tokens are about equally long, in an order "
+        "of their own."
+    ]
+    assert told("--packing_tokens 100") == ["--packing_tokens 100 has no effect: --packing samples counts records."]
+    assert told(f"{packs} --packing_tokens 100") == []
+
+
+def test_records_stand_in_one_row_unless_a_flag_needs_padding(tmp_path):
+    def chosen(said=""):
+        args = parse_args([*said.split(), "--output_dir", str(tmp_path)])[2]
+        return args.packing, args.packing_tokens
+
+    assert chosen() == ("samples", None)
+    assert chosen("--packing none") == chosen("--moe_enable True --moe_count_padding True") == ("none", None)
+    # Of no meaning without experts.
+    assert chosen("--moe_count_padding True") == ("samples", None)
+    packs = "--packing tokens --per_device_train_batch_size 1 --model_max_length 100"
+    assert chosen(packs) == ("tokens", 400)
+    assert chosen(f"{packs} --packing_tokens 150") == ("tokens", 150)
 
 
 def test_two_precisions_are_refused_also_where_the_machine_has_neither(tmp_path, monkeypatch):

@@ -57,7 +57,9 @@ class PackSampler(Sampler):
     """Packs in the order of an epoch: keys that are tuples of record numbers.
 
     Which records share a pack is a function of the seed and the same in every epoch, so that each has as many steps;
-    the order of the packs is one of seed and epoch, so that a resumed run goes on where it was.
+    the order of the packs is one of seed and epoch, so that a resumed run goes on where it was. Where the last packs
+    of an epoch are too few for all ranks, its first ones come once more, as it is with records; with
+    --dataloader_drop_last the last ones are left out instead.
     """
 
     def __init__(self, lengths, budget: int, seed: int = 0):

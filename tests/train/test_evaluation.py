@@ -1,6 +1,8 @@
 """The evaluation loss is the mean over learned tokens, whatever batches they came in."""
 
 import json
+from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
@@ -47,6 +49,24 @@ def test_balance_loss_is_reported_apart(run_stage, tmp_path):
     assert metrics["eval_loss"] == pytest.approx(loss_by_hand(trainer, trainer.eval_dataset), rel=1e-5)
     # Two layers, weight 0.01, at least 1 each.
     assert metrics["eval_moe_loss"] > 0.015
+
+
+@pytest.mark.parametrize("packs", [False, True])
+def test_records_that_come_again_to_fill_the_last_batch_are_not_counted(trained, packs):
+    from llava_lite.data.collator import DataCollatorForSupervisedDataset, PackedCollator
+
+    collator = PackedCollator() if packs else DataCollatorForSupervisedDataset(0)
+    examples = [trained.eval_dataset[i] for i in range(3)]
+    sums = []
+    for shown, num_new in ((examples[:2], 2), (examples, 2), (examples, 3)):
+        trained.eval_sums = torch.zeros(4, dtype=torch.float64)
+        trained.args.per_device_eval_batch_size = len(shown)
+        last = SimpleNamespace(end_of_dataloader=True, remainder=num_new)
+        with mock.patch.object(trained.accelerator, "gradient_state", last):
+            trained.prediction_step(trained.model.eval(), collator(shown), prediction_loss_only=True)
+        sums.append(trained.eval_sums.tolist())
+    assert sums[1] == pytest.approx(sums[0], rel=1e-5)
+    assert sums[2][1] > sums[1][1]
 
 
 def test_last_records_belong_to_the_first_ranks():

@@ -79,6 +79,11 @@ def test_batch_counts_leave_padding_out():
     assert count_batch(batch).tolist() == [7, 3, 3]
 
 
+def test_a_packed_row_counts_all_its_tokens():
+    row = {"input_ids": torch.zeros(1, 6), "labels": torch.tensor([[-100, 7, -100, -100, 3, 4]])}
+    assert count_batch(row).tolist() == [6, 3, 0]
+
+
 def test_work_of_a_meter():
     work = Work(tokens=500, seconds=2.0, flops=5e9, peak=1e10)
     assert work.tokens_per_s == 250
