@@ -73,6 +73,13 @@ def refuse_unshareable_experts(model, ep_size, config):
         bool(config.get("expert_parallel", {}).get("enabled")),
         f"{said} and expert_parallel in the DeepSpeed JSON share the experts out twice; drop the entry.",
     )
+    zero = config.get("zero_optimization", {})
+    on_nvme = zero.get("stage") == 3 and (zero.get("offload_optimizer") or {}).get("device") == "nvme"
+    refuse(
+        on_nvme,
+        f"{said} with the optimizer on NVMe under ZeRO-3: DeepSpeed could not save the experts. Offload to the CPU, "
+        "or use --ep_size 1.",
+    )
 
 
 def split_block(block, name, group, twins):

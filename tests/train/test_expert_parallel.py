@@ -78,11 +78,13 @@ def test_experts_that_cannot_be_shared_out_are_refused(toy_model, kind, moe, sai
         refuse_unshareable_experts(model, 2, {})
 
 
-def test_frozen_experts_and_a_second_way_to_share_them_are_refused(toy_model):
+def test_frozen_experts_a_second_way_to_share_them_and_nvme_are_refused(toy_model):
     model = toy_model(moe=MOE, tower=None)
     with pytest.raises(ValueError, match=r"--ep_size 2 and expert_parallel in the DeepSpeed JSON"):
         refuse_unshareable_experts(model, 2, {"expert_parallel": {"enabled": True, "autoep_size": 2}})
-    refuse_unshareable_experts(model, 2, {})
+    with pytest.raises(ValueError, match="--ep_size 2 with the optimizer on NVMe under ZeRO-3"):
+        refuse_unshareable_experts(model, 2, json.loads((ROOT / "scripts/zero3_offload_nvme.json").read_text()))
+    refuse_unshareable_experts(model, 2, json.loads((ROOT / "scripts/zero3_offload.json").read_text()))
     model.moe_layers()[2].experts.down_proj.requires_grad_(False)
     with pytest.raises(ValueError, match="layer 2: down_proj of the experts do not train"):
         refuse_unshareable_experts(model, 2, {})
