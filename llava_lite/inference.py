@@ -3,6 +3,9 @@
 The command line, the demo, every benchmark and every notebook ask through `reply` or `stream`. B questions, T tokens.
 """
 
+import hashlib
+from collections import OrderedDict
+from contextlib import contextmanager
 from threading import Event, Thread
 
 import torch
@@ -67,6 +70,63 @@ def reply(
     tokens = _generate(model, inputs, max_new_tokens=max_new_tokens, **generation)
     answers = [_without_mark(text, mark) for text in processor.batch_decode(tokens, skip_special_tokens=True)]
     return answers[0] if alone else answers
+
+
+@contextmanager
+def remembering(model, num_pictures=16):
+    """Encode a picture once, however often it is asked about meanwhile; the answers are the same.
+
+        with remembering(model):
+            colours = reply(model, processor, ["What colour is it?", "And the sky?"], images=[path, path])
+            shape = reply(model, processor, "What shape has it?", path)
+
+    For many questions about few pictures: a chat, a notebook, a benchmark that asks six times of each. The features
+    of the last num_pictures are kept, on the model's device. Weights must not change meanwhile.
+    """
+    # An adapter's wrapper hands `generate` to the model inside.
+    owner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if isinstance(owner.encode_pictures, _Memory):
+        yield
+        return
+    owner.encode_pictures = _Memory(owner.encode_pictures, num_pictures)
+    try:
+        yield
+    finally:
+        del owner.encode_pictures
+
+
+class _Memory:
+    """Call `encode` for the pictures that are not known yet; a picture is known by its pixels and its size."""
+
+    def __init__(self, encode, num_pictures):
+        self.encode, self.num_pictures, self.known = encode, num_pictures, OrderedDict()
+
+    def __call__(self, images, image_sizes=None, image_features=None):
+        """Return features [F, D] of all pictures and how many each has, as `encode_pictures` does."""
+        if image_features is not None:
+            return self.encode(images, image_sizes, image_features)
+        sizes = [None] * len(images) if image_sizes is None else [tuple(int(side) for side in s) for s in image_sizes]
+        keys = [_fingerprint(picture, size) for picture, size in zip(images, sizes, strict=True)]
+        unknown = {key: i for i, key in reversed([*enumerate(keys)]) if key not in self.known}
+        if unknown:
+            places = sorted(unknown.values())
+            taken = images[places] if isinstance(images, torch.Tensor) else [images[i] for i in places]
+            features, lengths = self.encode(taken, None if image_sizes is None else [sizes[i] for i in places])
+            # A newline may follow, for training.
+            for i, part in zip(places, features[: sum(lengths)].split(lengths), strict=True):
+                self.known[keys[i]] = part
+        parts = [self.known[key] for key in keys]
+        for key in keys:
+            self.known.move_to_end(key)
+        while len(self.known) > self.num_pictures:
+            self.known.popitem(last=False)
+        return torch.cat(parts), [len(part) for part in parts]
+
+
+def _fingerprint(picture, size):
+    """Return what tells a picture's tensor and its original size from any other's."""
+    pixels = picture.detach().cpu().contiguous().view(torch.uint8).numpy()
+    return hashlib.blake2b(pixels.tobytes()).digest(), tuple(picture.shape), size
 
 
 def stream(

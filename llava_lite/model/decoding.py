@@ -38,7 +38,8 @@ def can_step(stack, embeds, attention_mask, cache, arguments) -> bool:
         and not (stack.training or torch.is_grad_enabled() or torch.compiler.is_compiling())
         and not torch.is_autocast_enabled("cpu")
         and "layers" not in stack.plain_paths
-        and stack.config._attn_implementation == "sdpa"
+        # Our varlen hands decoding steps to the same kernel.
+        and stack.config._attn_implementation in ("sdpa", "varlen")
         and not (stack.config.output_attentions or stack.config.output_hidden_states)
         and all(is_default(name, value) for name, value in arguments.items())
         and (attention_mask is None or attention_mask.dim() == 2)

@@ -5,6 +5,8 @@ B rows, T tokens before the splice, L after, D model width.
 
 from __future__ import annotations
 
+from contextlib import contextmanager
+
 import torch
 
 from llava_lite.model.kv_cache import GrowingCache, give_room
@@ -16,10 +18,21 @@ UNSET = object()
 # embeddings beside the ids; with the value that asks for nothing.
 BY_IDS = {"assistant_model": None, "prompt_lookup_num_tokens": None, "assistant_early_exit": None}
 BY_IDS |= {"prefill_chunk_size": None, "encoder_repetition_penalty": 1.0, "encoder_no_repeat_ngram_size": 0}
+# What a call must ask for, if anything, that a compiled step in a cache of fixed size shall serve.
+FIXED_SIZE_SERVES = {"cache_implementation": None, "past_key_values": None, "use_cache": True, "num_beams": 1}
+FIXED_SIZE_SERVES |= {"num_return_sequences": 1, "disable_compile": False, "return_dict_in_generate": False}
+# Compiling takes as long as hundreds of plain steps, so a model that has made few steps, or is asked for few, is not
+# compiled; chosen, not measured.
+STEPS_BEFORE_COMPILING, LEAST_NEW_TOKENS = 1024, 32
+# Lengths of a fixed cache are multiples of this, so that another prompt need not compile anew.
+FIXED_SIZE_STEP = 1024
 
 
 class PictureGeneration:
     """`generate` for ids in which placeholders stand for pictures."""
+
+    # Steps that `generate` has made on CUDA.
+    steps_made = 0
 
     @torch.no_grad()
     def generate(self, inputs=None, images=UNSET, image_sizes=None, pixel_values=None, **kwargs):
@@ -51,7 +64,10 @@ class PictureGeneration:
                 output = super().generate(input_ids=ids, **kwargs)
                 return without_prompt(output, ids.shape[1]) if llava_way else output
             prompt = {} if llava_way else {"input_ids": ids}
-            return super().generate(inputs_embeds=embeds, **prompt, **kwargs)
+            with self.fixed_size(ids.shape[1], kwargs) as more:
+                output = super().generate(inputs_embeds=embeds, **prompt, **kwargs, **more)
+            self.count_steps(output, 0 if llava_way else ids.shape[1])
+            return output
         finally:
             self.train(was_training)
 
@@ -64,6 +80,43 @@ class PictureGeneration:
         """Return what `generate` was told, by name or in a generation config, None if nothing."""
         config = arguments.get("generation_config") or self.generation_config
         return arguments.get(name, getattr(config, name, None))
+
+    @contextmanager
+    def fixed_size(self, prompt_len: int, arguments: dict):
+        """Yield keywords for transformers' own static cache and compiled step where they pay, none elsewhere.
+
+        On CUDA alone, for a model without experts that goes on generating; a caller who names a cache, or
+        disable_compile, has chosen himself. prompt_len: positions of the prompt. Attention is sdpa meanwhile: our varlen
+        reads a mask that grows, and would be compiled at every step.
+        """
+        if not self.wants_fixed_size(arguments):
+            yield {}
+            return
+        length = prompt_len + self.argument("max_new_tokens", arguments)
+        length = -(-length // FIXED_SIZE_STEP) * FIXED_SIZE_STEP
+        attention = self.config._attn_implementation
+        self.config._attn_implementation = "sdpa"
+        try:
+            yield {"cache_implementation": "static", "max_cache_len": length}
+        finally:
+            self.config._attn_implementation = attention
+
+    def wants_fixed_size(self, arguments: dict) -> bool:
+        """Tell whether a call on CUDA is worth a compiled step."""
+        return (
+            self.device.type == "cuda"
+            and self.steps_made >= STEPS_BEFORE_COMPILING
+            and (self.argument("max_new_tokens", arguments) or 0) >= LEAST_NEW_TOKENS
+            and self.config._attn_implementation in ("sdpa", "varlen")
+            and not self.moe_layers()
+            and all(self.argument(name, arguments) in (None, usual) for name, usual in FIXED_SIZE_SERVES.items())
+        )
+
+    def count_steps(self, output, prompt_len: int) -> None:
+        """Add the steps of a call on CUDA that returned ids [B, prompt_len + new], or an output that holds them."""
+        if self.device.type == "cuda":
+            ids = output if isinstance(output, torch.Tensor) else output.sequences
+            self.steps_made += ids.shape[1] - prompt_len
 
     def prefill(self, embeds: torch.Tensor, mask: torch.Tensor, arguments: dict):
         """Return a cache of all positions of the prompt [B, L, D] but the last, which the first step reads.
