@@ -58,6 +58,16 @@ class FastMlp(FastPart):
         return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
 
 
+class PhiMlpBody(FastPart):
+    """Phi's MLP with its activation in one step, which keeps one tensor; transformers spells gelu_new out in eight."""
+
+    def forward(self, hidden_states):
+        """Return [..., D] of [..., D]."""
+        if not self.is_fast or self.config.hidden_act not in ("gelu_new", "gelu_pytorch_tanh"):
+            return super().forward(hidden_states)
+        return self.fc2(nn.functional.gelu(self.fc1(hidden_states), approximate="tanh"))
+
+
 class FastAttention(FastPart):
     """Attention that turns queries and keys in one go each and projects wanted rows only.
 
@@ -255,6 +265,7 @@ STAND_INS = {
         (qwen3.Qwen3RMSNorm, FastNorm),
         (phi.PhiDecoderLayer, PhiLayerBody),
         (phi.PhiAttention, PhiBody),
+        (phi.PhiMLP, PhiMlpBody),
         (stablelm.StableLmDecoderLayer, StableLmBody),
         (stablelm.StableLmAttention, LayerNormedHeads),
         (stablelm.StableLmMLP, FastMlp),
