@@ -117,3 +117,22 @@ def test_two_ranks_train_what_one_process_trains(flags_of, tmp_path):
         for result in results[f"{engine}_nan"]:
             assert "NonFiniteError: step 1: rank 1: loss nan for samples ['toy_" in result["error"]
         assert not (tmp_path / f"{engine}_nan/config.json").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["grouped", "experts"])
+def test_under_zero3_leaner_layers_train_what_stock_ones_train(flags_of, tmp_path, kind):
+    # The last flag of a name counts.
+    ways = {"lean": [], "stock": ["--plain_paths", "layers", "rows"]}
+    cases = []
+    for way, more in ways.items():
+        for checkpointing in (True, False):
+            name = f"{way}_{checkpointing}"
+            argv = [*flags_of(kind, tmp_path / name, 2), *ENGINES["zero3"], *more]
+            cases.append({"name": name, "argv": [*argv, f"--gradient_checkpointing={checkpointing}"]})
+    results = launch(cases, tmp_path)
+    expected = results["stock_False"][0]["loss"]
+    assert len(expected) == 4
+    for name, of_ranks in results.items():
+        for result in of_ranks:
+            assert result.get("loss") == pytest.approx(expected, rel=1e-5), f"{name}: {result}"
