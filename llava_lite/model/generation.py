@@ -86,8 +86,8 @@ class PictureGeneration:
         """Yield keywords for transformers' own static cache and compiled step where they pay, none elsewhere.
 
         On CUDA alone, for a model without experts that goes on generating; a caller who names a cache, or
-        disable_compile, has chosen himself. prompt_len: positions of the prompt. Attention is sdpa meanwhile: our varlen
-        reads a mask that grows, and would be compiled at every step.
+        disable_compile, has chosen himself. prompt_len: positions of the prompt. Attention is sdpa meanwhile: our
+        varlen reads a mask that grows, and would be compiled at every step.
         """
         if not self.wants_fixed_size(arguments):
             yield {}

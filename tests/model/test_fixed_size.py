@@ -1,4 +1,4 @@
-"""On a GPU a model that goes on generating takes a cache of fixed size and a compiled step; elsewhere nothing changes."""
+"""On a GPU a model that goes on generating takes a cache of fixed size and a compiled step; elsewhere it does not."""
 
 import pytest
 import torch
