@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from benchmarks import table as rows
+from benchmarks.details import detail_parts
 from benchmarks.table import STAGES, as_markdown, dig, table
 
 PAGE, PLOT = "RESULTS.md", "results.png"
@@ -21,7 +22,7 @@ def write_page(reports: dict, folder: Path) -> list[str]:
     drawn = draw(reports, folder / PLOT)
     parts = [HEAD, machine_lines(reports), as_markdown(table(reports))]
     parts += [f"![ratios, memory and ablation]({PLOT})"] if drawn else []
-    parts += [*training_parts(reports), *ablation_parts(reports), *suite_parts(reports)]
+    parts += [*training_parts(reports), *ablation_parts(reports), *detail_parts(reports), *suite_parts(reports)]
     page = folder / PAGE
     page.write_text("\n\n".join(part.strip() for part in parts if part) + "\n", encoding="utf-8")
     return [str(page), *([str(folder / PLOT)] if drawn else [])]

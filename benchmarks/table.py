@@ -87,6 +87,30 @@ def annotations(reports: dict) -> list:
     return [ours["open_s"], ours["private_bytes"] / 1e6, ours["record_us"]]
 
 
+def generation(reports: dict, on_gpu: bool) -> list:
+    """Return our tokens a second over stock's with a dynamic cache: batch 1 and 8 on a CPU, batch 1 on a GPU."""
+    if on_gpu:
+        return [dig(reports, "cuda_suite", "results", "generation", "batch 1", "llava-lite", "ratio")]
+    report = reports["generation"]
+    if report["machine"]["device"] != "cpu":
+        return []
+    return [dig(report["results"], f"batch {rows}", "llava-lite", "ratio") for rows in (1, 8)]
+
+
+def pictures(reports: dict) -> list:
+    """Return our pictures a CPU second over LLaVA's, exact and fast, by the best decoder installed: 336 px, padded."""
+    figures = reports["pictures"]["results"]["336 px, pad"]
+    ways = [[one["ratio_cpu"] for name, one in figures.items() if name.startswith(way)] for way in ("exact", "fast")]
+    return [max(ratios) for ratios in ways]
+
+
+def start_up(reports: dict) -> list:
+    """Return CPU seconds of the import and of --help, and a run's imports over those of torch and the Trainer."""
+    found = reports["start_up"]["results"]
+    seconds = [dig(found, name, "cpu_s") for name in ("import llava_lite", "llava-lite --help")]
+    return [*seconds, dig(found, "imports of a training run", "of_trainer")]
+
+
 SPEED = Row(
     "training tokens/s, CPU, stages 1 / 2 / 3, over the best stock transformers",
     (1.5, 1.7, 1.45),
@@ -138,12 +162,32 @@ ROWS = [
         lambda reports: moe_layer(reports, on_gpu=True),
     ),
     Row(
+        "generation tokens/s, CPU, batch 1 / 8, over stock with a dynamic cache",
+        (1.1, 1.15),
+        (1.2, 1.25),
+        lambda reports: generation(reports, on_gpu=False),
+    ),
+    Row(
+        "H200 generation, 7B widths, batch 1, over stock as it comes",
+        (4.0,),
+        (6.0,),
+        lambda reports: generation(reports, on_gpu=True),
+    ),
+    Row("pictures a second and core, exact / fast, over LLaVA's path", (2.5, 3.5), (None, 4.5), pictures),
+    Row(
         "665,298 annotations: open warm, s / private memory of a process, MB / record, us",
         (0.5, 50, 25),
         (0.2, 15, 16),
         annotations,
         most=True,
         form="{:.3g}",
+    ),
+    Row(
+        "CPU s of `import llava_lite` / `--help`; a run's imports over torch and Trainer",
+        (0.1, 0.3, 1.3),
+        (None, None, 1.1),
+        start_up,
+        most=True,
     ),
 ]
 

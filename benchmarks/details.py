@@ -1,0 +1,60 @@
+"""Turn the reports of the smaller benchmarks into the tables of RESULTS.md, a line for every rival."""
+
+from __future__ import annotations
+
+from benchmarks.table import as_markdown, dig
+
+# Columns of a table: head, key of a rival's figures, factor, form.
+RATIO = ("ratio", "ratio", 1, "{:.2f}")
+MOE_LAYER = [("ms", "wall_s", 1e3, "{:.1f}"), RATIO, ("MiB at most", "peak_bytes", 2**-20, "{:.0f}")]
+GENERATION = [
+    ("tokens/s", "tokens_per_s", 1, "{:.1f}"),
+    RATIO,
+    ("first token, s", "first_token_s", 1, "{:.3f}"),
+    ("a step, ms", "step_s", 1e3, "{:.2f}"),
+]
+PICTURES = [
+    ("CPU ms a picture", "cpu_s_per_unit", 1e3, "{:.2f}"),
+    ("ratio of CPU seconds", "ratio_cpu", 1, "{:.2f}"),
+    ("mean distance from LLaVA's, normalised", "distance", 1, "{:.1e}"),
+]
+ANNOTATIONS = [
+    ("open warm, s", "open_s", 1, "{:.2f}"),
+    ("first time, s", "first_open_s", 1, "{:.1f}"),
+    ("us a record", "record_us", 1, "{:.1f}"),
+    ("private MB", "private_bytes", 1e-6, "{:.0f}"),
+]
+START_UP = [("CPU s", "cpu_s", 1, "{:.2f}"), ("of torch and Trainer", "of_trainer", 1, "{:.2f}")]
+
+
+def rivals_table(figures: dict, columns: list) -> str:
+    """Return a table with a line a rival."""
+    lines = [["", *(column[0] for column in columns)]]
+    for name, one in figures.items():
+        cells = [form.format(one[key] * factor) if key in one else "-" for _, key, factor, form in columns]
+        lines.append([name, *cells])
+    return as_markdown(lines)
+
+
+def detail_parts(reports: dict) -> list[str]:
+    """Return the headings and tables of MoE layer, generation, pictures, annotations and start-up."""
+    parts = []
+    layers = dig(reports, "moe_layer", "results", "training") or {}
+    parts += ["## MoE layer, forward and backward"] if layers else []
+    for num_tokens, figures in layers.items():
+        base = next(iter(figures.values())).get("base", "the first")
+        parts += [f"{num_tokens} tokens; ratio over {base}.", rivals_table(figures, MOE_LAYER)]
+    parts += grouped("Generation", dig(reports, "generation", "results"), GENERATION)
+    parts += grouped("Pictures", dig(reports, "pictures", "results"), PICTURES)
+    for title, name, columns in (("Annotations", "annotations", ANNOTATIONS), ("Start-up", "start_up", START_UP)):
+        figures = dig(reports, name, "results")
+        parts += [f"## {title}", rivals_table(figures, columns)] if figures else []
+    return parts
+
+
+def grouped(title: str, groups: dict | None, columns: list) -> list[str]:
+    """Return a heading, and a table for each group of rivals."""
+    parts = [f"## {title}"] if groups else []
+    for name, figures in (groups or {}).items():
+        parts += [f"{name[0].upper()}{name[1:]}.", rivals_table(figures, columns)]
+    return parts
