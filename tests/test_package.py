@@ -131,6 +131,30 @@ def test_import_costs_no_torch():
     assert done.stdout.strip() == "[]", done.stderr
 
 
+def test_help_costs_no_torch():
+    heavy = sorted({"torch", "transformers", "numpy", "PIL"} | OPTIONAL)
+    code = (
+        "import sys, contextlib\nfrom llava_lite.cli import main\nwith contextlib.suppress(SystemExit):\n"
+        f"    main(['--help'])\nprint([name for name in {heavy} if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, cwd=ROOT)
+    assert "verbs:" in done.stdout
+    assert done.stdout.splitlines()[-1] == "[]", done.stderr
+
+
+def test_training_loads_no_optional_library_that_the_trainer_of_transformers_does_not():
+    optional = sorted(OPTIONAL | {"pandas", "scipy", "pyarrow", "bitsandbytes", "liger_kernel", "simplejpeg"})
+    code = (
+        "import sys, torch\nfrom transformers import Trainer, LlavaForConditionalGeneration\n"
+        "before = set(sys.modules)\nimport llava_lite.train.train, llava_lite.train.llava_trainer\n"
+        "import llava_lite.train.final, llava_lite.train.card, llava_lite.data.dataset, llava_lite.data.collator\n"
+        "import llava_lite.model.builder, llava_lite.processing\n"
+        f"print([name for name in {optional} if name in set(sys.modules) - before])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, cwd=ROOT)
+    assert done.stdout.splitlines()[-1:] == ["[]"], done.stderr
+
+
 @pytest.mark.parametrize("name", llava_lite.__all__)
 def test_public_name_opens(name):
     value = getattr(llava_lite, name)
