@@ -3,8 +3,9 @@
     python -m benchmarks [--quick] [--only training ablation ...] [--llava FOLDER --python-path FOLDER]
     python -m benchmarks --report           nothing is run: the table from the results that are there
 
-On a CPU that nobody else uses all of it takes about 20 minutes; `python -m benchmarks.cuda_suite` is apart, for a GPU,
-and its report is read too where it lies in the same folder.
+On two cores that nobody else uses training takes about a quarter of an hour, all of it twice that; the rest can be run
+apart by --only, since the table is made of all reports that lie in the folder. `python -m benchmarks.cuda_suite` is for
+a GPU and started by itself.
 """
 
 from __future__ import annotations

@@ -45,9 +45,7 @@ def variants_of(stage: int, takes_features: bool) -> dict[str, Variant]:
     variants["gradient checkpointing on"] = Variant(checkpointing=True)
     if takes_features:
         variants["feature cache on"] = Variant(cached_features=True)
-    everything = {"plain_paths": frozenset(paths), "packing": False, "onednn": False}
-    variants["all off"] = Variant(**everything)
-    variants["all off, gradient checkpointing on"] = Variant(**everything, checkpointing=True)
+    variants["all off"] = Variant(frozenset(paths), packing=False, onednn=False)
     return variants
 
 

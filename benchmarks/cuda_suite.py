@@ -1,7 +1,8 @@
 """Turn one GPU and 8 minutes into MFU, memory and speed at the widths of a 7B model, ours beside what others use.
 
-    python -m benchmarks.cuda_suite [--json FILE] [--minutes 8]      on a GPU; needs no `datasets`
-    python -m benchmarks.cuda_suite --toy                            the same code at toy widths on a CPU
+    python -m benchmarks.cuda_suite --json benchmarks/results/cuda_suite.json    on a GPU; needs no `datasets`
+    python -m benchmarks --report                                                the table with its figures
+    python -m benchmarks.cuda_suite --toy                                        the same code at toy widths on a CPU
 
 Random weights in bfloat16, gradients and AdamW's states too, for all rivals alike. Two such models do not fit on a
 card, so rivals of a stage run one after another, each for some steps; the spread of the steps of a rival is given.
