@@ -8,24 +8,12 @@ rows before their activation, which is computed again. MegaBlocks (Gale et al. 2
 Shapes: `S` tokens, `K` choices a token, `R` rows of a group, `E` experts, `D` model width, `I` width of an expert.
 """
 
-from dataclasses import dataclass
-from functools import partial
-
 import torch
 from torch.autograd.function import once_differentiable
-from torch.nn import functional as F
 
+from .expert_activation import ExpertActivation
 from .expert_groups import can_group, empty_gradient, group_choices
 
-_gelu_tanh = partial(F.gelu, approximate="tanh")
-_gelu_tanh_backward = partial(torch.ops.aten.gelu_backward, approximate="tanh")
-# By config.hidden_act: the function, and (gradient, input) -> gradient. Any other one is left to autograd.
-ACTIVATIONS = {
-    "silu": (F.silu, torch.ops.aten.silu_backward),
-    "gelu": (F.gelu, torch.ops.aten.gelu_backward),
-    "gelu_new": (_gelu_tanh, _gelu_tanh_backward),
-    "gelu_pytorch_tanh": (_gelu_tanh, _gelu_tanh_backward),
-}
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -39,7 +27,7 @@ def grouped_experts(module, tokens, experts, weights):
     if torch.is_autocast_enabled(tokens.device.type):
         dtype = torch.get_autocast_dtype(tokens.device.type)
         params = [param if param is None else param.to(dtype) for param in params]
-    activation = InnerActivation(module.has_gate, module.config.hidden_act, module.act_fn)
+    activation = ExpertActivation(module.has_gate, module.config.hidden_act, module.act_fn)
     widths = (module.shape.hidden_size, module.shape.intermediate_size)
     groups = group_choices(experts, module.num_experts, can_group(tokens.device, dtype, widths))
     rows = tokens.to(dtype)
@@ -64,43 +52,11 @@ def _parameters(module):
     return getattr(module, module.up_name), up_bias, module.down_proj, down_bias
 
 
-@dataclass(frozen=True)
-class InnerActivation:
-    """What stands between an expert's two products: act(gate) * up, or act alone."""
-
-    gated: bool
-    name: str
-    module: torch.nn.Module
-
-    def hidden(self, inner):
-        """Return (activated, hidden) rows [R, I] of inner ones; nothing gated, both are the same."""
-        activate, _ = self._functions()
-        if not self.gated:
-            activated = activate(inner)
-            return activated, activated
-        gate, up = inner.chunk(2, dim=1)
-        activated = activate(gate)
-        return activated, activated * up
-
-    def gradient(self, inner, activated, grad):
-        """Return the gradient of inner rows; `grad`, that of hidden ones, is written over."""
-        _, backward = self._functions()
-        if not self.gated:
-            return backward(grad, inner)
-        gate, up = inner.chunk(2, dim=1)
-        result = torch.empty_like(inner)
-        for_gate, for_up = result.chunk(2, dim=1)
-        torch.mul(grad, activated, out=for_up)
-        for_gate.copy_(backward(grad.mul_(up), gate))
-        return result
-
-    def _functions(self):
-        return ACTIVATIONS.get(self.name) or (self.module, self._backward_by_autograd)
-
-    def _backward_by_autograd(self, grad, inner):
-        with torch.enable_grad():
-            inner = inner.detach().requires_grad_()
-            return torch.autograd.grad(self.module(inner), inner, grad)[0]
+def graph_is_kept():
+    """Return whether the running backward pass may be repeated (retain_graph), as far as torch tells."""
+    # Private; functions that torch.compile makes ask it for the same reason.
+    ask = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    return ask is None or ask()
 
 
 def mix_experts(tokens, weights, params, activation, groups, keep=None):
@@ -109,8 +65,7 @@ def mix_experts(tokens, weights, params, activation, groups, keep=None):
     mixed = torch.zeros_like(tokens, dtype=weights.dtype)
     for group in groups:
         inner = group.product(tokens.index_select(0, group.tokens), up, up_bias)  # [R, 2I] or [R, I]
-        _, hidden = activation.hidden(inner)
-        group.add_to(mixed, group.product(hidden, down, down_bias), weights)
+        group.add_to(mixed, group.product(activation.hidden(inner), down, down_bias), weights)
         if keep is not None:
             keep.append(inner)
     return mixed.to(tokens.dtype)
@@ -139,25 +94,23 @@ class _GroupedExperts(torch.autograd.Function):
         d_up_bias = empty_gradient(up[:, :, 0], ctx.groups) if for_up_bias else None
         d_down = empty_gradient(down, ctx.groups) if for_down else None
         d_down_bias = empty_gradient(down_bias, ctx.groups) if for_down_bias else None
+        keeps = graph_is_kept()
         for group, inner in zip(ctx.groups, inners, strict=True):
             share = weights.flatten()[group.choices, None]  # [R, 1]
             d_out = grad.index_select(0, group.tokens)  # [R, D], not weighted yet
             d_hidden = group.product_back(d_out, down)  # [R, I]
-            activated, hidden = ctx.activation.hidden(inner)
+            # Inner rows that nobody will ask for again give their place to their gradient.
+            d_inner = torch.empty_like(inner) if keeps else inner
+            hidden, dots = ctx.activation.back(inner, d_hidden, share, weights.dtype, d_inner)
             if for_weights:
-                d_weight = (d_hidden * hidden).sum(dim=1, dtype=weights.dtype)
-                if down_bias is not None:
-                    d_weight += group.dot_bias(d_out, down_bias)
+                d_weight = dots if down_bias is None else dots + group.dot_bias(d_out, down_bias)
                 d_weights.view(-1)[group.choices] = d_weight
             d_out.mul_(share)
             if for_down:
                 group.weight_gradient(d_out, hidden, d_down)
             if for_down_bias:
                 group.bias_gradient(d_out, d_down_bias)
-            if not (for_tokens or for_up or for_up_bias):
-                continue
-            d_inner = ctx.activation.gradient(inner, activated, d_hidden.mul_(share))
-            del d_out, d_hidden, activated, hidden
+            del d_out, d_hidden, hidden
             if for_up:
                 group.weight_gradient(d_inner, tokens.index_select(0, group.tokens), d_up)
             if for_up_bias:

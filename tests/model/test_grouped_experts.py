@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from llava_lite.model import expert_groups, experts
+from llava_lite.model import expert_activation, expert_groups, experts
 from llava_lite.model.experts import OWN, Experts, MlpShape
 from llava_lite.model.plain_paths import set_plain_paths
 
@@ -201,6 +201,18 @@ def test_a_graph_that_is_kept_can_be_walked_twice():
     first = torch.autograd.grad(loss, list(module.parameters()), retain_graph=True)
     second = torch.autograd.grad(loss, list(module.parameters()))
     torch.testing.assert_close(first, second, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_blocks_of_few_rows_give_what_one_block_gives(monkeypatch, shape):
+    module = experts_of(shape)
+    routes, ahead = routes_of(60, 2), torch.randn(60, WIDTH)
+    whole = results_of(lambda module, *given: module(*given), module, *routes, ahead)
+    # 3 rows, which divide the rows of no expert, and 1.
+    for block in (3 * INNER, 1):
+        monkeypatch.setattr(expert_activation, "BLOCK", block)
+        found = results_of(lambda module, *given: module(*given), module, *routes, ahead)
+        assert_close(found, whole, 1e-6, 1e-6)
 
 
 def test_kept_for_the_backward_pass_are_tokens_and_inner_rows_alone():
