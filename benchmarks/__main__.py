@@ -3,9 +3,9 @@
     python -m benchmarks [--quick] [--only training ablation ...] [--llava FOLDER --python-path FOLDER]
     python -m benchmarks --report           nothing is run: the table from the results that are there
 
-On two cores that nobody else uses training takes about a quarter of an hour, all of it twice that; the rest can be run
-apart by --only, since the table is made of all reports that lie in the folder. `python -m benchmarks.cuda_suite` is for
-a GPU and started by itself.
+On two cores that nobody else uses training takes about a quarter of an hour, all of it twice that; parts can be run
+apart by --only, since the table is made of all reports that lie in the folder. `python -m benchmarks.cuda_suite` is
+for a GPU and started by itself.
 """
 
 from __future__ import annotations
