@@ -10,7 +10,9 @@ from llava_lite.train.memory import (
     memory_lines,
     offloaded,
 )
-from llava_lite.train.tuning import choose_what_trains, describe, loading_dtype
+from llava_lite.train.scale import Cluster, Step, Work, hours_of, sent_bytes, weights_of
+from llava_lite.train.throughput import step_flops
+from llava_lite.train.tuning import choose_what_trains, compute_dtype, describe, loading_dtype
 
 # What a pack of --packing tokens is full of, counted on lengths like mix665k's; see data/packing.py.
 PACK_SHARE = 0.97
@@ -93,6 +95,29 @@ def empty_model(model_args, data_args, training_args):
     return choose_what_trains(model, model_args, training_args)
 
 
+def traffic_lines(model, args, options, num_tokens):
+    """Return what a device sends in a step and how long a pass takes; computed, see scale.py."""
+    num_micro, links = args.gradient_accumulation_steps, Cluster(num_devices=options.num_devices)
+    wire_bytes = compute_dtype(args).itemsize
+    sent = sum(sent_bytes(weights_of(model), args.zero_stage, options.num_devices, num_micro, wire_bytes).values())
+    line = f"a device sends {sent / 1e9:.3f} GB a step (computed)"
+    if options.num_records is None:
+        return line
+    records = num_micro * (
+        args.per_device_train_batch_size if args.packing != "tokens" else num_tokens / options.record_tokens
+    )
+    tokens = records * options.record_tokens
+    flops = step_flops(model).of_batch(tokens, tokens, records if model.config.has_vision_tower else 0)
+    bandwidth = links.bandwidth if options.bandwidth is None else options.bandwidth * 1e9
+    work_s, send_s = flops / (options.peak_tflops * 1e12 * options.mfu), sent / bandwidth
+    step = Step(records / num_micro, num_micro, records * options.num_devices, sent, work_s, send_s)
+    best, worst = hours_of(step, Work(options.num_records, options.record_tokens, 0, 0, 0))
+    return (
+        f"{line}, {send_s:.3f} s beside {work_s:.3f} s of work at {options.mfu:.0%} of the peak (computed)\n"
+        f"{options.num_records:,} records: {best:.2f} hours with sending hidden behind work, {worst:.2f} without"
+    )
+
+
 def main(argv=None):
     """Print the plan of a run: the flags of `llava-lite train`, and those below. Reads configs, no weights."""
     import argparse
@@ -107,6 +132,21 @@ def main(argv=None):
     own.add_argument(
         "--device_memory", "--device-memory", type=float, default=80, metavar="GIB",
         help="memory of a device, for --gradient_checkpointing auto (default: 80)",
+    )  # fmt: skip
+    own.add_argument("--num_records", "--num-records", type=int, help="records of a pass: print its hours too")
+    own.add_argument(
+        "--record_tokens", "--record-tokens", type=float, default=786, help="of one, its picture included"
+    )
+    own.add_argument(
+        "--mfu", type=float, default=Cluster.mfu, help="utilisation that you expect (default: %(default)s)"
+    )
+    own.add_argument(
+        "--peak_tflops", "--peak-tflops", type=float, default=Cluster.peak_flops / 1e12, help="of a device"
+    )
+    own.add_argument(
+        "--bandwidth", type=float, metavar="GB_S",
+        help=f"that a device sends at (default: {Cluster.node_bandwidth / 1e9:.0f} in a node of "
+        f"{Cluster.devices_a_node}, {Cluster.network_bandwidth / 1e9:.0f} out of it)",
     )  # fmt: skip
     options, flags = own.parse_known_args(argv)
     if {"-h", "--help"} & set(flags):
@@ -135,6 +175,7 @@ def main(argv=None):
     print("\n".join(memory_lines(memory_with(chosen))))
     if args.auto_checkpointing:
         print(f"without checkpointing {gib(memory_with(0).total)}, room for {gib(budget)}")
+    print(traffic_lines(model, args, options, num_tokens))
     if offload:
         print(f"in the memory of the host, or on its disks: {' and '.join(sorted(offload))}")
     if model.config.has_vision_tower:
