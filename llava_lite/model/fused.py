@@ -38,7 +38,14 @@ def rms_norm(inputs, weight, eps: float) -> torch.Tensor:
     if liger is not None:
         # Llama's casting; the gradient that comes in is left as it is.
         return liger.norm(inputs, weight, eps, 0.0, "llama", False)
+    if has_kernel(inputs, weight):
+        return F.rms_norm(inputs, weight.shape, weight, eps)
     return _RmsNorm.apply(inputs, weight, eps)
+
+
+def has_kernel(inputs, weight) -> bool:
+    """Return whether torch norms these in one kernel of its own, which keeps as little: on CUDA, of one dtype."""
+    return inputs.device.type == "cuda" and inputs.dtype == weight.dtype
 
 
 class _RmsNorm(torch.autograd.Function):

@@ -59,6 +59,16 @@ def test_norm_is_that_of_transformers(dtype, weight_dtype, trained):
     assert_same(ours[1], theirs[1], TOLERANCE[dtype] * 5)
 
 
+def test_on_cuda_without_liger_torchs_own_norm_gives_the_same(monkeypatch):
+    inputs, weight = torch.randn(B, L, D), 1 + torch.randn(D) / 4
+    assert not fused.has_kernel(inputs, weight)
+    assert fused.has_kernel(types.SimpleNamespace(device=torch.device("cuda"), dtype=torch.float32), weight)
+    monkeypatch.setattr(fused, "has_kernel", lambda *pair: True)
+    ours = run(lambda x, w: fused.rms_norm(x, w, 1e-5), [inputs, weight])
+    theirs = run(stock_norm, [inputs, weight])
+    assert_same([*ours[0], *ours[1]], [*theirs[0], *theirs[1]], 5e-6)
+
+
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
 def test_gate_is_silu_times_up(dtype):
     torch.manual_seed(0)
