@@ -28,12 +28,23 @@ GATED_MLPS = (LlamaMLP, MistralMLP, Qwen2MLP, Qwen3MLP)
 def can_step(stack, embeds, attention_mask, cache, arguments) -> bool:
     """Tell whether `step` gives what the stack's own forward pass would, nothing beside it having been asked for.
 
-    embeds: [B, L, D]. arguments: further keywords of the call; one that says anything is the stock pass's business.
+    embeds: [B, L, D]. arguments: further keywords of the call.
     """
     return (
         embeds is not None
         and embeds.shape[1] == 1
-        and embeds.device.type == "cpu"
+        and runs_here(stack, embeds, attention_mask, cache, arguments)
+        and all(layer.is_initialized for layer in cache.layers)
+    )
+
+
+def runs_here(stack, embeds, attention_mask, cache, arguments) -> bool:
+    """Tell whether stack and call are such that the bodies of this package's inference are the stock ones.
+
+    arguments: further keywords of the call; one that says anything is the stock pass's business.
+    """
+    return (
+        embeds.device.type == "cpu"
         and embeds.dtype == torch.float32
         and not (stack.training or torch.is_grad_enabled() or torch.compiler.is_compiling())
         and not torch.is_autocast_enabled("cpu")
@@ -45,7 +56,7 @@ def can_step(stack, embeds, attention_mask, cache, arguments) -> bool:
         and (attention_mask is None or attention_mask.dim() == 2)
         and cache is not None
         and len(cache.layers) == len(stack.layers)
-        and all(type(layer) is GrowingLayer and layer.is_initialized for layer in cache.layers)
+        and all(type(layer) is GrowingLayer for layer in cache.layers)
         and all(is_known(layer) for layer in stack.layers)
     )
 

@@ -24,6 +24,7 @@ from llava_lite.model.llava_names import LlavaNames, StackNames
 from llava_lite.model.loading import LoadingMixin, StackLoadingMixin
 from llava_lite.model.moe import MoeBlock, RoutingContext, init_moe_weights, read_moe_config, set_routing
 from llava_lite.model.outputs import LlavaOutput
+from llava_lite.model.reading import can_read, read
 from llava_lite.model.sharing import SharingMixin
 from llava_lite.model.splice import Batch
 from llava_lite.model.supervision import find_supervised
@@ -119,8 +120,11 @@ class LlavaMetaModel(StackNames, EmbeddingMixin, ImageFeaturesMixin, StackLoadin
             input_ids, attention_mask, position_ids = None, batch.attention_mask, batch.position_ids
         elif pixel_values is not None:
             inputs_embeds = self.write_pictures(inputs_embeds, pixel_values, image_sizes)
+        last_only = kwargs.pop("last_only", False)
         if can_step(self, inputs_embeds, attention_mask, past_key_values, kwargs):
             return step(self, inputs_embeds, attention_mask, position_ids, past_key_values)
+        if can_read(self, inputs_embeds, attention_mask, position_ids, past_key_values, kwargs):
+            return read(self, inputs_embeds, attention_mask, position_ids, past_key_values, last_only)
         if attention_mask is None and past_key_values is None and "cu_seq_lens_q" not in kwargs:
             kwargs |= find_segments(position_ids)
         if "cu_seq_lens_q" in kwargs:
@@ -237,6 +241,9 @@ class LlavaMetaForCausalLM(
             recorded = output_hidden_states or output_attentions or self.config.output_hidden_states
             if self.training and self.model.selects_rows and past_key_values is None and not recorded:
                 kwargs["supervised_rows"] = positions
+        if past_key_values is not None and not learns and isinstance(logits_to_keep, int) and logits_to_keep == 1:
+            # Where the stack can, it makes each row's last hidden state alone.
+            kwargs["last_only"] = True
         outputs = self.model(
             inputs_embeds=inputs_embeds,
             attention_mask=batch.attention_mask,

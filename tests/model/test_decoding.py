@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from llava_lite.model import decoding
+from llava_lite.model import decoding, reading
 from llava_lite.model.decoding import can_step
 from llava_lite.model.kv_cache import GrowingCache
 from llava_lite.model.plain_paths import set_plain_paths
@@ -23,6 +23,19 @@ def steps(monkeypatch):
         return plain(stack, embeds, *rest)
 
     monkeypatch.setattr("llava_lite.model.llava_arch.step", noted)
+    return seen
+
+
+@pytest.fixture
+def reads(monkeypatch):
+    """Of each call of `read`: whether only the last positions were asked for."""
+    seen, plain = [], reading.read
+
+    def noted(*arguments):
+        seen.append(arguments[-1])
+        return plain(*arguments)
+
+    monkeypatch.setattr("llava_lite.model.llava_arch.read", noted)
     return seen
 
 
@@ -52,6 +65,41 @@ def test_a_step_gives_what_the_layers_own_bodies_give(backbone, moe, padded, toy
     found = decode(model, plain=False, mask=mask)
     assert steps == [(2, 1, 32)] * 3
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+def prompt_pass(model, mask, keep, plain):
+    """Return (logits of a prompt, its cache) by the plain bodies or ours."""
+    set_plain_paths(model, ["layers"] if plain else [])
+    cache, where = GrowingCache(model.config), (mask.cumsum(1) - 1).clamp(min=0)
+    arguments = {"attention_mask": mask, "position_ids": where, "past_key_values": cache, "use_cache": True}
+    with torch.no_grad():
+        return model(PROMPT, logits_to_keep=keep, **arguments).logits, cache
+
+
+@pytest.mark.parametrize("keep", [0, 1, 2])
+@pytest.mark.parametrize("mask", [[[1] * 5, [1] * 5], [[0, 0, 1, 1, 1], [1] * 5]], ids=["whole rows", "padded rows"])
+@pytest.mark.parametrize("backbone", SHAPED)
+def test_a_prompt_is_read_to_what_the_layers_own_bodies_make_of_it(backbone, mask, keep, toy_model, reads):
+    model = toy_model(backbone, **({"sliding_window": None} if backbone == "mistral" else {}))
+    mask = torch.tensor(mask)
+    expected, stock = prompt_pass(model, mask, keep, plain=True)
+    assert reads == []
+    found, ours = prompt_pass(model, mask, keep, plain=False)
+    assert reads == [keep == 1]
+    assert found.shape == expected.shape
+    real = mask.bool()
+    kept = real[:, -found.shape[1] :]
+    torch.testing.assert_close(found[kept], expected[kept], atol=1e-5, rtol=1e-5)
+    for one, other in zip(ours.layers, stock.layers, strict=True):
+        for mine, theirs in ((one.keys, other.keys), (one.values, other.values)):
+            mine, theirs = mine.transpose(1, 2)[real], theirs.transpose(1, 2)[real]
+            torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=1e-5)
+
+
+def test_experts_and_rows_that_end_in_padding_are_left_to_the_stock_pass(toy_model, reads):
+    prompt_pass(toy_model(moe=MOE), torch.ones_like(PROMPT), 1, plain=False)
+    prompt_pass(toy_model(), torch.tensor([[1, 1, 1, 0, 0], [1] * 5]), 1, plain=False)
+    assert reads == []
 
 
 @pytest.mark.parametrize("backbone", ["phi", "stablelm"])
