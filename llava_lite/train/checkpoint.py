@@ -32,6 +32,7 @@ from llava_lite.train.trained_weights import (
     trained_names,
     trained_state,
 )
+from llava_lite.train.tuning import count
 
 __all__ = ["CheckpointMixin", "SaveError", "find_checkpoint", "newest_whole_checkpoint", "save_final"]
 
@@ -225,7 +226,7 @@ class CheckpointMixin:
             return self._checkpoint_bytes
         params = [p for p in self.model.parameters() if p.requires_grad]
         master_bytes = 4 if self.is_deepspeed_enabled else 0
-        return sum(getattr(p, "ds_numel", p.numel()) * (p.element_size() + 8 + master_bytes) for p in params)
+        return sum(count(p) * (p.element_size() + 8 + master_bytes) for p in params)
 
     def _write_state(self, staged: Path) -> None:
         """Write every file of the checkpoint but the manifest."""
