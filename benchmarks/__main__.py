@@ -60,7 +60,7 @@ def main(argv=None) -> int:
         flags = ["--quick"] if args.quick else []
         for key in ("threads", "rounds"):
             flags += [f"--{key}", str(getattr(args, key))] if getattr(args, key) else []
-        if name == "training" and args.llava:
+        if name in ("training", "pictures") and args.llava:
             flags += ["--llava", args.llava, *(["--python-path", args.python_path] if args.python_path else [])]
         if not run(name, folder / f"{name}.json", flags):
             failed.append(name)

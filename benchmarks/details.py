@@ -16,13 +16,15 @@ GENERATION = [
 PICTURES = [
     ("CPU ms a picture", "cpu_s_per_unit", 1e3, "{:.2f}"),
     ("ratio of CPU seconds", "ratio_cpu", 1, "{:.2f}"),
+    ("over LLaVA's own code", "ratio_cpu_to_original", 1, "{:.2f}"),
     ("mean distance from LLaVA's, normalised", "distance", 1, "{:.1e}"),
 ]
 ANNOTATIONS = [
     ("open warm, s", "open_s", 1, "{:.2f}"),
     ("first time, s", "first_open_s", 1, "{:.1f}"),
     ("us a record", "record_us", 1, "{:.1f}"),
-    ("private MB", "private_bytes", 1e-6, "{:.0f}"),
+    ("private MB more", "private_bytes", 1e-6, "{:.0f}"),
+    ("in all", "private_bytes_of_process", 1e-6, "{:.0f}"),
 ]
 START_UP = [("CPU s", "cpu_s", 1, "{:.2f}"), ("of torch and Trainer", "of_trainer", 1, "{:.2f}")]
 
