@@ -208,7 +208,7 @@ def test_blocks_of_few_rows_give_what_one_block_gives(monkeypatch, shape):
     module = experts_of(shape)
     routes, ahead = routes_of(60, 2), torch.randn(60, WIDTH)
     whole = results_of(lambda module, *given: module(*given), module, *routes, ahead)
-    # 3 rows, which divide the rows of no expert, and 1.
+    # 3 rows a block, and 1.
     for block in (3 * INNER, 1):
         monkeypatch.setattr(expert_activation, "BLOCK", block)
         found = results_of(lambda module, *given: module(*given), module, *routes, ahead)
