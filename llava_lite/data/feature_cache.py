@@ -11,6 +11,7 @@ import os
 import socket
 import time
 import uuid
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -55,11 +56,14 @@ class FeatureStore:
         """Return the names of the shards that are whole."""
         return sorted(path.stem for path in self.folder.glob("*.npy") if path.with_suffix(".bin").exists())
 
-    def find(self, keys: np.ndarray) -> np.ndarray:
-        """Return the place [S] of each key [S] (PLACE); `shard` is -1 where nothing is stored."""
+    def find(self, keys: np.ndarray, names: list[str] | None = None) -> np.ndarray:
+        """Return the place [S] of each key [S] (PLACE); `shard` is -1 where nothing is stored.
+
+        names: of the shards that are looked through, which `shard` counts; default: those that are whole now.
+        """
         places = np.zeros(len(keys), PLACE)
         places["shard"] = -1
-        lists = [self._entries(name) for name in self.shards()]
+        lists = [self._entries(name) for name in (self.shards() if names is None else names)]
         entries = np.concatenate([np.zeros(0, ENTRY), *lists])
         if len(entries):
             shards = np.repeat(np.arange(len(lists)), [len(one) for one in lists])
@@ -86,7 +90,9 @@ class FeatureStore:
 
         Raises KeyError if one is not stored.
         """
-        names, places = self.shards(), self.find(keys)
+        # Listed once: other processes add shards at any time, and a number must go on meaning the same one.
+        names = self.shards()
+        places = self.find(keys, names)
         missing = int((places["shard"] < 0).sum())
         if missing:
             raise KeyError(f"{missing} of {len(keys)} pictures have no features in {self.folder}.")
@@ -100,8 +106,10 @@ class FeatureStore:
         """Throw away what killed writers have left behind."""
         for path in [*self.folder.glob("*.bin"), *self.folder.glob("*.part")]:
             is_whole = path.suffix == ".bin" and path.with_suffix(".npy").exists()
-            if not is_whole and time.time() - path.stat().st_mtime > ORPHAN_S:
-                path.unlink(missing_ok=True)
+            # Another rank sweeps at the same time, or a writer has just finished.
+            with suppress(FileNotFoundError):
+                if not is_whole and time.time() - path.stat().st_mtime > ORPHAN_S:
+                    path.unlink()
 
 
 class FeatureView:
@@ -172,9 +180,16 @@ class FeatureWriter:
         """Let everybody read what was added so far."""
         if self.file is None:
             return
-        path = Path(self.file.name).with_suffix(".npy")
-        self.file.flush()
-        os.fsync(self.file.fileno())
-        self.file.close()
-        save_array(path, np.array(self.entries, ENTRY))
+        path, file, entries = Path(self.file.name), self.file, self.entries
         self.file, self.entries = None, []
+        try:
+            file.flush()
+            os.fsync(file.fileno())
+            file.close()
+            save_array(path.with_suffix(".npy"), np.array(entries, ENTRY))
+        except OSError:
+            # A full disk: what nobody can read must not go on filling it.
+            with suppress(OSError):
+                file.close()
+            path.unlink(missing_ok=True)
+            raise

@@ -29,6 +29,8 @@ from llava_lite.pictures import PictureError, open_picture
 
 # The share of bad records is judged from here on: the first record of a run may be a bad one.
 LEAST_JUDGED = 1000
+# A lane's share of an epoch may hold no record where a shard is empty or there are few; the next is another share.
+MOST_EMPTY_EPOCHS = 100
 
 
 class LaneState(NamedTuple):
@@ -73,16 +75,22 @@ class Lane:
 
     def __iter__(self) -> Iterator[tuple[Shard, RawRecord]]:
         """Yield a record and its shard; `state` is that after it."""
-        while True:
+        num_empty = 0
+        while num_empty < MOST_EMPTY_EPOCHS:
             before = self.state
             parts = parts_of_lane(len(self.shards), self.num_lanes, self.lane, self.seed, before.epoch)
             for turn in range(before.turn, len(parts)):
                 shard, part, num_parts = parts[turn]
                 yield from self._shard(shard, part, num_parts)
                 self.state = self.state._replace(turn=turn + 1, offset=0, number=0, taken=0)
-            if before.turn == before.number == 0 and self.state.num_records == before.num_records:
-                raise DataError(f"{self.shards[0].path} and {len(self.shards) - 1} more shards: no record for a lane.")
+            # An empty epoch is no fault: its share may be an empty shard, or read to the end before a resume.
+            num_empty = num_empty + 1 if self.state.num_records == before.num_records else 0
             self.state = self.state._replace(epoch=before.epoch + 1, turn=0)
+        names = [self.shards[0].path, *([self.shards[-1].path] if len(self.shards) > 1 else [])]
+        raise DataError(
+            f"{' to '.join(names)} ({len(self.shards)} shards): no record for a lane in {num_empty} epochs. Are they "
+            f"empty, or fewer records than the {self.num_lanes} lanes (ranks x --dataloader_num_workers)?"
+        )
 
     def _shard(self, shard: int, part: int, num_parts: int) -> Iterator[tuple[Shard, RawRecord]]:
         records = read_shard(self.shards[shard], Place(self.state.offset, self.state.number), part, num_parts)

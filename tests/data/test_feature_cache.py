@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import resource
 import signal
 import subprocess
 import sys
@@ -126,6 +127,48 @@ def test_only_old_remains_are_swept(store):
     assert not old.exists()
     assert fresh.exists()
     assert torch.equal(one_each(store, 1)[0][0].features, features(1))
+
+
+def test_a_shard_that_comes_while_a_view_is_made_moves_no_other(store, tmp_path):
+    write(store, 1, 2)
+    other = FeatureStore(tmp_path / "other", torch.float32, C)
+    write(other, 8, 9)
+
+    class Busy(FeatureStore):
+        """A store into which another run writes a shard, the first by name, whenever this one has listed it."""
+
+        def shards(self):
+            names = super().shards()
+            for path in list(other.folder.glob("*.*")):
+                path.rename(self.folder / f"a{path.suffix}")
+            return names
+
+    view = one_each(Busy(store.folder, torch.float32, C), 1, 2)
+    assert [torch.equal(view[i][0].features, features(i + 1)) for i in (0, 1)] == [True, True]
+    assert one_each(store, 9)[0][0].size == (9, 18)
+
+
+def test_remains_that_another_rank_sweeps_at_the_same_time_are_no_error(store):
+    write(store, 1)
+    # What another rank has thrown away since the folder was listed looks like this to whoever opens it.
+    (store.folder / "old.bin").symlink_to(store.folder / "gone")
+    store.sweep()
+    assert store.shards()
+
+
+def test_a_shard_that_the_disk_has_no_room_for_leaves_nothing_behind(store):
+    write(store, 1)
+    before = sorted(store.folder.iterdir())
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (P * C * 4, limits[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            write(store, 2, 3)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert sorted(store.folder.iterdir()) == before
+    write(store, 2, 3)
+    assert torch.equal(one_each(store, 3)[0][0].features, features(3))
 
 
 WRITER = """

@@ -196,6 +196,24 @@ def test_lane_without_records_is_refused(tmp_path, stream):
         next(iter(stream()))
 
 
+def test_a_run_goes_on_at_the_end_of_a_shard_that_is_an_epoch(stream):
+    whole = stream([6], batch_size=2)
+    batches = list(islice(whole, 9))
+    for batch in batches[:3]:
+        whole.note(batch)
+    assert sorted(ids_of(batches[:3])) == [f"{n:06d}" for n in range(6)]
+    resumed = stream(batch_size=2)
+    resumed.load_state_dict(whole.state_dict())
+    assert ids_of(islice(resumed, 9)) == ids_of(batches[3:])
+
+
+def test_an_empty_shard_among_others_stops_no_lane(tmp_path, stream):
+    write_caption_tars(tmp_path / "shards", [5, 0])
+    for rank in (0, 1):
+        ids = ids_of(islice(stream(batch_size=1, rank=rank, num_ranks=2), 10))
+        assert sorted(set(ids)) == [f"{n:06d}" for n in range(5)]
+
+
 def test_packs_hold_as_many_examples_as_have_room(stream):
     one_by_one = [batch.examples[0] for batch in islice(stream(batch_size=1), 60)]
     lengths = [len(example["input_ids"]) for example in one_by_one]
