@@ -140,6 +140,12 @@ def read_parquet(shard: Shard, place: Place = START, part: int = 0, num_parts: i
             table = parquet.ParquetFile(file)
             wanted = {*PICTURE_COLUMNS, *CAPTION_KEYS, *ID_COLUMNS, "conversations"}
             columns = [name for name in table.schema_arrow.names if name in wanted]
+            has_captions = set(CAPTION_KEYS) & set(columns) and set(PICTURE_COLUMNS) & set(columns)
+            if "conversations" not in columns and not has_captions:
+                raise DataError(
+                    f"{shard.name} has the columns {', '.join(table.schema_arrow.names) or '(none)'}; expected "
+                    f"conversations, or one of {', '.join(CAPTION_KEYS)} beside one of {', '.join(PICTURE_COLUMNS)}."
+                )
             row = 0
             for group in range(table.num_row_groups):
                 num_rows = table.metadata.row_group(group).num_rows

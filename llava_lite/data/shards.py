@@ -63,6 +63,9 @@ def find_shards(data_path: str | Sequence[str]) -> list[Shard]:
         if len(here) < (1 if is_folder else len(paths)):
             expected = f"expected files that end in .{' or .'.join(SHARD_KINDS)}"
             there = "no shard is" if is_folder else f"{len(here)} of {len(paths)} shards are"
+            # The first: of a hundred thousand, asked one by one, that is soon found.
+            absent = (path for path in paths if not url_to_fs(path)[0].glob(url_to_fs(path)[1]))
+            there = f"{next(absent, pattern)} is missing, {there}" if len(paths) > 1 and not is_folder else there
             raise DataError(f"{pattern}: {there} there; {expected}.")
         found |= here
     return [found[path] for path in sorted(found)]

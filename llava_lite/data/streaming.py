@@ -240,8 +240,9 @@ class StreamDataset(IterableDataset):
 
     def _judge(self, state: LaneState, error: DataError) -> None:
         if self.bad_record == "raise":
+            end = "" if str(error).endswith("?") else "."
             raise DataError(
-                f"{str(error).rstrip('.')}. Mend it, or leave such records out with --bad_record skip."
+                f"{str(error).rstrip('.')}{end} Mend it, or leave such records out with --bad_record skip."
             ) from error
         if state.num_bad > self.max_bad_share * max(state.num_records, LEAST_JUDGED):
             share = f"{state.num_bad:,} of {state.num_records:,} records of a lane cannot be used, the last: {error}"

@@ -26,13 +26,18 @@ def refuse_of_shards(data_args, training_args) -> None:
             "--max_steps is needed with shards: how many records they hold is known when they have been read. One "
             "pass over N records is N / (ranks x batch x accumulation) steps."
         )
-    for flag, is_set in {
-        "group_by_modality_length True": training_args.group_by_modality_length,
-        f"eval_split {data_args.eval_split}": data_args.eval_split > 0,
-    }.items():
+    strategy, features = training_args.train_sampling_strategy, data_args.feature_cache
+    for flag, is_set, instead in (
+        # Some recipes say it, whoever has not typed it.
+        ("group_by_modality_length True", training_args.group_by_modality_length, "add the flag with False"),
+        (f"train_sampling_strategy {strategy}", strategy != "random", "drop it"),
+        (f"eval_split {data_args.eval_split}", data_args.eval_split > 0, "name other files with --eval_data_path"),
+        (f"feature_cache {features}", features not in ("auto", "off"), "drop it"),
+    ):
         if is_set:
             raise ValueError(
-                f"--{flag} needs records whose number and lengths are known; shards are read as they come."
+                f"--{flag} needs records whose number, order and lengths are known; shards are read as they come: "
+                f"{instead}."
             )
 
 

@@ -163,6 +163,14 @@ def test_a_shard_that_is_cut_short_gives_what_it_has_and_says_so(more, message, 
         parse_shard_record(only(path), last)
 
 
+@pytest.mark.parametrize("row", [{"img": b"x", "label": 3}, {"caption": "a cat", "url": "http://a"}])
+def test_columns_that_hold_no_record_are_told_beside_those_that_would(row, tmp_path):
+    (raw,) = read_shard(only(write_parquet(tmp_path / "a.parquet", [row, row])))
+    words = rf"a\.parquet has the columns {', '.join(row)}; expected conversations, or one"
+    with pytest.raises(DataError, match=words):
+        parse_shard_record(only(tmp_path / "a.parquet"), raw)
+
+
 def test_what_is_no_parquet_file_is_told_by_its_name(tmp_path):
     (tmp_path / "a.parquet").write_bytes(b"x" * 4000)
     (raw,) = read_shard(only(tmp_path / "a.parquet"))
@@ -176,7 +184,7 @@ def test_globs_and_braces_name_shards_in_one_order(tmp_path):
     assert names == [f"{k:05d}.tar" for k in range(11)]
     assert [shard.name for shard in find_shards(str(tmp_path / "{00008..00010}.tar"))] == names[8:]
     assert [shard.name for shard in find_shards([str(tmp_path / "00003.tar"), str(tmp_path / "*3.tar")])] == names[3:4]
-    with pytest.raises(DataError, match="2 of 3 shards are there"):
+    with pytest.raises(DataError, match=r"00011\.tar is missing, 2 of 3 shards are there"):
         find_shards(str(tmp_path / "{00009..00011}.tar"))
     with pytest.raises(DataError, match="0 of 1 shards are there"):
         find_shards(str(tmp_path / "x*.parquet"))

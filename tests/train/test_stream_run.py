@@ -72,7 +72,9 @@ def test_records_left_out_are_in_the_ledger_of_their_rank(shard_flags, tmp_path)
     [
         (["--max_steps", "-1"], "--max_steps is needed with shards"),
         (["--group_by_modality_length", "True", "--packing", "none"], "--group_by_modality_length True needs records"),
-        (["--eval_split", "2"], "--eval_split 2.0 needs records"),
+        (["--eval_split", "2"], "--eval_split 2.0 needs records .* with --eval_data_path"),
+        (["--train_sampling_strategy", "sequential"], "--train_sampling_strategy sequential needs records .* drop it"),
+        (["--feature_cache", "features"], "--feature_cache features needs records"),
     ],
 )
 def test_what_shards_cannot_do_is_refused_first(flags, message, shard_flags, tmp_path):
