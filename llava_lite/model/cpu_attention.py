@@ -52,6 +52,12 @@ class Block(NamedTuple):
     # sees the keys before them.
     hidden: torch.Tensor
 
+    @property
+    def is_common(self) -> bool:
+        """Whether many samples have a block of this shape: a whole one, and whole ones before it."""
+        num_queries, num_keys = self.queries.stop - self.queries.start, self.keys.stop - self.keys.start
+        return num_queries == BLOCK and num_keys % BLOCK == 0
+
 
 def plan_blocks(ends, rows=None, window=None) -> Iterator[Block]:
     """Yield the blocks of queries, sample by sample."""
@@ -86,8 +92,8 @@ class _Attention(torch.autograd.Function):
         ctx.save_for_backward(query, key, value)
         ctx.blocks, ctx.scaling = blocks, scaling
         out = torch.empty(query.shape)
-        with quick_products():
-            for block in blocks:
+        for block in blocks:
+            with quick_products(block):
                 asking = rows_of(query, block, key.shape[1]).mul(scaling)
                 seen = torch.bmm(probabilities(asking, keys_of(key, block), block.hidden), keys_of(value, block))
                 out[block.queries].copy_(by_token(seen, out.shape[1]))
@@ -101,8 +107,8 @@ class _Attention(torch.autograd.Function):
         d_query = torch.empty(query.shape)
         # Head by head in memory, where a block adds to them.
         d_key, d_value = (torch.zeros(num_key_heads, *key.shape[::2]) for _ in range(2))  # [Hkv, T, Dh]
-        with quick_products():
-            for block in ctx.blocks:
+        for block in ctx.blocks:
+            with quick_products(block):
                 keys, values = keys_of(key, block), keys_of(value, block)
                 asking = rows_of(query, block, num_key_heads).mul(ctx.scaling)
                 told = rows_of(grad, block, num_key_heads).contiguous()
@@ -140,10 +146,13 @@ def probabilities(asking, keys, hidden) -> torch.Tensor:
 
 
 @contextmanager
-def quick_products():
-    """Let oneDNN make batched float32 products where it makes them in float32, and sooner than BLAS."""
+def quick_products(block: Block):
+    """Let oneDNN make a block's batched float32 products where it makes them in float32, and sooner than BLAS.
+
+    It makes a kernel for every shape that it meets, milliseconds and megabytes each; so only where shapes come again.
+    """
     settings = getattr(torch.backends.mkldnn, "matmul", None)
-    if not _onednn_is_exact():
+    if not block.is_common or not _onednn_is_exact():
         yield
         return
     before = settings.fp32_precision

@@ -16,6 +16,9 @@ from torch.nn import functional as F
 LEAST_ROWS = 8
 # Below this many multiplications a layer's own autograd function costs more than the kernel saves: toys.
 LEAST_WORK = 2**21
+# Numbers of a matrix that oneDNN takes at once: it copies what it multiplies by into an order of its own, and of a
+# vocabulary's 32,000 rows that copy would be the largest thing in a step.
+MOST_NUMBERS = 2**22
 
 
 @cache
@@ -54,10 +57,30 @@ def product(left, right, out=None):
     out: [M, N], written if it is given.
     """
     # Of no terms a sum is zero, which oneDNN leaves unwritten.
-    if len(left) >= LEAST_ROWS and left.shape[1] and takes_onednn(left, right):
+    if len(left) < LEAST_ROWS or not left.shape[1] or not takes_onednn(left, right):
+        return torch.mm(left, right.t(), out=out)
+    if max(left.numel(), right.numel()) <= MOST_NUMBERS:
         found = torch.ops.mkldnn._linear_pointwise(left, right, None, "none", [], "")
         return found if out is None else out.copy_(found)
-    return torch.mm(left, right.t(), out=out)
+    return _product_in_parts(left, right, left.new_empty(len(left), len(right)) if out is None else out)
+
+
+def _product_in_parts(left, right, out):
+    """Write left [M, K] @ right.T [K, N] into out, the longest of the three sides cut into parts."""
+    num_rows, num_terms, num_columns = len(left), left.shape[1], len(right)
+    longest = max(num_rows, num_terms, num_columns)
+    step = max(LEAST_ROWS, MOST_NUMBERS * longest // max(left.numel(), right.numel()))
+    parts = [slice(start, start + step) for start in range(0, longest, step)]
+    if longest == num_terms:
+        for part in parts:
+            found = product(left[:, part], right[:, part])
+            out.copy_(found) if part.start == 0 else out.add_(found)
+    else:
+        for part in parts:
+            rows = part if longest == num_rows else slice(None)
+            columns = part if longest != num_rows else slice(None)
+            product(left[rows], right[columns], out=out[rows, columns])
+    return out
 
 
 class _Linear(torch.autograd.Function):

@@ -118,10 +118,25 @@ def test_permission_to_round_is_given_back_and_changes_no_product():
         pytest.skip("this torch has no such setting, and none is touched")
     before = settings.fp32_precision
     left, right = torch.rand(3, 64, 200), torch.rand(3, 200, 64)
-    with cpu_attention.quick_products():
+    whole = next(cpu_attention.plan_blocks([0, cpu_attention.BLOCK]))
+    assert whole.is_common
+    with cpu_attention.quick_products(whole):
         product = left @ right
     assert settings.fp32_precision == before
     torch.testing.assert_close(product.double(), left.double() @ right.double(), atol=1e-4, rtol=0)
+
+
+def test_permission_is_asked_for_shapes_that_come_again(monkeypatch):
+    settings = getattr(torch.backends.mkldnn, "matmul", None)
+    monkeypatch.setattr(cpu_attention, "_onednn_is_exact", lambda: hasattr(settings, "fp32_precision"))
+    size = cpu_attention.BLOCK
+    blocks = list(cpu_attention.plan_blocks([0, 2 * size + 5, 2 * size + 9]))
+    assert [block.is_common for block in blocks] == [True, True, False, False]
+    if hasattr(settings, "fp32_precision"):
+        before = settings.fp32_precision
+        for block in blocks:
+            with cpu_attention.quick_products(block):
+                assert settings.fp32_precision == ("bf16" if block.is_common else before)
 
 
 @pytest.mark.parametrize("rows", [None, ROWS])

@@ -110,3 +110,17 @@ def test_a_loaded_model_multiplies_by_it_and_a_copy_or_an_adapter_notices_nothin
     assert list(copy.deepcopy(model).state_dict()) == list(model.state_dict())
     adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"]))
     assert "layers.0.self_attn.q_proj.lora_A" in str(list(adapted.state_dict()))
+
+
+@pytest.mark.parametrize(
+    ("rows", "inner", "columns"), [(40, 30, 90), (90, 30, 40), (40, 90, 30), (50, 50, 50), (9, 700, 1)]
+)
+@pytest.mark.parametrize("given", [True, False])
+def test_a_large_product_is_made_in_parts_and_is_the_same(library, monkeypatch, rows, inner, columns, given):
+    monkeypatch.setattr(products, "MOST_NUMBERS", 600)
+    torch.manual_seed(0)
+    left, right = torch.randn(inner, rows).t(), torch.randn(columns, inner)
+    out = torch.full((rows, columns), 7.0) if given else None
+    found = product(left, right, out=out)
+    assert out is None or found is out
+    torch.testing.assert_close(found.double(), left.double() @ right.double().t(), rtol=1e-5, atol=1e-5)
