@@ -1,6 +1,5 @@
 """Train one stage: from flags to a folder that a model is opened from."""
 
-import copy
 import logging
 import os
 import sys
@@ -8,14 +7,22 @@ import warnings
 from importlib import import_module
 from typing import NamedTuple
 
-import torch
 from transformers import set_seed
 
 from llava_lite.arguments import parse_args
-from llava_lite.companions import load_tokenizer, refuse_missing_model
+from llava_lite.train.build import (
+    add_experts,
+    build_model,
+    build_tokenizer,
+    fit_vocabulary,
+    gather_experts_together,
+    share_out_experts,
+    take_plain_paths,
+)
+from llava_lite.train.load_data import load_data
 from llava_lite.train.pushing import refuse_unshareable
 from llava_lite.train.refusal import told_in_a_line
-from llava_lite.train.tuning import choose_what_trains, compute_dtype, describe, loading_dtype, settle_dtypes
+from llava_lite.train.tuning import choose_what_trains, compute_dtype, describe, settle_dtypes
 
 # By its full name: as `python -m` starts it, __name__ is "__main__" and the table of what trains would go unseen.
 logger = logging.getLogger("llava_lite.train.train")
@@ -144,193 +151,6 @@ def join_ranks(training_args):
         deepspeed.init_distributed(auto_mpi_discovery=False)
     if training_args.process_index != 0:
         logging.getLogger("llava_lite").setLevel(logging.WARNING)
-
-
-def build_tokenizer(model_args, training_args):
-    """Return the model's tokenizer, with a pad token.
-
-    Which one does not matter: the collator makes the mask, so padding may share its id with <unk> or with the end mark
-    and a real one in the text still counts (LLaVA took the mask from the ids).
-    """
-    refuse_missing_model(model_args.model_name_or_path)
-    # Registers our model types, by which transformers finds a checkpoint's tokenizer.
-    import_module("llava_lite.model")
-    tokenizer = load_tokenizer(model_args.model_name_or_path, cache_dir=training_args.cache_dir)
-    tokenizer.model_max_length, tokenizer.padding_side = training_args.model_max_length, "right"
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
-    return tokenizer
-
-
-def build_model(model_args, data_args, training_args):
-    """Return the model with tower and connector, in training mode; a connector of stage 1 is filled in."""
-    from llava_lite.model.assemble import assemble, load_connector
-    from llava_lite.model.attention import choose_attention
-
-    model = assemble(
-        model_args.model_name_or_path,
-        model_args.vision_tower,
-        config_overrides={
-            **model_args.config_choices(),
-            **data_args.config_choices(),
-            "tokenizer_padding_side": "right",
-            "tokenizer_model_max_length": training_args.model_max_length,
-            "conv_template": model_args.version,
-            "mm_projector_lr": training_args.mm_projector_lr,
-            "tune_mm_mlp_adapter": training_args.tuning == "projector",
-            "freeze_mm_mlp_adapter": training_args.freeze_mm_mlp_adapter,
-        },
-        dtype=loading_dtype(training_args),
-        attn_implementation=choose_attention(
-            model_args.attn_implementation, training_args.device.type, packed=training_args.packing != "none"
-        ),
-        cache_dir=training_args.cache_dir,
-        **quantization(training_args),
-    )
-    if training_args.unfreeze_mm_vision_tower:
-        model.config.unfreeze_mm_vision_tower = True
-    if model_args.pretrain_mm_mlp_adapter is not None:
-        load_connector(model, model_args.pretrain_mm_mlp_adapter)
-    return model.train()
-
-
-def quantization(training_args):
-    """Return the keyword that loads the decoder's frozen weights in 4 or 8 bits (QLoRA, Dettmers et al. 2023)."""
-    if training_args.bits == 16:
-        return {}
-    try:
-        import bitsandbytes  # noqa: F401
-    except ImportError as error:
-        raise ImportError(
-            f"--bits {training_args.bits} needs bitsandbytes; pip install 'llava-lite[quant]', or use --bits 16."
-        ) from error
-    from transformers import BitsAndBytesConfig
-
-    from llava_lite.model.loading import KEPT_WHOLE
-
-    if training_args.bits == 8:
-        return {"quantization_config": BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=KEPT_WHOLE)}
-    config = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_compute_dtype=loading_dtype(training_args),
-        bnb_4bit_use_double_quant=training_args.double_quant,
-        bnb_4bit_quant_type=training_args.quant_type,
-        llm_int8_skip_modules=KEPT_WHOLE,
-    )
-    return {"quantization_config": config}
-
-
-def fit_vocabulary(model, tokenizer):
-    """Add the words that mark pictures, if asked for, and make room for all of the tokenizer's words.
-
-    New rows start as the mean of the old ones, as LLaVA does; transformers would draw them.
-    """
-    from llava_lite.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_PATCH_TOKEN
-    from llava_lite.model.vocabulary import fit_rows
-
-    words = [DEFAULT_IMAGE_PATCH_TOKEN] if model.config.mm_use_im_patch_token else []
-    words += [DEFAULT_IM_START_TOKEN, DEFAULT_IM_END_TOKEN] if model.config.mm_use_im_start_end else []
-    num_known = min(len(tokenizer), model.config.vocab_size)
-    tokenizer.add_tokens(words, special_tokens=True)
-    fit_rows(model, len(tokenizer), num_known)
-    model.config.pad_token_id = model.generation_config.pad_token_id = tokenizer.pad_token_id
-
-
-def add_experts(model, model_args, training_args):
-    """Turn MLPs into experts, if that is the tuning; a model that has experts is refused."""
-    if training_args.tuning == "moe":
-        from llava_lite.model.upcycle import upcycle
-
-        upcycle(model, model_args.moe_config(), seed=training_args.seed)
-
-
-def take_plain_paths(model, model_args):
-    """Leave the faster paths that a flag names."""
-    from llava_lite.model.plain_paths import set_plain_paths
-
-    set_plain_paths(model, model_args.plain_paths or ())
-
-
-def gather_experts_together(model):
-    """Let ZeRO-3 treat the experts of a layer as one leaf, whatever DeepSpeed JSON the run uses.
-
-    Fetched one by one they would come in the order of the tokens, which differs from rank to rank: a hang.
-    """
-    from transformers.integrations import is_deepspeed_zero3_enabled
-
-    if model.moe_layers() and is_deepspeed_zero3_enabled():
-        from deepspeed.utils import set_z3_leaf_modules
-
-        from llava_lite.model.moe import MoeBlock
-
-        set_z3_leaf_modules(model, [MoeBlock])
-
-
-def share_out_experts(model, model_args, training_args):
-    """Leave on this rank its share of the experts, if several are to share them."""
-    if model_args.ep_size > 1:
-        from llava_lite.train.expert_parallel import split_experts
-
-        split_experts(model, model_args.ep_size, training_args.deepspeed_plugin.deepspeed_config)
-
-
-def load_data(model, tokenizer, model_args, data_args, training_args):
-    """Return the records to learn from and those held out (or None), every one of them checked but for shards."""
-    from llava_lite.anyres import PictureLayout
-    from llava_lite.data.dataset import open_dataset
-    from llava_lite.data.records import is_shards
-    from llava_lite.train.ranks import everyone
-    from llava_lite.train.stream_run import open_stream
-
-    if data_args.data_path is None:
-        raise ValueError("--data_path is needed: one or more files of records.")
-    tower = model.get_vision_tower()
-
-    def open_files(paths, ledger):
-        dataset, report = open_dataset(
-            paths,
-            tokenizer,
-            None if tower is None else tower.image_processor,
-            model_args.version,
-            image_folder=data_args.image_folder,
-            layout=PictureLayout(0) if tower is None else model.config.picture_layout,
-            max_length=training_args.model_max_length,
-            mm_use_im_start_end=model.config.mm_use_im_start_end,
-            num_workers=training_args.dataloader_num_workers,
-            follow_links=data_args.follow_links,
-            picture_resize=data_args.picture_resize,
-            bad_record=data_args.bad_record,
-            max_bad_share=data_args.max_bad_share,
-            ledger_path=f"{training_args.output_dir}/{ledger}" if data_args.bad_record == "skip" else None,
-        )
-        if len(set(everyone(report.digest))) > 1:
-            raise ValueError(f"the ranks see different files under {paths}; share them, or copy them to every node.")
-        logger.info("%s:\n%s", ", ".join(paths), report.summary())
-        return dataset
-
-    if is_shards(data_args.data_path):
-        train_set = open_stream(model, tokenizer, model_args, data_args, training_args)
-    else:
-        train_set = open_files(data_args.data_path, "skipped_records.jsonl")
-    if data_args.eval_data_path is not None:
-        return train_set, open_files(data_args.eval_data_path, "skipped_eval_records.jsonl")
-    return split(train_set, data_args.eval_split, training_args.seed) if data_args.eval_split else (train_set, None)
-
-
-def split(dataset, held_out, seed):
-    """Return (the rest, what is held out) of a dataset: a share of it if below 1, else so many records."""
-    num_held_out = round(held_out * len(dataset)) if held_out < 1 else int(held_out)
-    if not 0 < num_held_out < len(dataset):
-        raise ValueError(
-            f"--eval_split {held_out} holds out {num_held_out} of {len(dataset)} records; leave some on each side."
-        )
-    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed)).numpy()
-    parts = []
-    for chosen in (order[num_held_out:], order[:num_held_out]):
-        part = copy.copy(dataset)
-        part.annotations = dataset.annotations.select(sorted(chosen))
-        parts.append(part)
-    return tuple(parts)
 
 
 def checkpoint_as_needed(model, train_set, training_args):

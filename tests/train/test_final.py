@@ -14,8 +14,8 @@ from llava_lite.arguments import ModelArguments, TrainingArguments
 from llava_lite.model import LlavaLlamaForCausalLM
 from llava_lite.model.builder import load_pretrained_model
 from llava_lite.train import manifest as paper
+from llava_lite.train.build import fit_vocabulary
 from llava_lite.train.final import save_final
-from llava_lite.train.train import fit_vocabulary
 from llava_lite.train.tuning import choose_what_trains
 
 MOE = {"moe_enable": True, "moe_mode": "sparse", "num_experts": [2], "top_k_experts": 2}

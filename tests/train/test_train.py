@@ -10,17 +10,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from llava_lite.arguments import ModelArguments
-from llava_lite.train.train import (
-    build_tokenizer,
-    fit_vocabulary,
-    gather_experts_together,
-    main,
-    quantization,
-    split,
-    start_logging,
-    train,
-)
+from llava_lite.train.train import main, start_logging, train
 
 
 @pytest.fixture
@@ -141,28 +131,6 @@ def test_half_precision_without_deepspeed_is_saved_in_half(run_stage, mixed_data
     assert {param.dtype for param in model.parameters()} == {torch.bfloat16}
 
 
-def test_tokenizer_without_a_pad_token_gets_one(toy_llm_dir):
-    from types import SimpleNamespace
-
-    args = SimpleNamespace(cache_dir=None, model_max_length=77)
-    tokenizer = build_tokenizer(ModelArguments(model_name_or_path=str(toy_llm_dir("llama"))), args)
-    assert (tokenizer.pad_token, tokenizer.padding_side, tokenizer.model_max_length) == ("<unk>", "right", 77)
-
-
-def test_words_that_mark_pictures_begin_as_the_mean_of_all_others(toy_model, toy_tokenizer):
-    toy_tokenizer.pad_token = toy_tokenizer.unk_token
-    model = toy_model(mm_use_im_start_end=True)
-    num_rows = model.config.vocab_size
-    before = [layer.weight.detach().clone() for layer in (model.get_input_embeddings(), model.get_output_embeddings())]
-    fit_vocabulary(model, toy_tokenizer)
-    assert model.config.vocab_size == len(toy_tokenizer) == num_rows + 2
-    for layer, old in zip((model.get_input_embeddings(), model.get_output_embeddings()), before, strict=True):
-        assert torch.equal(layer.weight[:num_rows], old)
-        torch.testing.assert_close(layer.weight[num_rows:], old.mean(0).expand(2, -1))
-    fit_vocabulary(model, toy_tokenizer)
-    assert model.config.vocab_size == num_rows + 2
-
-
 def test_records_held_out_are_not_learned(run_stage, mixed_data, tmp_path):
     trainer = run_stage("full", tmp_path / "out", "--eval_split", 0.25, "--max_steps", 1, data=mixed_data)
     learned, held_out = (
@@ -170,33 +138,6 @@ def test_records_held_out_are_not_learned(run_stage, mixed_data, tmp_path):
     )
     assert (len(learned), len(held_out)) == (18, 6)
     assert not learned & held_out
-
-
-def test_split_must_leave_records_on_both_sides():
-    with pytest.raises(ValueError, match="--eval_split 5 holds out 5 of 5 records"):
-        split(range(5), 5, seed=0)
-
-
-@pytest.mark.parametrize("is_zero3", [True, False])
-def test_zero3_takes_the_experts_of_a_layer_as_one_whatever_the_json_says(is_zero3, toy_model, monkeypatch):
-    from deepspeed.utils import get_z3_leaf_modules
-
-    monkeypatch.setattr("transformers.integrations.is_deepspeed_zero3_enabled", lambda: is_zero3)
-    moe = {"moe_enable": True, "moe_mode": "sparse", "num_experts": [2], "top_k_experts": 2}
-    model, dense = toy_model(moe=moe), toy_model()
-    for either in (model, dense):
-        gather_experts_together(either)
-    assert get_z3_leaf_modules(model) == (list(model.moe_layers().values()) if is_zero3 else [])
-    assert get_z3_leaf_modules(dense) == []
-
-
-def test_four_bits_without_bitsandbytes_are_refused(monkeypatch):
-    from types import SimpleNamespace
-
-    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
-    assert quantization(SimpleNamespace(bits=16)) == {}
-    with pytest.raises(ImportError, match="--bits 4 needs bitsandbytes"):
-        quantization(SimpleNamespace(bits=4))
 
 
 def test_run_as_a_module_shows_what_trains(stage_flags, tmp_path):

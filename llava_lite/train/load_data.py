@@ -1,0 +1,67 @@
+"""Turn the flags of a run into the records that it learns from and those that it is evaluated on."""
+
+import copy
+import logging
+
+import torch
+
+logger = logging.getLogger(__name__)
+
+
+def load_data(model, tokenizer, model_args, data_args, training_args):
+    """Return the records to learn from and those held out (or None), every one of them checked but for shards."""
+    from llava_lite.anyres import PictureLayout
+    from llava_lite.data.dataset import open_dataset
+    from llava_lite.data.records import is_shards
+    from llava_lite.train.ranks import everyone
+    from llava_lite.train.stream_run import open_stream
+
+    if data_args.data_path is None:
+        raise ValueError("--data_path is needed: one or more files of records.")
+    tower = model.get_vision_tower()
+
+    def open_files(paths, ledger):
+        dataset, report = open_dataset(
+            paths,
+            tokenizer,
+            None if tower is None else tower.image_processor,
+            model_args.version,
+            image_folder=data_args.image_folder,
+            layout=PictureLayout(0) if tower is None else model.config.picture_layout,
+            max_length=training_args.model_max_length,
+            mm_use_im_start_end=model.config.mm_use_im_start_end,
+            num_workers=training_args.dataloader_num_workers,
+            follow_links=data_args.follow_links,
+            picture_resize=data_args.picture_resize,
+            bad_record=data_args.bad_record,
+            max_bad_share=data_args.max_bad_share,
+            ledger_path=f"{training_args.output_dir}/{ledger}" if data_args.bad_record == "skip" else None,
+        )
+        if len(set(everyone(report.digest))) > 1:
+            raise ValueError(f"the ranks see different files under {paths}; share them, or copy them to every node.")
+        logger.info("%s:\n%s", ", ".join(paths), report.summary())
+        return dataset
+
+    if is_shards(data_args.data_path):
+        train_set = open_stream(model, tokenizer, model_args, data_args, training_args)
+    else:
+        train_set = open_files(data_args.data_path, "skipped_records.jsonl")
+    if data_args.eval_data_path is not None:
+        return train_set, open_files(data_args.eval_data_path, "skipped_eval_records.jsonl")
+    return split(train_set, data_args.eval_split, training_args.seed) if data_args.eval_split else (train_set, None)
+
+
+def split(dataset, held_out, seed):
+    """Return (the rest, what is held out) of a dataset: a share of it if below 1, else so many records."""
+    num_held_out = round(held_out * len(dataset)) if held_out < 1 else int(held_out)
+    if not 0 < num_held_out < len(dataset):
+        raise ValueError(
+            f"--eval_split {held_out} holds out {num_held_out} of {len(dataset)} records; leave some on each side."
+        )
+    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed)).numpy()
+    parts = []
+    for chosen in (order[num_held_out:], order[:num_held_out]):
+        part = copy.copy(dataset)
+        part.annotations = dataset.annotations.select(sorted(chosen))
+        parts.append(part)
+    return tuple(parts)
