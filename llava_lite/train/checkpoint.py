@@ -146,7 +146,14 @@ class CheckpointMixin:
             self._load_from_checkpoint(path)
 
     def _run_epoch(self, *args, **kwargs):
-        """Tell the innermost sampler its epoch; the loader that skips batches after a resume hides it on 2 ranks."""
+        """Tell the innermost sampler its epoch; the loader that skips batches after a resume hides it on 2 ranks.
+
+        A finished run that is started again has nothing to train; the stock loop would do a step more, and a job that
+        is queued again each time another.
+        """
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return None
         sampler = kwargs["train_dataloader"].batch_sampler
         while sampler is not None:
             if hasattr(sampler, "set_epoch"):

@@ -204,6 +204,12 @@ def test_a_longer_schedule_is_allowed_and_said(whole_run, tmp_path, caplog):
     assert "num_train_epochs was 1, is 2" in caplog.text
 
 
+def test_a_run_that_has_all_its_steps_takes_no_other(whole_run, tmp_path):
+    again = plain.build_trainer(tmp_path, max_steps=8)
+    again.train(resume_from_checkpoint=str(whole_run[0] / "checkpoint-8"))
+    assert again.state.global_step == 8
+
+
 def test_the_stock_interrupt_checkpoint_and_ours_are_not_both(tmp_path):
     with pytest.raises(ValueError, match="--enable_jit_checkpoint"):
         plain.build_trainer(tmp_path, enable_jit_checkpoint=True)

@@ -54,6 +54,17 @@ def test_a_run_on_shards_goes_on_as_if_it_had_not_stopped(shard_flags, tmp_path)
         train([*flags, "--shuffle_window", "5", "--resume_from_checkpoint", "True"])
 
 
+@pytest.mark.parametrize("more", [(), ("--max_steps", "4")])
+def test_a_finished_run_that_is_started_again_trains_no_more(more, shard_flags, tmp_path):
+    flags = shard_flags(tmp_path / "whole", "--save_strategy", "steps", "--save_steps", "4")
+    whole = train(flags)
+    again = train([*flags, *more])
+    assert again.state.global_step == 8
+    assert logged(again) == logged(whole)
+    for ours, theirs in zip(whole.model.parameters(), again.model.parameters(), strict=True):
+        assert ours.equal(theirs)
+
+
 def test_packs_of_tokens_come_from_shards_too(shard_flags, tmp_path):
     packs = "--packing tokens --packing_tokens 90 --per_device_train_batch_size 1"
     assert len(logged(train(shard_flags(tmp_path / "out", *packs.split())))) == 8
