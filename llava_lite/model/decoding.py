@@ -53,7 +53,8 @@ def runs_here(stack, embeds, attention_mask, cache, arguments) -> bool:
         and stack.config._attn_implementation in ("sdpa", "varlen")
         and not (stack.config.output_attentions or stack.config.output_hidden_states)
         and all(is_default(name, value) for name, value in arguments.items())
-        and (attention_mask is None or attention_mask.dim() == 2)
+        # A static cache of a decoder that slides in some layers comes with a dict of masks.
+        and (attention_mask is None or (isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2))
         and cache is not None
         and len(cache.layers) == len(stack.layers)
         and all(type(layer) is GrowingLayer for layer in cache.layers)

@@ -32,7 +32,9 @@ class Rows:
     def append(self, states: torch.Tensor) -> torch.Tensor:
         """Add states [B, H, n, Dh] and return all filled positions."""
         end = self.length + states.shape[-2]
-        if self.buffer.dim() != 4 or end > self.buffer.shape[-2]:
+        # What inference mode has made nobody may write into after it.
+        is_closed = self.buffer.is_inference() and not torch.is_inference_mode_enabled()
+        if self.buffer.dim() != 4 or end > self.buffer.shape[-2] or is_closed:
             shape = (*states.shape[:2], end + max(LEAST_ROOM, end // 2), states.shape[3])
             buffer = states.new_empty(shape)
             if self.length:

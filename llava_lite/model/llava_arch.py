@@ -236,7 +236,8 @@ class LlavaMetaForCausalLM(
         positions = targets = None
         if learns:
             refuse_other_shape(shift_labels, inputs_embeds)
-            grew = labels is not None and batch.labels.shape != labels.shape
+            # Another tensor, and maybe of the same shape: rows grow, lose padding and are cut.
+            grew = batch.labels is not labels
             positions, targets = find_supervised(batch.labels, shift_labels, None if grew else supervised_positions)
             recorded = output_hidden_states or output_attentions or self.config.output_hidden_states
             if self.training and self.model.selects_rows and past_key_values is None and not recorded:
@@ -295,7 +296,7 @@ class LlavaMetaForCausalLM(
         blocks = self.moe_layers()
         if not blocks:
             return None
-        mask = attention_mask if attention_mask is not None and attention_mask.dim() == 2 else None
+        mask = attention_mask if isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2 else None
         context = RoutingContext(mask, training=self.training)
         set_routing(blocks, context)
         return context

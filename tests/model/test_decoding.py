@@ -120,6 +120,18 @@ def test_generate_goes_step_by_step_to_the_same_tokens(toy_model, steps):
     assert steps == [(2, 1, 32)] * 11
 
 
+@pytest.mark.parametrize("moe", [None, MOE], ids=["dense", "experts"])
+@pytest.mark.parametrize("attention", ["sdpa", "varlen"])
+def test_layers_of_which_some_slide_generate_in_a_static_cache(attention, moe, toy_model):
+    # There transformers hands a mask for each kind of layer.
+    kinds = ["full_attention"] * 2 + ["sliding_attention"] * 2
+    model = toy_model("qwen2", moe, use_sliding_window=True, sliding_window=4, layer_types=kinds)
+    model.set_attn_implementation(attention)
+    told = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
+    expected = model.generate(PROMPT, **told)
+    assert torch.equal(model.generate(PROMPT, cache_implementation="static", **told), expected)
+
+
 def heard(model, listens):
     """Return whether a hook on a module of the first layer is called in a step."""
     calls = []

@@ -114,6 +114,17 @@ def test_a_copy_goes_its_own_way():
     assert_equal(grown, stock)
 
 
+def test_what_inference_mode_has_filled_goes_on_outside_of_it():
+    grown, stock = twins()
+    with torch.inference_mode():
+        fill((grown, stock), [6, 1])
+    fill((grown, stock), [1, 1])
+    assert_equal(grown, stock)
+    with torch.inference_mode():
+        fill((grown, stock), [1])
+    assert_equal(grown, stock)
+
+
 def test_gradients_pass_where_somebody_wants_them():
     grown, stock = twins()
     results = []

@@ -6,6 +6,7 @@ from conftest import BACKBONE_TYPES
 from transformers import AutoModelForCausalLM
 
 from llava_lite.constants import IGNORE_INDEX
+from llava_lite.data.collator import DataCollatorForSupervisedDataset
 
 MOE = {"moe_enable": True, "moe_mode": "sparse", "num_experts": [4], "top_k_experts": 2, "router_aux_loss_coef": 0.01}
 IMAGE = -200
@@ -68,6 +69,22 @@ def test_loss_is_the_mean_cross_entropy_of_supervised_positions(model_type, toy_
     num_learned = (labels != IGNORE_INDEX).sum()
     scaled = model(ids, attention_mask=mask, labels=labels, images=pictures(), num_items_in_batch=4 * num_learned)
     assert torch.allclose(scaled.loss * 4, out.loss, atol=1e-5)
+
+
+@pytest.mark.parametrize("max_length", [None, 6], ids=["into the padding", "and are cut"])
+def test_positions_that_the_collator_found_are_not_taken_where_rows_grow_to_the_same_width(max_length, toy_model):
+    model = toy_model(tokenizer_model_max_length=max_length).train()
+    long = [1, *range(300, 300 + 24)]
+    examples = [
+        {"id": str(row), "input_ids": torch.tensor(ids), "labels": torch.tensor([IGNORE_INDEX, *ids[1:]])}
+        for row, ids in enumerate([[1, IMAGE, 310, 311, 312], long if max_length is None else long[:6]])
+    ]
+    examples[0]["labels"][1] = IGNORE_INDEX
+    examples[0]["images"] = [pictures(1)[0]]
+    batch = DataCollatorForSupervisedDataset(0)(examples)
+    told = {key: batch[key] for key in ("input_ids", "labels", "attention_mask", "images")}
+    loss = model(**told, supervised_positions=batch["supervised_positions"]).loss
+    torch.testing.assert_close(loss, model(**told).loss, atol=0, rtol=0)
 
 
 @pytest.mark.parametrize("model_type", BACKBONE_TYPES)
