@@ -207,11 +207,15 @@ def check_together(model_args, data_args, training_args):
     refuse(strategy != "no" and not evaluates, f"--eval_strategy {strategy} needs --eval_data_path or --eval_split.")
 
 
-def check_expert_parallel(model_args, training_args):
-    """Raise ValueError for what does not go with experts that several ranks share; of the model, see split_experts."""
+def check_expert_parallel(model_args, training_args, num_ranks=None):
+    """Raise ValueError for what does not go with experts that several ranks share; of the model, see split_experts.
+
+    num_ranks: of a run that is only planned; default: those that this process is one of.
+    """
     said = f"--ep_size {model_args.ep_size}"
     if model_args.ep_size == 1:
         return
+    num_ranks = training_args.world_size if num_ranks is None else num_ranks
     refuse(
         training_args.zero_stage not in (2, 3),
         f"{said} needs ZeRO: give --deepspeed zero2.json or zero3.json; got "
@@ -229,8 +233,8 @@ def check_expert_parallel(model_args, training_args):
         f"{said} and --num_experts {' '.join(map(str, uneven))}: so many ranks cannot share them evenly.",
     )
     refuse(
-        training_args.world_size % model_args.ep_size > 0,
-        f"{said} with {training_args.world_size} ranks: the ranks must come in whole groups of that size.",
+        num_ranks % model_args.ep_size > 0,
+        f"{said} with {num_ranks} rank{'s' * (num_ranks > 1)}: the ranks must come in whole groups of that size.",
     )
 
 

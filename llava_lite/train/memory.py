@@ -17,7 +17,7 @@ from llava_lite.model.fast_layer import FastPart
 from llava_lite.model.moe import MoeBlock
 from llava_lite.model.vocabulary_head import CHUNK_LOGITS
 from llava_lite.train.ranks import everyone
-from llava_lite.train.tuning import compute_dtype, count
+from llava_lite.train.tuning import compute_dtype, count, part_of
 
 logger = logging.getLogger(__name__)
 
@@ -48,16 +48,17 @@ class Memory:
         return self.weights + self.gradients + self.optimizer + self.activations + self.loss
 
 
-def weight_bytes(model, zero_stage, num_ranks):
+def weight_bytes(model, zero_stage, num_ranks, ep_size=1):
     """Return bytes of weights, gradients and optimizer state on one rank (Rajbhandari et al. 2020, ZeRO, section 3).
 
     Adam keeps 8 bytes a trained weight, and 4 more for the float32 copy of a half-precision one. ZeRO-1 splits the
-    optimizer over the ranks, ZeRO-2 the gradients too, ZeRO-3 the weights too, frozen ones included.
+    optimizer over the ranks, ZeRO-2 the gradients too, ZeRO-3 the weights too, frozen ones included. Where `ep_size`
+    ranks share the experts, each holds its share of their weights; whatever ZeRO splits is as small without.
     """
     weights = gradients = optimizer = 0
-    for param in model.parameters():
+    for name, param in model.named_parameters():
         size = param.element_size()
-        weights += count(param) * size
+        weights += count(param) * size / (ep_size if zero_stage < 3 and part_of(name) == "experts" else 1)
         if param.requires_grad:
             gradients += count(param) * size
             optimizer += count(param) * (ADAM_BYTES + (MASTER_BYTES if size < 4 else 0))
@@ -165,18 +166,26 @@ def offloaded(deepspeed_config):
 
 
 def estimate_memory(
-    model, training_args, num_tokens, num_learned, num_checkpointed=None, num_ranks=None, offload=frozenset()
+    model,
+    training_args,
+    num_tokens,
+    num_learned,
+    num_checkpointed=None,
+    num_ranks=None,
+    offload=frozenset(),
+    ep_size=1,
 ):
     """Return the Memory of one rank for micro-batches of `num_tokens`, `num_learned` of them supervised.
 
     num_checkpointed: layers; default: all or none, as --gradient_checkpointing says. num_ranks: default the run's.
-    offload: see `offloaded`; gradients leave with the optimizer, and of the weights those in use stay.
+    offload: see `offloaded`; gradients leave with the optimizer, and of the weights those in use stay. ep_size: see
+    `weight_bytes`.
     """
     if num_checkpointed is None:
         num_checkpointed = len(model.get_model().layers) * bool(training_args.gradient_checkpointing)
     dtype_bytes = compute_dtype(training_args).itemsize
     num_ranks = training_args.world_size if num_ranks is None else num_ranks
-    weights, gradients, optimizer = weight_bytes(model, training_args.zero_stage, num_ranks)
+    weights, gradients, optimizer = weight_bytes(model, training_args.zero_stage, num_ranks, ep_size)
     return Memory(
         weights=min(weights, LIVE_WEIGHTS * dtype_bytes) if "param" in offload else weights,
         gradients=0 if "optimizer" in offload else gradients,
@@ -241,7 +250,7 @@ def checkpoint_layers(model, chosen):
                 module.gradient_checkpointing = False
 
 
-def choose_checkpointing(model, dataset, training_args):
+def choose_checkpointing(model, dataset, training_args, ep_size=1):
     """Checkpoint as few layers as the longest micro-batch leaves room for, equally many on every rank; say why.
 
     For --gradient_checkpointing auto. Returns the number of checkpointed layers.
@@ -253,7 +262,7 @@ def choose_checkpointing(model, dataset, training_args):
     offload = set() if args.device.type == "cpu" else offloaded(read_deepspeed(args.deepspeed))
 
     def memory_with(number):
-        return estimate_memory(model, args, num_tokens, num_tokens, number, offload=offload)
+        return estimate_memory(model, args, num_tokens, num_tokens, number, offload=offload, ep_size=ep_size)
 
     held = sum(param.numel() * param.element_size() for param in model.parameters() if param.device.type == "cpu")
     local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

@@ -1,7 +1,9 @@
 """Estimate what a run needs of each device, from shapes alone: memory, tokens and optimizer steps."""
 
+import argparse
 import math
 import os
+import sys
 
 from llava_lite.train.memory import (
     estimate_memory,
@@ -18,8 +20,11 @@ from llava_lite.train.tuning import choose_what_trains, compute_dtype, describe,
 PACK_SHARE = 0.97
 
 
-def plan_of_run(model, dataset, training_args):
-    """Return the lines that a run prints before it starts: batch, steps, memory a rank in its longest batch."""
+def plan_of_run(model, dataset, training_args, ep_size=1):
+    """Return the lines that a run prints before it starts: batch, steps, memory a rank in its longest batch.
+
+    ep_size: ranks that are about to share the experts.
+    """
     args = training_args
     num_micro = args.world_size * args.gradient_accumulation_steps
     num_tokens = longest_batch(dataset, args)
@@ -28,7 +33,9 @@ def plan_of_run(model, dataset, training_args):
     annotations, learned_share = getattr(dataset, "annotations", None), 1.0
     if annotations is not None:
         learned_share = annotations.token_facts().num_learned.sum() / max(dataset.lengths.sum(), 1)
-    memory = estimate_memory(model, args, num_tokens, num_tokens * learned_share, num_checkpointed(model))
+    memory = estimate_memory(
+        model, args, num_tokens, num_tokens * learned_share, num_checkpointed(model), ep_size=ep_size
+    )
     head = [
         f"{args.world_size} ranks x {size} {unit} x {args.gradient_accumulation_steps} accumulated = "
         f"{num_micro * size} a step, {num_steps_of(dataset, args):,} steps, ZeRO-{args.zero_stage}",
@@ -118,33 +125,58 @@ def traffic_lines(model, args, options, num_tokens):
     )
 
 
+def above_zero(kind, most=math.inf):
+    """Return a reader of numbers above 0 and up to `most`, for a flag; with others a plan divides, or lies."""
+
+    def read(text):
+        number = kind(text)
+        if not 0 < number <= most:
+            raise argparse.ArgumentTypeError(
+                f"{text}: give more than 0" + (f", at most {most}" if most < math.inf else "")
+            )
+        return number
+
+    read.__name__ = kind.__name__
+    return read
+
+
 def main(argv=None):
     """Print the plan of a run: the flags of `llava-lite train`, and those below. Reads configs, no weights."""
-    import argparse
-    import sys
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
     from llava_lite.arguments import parse_args, read_deepspeed
+    from llava_lite.contradictions import check_expert_parallel
     from llava_lite.train.memory import GIB, USABLE_SHARE, fewest_checkpointed
 
     argv = list(sys.argv[1:] if argv is None else argv)
     own = argparse.ArgumentParser(prog="llava-lite plan", add_help=False, allow_abbrev=False)
-    own.add_argument("--num_devices", "--num-devices", type=int, default=1, metavar="N", help="ranks (default: 1)")
     own.add_argument(
-        "--device_memory", "--device-memory", type=float, default=80, metavar="GIB",
+        "--num_devices", "--num-devices", type=above_zero(int), default=1, metavar="N", help="ranks (default: 1)"
+    )
+    own.add_argument(
+        "--ep_size", "--ep-size", type=above_zero(int), default=1, help="of them, those that share experts"
+    )
+    own.add_argument(
+        "--device_memory", "--device-memory", type=above_zero(float), default=80, metavar="GIB",
         help="memory of a device, for --gradient_checkpointing auto (default: 80)",
     )  # fmt: skip
-    own.add_argument("--num_records", "--num-records", type=int, help="records of a pass: print its hours too")
     own.add_argument(
-        "--record_tokens", "--record-tokens", type=float, default=786, help="of one, its picture included"
+        "--num_records", "--num-records", type=above_zero(int), help="records of a pass: print its hours too"
     )
     own.add_argument(
-        "--mfu", type=float, default=Cluster.mfu, help="utilisation that you expect (default: %(default)s)"
+        "--record_tokens", "--record-tokens", type=above_zero(float), default=786, help="of one, its picture included"
     )
     own.add_argument(
-        "--peak_tflops", "--peak-tflops", type=float, default=Cluster.peak_flops / 1e12, help="of a device"
+        "--mfu",
+        type=above_zero(float, 1),
+        default=Cluster.mfu,
+        help="utilisation that you expect (default: %(default)s)",
     )
     own.add_argument(
-        "--bandwidth", type=float, metavar="GB_S",
+        "--peak_tflops", "--peak-tflops", type=above_zero(float), default=Cluster.peak_flops / 1e12, help="of a device"
+    )
+    own.add_argument(
+        "--bandwidth", type=above_zero(float), metavar="GB_S",
         help=f"that a device sends at (default: {Cluster.node_bandwidth / 1e9:.0f} in a node of "
         f"{Cluster.devices_a_node}, {Cluster.network_bandwidth / 1e9:.0f} out of it)",
     )  # fmt: skip
@@ -153,6 +185,11 @@ def main(argv=None):
         print(f"{own.format_help()}\nand the flags of `llava-lite train`, which follow.\n")
     os.environ.setdefault("ACCELERATE_USE_CPU", "true")
     model_args, data_args, args = parse_args(flags)
+    # Kept from parse_args, which knows of one rank only.
+    model_args.ep_size = options.ep_size
+    check_expert_parallel(model_args, args, options.num_devices)
+    # With ZeRO-3 in the flags transformers would build a model that is split over ranks, which there are none of.
+    unset_hf_deepspeed_config()
     model = empty_model(model_args, data_args, args)
     print(describe(model, args))
     packed = args.packing == "tokens"
@@ -160,7 +197,9 @@ def main(argv=None):
     offload = offloaded(read_deepspeed(args.deepspeed))
 
     def memory_with(number):
-        return estimate_memory(model, args, num_tokens, num_tokens, number, options.num_devices, offload)
+        return estimate_memory(
+            model, args, num_tokens, num_tokens, number, options.num_devices, offload, options.ep_size
+        )
 
     num_layers = len(model.get_model().layers)
     chosen = num_layers if args.gradient_checkpointing else 0
@@ -176,6 +215,10 @@ def main(argv=None):
     if args.auto_checkpointing:
         print(f"without checkpointing {gib(memory_with(0).total)}, room for {gib(budget)}")
     print(traffic_lines(model, args, options, num_tokens))
+    if options.ep_size > 1:
+        print(
+            "traffic is that of whole experts on every rank: with --ep_size tokens travel in place of their gradients"
+        )
     if offload:
         print(f"in the memory of the host, or on its disks: {' and '.join(sorted(offload))}")
     if model.config.has_vision_tower:

@@ -102,8 +102,8 @@ def prepare(argv=None):
     settle_dtypes(model, training_args)
     train_set, eval_set = load_data(model, tokenizer, model_args, data_args, training_args)
     logger.info("what trains (--tuning %s):\n%s", training_args.tuning, describe(model, training_args))
-    checkpoint_as_needed(model, train_set, training_args)
-    log_plan(model, train_set, training_args)
+    checkpoint_as_needed(model, train_set, model_args, training_args)
+    log_plan(model, train_set, model_args, training_args)
     share_out_experts(model, model_args, training_args)
     trainer = build_trainer(model, tokenizer, train_set, eval_set, data_args, training_args)
     read_features(trainer, train_set, data_args)
@@ -153,19 +153,19 @@ def join_ranks(training_args):
         logging.getLogger("llava_lite").setLevel(logging.WARNING)
 
 
-def checkpoint_as_needed(model, train_set, training_args):
+def checkpoint_as_needed(model, train_set, model_args, training_args):
     """Recompute as few layers in the backward pass as memory makes necessary, if that is left to us."""
     from llava_lite.train.memory import choose_checkpointing
 
     if training_args.auto_checkpointing:
-        choose_checkpointing(model, train_set, training_args)
+        choose_checkpointing(model, train_set, training_args, model_args.ep_size)
 
 
-def log_plan(model, train_set, training_args):
+def log_plan(model, train_set, model_args, training_args):
     """Log what the run is estimated to need."""
     from llava_lite.train.plan import plan_of_run
 
-    logger.info("plan:\n%s", plan_of_run(model, train_set, training_args))
+    logger.info("plan:\n%s", plan_of_run(model, train_set, training_args, model_args.ep_size))
 
 
 def build_trainer(model, tokenizer, train_set, eval_set, data_args, training_args):

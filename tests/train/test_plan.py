@@ -1,11 +1,17 @@
 """The plan of a run: its steps, and the command that makes it from configs alone."""
 
+import json
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from llava_lite.train.plan import main, num_steps_of, steps_of_run
+
+ROOT = Path(__file__).parents[2]
 
 
 def test_steps_of_a_run():
@@ -41,3 +47,48 @@ def test_command_says_how_many_layers_a_device_has_room_for(stage_flags, tmp_pat
     assert "without checkpointing 0.10 GiB, room for 0.08 GiB" in out
     main([*flags, "--packing", "tokens", "--per_device_train_batch_size", "1", "--packing_tokens", "4096"])
     assert "4,096 tokens in a micro-batch (a pack, all learned), 0 of 4 layers" in capsys.readouterr().out
+
+
+# A process of its own: DeepSpeed's flags leave environment and process group behind.
+PLANS = """
+import json, sys
+from llava_lite.train.plan import main
+for name, flags in json.loads(sys.argv[1]).items():
+    print("==", name)
+    try:
+        main(flags)
+    except ValueError as error:
+        print("refused:", error)
+"""
+
+
+def plans_of(flags):
+    """Return what the command prints of each entry of {name: flags}."""
+    command = [sys.executable, "-c", PLANS, json.dumps(flags)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    parts = [part.partition("\n") for part in done.stdout.split("== ")[1:]]
+    return {name: text for name, _, text in parts}
+
+
+def test_command_plans_for_every_zero_and_for_ranks_that_share_experts(stage_flags, tmp_path):
+    full = [*stage_flags("full", tmp_path / "out"), "--num_devices", "8", "--deepspeed"]
+    moe = [*stage_flags("moe", tmp_path / "out"), "--num_devices", "8", "--deepspeed", "zero2.json", "--ep_size"]
+    configs = ("zero3.json", "scripts/zero3_offload.json", "scripts/zero3_offload_nvme.json")
+    plans = plans_of({name: [*full, name] for name in configs} | {ep_size: [*moe, ep_size] for ep_size in "143"})
+    assert all("8 devices, ZeRO-3" in plans[name] for name in configs)
+    weights = {
+        ep_size: float(next(line for line in plans[ep_size].splitlines() if line.startswith("weights ")).split()[1])
+        for ep_size in "14"
+    }
+    (experts,) = [line.split()[1] for line in plans["4"].splitlines() if line.startswith("experts ")]
+    # Each of four ranks holds a quarter of the experts; toys train in float32.
+    assert weights["1"] - weights["4"] == pytest.approx(0.75 * 4 * int(experts.replace(",", "")) / 2**20, abs=0.11)
+    assert "refused: --ep_size 3 and --num_experts 4: so many ranks cannot share them evenly" in plans["3"]
+
+
+@pytest.mark.parametrize("flag", ["--num_devices 0", "--num_devices -4", "--mfu 40", "--mfu 0", "--bandwidth 0"])
+def test_numbers_that_no_cluster_has_are_refused(flag, stage_flags, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main([*stage_flags("full", tmp_path / "out"), *flag.split()])
+    assert f"argument {flag.split()[0]}" in capsys.readouterr().err
