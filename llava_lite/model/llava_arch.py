@@ -204,7 +204,6 @@ class LlavaMetaForCausalLM(
         logits_to_keep: int | torch.Tensor = 0,
         num_items_in_batch: int | torch.Tensor | None = None,
         cache_position: torch.LongTensor | None = None,
-        shift_labels: torch.LongTensor | None = None,
         image_features: torch.Tensor | list[torch.Tensor] | None = None,
         supervised_positions: torch.LongTensor | None = None,
         **kwargs,
@@ -225,6 +224,9 @@ class LlavaMetaForCausalLM(
         image_features: what the tower made of the pictures before, in place of them: [N, P, C] or a list of [n, P, C].
         Raises ValueError when placeholders and pictures do not match.
         """
+        # Out of the signature: transformers' Trainer tells an evaluation's loss of batches that have every name in it
+        # with `label` in it, and most have `labels` alone.
+        shift_labels = kwargs.pop("shift_labels", None)
         batch = Batch(input_ids, attention_mask, position_ids, labels)
         if inputs_embeds is None:
             images = images if images is not None else pixel_values

@@ -129,6 +129,24 @@ def test_stock_trainer_fits_the_rows_and_accumulation_changes_nothing(moe, toy_m
     assert torch.equal(answer(again), answer(trainer.model.eval()))
 
 
+def test_stock_trainer_tells_the_loss_of_an_evaluation(toy_model, tmp_path):
+    model = toy_model()
+    rows = [{name: values[row] for name, values in batch().items()} for row in range(2)]
+    arguments = TrainingArguments(
+        output_dir=tmp_path, use_cpu=True, report_to="none", remove_unused_columns=False, disable_tqdm=True
+    )
+    found = Trainer(model, arguments, eval_dataset=rows).evaluate()["eval_loss"]
+    with torch.no_grad():
+        assert found == pytest.approx(model(**batch()).loss.item(), abs=1e-5)
+
+
+def test_labels_that_stand_where_they_are_predicted_give_the_same_loss(toy_model):
+    model = toy_model(tower=None)
+    ids = torch.tensor([[1, 300, 301, 302, 303]])
+    shifted = torch.tensor([[300, 301, 302, 303, -100]])
+    assert model(ids, shift_labels=shifted).loss == model(ids, labels=ids).loss
+
+
 def test_words_can_be_added(toy_model, tmp_path):
     model = toy_model()
     before = model(**batch()).logits
