@@ -52,7 +52,8 @@ class PictureGeneration:
         kwargs.pop("inputs_embeds", None)
         batch = Batch(input_ids, kwargs.pop("attention_mask", None))
         kwargs.pop("position_ids", None)
-        was_training = self.training
+        # Each module's own: a caller may keep parts of a model in training, or out of it.
+        modes = [(module, module.training) for module in self.modules()]
         self.eval()
         try:
             batch, embeds = self.embed_batch(pad_rows_left(batch), pictures, image_sizes, pad_left=True)
@@ -69,7 +70,8 @@ class PictureGeneration:
             self.count_steps(output, 0 if llava_way else ids.shape[1])
             return output
         finally:
-            self.train(was_training)
+            for module, training in modes:
+                module.training = training
 
     def reads_ids(self, arguments: dict) -> bool:
         """Tell whether the way of generating that was asked for needs the prompt in a cache and not as embeddings."""

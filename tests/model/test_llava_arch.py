@@ -136,6 +136,14 @@ def test_both_conventions_of_generate_give_the_same_new_tokens(toy_model):
     model.generate(ids[:1, :6], pixel_values=pictures(1), max_new_tokens=2, repetition_penalty=1.3)
 
 
+def test_generating_leaves_every_module_in_the_mode_it_was_in(toy_model):
+    model = toy_model().train()
+    model.get_vision_tower().eval()
+    before = [module.training for module in model.modules()]
+    model.generate(torch.tensor([[1, 300, IMAGE, 301]]), images=pictures(1), max_new_tokens=2)
+    assert [module.training for module in model.modules()] == before
+
+
 def test_vocabulary_placeholder_and_minus_200_are_both_understood(toy_model):
     model = toy_model(image_token_index=7)
     with torch.no_grad():
