@@ -42,6 +42,20 @@ def read_reports(folder: Path) -> dict:
     return {file.stem: json.loads(file.read_text(encoding="utf-8")) for file in files}
 
 
+def refuse_odd_flags(parser, args) -> None:
+    """End with a line that says what to do where a flag would have no effect, or the wrong one."""
+    for flag in ("threads", "rounds"):
+        number = getattr(args, flag)
+        if number is not None and number < 1:
+            parser.error(f"--{flag} {number}: at least 1")
+    if args.python_path and not args.llava:
+        parser.error("--python-path names libraries for the package of --llava; give that too")
+    if args.llava and not Path(args.llava, "llava", "__init__.py").is_file():
+        parser.error(f"--llava {args.llava}: holds no package `llava`; give the clone of LLaVA, in which it lies")
+    if args.llava and not args.report and not {"training", "pictures"} & set(args.only):
+        parser.error(f"--llava is for training and pictures; --only names {' '.join(args.only)}")
+
+
 def main(argv=None) -> int:
     """Run, print, write; return 1 if a benchmark failed."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__.splitlines()[0])
@@ -52,8 +66,9 @@ def main(argv=None) -> int:
     parser.add_argument("--rounds", type=int, help="interleaved rounds; default: each benchmark's own")
     parser.add_argument("--llava", help="folder that holds the original package `llava`, see benchmarks.training")
     parser.add_argument("--python-path", help="folder with the libraries that it needs")
-    parser.add_argument("--results", type=Path, help="folder of the reports")
+    parser.add_argument("--results", type=Path, help="folder of the reports, and of the page")
     args = parser.parse_args(argv)
+    refuse_odd_flags(parser, args)
     folder = args.results or FOLDER / ("results_quick" if args.quick else "results")
     failed = []
     for name in [] if args.report else args.only:
@@ -69,7 +84,7 @@ def main(argv=None) -> int:
     if args.quick:
         print("toy sizes: everything runs, and the figures say nothing.")
     else:
-        print("written:", *write_page(reports, FOLDER))
+        print("written:", *write_page(reports, args.results or FOLDER))
     if failed:
         print(f"failed: {', '.join(failed)}", file=sys.stderr)
     return int(bool(failed))

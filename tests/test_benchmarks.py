@@ -203,6 +203,30 @@ def test_page_is_written_from_the_reports_alone(tmp_path):
     assert (tmp_path / "results.png").stat().st_size > 10_000
 
 
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("--rounds 0", "--rounds 0: at least 1"),
+        ("--threads -1", "--threads -1: at least 1"),
+        ("--llava /nowhere", "--llava /nowhere: holds no package `llava`"),
+        ("--python-path /nowhere", "--python-path names libraries for the package of --llava"),
+    ],
+)
+def test_flags_that_measure_nothing_are_refused_before_anything_runs(flags, words, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        run_all(["--quick", "--results", str(tmp_path), *flags.split()])
+    assert words in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_page_lies_beside_the_results_that_are_named(tmp_path, monkeypatch):
+    monkeypatch.setattr("benchmarks.__main__.FOLDER", tmp_path / "own")
+    (tmp_path / "named").mkdir()
+    assert run_all(["--report", "--results", str(tmp_path / "named")]) == 0
+    assert [path.name for path in (tmp_path / "named").iterdir()] == ["RESULTS.md"]
+    assert not (tmp_path / "own").exists()
+
+
 @pytest.mark.slow
 def test_one_command_runs_every_benchmark(tmp_path):
     assert run_all(["--quick", "--threads", "1", "--results", str(tmp_path)]) == 0

@@ -146,7 +146,10 @@ class StreamDataset(IterableDataset):
     def settings(self) -> dict:
         """What must be equal for the order to be the same."""
         digest = key_of(*((shard.name, shard.num_bytes) for shard in self.shards))
-        return {"shards": digest, "lanes a rank (--dataloader_num_workers)": self.lanes_a_rank} | {
+        return {
+            "shards": f"{len(self.shards)} ({digest})",
+            "lanes a rank (--dataloader_num_workers)": self.lanes_a_rank,
+        } | {
             "shuffle_window": self.window,
             "tokens of a pack": self.pack_tokens,
         }

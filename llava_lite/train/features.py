@@ -179,7 +179,10 @@ def fill(store: FeatureStore, keys: np.ndarray, starts: np.ndarray, tower, datas
             write_features(store, keys, PictureSet(dataset, starts, slots[place::num_places]), tower, args)
         except (ValueError, OSError) as caught:
             error = caught
-        raise_together(error, ValueError, "What was made until then is kept.")
+        advice = (
+            f"What was made until then is kept in {store.folder}: mend it and start again, or --feature_cache off."
+        )
+        raise_together(error, ValueError, advice)
 
 
 class PictureSet(Dataset):
