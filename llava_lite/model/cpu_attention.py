@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from itertools import pairwise
+from threading import Lock
 from typing import NamedTuple
 
 import torch
@@ -145,6 +146,10 @@ def probabilities(asking, keys, hidden) -> torch.Tensor:
     return scores.softmax(dim=-1)
 
 
+# The precision that was set before, once for each thread that is in `quick_products`.
+_LOCK, _FOUND = Lock(), []
+
+
 @contextmanager
 def quick_products(block: Block):
     """Let oneDNN make a block's batched float32 products where it makes them in float32, and sooner than BLAS.
@@ -155,13 +160,18 @@ def quick_products(block: Block):
     if not block.is_common or not _onednn_is_exact():
         yield
         return
-    before = settings.fp32_precision
-    # torch asks oneDNN for them only if bfloat16 would be allowed, of which it makes no use without matrix tiles.
-    settings.fp32_precision = "bf16"
+    with _LOCK:
+        # torch asks oneDNN for them only if bfloat16 would be allowed, of which it makes no use without matrix tiles.
+        # The setting is the process's: of threads that answer at once the last gives back what the first has found.
+        _FOUND.append(_FOUND[0] if _FOUND else settings.fp32_precision)
+        settings.fp32_precision = "bf16"
     try:
         yield
     finally:
-        settings.fp32_precision = before
+        with _LOCK:
+            before = _FOUND.pop()
+            if not _FOUND:
+                settings.fp32_precision = before
 
 
 @cache

@@ -126,6 +126,22 @@ def test_permission_to_round_is_given_back_and_changes_no_product():
     torch.testing.assert_close(product.double(), left.double() @ right.double(), atol=1e-4, rtol=0)
 
 
+def test_permission_is_given_back_by_the_last_of_two_threads():
+    settings = getattr(torch.backends.mkldnn, "matmul", None)
+    if not cpu_attention._onednn_is_exact():
+        pytest.skip("oneDNN takes no float32 products here")
+    before, block = settings.fp32_precision, next(plan_blocks([0, cpu_attention.BLOCK]))
+    first, second = cpu_attention.quick_products(block), cpu_attention.quick_products(block)
+    # As two threads would, each of which goes on before the other is done.
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    during = settings.fp32_precision
+    second.__exit__(None, None, None)
+    assert block.is_common
+    assert (during, settings.fp32_precision) == ("bf16", before)
+
+
 def test_permission_is_asked_for_shapes_that_come_again(monkeypatch):
     settings = getattr(torch.backends.mkldnn, "matmul", None)
     monkeypatch.setattr(cpu_attention, "_onednn_is_exact", lambda: hasattr(settings, "fp32_precision"))
