@@ -91,10 +91,10 @@ class CheckpointMixin:
         """Return what must be equal for a step to be the same step."""
         args, data = self.args, self.train_dataset
         lengths = getattr(data, "lengths", None)
-        # Only where there are some: a checkpoint from before this key goes on.
+        # None of whole experts: a checkpoint from before this key goes on.
         shared = {experts.num_ranks for experts in parallel_experts(self.model).values()}
         return {
-            **({"--ep_size": shared.pop()} if shared else {}),
+            "--ep_size": shared.pop() if shared else None,
             "world_size": args.world_size,
             "per_device_train_batch_size": args.per_device_train_batch_size,
             "gradient_accumulation_steps": args.gradient_accumulation_steps,
