@@ -108,7 +108,7 @@ class _GroupedExperts(torch.autograd.Function):
             hidden, dots = ctx.activation.back(inner, d_hidden, share, weights.dtype, d_inner)
             if for_weights:
                 d_weight = dots if down_bias is None else dots + group.dot_bias(d_out, down_bias)
-                d_weights.view(-1)[group.choices] = d_weight[: len(group.choices)]
+                d_weights.view(-1)[group.choices] = d_weight[: len(group.choices)].to(d_weights.dtype)
             d_out.mul_(share)
             if for_down:
                 group.weight_gradient(d_out, hidden, d_down)

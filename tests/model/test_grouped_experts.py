@@ -127,6 +127,18 @@ def test_in_double_precision_nothing_but_the_order_of_sums_differs(shape):
 
 
 @pytest.mark.parametrize("shape", SHAPES)
+def test_weights_of_a_float32_router_learn_from_experts_of_double_precision(shape):
+    module = experts_of(shape, dtype=torch.float64)
+    tokens, chosen, weights = routes_of(20, 2)
+    weights.requires_grad_()
+    module(tokens.double(), chosen, weights).sum().backward()
+    found, weights.grad = weights.grad, None
+    plain_loop(module, "silu", tokens.double(), chosen, weights.double()).sum().backward()
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, weights.grad, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
 def test_bfloat16_is_as_near_to_the_truth_as_transformers_is(shape):
     tokens, chosen, weights = routes_of(64, 2)
     tokens, ahead = tokens.bfloat16(), torch.randn(64, WIDTH).bfloat16()
