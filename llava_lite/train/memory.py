@@ -102,8 +102,8 @@ def mlp_widths(layer, trains, dtype_bytes):
     """Return how many tensors [.., D] and [.., I] a token leaves behind in an MLP, or in the experts that it visits.
 
     Gated: gate and up, their product where weights train; transformers' own keeps the activated gate too. Phi's keeps
-    what its activation goes through, transformers' own four steps of it. Experts keep what goes into their activation and compute the rest again from
-    what came in; a router that trains keeps that in float32.
+    what its activation goes through, transformers' own four steps of it. Experts keep what goes into their activation
+    and compute the rest again from what came in; a router that trains keeps that in float32.
     """
     if isinstance(layer.mlp, MoeBlock):
         visits = layer.mlp.moe.top_k_experts
