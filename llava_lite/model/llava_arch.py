@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers import initialization as init
 
@@ -292,6 +293,16 @@ class LlavaMetaForCausalLM(
             return self.lm_head(rows, labels=targets, divisor=divisor)
         # Wrapped, as PEFT does it, or quantised: a layer that returns logits and nothing else.
         return nn.functional.cross_entropy(self.lm_head(rows).float(), targets, reduction="sum") / divisor
+
+    def _set_gradient_checkpointing(self, enable=True, gradient_checkpointing_func=checkpoint, **kwargs):
+        """Refuse what would take the gradient of the balance loss away in silence; else as transformers does."""
+        keywords = getattr(gradient_checkpointing_func, "keywords", {})
+        if enable and keywords.get("use_reentrant") and self.moe_layers():
+            raise ValueError(
+                "this model has experts, whose balance loss gets no gradient from reentrant checkpointing; "
+                'give gradient_checkpointing_kwargs={"use_reentrant": False}.'
+            )
+        super()._set_gradient_checkpointing(enable, gradient_checkpointing_func, **kwargs)
 
     def start_routing(self, attention_mask) -> RoutingContext | None:
         """Give the MoE blocks this call's context: which of the positions are padding."""

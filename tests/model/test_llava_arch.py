@@ -297,3 +297,12 @@ def test_partitioned_weights_are_gathered_for_text_too_even_outside_training(toy
         # ZeRO-3's mark on a weight.
         parameter.ds_id = number
     assert model.needs_dummy()
+
+
+def test_reentrant_checkpointing_of_experts_is_refused_and_of_a_dense_model_is_not(toy_model):
+    model = toy_model(moe={"num_experts": [2], "moe_mode": "dense", "top_k_experts": 1})
+    with pytest.raises(ValueError, match="balance loss gets no gradient from reentrant checkpointing"):
+        model.gradient_checkpointing_enable({"use_reentrant": True})
+    assert not model.is_gradient_checkpointing
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    toy_model().gradient_checkpointing_enable({"use_reentrant": True})
