@@ -136,8 +136,10 @@ def draw(reports: dict, file: Path) -> bool:
     speed.set_title("Training speed over the fastest stock run")
     bars(memory, reports, [(rows.MEMORY, "size S")])
     memory.set_title("Memory over the leanest stock run")
-    draw_ablation(items, dig(reports, "ablation", "results") or {})
-    items.set_title("Step without an item over the step with all")
+    results = dig(reports, "ablation", "results") or {}
+    draw_ablation(items, results)
+    items.set_title("Step without an item over the step with all" + ("" if results else ": not measured"))
+    items.set_visible(bool(results))
     figure.savefig(file, dpi=110)
     pyplot.close(figure)
     return True
