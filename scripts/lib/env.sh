@@ -3,7 +3,7 @@
 # Sourced by quickstart.sh and test.sh; ROOT is the clone.
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
-EXTRAS=train,peft,quant,dev
+EXTRAS=train,peft,quant,fast,dev
 MIN_FREE_GIB=4
 
 say() { printf '%s\n' "$@" >&2; }
