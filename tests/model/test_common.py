@@ -112,6 +112,14 @@ class CommonTests(common.ModelTesterMixin, GenerationTesterMixin):
     def test_config(self):
         self.config_tester.run_common_tests()
 
+    def test_training_gradient_checkpointing_use_reentrant_true(self):
+        if self.moe is None:
+            return super().test_training_gradient_checkpointing_use_reentrant_true()
+        # The balance loss would get no gradient.
+        model = self.all_model_classes[-1](self.model_tester.get_config())
+        with pytest.raises(ValueError, match="has experts, whose balance loss gets no gradient from reentrant"):
+            model.gradient_checkpointing_enable({"use_reentrant": True})
+
     def test_as_many_pictures_as_marks(self):
         config, inputs = self.model_tester.prepare_config_and_inputs_for_common()
         model = self.all_model_classes[0](config).eval()

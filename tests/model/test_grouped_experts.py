@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from llava_lite.model import expert_activation, expert_groups, experts
+from llava_lite.model import expert_activation, expert_groups, experts, grouped_experts
 from llava_lite.model.experts import OWN, Experts, MlpShape
 from llava_lite.model.plain_paths import set_plain_paths
 
@@ -233,7 +233,7 @@ def test_rows_that_fill_up_a_number_of_rows_count_nothing(monkeypatch, shape):
     routes, ahead = routes_of(60, 2, avoid=(3,)), torch.randn(60, WIDTH)
     seen, results = [], []
     for fills_up in (True, False):
-        monkeypatch.setitem(home(), "takes_onednn", lambda *tensors, answer=fills_up: answer)
+        monkeypatch.setattr(grouped_experts, "takes_onednn", lambda *tensors, answer=fills_up: answer)
         seen.append([len(g.row_tokens) for g in groups_of_call(monkeypatch, module, routes)])
         results.append(results_of(lambda module, *given: module(*given), module, *routes, ahead))
     assert all(rows % 32 == 0 for rows in seen[0])
@@ -241,16 +241,11 @@ def test_rows_that_fill_up_a_number_of_rows_count_nothing(monkeypatch, shape):
     assert_close(*results)
 
 
-def home():
-    """Return the names that the registered function reads: another test may have imported its file a second time."""
-    return experts.ALL_EXPERTS_FUNCTIONS[OWN].__globals__
-
-
 def groups_of_call(monkeypatch, module, routes):
     """Return the groups that a call with gradients makes."""
-    found, stock = [], home()["group_choices"]
+    found, stock = [], grouped_experts.group_choices
     with monkeypatch.context() as patch:
-        patch.setitem(home(), "group_choices", lambda *args: found.extend(stock(*args)) or found)
+        patch.setattr(grouped_experts, "group_choices", lambda *args: found.extend(stock(*args)) or found)
         module(*routes)
     return found
 
