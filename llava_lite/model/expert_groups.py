@@ -9,11 +9,7 @@ Shapes: `S` tokens, `K` choices a token, `R` rows of a group, `E` experts; a wei
 
 import torch
 
-from .products import product, unlearned
-
-# oneDNN makes a kernel for every number of rows that it meets: milliseconds, and memory for as long as the run lasts.
-# So rows come in multiples of this many, the last of them without weight.
-ROWS_AT_ONCE = 32
+from .products import product, unlearned, weight_gradient
 
 # Public since torch 2.10.
 _grouped_mm = getattr(torch.nn.functional, "grouped_mm", None) or getattr(torch, "_grouped_mm", None)
@@ -26,11 +22,8 @@ def can_group(device, dtype, widths):
     return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
-def group_choices(experts, num_experts, all_at_once, rows_at_once=1):
-    """Return the groups of the choices [S, K]: one of all experts, or one of each that was chosen; none of none.
-
-    rows_at_once: what the number of rows of one expert is a multiple of.
-    """
+def group_choices(experts, num_experts, all_at_once):
+    """Return the groups of the choices [S, K]: one of all experts, or one of each that was chosen; none of none."""
     if not experts.numel():
         return []
     if all_at_once:
@@ -38,7 +31,7 @@ def group_choices(experts, num_experts, all_at_once, rows_at_once=1):
     choices = experts.flatten().argsort(stable=True)  # [S * K]
     counts = experts.flatten().bincount(minlength=num_experts).tolist()
     return [
-        OneExpert(expert, of_expert, experts.shape[1], -(-len(of_expert) // rows_at_once) * rows_at_once)
+        OneExpert(expert, of_expert, experts.shape[1])
         for expert, of_expert in enumerate(choices.split(counts))
         if len(of_expert)
     ]
@@ -54,21 +47,14 @@ def empty_gradient(param, groups):
 
 
 class OneExpert:
-    """The choices of one expert; of its R rows those behind the last choice are of any token, and count nothing."""
+    """The choices of one expert."""
 
-    def __init__(self, expert, choices, num_choices, num_rows=None):
-        """expert: its number. choices: each token * K + rank. num_choices: K. num_rows: R, default one a choice."""
+    def __init__(self, expert, choices, num_choices):
+        """expert: its number. choices: [R], each token * K + rank. num_choices: K."""
         self.expert = expert
         self.covered = range(expert, expert + 1)
         self.choices = choices
-        self.tokens = choices // num_choices
-        num_more = (num_rows or len(choices)) - len(choices)
-        self.row_tokens = torch.nn.functional.pad(self.tokens, (0, num_more)) if num_more else self.tokens  # [R]
-
-    def share_of_rows(self, weights):
-        """Return the weight [R, 1] of each row from those of the choices [S, K]."""
-        share = weights.flatten()[self.choices]
-        return torch.nn.functional.pad(share, (0, len(self.row_tokens) - len(share)))[:, None]
+        self.tokens = choices // num_choices  # [R]
 
     def product(self, rows, weight, bias=None):
         """Return the outputs [R, N] of inputs [R, M]."""
@@ -80,7 +66,7 @@ class OneExpert:
 
     def weight_gradient(self, grad, rows, into):
         """Write the part of the gradient [E, N, M] of the group's experts, from that of outputs and from inputs."""
-        product(grad.t(), rows.t(), out=into[self.expert])
+        weight_gradient(grad, rows, out=into[self.expert])
 
     def bias_gradient(self, grad, into):
         """Write the part of the gradient [E, N] of the group's experts."""
@@ -92,7 +78,6 @@ class OneExpert:
 
     def add_to(self, sums, rows, weights=None):
         """Add rows [R, D], times their choice's weight of [S, K], to those of their tokens in sums [S, D]."""
-        rows = rows[: len(self.tokens)]
         if weights is not None:
             rows = rows * weights.flatten()[self.choices, None]
         sums.index_add_(0, self.tokens, rows.to(sums.dtype))
@@ -106,14 +91,10 @@ class AllExperts:
         self.covered = range(num_experts)
         self.shape = experts.shape
         self.expert_of_row, self.choices = experts.flatten().sort(stable=True)
-        self.tokens = self.row_tokens = self.choices // experts.shape[1]  # [S * K]
+        self.tokens = self.choices // experts.shape[1]  # [S * K]
         numbers = torch.arange(num_experts, device=experts.device)
         self.ends = torch.searchsorted(self.expert_of_row, numbers, right=True, out_int32=True)  # [E]
         self.is_of = self.expert_of_row == numbers[:, None]  # [E, S * K]
-
-    def share_of_rows(self, weights):
-        """Return the weight [R, 1] of each row from those of the choices [S, K]."""
-        return weights.flatten()[self.choices, None]
 
     def product(self, rows, weight, bias=None):
         """Return the outputs [R, N] of inputs [R, M]."""

@@ -12,8 +12,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from .expert_activation import ExpertActivation
-from .expert_groups import ROWS_AT_ONCE, can_group, empty_gradient, group_choices
-from .products import takes_onednn
+from .expert_groups import can_group, empty_gradient, group_choices
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -31,10 +30,7 @@ def grouped_experts(module, tokens, experts, weights):
     activation = ExpertActivation(module.has_gate, module.config.hidden_act, module.act_fn)
     widths = (module.shape.hidden_size, module.shape.intermediate_size)
     rows = tokens.to(dtype)
-    many = torch.is_grad_enabled() and len(experts) > ROWS_AT_ONCE and takes_onednn(rows)
-    groups = group_choices(
-        experts, module.num_experts, can_group(tokens.device, dtype, widths), ROWS_AT_ONCE if many else 1
-    )
+    groups = group_choices(experts, module.num_experts, can_group(tokens.device, dtype, widths))
     if torch.is_grad_enabled():
         mixed = _GroupedExperts.apply(rows, weights, *params, activation, groups)
     else:
@@ -68,7 +64,7 @@ def mix_experts(tokens, weights, params, activation, groups, keep=None):
     up, up_bias, down, down_bias = params
     mixed = torch.zeros_like(tokens, dtype=weights.dtype)
     for group in groups:
-        inner = group.product(tokens.index_select(0, group.row_tokens), up, up_bias)  # [R, 2I] or [R, I]
+        inner = group.product(tokens.index_select(0, group.tokens), up, up_bias)  # [R, 2I] or [R, I]
         group.add_to(mixed, group.product(activation.hidden(inner), down, down_bias), weights)
         if keep is not None:
             keep.append(inner)
@@ -100,15 +96,15 @@ class _GroupedExperts(torch.autograd.Function):
         d_down_bias = empty_gradient(down_bias, ctx.groups) if for_down_bias else None
         keeps = graph_is_kept()
         for group, inner in zip(ctx.groups, inners, strict=True):
-            share = group.share_of_rows(weights)  # [R, 1]
-            d_out = grad.index_select(0, group.row_tokens)  # [R, D], not weighted yet
+            share = weights.flatten()[group.choices, None]  # [R, 1]
+            d_out = grad.index_select(0, group.tokens)  # [R, D], not weighted yet
             d_hidden = group.product_back(d_out, down)  # [R, I]
             # Inner rows that nobody will ask for again give their place to their gradient.
             d_inner = torch.empty_like(inner) if keeps else inner
             hidden, dots = ctx.activation.back(inner, d_hidden, share, weights.dtype, d_inner)
             if for_weights:
                 d_weight = dots if down_bias is None else dots + group.dot_bias(d_out, down_bias)
-                d_weights.view(-1)[group.choices] = d_weight[: len(group.choices)].to(d_weights.dtype)
+                d_weights.view(-1)[group.choices] = d_weight.to(d_weights.dtype)
             d_out.mul_(share)
             if for_down:
                 group.weight_gradient(d_out, hidden, d_down)
@@ -116,7 +112,7 @@ class _GroupedExperts(torch.autograd.Function):
                 group.bias_gradient(d_out, d_down_bias)
             del d_out, d_hidden, hidden
             if for_up:
-                group.weight_gradient(d_inner, tokens.index_select(0, group.row_tokens), d_up)
+                group.weight_gradient(d_inner, tokens.index_select(0, group.tokens), d_up)
             if for_up_bias:
                 group.bias_gradient(d_inner, d_up_bias)
             if for_tokens:

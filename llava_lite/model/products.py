@@ -12,12 +12,15 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-# Below this many rows a product waits for memory, not for arithmetic, and BLAS has the shorter way to it.
-LEAST_ROWS = 8
+# oneDNN makes a kernel for every shape that it meets: 3 to 6 ms, and half a megabyte for as long as the run lasts. Tokens
+# come in any number, so they are multiplied in pieces of these many, the last one filled up with zeros.
+PIECES = (1024, 768, 512, 256, 192, 128, 64)
 # Below this many multiplications a layer's own autograd function costs more than the kernel saves: toys.
 LEAST_WORK = 2**21
-# Numbers of a matrix that oneDNN takes at once: it copies what it multiplies by into an order of its own, and of a
-# vocabulary's 32,000 rows that copy would be the largest thing in a step.
+# Below this many numbers of a weight, and of rows, BLAS has the shorter way outside autograd too.
+LEAST_WEIGHT, LEAST_ROWS = 2**18, 5
+# Numbers of a weight that oneDNN takes at once: it copies them into an order of its own, and of a vocabulary's 32,000
+# rows that copy would be the largest thing in a step.
 MOST_NUMBERS = 2**22
 
 
@@ -51,36 +54,70 @@ def takes_onednn(*tensors):
     )
 
 
-def product(left, right, out=None):
-    """Return left [M, K] @ right.T [K, N] of right [N, K], outside autograd; both may be views, transposed too.
-
-    out: [M, N], written if it is given.
-    """
-    # Of no terms a sum is zero, which oneDNN leaves unwritten.
-    if len(left) < LEAST_ROWS or not left.shape[1] or not takes_onednn(left, right):
-        return torch.mm(left, right.t(), out=out)
-    if max(left.numel(), right.numel()) <= MOST_NUMBERS:
-        found = torch.ops.mkldnn._linear_pointwise(left, right, None, "none", [], "")
-        return found if out is None else out.copy_(found)
-    return _product_in_parts(left, right, left.new_empty(len(left), len(right)) if out is None else out)
-
-
-def _product_in_parts(left, right, out):
-    """Write left [M, K] @ right.T [K, N] into out, the longest of the three sides cut into parts."""
-    num_rows, num_terms, num_columns = len(left), left.shape[1], len(right)
-    longest = max(num_rows, num_terms, num_columns)
-    step = max(LEAST_ROWS, MOST_NUMBERS * longest // max(left.numel(), right.numel()))
-    parts = [slice(start, start + step) for start in range(0, longest, step)]
-    if longest == num_terms:
-        for part in parts:
-            found = product(left[:, part], right[:, part])
-            out.copy_(found) if part.start == 0 else out.add_(found)
-    else:
-        for part in parts:
-            rows = part if longest == num_rows else slice(None)
-            columns = part if longest != num_rows else slice(None)
-            product(left[rows], right[columns], out=out[rows, columns])
+def product(rows, weight, bias=None):
+    """Return rows [T, K] @ weight.T [K, N] + bias [N], outside autograd; all may be views, transposed too."""
+    if len(rows) < PIECES[-1] or not rows.shape[1] or not takes_onednn(rows, weight):
+        return rows @ weight.t() if bias is None else torch.addmm(bias, rows, weight.t())
+    weight = _dense(weight)
+    if len(rows) in PIECES and weight.numel() <= MOST_NUMBERS:
+        return _onednn(rows, weight, bias)
+    out = rows.new_empty(len(rows), len(weight))
+    for columns, terms in _parts_of(weight):
+        some_weight, some_bias = weight[columns, terms], None if bias is None else bias[columns]
+        for piece, size in pieces_of(len(rows)):
+            into = out[piece, columns]
+            if terms.start == 0:
+                into.copy_(_onednn(_filled(rows[piece, terms], size), some_weight, some_bias)[: len(into)])
+            else:
+                into.add_(_onednn(_filled(rows[piece, terms], size), some_weight)[: len(into)])
     return out
+
+
+def weight_gradient(grad, rows, out=None):
+    """Return grad.T [N, T] @ rows [T, K], outside autograd; out: [N, K], written if it is given."""
+    if len(rows) < PIECES[-1] or not grad.shape[1] or not rows.shape[1] or not takes_onednn(grad, rows):
+        return torch.mm(grad.t(), rows, out=out)
+    is_first = True
+    for piece, size in pieces_of(len(rows)):
+        found = _onednn(_filled(grad[piece], size).t(), _dense(_filled(rows[piece], size)).t())
+        if is_first:
+            out = found if out is None else out.copy_(found)
+        else:
+            out.add_(found)
+        is_first = False
+    return out
+
+
+def _onednn(rows, weight, bias=None):
+    return torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")
+
+
+def pieces_of(count):
+    """Yield (slice of `count` tokens, one of PIECES), the largest first; the last slice may be shorter than that."""
+    start = 0
+    while start < count:
+        size = next((size for size in PIECES if size <= count - start), PIECES[-1])
+        yield slice(start, min(start + size, count)), size
+        start += size
+
+
+def _filled(rows, size):
+    return rows if len(rows) == size else F.pad(rows, (0, 0, 0, size - len(rows)))
+
+
+def _dense(matrix):
+    """Return the matrix, copied if its numbers lie apart: oneDNN multiplies by such a one 700 times as slowly."""
+    return matrix if matrix.is_contiguous() or matrix.t().is_contiguous() else matrix.contiguous()
+
+
+def _parts_of(weight):
+    """Return (slice of N, slice of K) that cut a dense weight [N, K] into dense parts of at most MOST_NUMBERS."""
+    num_columns, num_terms = weight.shape
+    if weight.is_contiguous():
+        step = max(MOST_NUMBERS // num_terms, 1)
+        return [(slice(start, start + step), slice(0, num_terms)) for start in range(0, num_columns, step)]
+    step = max(MOST_NUMBERS // num_columns, 1)
+    return [(slice(0, num_columns), slice(start, start + step)) for start in range(0, num_terms, step)]
 
 
 class _Linear(torch.autograd.Function):
@@ -90,8 +127,7 @@ class _Linear(torch.autograd.Function):
     def forward(ctx, rows, weight, bias):
         # The weight itself and no view: ZeRO-3 takes its storage away after the forward pass and brings it back.
         ctx.save_for_backward(rows if weight.requires_grad else None, weight)
-        out = product(rows, weight)
-        return out if bias is None else out.add_(bias)
+        return product(rows, weight, bias)
 
     @staticmethod
     def backward(ctx, grad):
@@ -99,7 +135,7 @@ class _Linear(torch.autograd.Function):
         for_rows, for_weight, for_bias = ctx.needs_input_grad
         return (
             product(grad, weight.t()) if for_rows else None,
-            product(grad.t(), rows.t()) if for_weight else None,
+            weight_gradient(grad, rows) if for_weight else None,
             grad.sum(dim=0) if for_bias else None,
         )
 
@@ -111,9 +147,11 @@ def unlearned(inputs, weight, bias=None):
     25 at 8.
     """
     rows = inputs.numel() // max(inputs.shape[-1], 1)
-    if not rows or weight.numel() < LEAST_WORK // LEAST_ROWS or not takes_onednn(inputs, weight):
+    if not rows or weight.numel() < LEAST_WEIGHT or not takes_onednn(inputs, weight):
         return F.linear(inputs, weight, bias)
-    if 1 < rows < 5:
+    if rows >= PIECES[-1]:
+        return product(inputs.reshape(rows, -1), weight, bias).view(*inputs.shape[:-1], -1)
+    if 1 < rows < LEAST_ROWS:
         # The weight on the left, as BLAS likes it best while there are so few columns.
         out = torch.mm(weight, inputs.reshape(rows, -1).t()).t().contiguous().view(*inputs.shape[:-1], -1)
         return out if bias is None else out.add_(bias)
@@ -125,7 +163,7 @@ def linear(inputs, weight, bias=None):
     if not torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu"):
         return unlearned(inputs, weight, bias)
     rows = inputs.numel() // max(inputs.shape[-1], 1)
-    small = rows < LEAST_ROWS or rows * weight.numel() < LEAST_WORK
+    small = rows < PIECES[-1] or rows * weight.numel() < LEAST_WORK
     if small or not takes_onednn(inputs, weight) or torch.is_autocast_enabled("cpu"):
         return F.linear(inputs, weight, bias)
     return _Linear.apply(inputs.reshape(rows, -1), weight, bias).view(*inputs.shape[:-1], -1)

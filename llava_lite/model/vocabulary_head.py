@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from llava_lite.model.products import Linear, product
 
 # Logits of a chunk, as a number of float32: small beside the activations of a step, large enough for a full product.
-CHUNK_LOGITS = {"cpu": 2**24, "cuda": 2**26}
+CHUNK_LOGITS = {"cpu": 2**23, "cuda": 2**26}
 
 
 class VocabularyHead(Linear):
@@ -89,7 +89,11 @@ class LinearCrossEntropy(torch.autograd.Function):
                 if needs_hidden:
                     out.copy_(product(d_logits, matrix.t()) * early)
                 if needs_weight:
-                    d_weight = added(d_weight, product(d_logits.t(), (rows * early).t()), sum_dtype)
+                    # Of a chunk's few rows oneDNN is no faster.
+                    if d_weight is not None and sum_dtype == dtype:
+                        d_weight.addmm_(d_logits.t(), rows * early)
+                    else:
+                        d_weight = added(d_weight, d_logits.t() @ (rows * early), sum_dtype)
                 if needs_bias:
                     d_bias = added(d_bias, d_logits.sum(0) * early, sum_dtype)
         ctx.save_for_backward(d_hidden, *(None if d is None else d.to(weight.dtype) for d in (d_weight, d_bias)))

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from llava_lite.model import expert_activation, expert_groups, experts, grouped_experts
+from llava_lite.model import expert_activation, expert_groups, experts
 from llava_lite.model.experts import OWN, Experts, MlpShape
 from llava_lite.model.plain_paths import set_plain_paths
 
@@ -225,29 +225,6 @@ def test_blocks_of_few_rows_give_what_one_block_gives(monkeypatch, shape):
         monkeypatch.setattr(expert_activation, "BLOCK", block)
         found = results_of(lambda module, *given: module(*given), module, *routes, ahead)
         assert_close(found, whole, 1e-6, 1e-6)
-
-
-@pytest.mark.parametrize("shape", SHAPES)
-def test_rows_that_fill_up_a_number_of_rows_count_nothing(monkeypatch, shape):
-    module = experts_of(shape)
-    routes, ahead = routes_of(60, 2, avoid=(3,)), torch.randn(60, WIDTH)
-    seen, results = [], []
-    for fills_up in (True, False):
-        monkeypatch.setattr(grouped_experts, "takes_onednn", lambda *tensors, answer=fills_up: answer)
-        seen.append([len(g.row_tokens) for g in groups_of_call(monkeypatch, module, routes)])
-        results.append(results_of(lambda module, *given: module(*given), module, *routes, ahead))
-    assert all(rows % 32 == 0 for rows in seen[0])
-    assert sum(seen[0]) > sum(seen[1]) == 120
-    assert_close(*results)
-
-
-def groups_of_call(monkeypatch, module, routes):
-    """Return the groups that a call with gradients makes."""
-    found, stock = [], grouped_experts.group_choices
-    with monkeypatch.context() as patch:
-        patch.setattr(grouped_experts, "group_choices", lambda *args: found.extend(stock(*args)) or found)
-        module(*routes)
-    return found
 
 
 def test_kept_for_the_backward_pass_are_tokens_and_inner_rows_alone():

@@ -7,9 +7,9 @@ import torch
 from torch.nn import functional as F
 
 from llava_lite.model import products
-from llava_lite.model.products import linear, product, takes_onednn
+from llava_lite.model.products import linear, pieces_of, product, takes_onednn, weight_gradient
 
-SIZES = [(0, 3, 5), (9, 0, 5), (1, 3, 5), (7, 16, 4), (9, 31, 65), (128, 64, 96)]
+SIZES = [(0, 3, 5), (9, 0, 5), (1, 3, 5), (7, 16, 4), (9, 31, 65), (29, 64, 96), (16, 64, 96)]
 
 
 @pytest.fixture(params=["onednn", "blas"])
@@ -17,30 +17,84 @@ def library(request, monkeypatch):
     """Run a test with oneDNN, where this machine has what it takes, and without."""
     if request.param == "onednn" and not takes_onednn(torch.ones(1)):
         pytest.skip("this processor has no 512-bit vectors, or torch no oneDNN")
-    monkeypatch.setattr(products, "LEAST_WORK", 0)
+    for name, value in {"LEAST_WORK": 0, "LEAST_WEIGHT": 0, "PIECES": (16, 8), "MOST_NUMBERS": 600}.items():
+        monkeypatch.setattr(products, name, value)
     with torch.backends.mkldnn.flags(enabled=request.param == "onednn"):
         yield request.param
 
 
-@pytest.mark.parametrize(
-    ("rows", "inner", "columns"), [(0, 3, 5), (9, 0, 5), (1, 3, 5), (7, 16, 4), (9, 31, 65), (128, 64, 96)]
-)
-@pytest.mark.parametrize("views", ["whole", "transposed", "sliced"])
-def test_a_product_of_any_views_is_that_of_float64(library, rows, inner, columns, views):
+def matrices(views, *shapes):
+    """Return matrices of these shapes as they come: whole, or views of larger ones."""
     torch.manual_seed(0)
     if views == "transposed":
-        left, right = torch.randn(inner, rows).t(), torch.randn(inner, columns).t()
-    elif views == "sliced":
-        left, right = torch.randn(rows + 3, 2 * inner)[2:-1, inner:], torch.randn(3, columns, inner)[1]
-    else:
-        left, right = torch.randn(rows, inner), torch.randn(columns, inner)
-    out = product(left, right)
+        return [torch.randn(columns, rows).t() for rows, columns in shapes]
+    if views == "sliced":
+        return [torch.randn(rows + 3, 2 * columns)[2:-1, columns:] for rows, columns in shapes]
+    return [torch.randn(rows, columns) for rows, columns in shapes]
+
+
+@pytest.mark.parametrize(("rows", "inner", "columns"), SIZES)
+@pytest.mark.parametrize("biased", [True, False])
+@pytest.mark.parametrize("views", ["whole", "transposed", "sliced"])
+def test_a_product_of_any_views_is_that_of_float64(library, rows, inner, columns, views, biased):
+    left, right = matrices(views, (rows, inner), (columns, inner))
+    bias = torch.randn(columns) if biased else None
+    out = product(left, right, bias)
     assert out.dtype == torch.float32
-    torch.testing.assert_close(out.double(), left.double() @ right.double().t(), rtol=1e-5, atol=1e-5)
-    into = torch.full((2, rows, columns), float("nan"))[1]
-    assert product(left, right, out=into).data_ptr() == into.data_ptr()
+    expected = left.double() @ right.double().t() + (bias.double() if biased else 0)
+    torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("rows", "inner", "columns"), SIZES)
+@pytest.mark.parametrize("views", ["whole", "transposed", "sliced"])
+def test_a_gradient_of_weights_of_any_views_is_that_of_float64(library, rows, inner, columns, views):
+    grad, given = matrices(views, (rows, columns), (rows, inner))
+    out = weight_gradient(grad, given)
+    torch.testing.assert_close(out.double(), grad.double().t() @ given.double(), rtol=1e-5, atol=1e-5)
+    into = torch.full((2, columns, inner), float("nan"))[1]
+    assert weight_gradient(grad, given, out=into).data_ptr() == into.data_ptr()
     # BLAS adds in another order where memory is aligned otherwise.
     torch.testing.assert_close(into, out, rtol=1e-5, atol=1e-5)
+
+
+def test_pieces_cover_every_token_once_and_the_last_alone_is_filled_up():
+    for count in (0, 1, 63, 64, 65, 1024, 1878, 5000):
+        pieces = list(pieces_of(count))
+        assert [i for piece, _ in pieces for i in range(count)[piece]] == list(range(count))
+        assert all(size in products.PIECES for _, size in pieces)
+        assert all(piece.stop - piece.start == size for piece, size in pieces[:-1])
+        assert sum(size for _, size in pieces) - count < 64
+
+
+@pytest.mark.parametrize("views", [("sliced", "whole"), ("transposed", "sliced")])
+def test_numbers_that_lie_apart_are_gathered_first(library, monkeypatch, views):
+    # oneDNN would take a way that is hundreds of times as slow.
+    stock = torch.ops.mkldnn._linear_pointwise
+
+    def watch(left, right, *more):
+        assert right.is_contiguous() or right.t().is_contiguous()
+        return stock(left, right, *more)
+
+    monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", watch)
+    for kind in views:
+        left, right = matrices(kind, (29, 31), (65, 31))
+        product(left, right)
+        product(left, right[:, ::2].repeat_interleave(2, dim=1)[:, :31])
+        weight_gradient(left, left)
+
+
+def test_any_numbers_of_tokens_make_a_few_kernels(monkeypatch):
+    if not takes_onednn(torch.ones(1)):
+        pytest.skip("this processor has no 512-bit vectors, or torch no oneDNN")
+    monkeypatch.setattr(products, "LEAST_WORK", 0)
+    shapes, stock = set(), torch.ops.mkldnn._linear_pointwise
+    seen = lambda left, right, *more: shapes.add((left.shape, right.shape)) or stock(left, right, *more)  # noqa: E731
+    monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", seen)
+    weight = torch.randn(6, 7, requires_grad=True)
+    for count in range(64, 1600, 17):
+        linear(torch.ones(count, 7, requires_grad=True), weight).sum().backward()
+    # Forward, and back to the rows and to the weight.
+    assert len(shapes) == 3 * len(products.PIECES)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
@@ -48,10 +102,11 @@ def test_other_dtypes_stay_with_torch(dtype):
     left, right = torch.randn(9, 4).to(dtype), torch.randn(3, 4).to(dtype)
     assert not takes_onednn(left, right)
     assert torch.equal(product(left, right), left @ right.t())
+    assert torch.equal(weight_gradient(left, left), left.t() @ left)
 
 
 @pytest.mark.parametrize("biased", [True, False])
-@pytest.mark.parametrize("shape", [(1, 1, 16), (1, 2, 16), (4, 1, 16), (7, 1, 16), (3, 5, 16), (16,), (0, 16)])
+@pytest.mark.parametrize("shape", [(1, 1, 16), (1, 2, 16), (4, 1, 16), (7, 1, 16), (3, 5, 16), (1, 29, 16), (16,), (0, 16)])
 def test_without_gradients_a_linear_layer_of_any_number_of_rows_is_that_of_float64(library, biased, shape):
     torch.manual_seed(0)
     inputs, weight, bias = torch.randn(*shape), torch.randn(12, 16), torch.randn(12) if biased else None
@@ -91,13 +146,15 @@ def test_autocast_is_obeyed(library):
         assert linear(torch.ones(8, 4), torch.ones(2, 4)).dtype == torch.bfloat16
 
 
-def test_few_rows_stay_with_blas(library, monkeypatch):
+def test_few_rows_stay_with_blas(monkeypatch):
     asked = []
     monkeypatch.setattr(products, "takes_onednn", lambda *tensors: asked.append(tensors) or False)
-    product(torch.ones(7, 4), torch.ones(2, 4))
+    product(torch.ones(63, 4), torch.ones(2, 4))
+    weight_gradient(torch.ones(63, 4), torch.ones(63, 2))
     assert not asked
-    product(torch.ones(8, 4), torch.ones(2, 4))
-    assert len(asked) == 1
+    product(torch.ones(64, 4), torch.ones(2, 4))
+    weight_gradient(torch.ones(64, 4), torch.ones(64, 2))
+    assert len(asked) == 2
 
 
 def test_a_loaded_model_multiplies_by_it_and_a_copy_or_an_adapter_notices_nothing(toy_model):
@@ -110,17 +167,3 @@ def test_a_loaded_model_multiplies_by_it_and_a_copy_or_an_adapter_notices_nothin
     assert list(copy.deepcopy(model).state_dict()) == list(model.state_dict())
     adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"]))
     assert "layers.0.self_attn.q_proj.lora_A" in str(list(adapted.state_dict()))
-
-
-@pytest.mark.parametrize(
-    ("rows", "inner", "columns"), [(40, 30, 90), (90, 30, 40), (40, 90, 30), (50, 50, 50), (9, 700, 1)]
-)
-@pytest.mark.parametrize("given", [True, False])
-def test_a_large_product_is_made_in_parts_and_is_the_same(library, monkeypatch, rows, inner, columns, given):
-    monkeypatch.setattr(products, "MOST_NUMBERS", 600)
-    torch.manual_seed(0)
-    left, right = torch.randn(inner, rows).t(), torch.randn(columns, inner)
-    out = torch.full((rows, columns), 7.0) if given else None
-    found = product(left, right, out=out)
-    assert out is None or found is out
-    torch.testing.assert_close(found.double(), left.double() @ right.double().t(), rtol=1e-5, atol=1e-5)
