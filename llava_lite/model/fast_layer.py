@@ -25,6 +25,7 @@ from transformers.models.stablelm import modeling_stablelm as stablelm
 from .cpu_attention import attends_here
 from .fused import rms_norm, rotate, rotate_one, swiglu
 from .moe import MoeBlock
+from .remade import remade
 
 
 class FastPart(nn.Module):
@@ -55,17 +56,28 @@ class FastMlp(FastPart):
         """Return [..., D] of [..., D]."""
         if not self.is_fast or self.config.hidden_act not in ("silu", "swish"):
             return super().forward(x)
-        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
+        gate, up = self.gate_proj(x), self.up_proj(x)
+        hidden = swiglu(gate, up)
+        with remade(hidden, swiglu, gate, up):
+            return self.down_proj(hidden)
 
 
 class PhiMlpBody(FastPart):
-    """Phi's MLP with its activation in one step, which keeps one tensor; transformers spells gelu_new out in eight."""
+    """Phi's MLP with its activation in one step, which keeps its input; transformers spells gelu_new out in eight."""
 
     def forward(self, hidden_states):
         """Return [..., D] of [..., D]."""
         if not self.is_fast or self.config.hidden_act not in ("gelu_new", "gelu_pytorch_tanh"):
             return super().forward(hidden_states)
-        return self.fc2(nn.functional.gelu(self.fc1(hidden_states), approximate="tanh"))
+        inner = self.fc1(hidden_states)
+        hidden = gelu_tanh(inner)
+        with remade(hidden, gelu_tanh, inner):
+            return self.fc2(hidden)
+
+
+def gelu_tanh(inner):
+    """Return transformers' gelu_new of it."""
+    return nn.functional.gelu(inner, approximate="tanh")
 
 
 class FastAttention(FastPart):

@@ -12,8 +12,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-# oneDNN makes a kernel for every shape that it meets: 3 to 6 ms, and half a megabyte for as long as the run lasts. Tokens
-# come in any number, so they are multiplied in pieces of these many, the last one filled up with zeros.
+# oneDNN makes a kernel for every shape that it meets: 3 to 6 ms, and half a megabyte for as long as the run lasts.
+# Tokens come in any number, so they are multiplied in pieces of these many, the last one filled up with zeros.
 PIECES = (1024, 768, 512, 256, 192, 128, 64)
 # Below this many multiplications a layer's own autograd function costs more than the kernel saves: toys.
 LEAST_WORK = 2**21

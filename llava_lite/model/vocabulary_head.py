@@ -79,12 +79,15 @@ class LinearCrossEntropy(torch.autograd.Function):
                 strict=False,
             ):
                 scores = product(rows, matrix)
-                scores = (scores if vector is None else scores.add_(vector)).float().log_softmax(dim=-1)  # [C, V]
+                scores = (scores if vector is None else scores.add_(vector)).float()  # [C, V]
+                # In place: from the logits to their exponentials, their probabilities and the gradient of the loss.
+                scores.sub_(scores.amax(dim=-1, keepdim=True))
                 loss -= scores.gather(1, words[:, None]).sum()
+                total = scores.exp_().sum(dim=-1, keepdim=True)
+                loss += total.log().sum()
                 if not (needs_hidden or needs_weight or needs_bias):
                     continue
-                # In place: from the logarithms of the probabilities to the gradient of the logits.
-                scores.exp_().scatter_add_(1, words[:, None], scores.new_full((len(words), 1), -1.0))
+                scores.div_(total).scatter_add_(1, words[:, None], scores.new_full((len(words), 1), -1.0))
                 d_logits = scores.to(dtype)
                 if needs_hidden:
                     out.copy_(product(d_logits, matrix.t()) * early)

@@ -101,16 +101,16 @@ def norm_widths(norm, trains, dtype_bytes):
 def mlp_widths(layer, trains, dtype_bytes):
     """Return how many tensors [.., D] and [.., I] a token leaves behind in an MLP, or in the experts that it visits.
 
-    Gated: gate and up, their product where weights train; transformers' own keeps the activated gate too. Phi's keeps
-    what its activation goes through, transformers' own four steps of it. Experts keep what goes into their activation
-    and compute the rest again from what came in; a router that trains keeps that in float32.
+    Gated: gate and up; transformers' own keeps the activated gate and, where weights train, the product of both too.
+    Phi's keeps what goes into its activation, transformers' own what comes out and four steps of it. Experts keep what
+    goes into their activation and compute the rest again from what came in, which a trained router keeps in float32.
     """
     if isinstance(layer.mlp, MoeBlock):
         visits = layer.mlp.moe.top_k_experts
         return 2 * (dtype_bytes < 4) if trains else 1, visits * (2 if layer.mlp.experts.shape.gated else 1)
     if hasattr(layer.mlp, "gate_proj"):
-        return 0, (2 if isinstance(layer.mlp, FastPart) else 3) + trains
-    return 0, (1 if isinstance(layer.mlp, FastPart) else 4) + trains
+        return 0, 2 if isinstance(layer.mlp, FastPart) else 3 + trains
+    return 0, 1 if isinstance(layer.mlp, FastPart) else 4 + trains
 
 
 def activation_bytes(model, num_tokens, dtype_bytes, num_checkpointed=0):

@@ -106,7 +106,9 @@ def test_other_dtypes_stay_with_torch(dtype):
 
 
 @pytest.mark.parametrize("biased", [True, False])
-@pytest.mark.parametrize("shape", [(1, 1, 16), (1, 2, 16), (4, 1, 16), (7, 1, 16), (3, 5, 16), (1, 29, 16), (16,), (0, 16)])
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 16), (1, 2, 16), (4, 1, 16), (7, 1, 16), (3, 5, 16), (1, 29, 16), (16,), (0, 16)]
+)
 def test_without_gradients_a_linear_layer_of_any_number_of_rows_is_that_of_float64(library, biased, shape):
     torch.manual_seed(0)
     inputs, weight, bias = torch.randn(*shape), torch.randn(12, 16), torch.randn(12) if biased else None

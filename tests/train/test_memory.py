@@ -101,8 +101,8 @@ def test_checkpointed_layers_keep_their_input_alone(num_checkpointed):
 def test_a_layer_of_the_toys_keeps_what_the_formula_says(toy_model):
     model = toy_model()
     layer, config = model.model.layers[0], model.config
-    # 4 bytes x (2 norms x 2 + queries and outputs x 3, 32 wide; keys and values 16 wide; 3 of 64), trained.
-    assert layer_activation_bytes(layer, config, 4) == 4 * (7 * 32 + 2 * 16 + 3 * 64)
+    # 4 bytes x (2 norms x 2 + queries and outputs x 3, 32 wide; keys and values 16 wide; 2 of 64), trained.
+    assert layer_activation_bytes(layer, config, 4) == 4 * (7 * 32 + 2 * 16 + 2 * 64)
     layer.requires_grad_(False)
     assert layer_activation_bytes(layer, config, 2) == 2 * (4 * 32 + 2 * 16 + 2 * 64)
 
