@@ -1,4 +1,4 @@
-"""Decode plain JPEG files by the fastest library that is installed and gives Pillow's bytes; all others are Pillow's.
+"""Decode plain JPEG files by simplejpeg where it is installed and gives Pillow's bytes; all others are Pillow's.
 
 Plain: baseline, three components of 8 bits in YCbCr, at 4:4:4, 4:2:2 or 4:2:0. What else a file may hold, and every
 file that is broken, is left to Pillow, so that it alone decides what is a picture and what is wrong with it.
@@ -73,34 +73,19 @@ def _size_of_frame(part: bytes) -> tuple[int, int] | None:
     return (width, height) if is_plain and width and height else None
 
 
-def _simplejpeg() -> Callable[[bytes], np.ndarray]:
-    from simplejpeg import decode_jpeg
-
-    return decode_jpeg
-
-
-def _turbojpeg() -> Callable[[bytes], np.ndarray]:
-    from turbojpeg import TJPF_RGB, TurboJPEG
-
-    library = TurboJPEG()
-    return lambda data: library.decode(data, pixel_format=TJPF_RGB)
-
-
-DECODERS = {"simplejpeg": _simplejpeg, "PyTurboJPEG": _turbojpeg}
-
-
 @lru_cache(maxsize=1)
 def find_decoder() -> Callable[[bytes], np.ndarray] | None:
-    """Return a decoder, bytes of a file -> [H, W, 3], that gives Pillow's bytes; None if none is installed."""
-    for open_library in DECODERS.values():
-        try:
-            decode = open_library()
-            if all(np.array_equal(decode(data), _by_pillow(data)) for data in _probes()):
-                return decode
-        # Not installed, without its shared library, or of another version of libjpeg.
-        except Exception:
-            continue
-    return None
+    """Return a decoder, bytes of a file -> [H, W, 3], that gives Pillow's bytes; None if none is installed.
+
+    It must raise an error at a file that is cut short, where PyTurboJPEG only warns.
+    """
+    try:
+        from simplejpeg import decode_jpeg
+
+        return decode_jpeg if all(np.array_equal(decode_jpeg(data), _by_pillow(data)) for data in _probes()) else None
+    # Not installed, without its shared library, or of another version of libjpeg.
+    except Exception:
+        return None
 
 
 def _by_pillow(data: bytes) -> np.ndarray:

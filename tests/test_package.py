@@ -32,7 +32,7 @@ FLOORS = {
 }
 # Installed by an extra, or by nothing at all: imported only where it is needed, inside a function.
 OPTIONAL = {"accelerate", "bitsandbytes", "datasets", "deepspeed", "flash_attn", "gradio", "matplotlib", "peft"}
-OPTIONAL |= {"pyarrow", "liger_kernel", "simplejpeg", "turbojpeg", "sklearn", "tensorboard", "torchvision"}
+OPTIONAL |= {"pyarrow", "liger_kernel", "simplejpeg", "sklearn", "tensorboard", "torchvision"}
 # The names that pip and Python give the same thing, and what transformers itself depends on.
 MODULES = {"pillow": "PIL", "protobuf": "google"}
 WITH_TRANSFORMERS = {"filelock", "fsspec", "huggingface_hub", "packaging", "regex", "tqdm", "yaml"}
