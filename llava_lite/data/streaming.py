@@ -247,10 +247,12 @@ class StreamDataset(IterableDataset):
             raise DataError(
                 f"{str(error).rstrip('.')}{end} Mend it, or leave such records out with --bad_record skip."
             ) from error
-        if state.num_bad > self.max_bad_share * max(state.num_records, LEAST_JUDGED):
+        # No share is so large that a lane may go on without end and find nothing.
+        none_good = state.num_bad == state.num_records >= LEAST_JUDGED
+        if none_good or state.num_bad > self.max_bad_share * max(state.num_records, LEAST_JUDGED):
             share = f"{state.num_bad:,} of {state.num_records:,} records of a lane cannot be used, the last: {error}"
             raise DataError(
-                f"{share.rstrip('.')}. --bad_record skip leaves out at most {self.max_bad_share:.2%}."
+                f"{share.rstrip('.')}. --bad_record skip leaves out at most {self.max_bad_share:.2%}, and never all."
             ) from error
 
 

@@ -182,6 +182,12 @@ def test_too_many_bad_records_stop_the_run(tmp_path, stream):
         ids_of(islice(stream(batch_size=1, bad_record="skip"), 30))
 
 
+def test_a_stream_of_bad_records_alone_ends_whatever_share_may_be_bad(tmp_path, stream):
+    broken(tmp_path / "shards", counts=(30,), bad=range(30))
+    with pytest.raises(DataError, match="1,000 of 1,000 records of a lane cannot be used"):
+        next(iter(stream(bad_record="skip", max_bad_share=1.0)))
+
+
 def test_broken_picture_is_named(tmp_path, stream):
     (tmp_path / "shards").mkdir()
     tar_files(tmp_path / "shards" / "a.tar", [("x/7.jpg", b"no picture"), ("x/7.txt", b"a cat")])
