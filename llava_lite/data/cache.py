@@ -83,5 +83,6 @@ def load_array(path: Path) -> np.ndarray | None:
         return np.load(path, mmap_mode="r").view(np.ndarray)
     except FileNotFoundError:
         return None
-    except ValueError as error:
+    # An empty file is the end of one to numpy.
+    except (ValueError, EOFError) as error:
         raise ValueError(f"{path} is not an array ({error}). Delete the file; it is made anew.") from None

@@ -115,6 +115,14 @@ def test_entries_beyond_the_end_of_a_cut_file_are_not_read(store):
     assert (store.find(keys(1, 2, 3))["shard"] >= 0).tolist() == [True, True, False]
 
 
+def test_an_empty_list_of_a_shard_is_named(store):
+    write(store, 1)
+    (path,) = store.folder.glob("*.npy")
+    path.write_bytes(b"")
+    with pytest.raises(ValueError, match=rf"{path.name} is not an array .* Delete the file"):
+        store.find(keys(1))
+
+
 def test_only_old_remains_are_swept(store):
     write(store, 1)
     old, fresh = store.folder / "old.bin", store.folder / "fresh.bin"
