@@ -91,8 +91,8 @@ def varlen_attention(
     """
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     if cu_seq_lens_q is None and attention_mask is None and causal and query.shape[2] == key.shape[2] > 1:
-        # transformers' StableLM layers hand on the positions alone.
-        found = find_segments(position_ids)
+        # Layers of transformers' own, outside our models, hand on the positions alone.
+        found = find_segments(position_ids, len(query))
         cu_seq_lens_q, max_length_q = found.get("cu_seq_lens_q"), found.get("max_length_q")
     if cu_seq_lens_q is not None and causal:
         if query.shape[2] != key.shape[2] and query_rows is None:
@@ -125,13 +125,14 @@ def varlen_attention(
     return out, None
 
 
-def find_segments(position_ids: torch.Tensor | None) -> dict:
-    """Return where samples begin in rows whose positions [B, L] start anew, as attention is told; {} if none does.
+def find_segments(position_ids: torch.Tensor | None, num_rows: int) -> dict:
+    """Return where samples begin in rows whose positions [B or 1, L] start anew, for attention; {} if none does.
 
     For a caller who packs and gives positions alone, as transformers allows: our attention would not see it.
     """
     if position_ids is None or torch.compiler.is_compiling():
         return {}
+    position_ids = position_ids.expand(num_rows, -1)
     starts = position_ids.diff(dim=1, prepend=position_ids[:, :1]) != 1  # [B, L], and each row's first
     if int(starts.sum()) == len(position_ids):
         return {}

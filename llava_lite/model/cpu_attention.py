@@ -20,7 +20,7 @@ from typing import NamedTuple
 import torch
 from torch.autograd.function import once_differentiable
 
-from llava_lite.model.products import takes_onednn
+from llava_lite.model.products import has_wide_vectors, takes_onednn
 
 # Queries of a block: a block meets no key behind its last query, so nearly half of a sample is never computed. Of 64,
 # 128, 256 and 512 the quickest with samples of 300 tokens.
@@ -41,7 +41,7 @@ def attend_on_cpu(query, key, value, ends, scaling=None, window=None, rows=None)
     ascending order; None if every token asks.
     """
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return _Attention.apply(query, key, value, list(plan_blocks(ends, rows, window)), scaling)
+    return _Attention.apply(query, key, value, (ends, rows, window), scaling)
 
 
 class Block(NamedTuple):
@@ -65,35 +65,38 @@ def plan_blocks(ends, rows=None, window=None) -> Iterator[Block]:
     done = 0
     for start, stop in pairwise(ends):
         asking = range(start, stop)
+        # In a sample no longer than the window every query sees all before it.
+        reach = None if window is None or window >= stop - start else window
         if rows is not None:
             asking = [row for row in rows[done : done + stop - start] if row < stop]
         for first in range(0, len(asking), BLOCK):
             positions = asking[first : first + BLOCK]
-            low = start if window is None else max(start, positions[0] - window + 1)
+            low = start if reach is None else max(start, positions[0] - reach + 1)
             keys = slice(low, positions[-1] + 1)
             queries = slice(done + first, done + first + len(positions))
-            yield Block(queries, keys, hidden_keys(positions, low, window))
+            yield Block(queries, keys, hidden_keys(positions, low, reach))
         done += len(asking)
 
 
 def hidden_keys(positions, low: int, window: int | None) -> torch.Tensor:
     """Return -inf where the queries at `positions` must not see a key, from the first that is hidden from any."""
-    at = torch.tensor(positions)[:, None]
-    keys = torch.arange(low if window is not None else positions[0] + 1, positions[-1] + 1)[None]
+    at = torch.tensor(positions, device="cpu")[:, None]
+    keys = torch.arange(low if window is not None else positions[0] + 1, positions[-1] + 1, device="cpu")[None]
     hidden = keys > at if window is None else (keys > at) | (keys <= at - window)
     # Adding is quicker than filling where a mask says so.
-    return torch.zeros(hidden.shape).masked_fill_(hidden, float("-inf"))
+    return torch.zeros(hidden.shape, dtype=torch.float32, device="cpu").masked_fill_(hidden, float("-inf"))
 
 
 class _Attention(torch.autograd.Function):
-    """Keeps queries, keys and values."""
+    """Keeps queries, keys and values; blocks and their masks are planned once more for the gradient."""
 
     @staticmethod
-    def forward(ctx, query, key, value, blocks, scaling):
+    def forward(ctx, query, key, value, plan, scaling):
+        """Return the states; plan: (ends, rows, window) of `attend_on_cpu`."""
         ctx.save_for_backward(query, key, value)
-        ctx.blocks, ctx.scaling = blocks, scaling
-        out = torch.empty(query.shape)
-        for block in blocks:
+        ctx.plan, ctx.scaling = plan, scaling
+        out = query.new_zeros(query.shape)
+        for block in plan_blocks(*plan):
             with quick_products(block):
                 asking = rows_of(query, block, key.shape[1]).mul(scaling)
                 seen = torch.bmm(probabilities(asking, keys_of(key, block), block.hidden), keys_of(value, block))
@@ -105,10 +108,10 @@ class _Attention(torch.autograd.Function):
     def backward(ctx, grad):
         query, key, value = ctx.saved_tensors
         num_heads, num_key_heads = query.shape[1], key.shape[1]
-        d_query = torch.empty(query.shape)
+        d_query = query.new_zeros(query.shape)
         # Head by head in memory, where a block adds to them.
-        d_key, d_value = (torch.zeros(num_key_heads, *key.shape[::2]) for _ in range(2))  # [Hkv, T, Dh]
-        for block in ctx.blocks:
+        d_key, d_value = (key.new_zeros(num_key_heads, *key.shape[::2]) for _ in range(2))  # [Hkv, T, Dh]
+        for block in plan_blocks(*ctx.plan):
             with quick_products(block):
                 keys, values = keys_of(key, block), keys_of(value, block)
                 asking = rows_of(query, block, num_key_heads).mul(ctx.scaling)
@@ -157,12 +160,13 @@ def quick_products(block: Block):
     It makes a kernel for every shape that it meets, milliseconds and megabytes each; so only where shapes come again.
     """
     settings = getattr(torch.backends.mkldnn, "matmul", None)
-    if not block.is_common or not _onednn_is_exact():
+    if not block.is_common or not takes_onednn() or not _onednn_is_exact():
         yield
         return
     with _LOCK:
         # torch asks oneDNN for them only if bfloat16 would be allowed, of which it makes no use without matrix tiles.
         # The setting is the process's: of threads that answer at once the last gives back what the first has found.
+        # What others multiply meanwhile stays float32, in another order of its sums.
         _FOUND.append(_FOUND[0] if _FOUND else settings.fp32_precision)
         settings.fp32_precision = "bf16"
     try:
@@ -178,15 +182,17 @@ def quick_products(block: Block):
 def _onednn_is_exact() -> bool:
     """Return whether this processor's batched products stay float32 under the permission; tried, not believed."""
     settings = getattr(torch.backends.mkldnn, "matmul", None)
-    if not hasattr(settings, "fp32_precision") or not takes_onednn(torch.empty(0)):
-        return False
     has_tiles = getattr(torch.cpu, "_is_amx_tile_supported", lambda: True)()
+    if has_tiles or not hasattr(settings, "fp32_precision") or not has_wide_vectors():
+        return False
     generator = torch.Generator().manual_seed(0)
-    left, right = torch.rand(2, 2, 256, 256, generator=generator)
-    before, exact = settings.fp32_precision, left.double() @ right.double()
-    settings.fp32_precision = "bf16"
-    try:
-        # Sums of 256 numbers below 1: float32 is off by 1e-5 of them, bfloat16 by 1e-2.
-        return not has_tiles and bool((left @ right - exact).abs().max() < 1e-3)
-    finally:
-        settings.fp32_precision = before
+    left, right = torch.rand(2, 2, 256, 256, generator=generator, dtype=torch.float32, device="cpu")
+    exact = left.double() @ right.double()
+    with _LOCK:
+        before = settings.fp32_precision
+        settings.fp32_precision = "bf16"
+        try:
+            # Sums of 256 numbers below 1: float32 is off by 1e-5 of them, bfloat16 by 1e-2.
+            return bool((left @ right - exact).abs().max() < 1e-3)
+        finally:
+            settings.fp32_precision = before

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import torch
 from torch.nn import functional as F
+from torch.nn.modules import module as _hooks
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer, LlamaMLP
 from transformers.models.mistral.modeling_mistral import MistralAttention, MistralDecoderLayer, MistralMLP
@@ -78,8 +79,9 @@ def is_known(layer) -> bool:
 
 
 def is_unobserved(module) -> bool:
-    """Tell whether nobody listens to a module's calls or runs something in its place."""
-    return not (module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
+    """Tell whether nobody listens to a module's calls, or to all modules', or runs something in its place."""
+    hooks = module._forward_hooks or module._forward_pre_hooks or _hooks._global_forward_hooks
+    return not (hooks or _hooks._global_forward_pre_hooks or "forward" in module.__dict__)
 
 
 def step(stack, embeds, attention_mask, position_ids, cache) -> BaseModelOutputWithPast:

@@ -116,7 +116,8 @@ class FastAttention(FastPart):
         if asking is None:
             query, key = rotate(query, key, *position_embeddings)
         else:
-            query = rotate_one(query, *(pick(angles, asking) for angles in position_embeddings))
+            angles = (one.expand(len(hidden_states), -1, -1) for one in position_embeddings)
+            query = rotate_one(query, *(pick(one, asking) for one in angles))
             key = rotate_one(key, *position_embeddings)
             kwargs["query_rows"] = asking
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, self.eager_attention)

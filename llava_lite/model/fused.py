@@ -39,7 +39,9 @@ def rms_norm(inputs, weight, eps: float) -> torch.Tensor:
         # Llama's casting; the gradient that comes in is left as it is.
         return liger.norm(inputs, weight, eps, 0.0, "llama", False)
     if has_kernel(inputs, weight):
-        return F.rms_norm(inputs, weight.shape, weight, eps)
+        # Autocast would norm in float32 and return that, where transformers' own returns what came in.
+        with torch.autocast(inputs.device.type, enabled=False):
+            return F.rms_norm(inputs, weight.shape, weight, eps)
     return _RmsNorm.apply(inputs, weight, eps)
 
 
@@ -124,6 +126,13 @@ def rotate(query, key, cos, sin) -> tuple[torch.Tensor, torch.Tensor]:
 
 def rotate_one(states, cos, sin) -> torch.Tensor:
     """Return queries or keys alone [B, L, H, Dh], turned."""
+    if torch.compiler.is_compiling():
+        # A compiler that traces the function below does not follow its writing into parts.
+        turning, half = cos.shape[-1], cos.shape[-1] // 2
+        part = states[..., :turning]
+        across = torch.cat((-part[..., half:], part[..., :half]), dim=-1)
+        turned = (part * cos[:, :, None] + across * sin[:, :, None]).to(states.dtype)
+        return torch.cat((turned, states[..., turning:]), dim=-1)
     return _Rotate.apply(states, cos, sin)
 
 

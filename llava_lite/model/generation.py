@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import torch
 
 from llava_lite.model.kv_cache import GrowingCache, give_room
-from llava_lite.model.splice import Batch, expand_placeholders, positions_from_mask
+from llava_lite.model.splice import Batch, expand_placeholders, placeholder_mask, positions_from_mask
 
 # Tells `generate(images=None)`, LLaVA's way, from a call that never says `images`, the way of transformers.
 UNSET = object()
@@ -18,6 +18,7 @@ UNSET = object()
 # embeddings beside the ids; with the value that asks for nothing.
 BY_IDS = {"assistant_model": None, "prompt_lookup_num_tokens": None, "assistant_early_exit": None}
 BY_IDS |= {"prefill_chunk_size": None, "encoder_repetition_penalty": 1.0, "encoder_no_repeat_ngram_size": 0}
+BY_IDS |= {"guidance_scale": 1.0}
 # What a call must ask for, if anything, that a compiled step in a cache of fixed size shall serve.
 FIXED_SIZE_SERVES = {"cache_implementation": None, "past_key_values": None, "use_cache": True, "num_beams": 1}
 FIXED_SIZE_SERVES |= {"num_return_sequences": 1, "disable_compile": False, "return_dict_in_generate": False}
@@ -56,17 +57,25 @@ class PictureGeneration:
         modes = [(module, module.training) for module in self.modules()]
         self.eval()
         try:
-            batch, embeds = self.embed_batch(pad_rows_left(batch), pictures, image_sizes, pad_left=True)
+            batch = pad_rows_left(batch)
+            is_picture = placeholder_mask(batch.input_ids, self.config.image_token_index)
+            is_text = not (llava_way or self.needs_dummy() or bool(is_picture.any())) and pictures is None
+            if not is_text:
+                batch, embeds = self.embed_batch(batch, pictures, image_sizes, pad_left=True)
             mask = torch.ones_like(batch.input_ids) if batch.attention_mask is None else batch.attention_mask
             kwargs["attention_mask"] = mask
             ids = self.printable_ids(batch.input_ids)
-            if self.reads_ids(kwargs):
+            if is_text:
+                # Stock generation from ids, as adapters that put a prompt of their own before them want it.
+                given = {"input_ids": ids}
+            elif self.reads_ids(kwargs):
                 kwargs["past_key_values"] = self.prefill(embeds, mask, kwargs)
                 output = super().generate(input_ids=ids, **kwargs)
                 return without_prompt(output, ids.shape[1]) if llava_way else output
-            prompt = {} if llava_way else {"input_ids": ids}
+            else:
+                given = {"inputs_embeds": embeds} if llava_way else {"inputs_embeds": embeds, "input_ids": ids}
             with self.fixed_size(ids.shape[1], kwargs) as more:
-                output = super().generate(inputs_embeds=embeds, **prompt, **kwargs, **more)
+                output = super().generate(**given, **kwargs, **more)
             self.count_steps(output, 0 if llava_way else ids.shape[1])
             return output
         finally:

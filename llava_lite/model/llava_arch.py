@@ -127,7 +127,7 @@ class LlavaMetaModel(StackNames, EmbeddingMixin, ImageFeaturesMixin, StackLoadin
         if can_read(self, inputs_embeds, attention_mask, position_ids, past_key_values, kwargs):
             return read(self, inputs_embeds, attention_mask, position_ids, past_key_values, last_only)
         if attention_mask is None and past_key_values is None and "cu_seq_lens_q" not in kwargs:
-            kwargs |= find_segments(position_ids)
+            kwargs |= find_segments(position_ids, len(input_ids if inputs_embeds is None else inputs_embeds))
         if "cu_seq_lens_q" in kwargs:
             # With a cache transformers would look across the samples of a row.
             use_cache = False
@@ -288,7 +288,11 @@ class LlavaMetaForCausalLM(
 
     def supervised_loss(self, rows: torch.Tensor, targets: torch.Tensor, num_items=None) -> torch.Tensor:
         """Return the cross-entropy of rows [S, D] that predict targets [S], over `num_items` (or S)."""
-        divisor = max(len(targets), 1) if num_items is None else num_items
+        # A step without a learned token has no loss, rather than none that is a number.
+        if num_items is None:
+            divisor = max(len(targets), 1)
+        else:
+            divisor = num_items.clamp(min=1) if isinstance(num_items, torch.Tensor) else max(num_items, 1)
         if isinstance(self.lm_head, VocabularyHead):
             return self.lm_head(rows, labels=targets, divisor=divisor)
         # Wrapped, as PEFT does it, or quantised: a layer that returns logits and nothing else.

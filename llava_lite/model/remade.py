@@ -16,8 +16,8 @@ _hooks_around = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", 
 def remade(made: torch.Tensor, make, *inputs):
     """Return a context in which whoever keeps `made` keeps `inputs` of `make(*inputs) == made` in place of it.
 
-    made: contiguous; views of the whole of it are known as well. A checkpoint or an offload around it works as before:
-    it is given the inputs to keep.
+    made: contiguous; views of the whole of it are known as well. A checkpoint or an offload around it is given the
+    inputs to keep; an offload copies them once more.
     """
     if not torch.is_grad_enabled() or _hooks_around is None or not made.is_contiguous():
         return nullcontext()
@@ -26,7 +26,7 @@ def remade(made: torch.Tensor, make, *inputs):
 
 @contextmanager
 def _remaking(made, make, inputs):
-    pack_around, unpack_around = _hooks_around(True) or (_same, _same)
+    pack_around, unpack_around = _hooks_around(True) or (_without_history, _same)
     home, size = made.untyped_storage().data_ptr(), made.numel()
 
     def pack(tensor):
@@ -48,6 +48,11 @@ def _remaking(made, make, inputs):
     finally:
         # Autograd keeps `pack` as long as what it packed: a checkpoint around it would not get rid of the inputs.
         inputs.clear()
+
+
+def _without_history(tensor):
+    # A parameter as itself, for ZeRO-3; an output with its history would be a circle that nobody frees.
+    return tensor if tensor.is_leaf else tensor.detach()
 
 
 def _same(tensor):

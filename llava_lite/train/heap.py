@@ -4,10 +4,9 @@ import ctypes
 
 # The parameters of mallopt(3), glibc's malloc.h.
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
-# Larger blocks come from the kernel and go back to it. A higher limit lets them lie between small ones that stay, such
-# as the kernels that oneDNN makes for every new shape, and the holes add up: at size S of the benchmarks in stage 2
-# 1,650 MiB above the loaded model with 16 MiB, 1,430 with 8, and a fifth more time with 1.
-LARGE_BYTES = 8 * 2**20
+# Larger blocks come from the kernel and go back to it, a page fault for each 4 KiB: with 8 MiB as the limit a quarter of
+# the time of size V's stage 3, whose gradients are of 19 MiB. The most that malloc allows by itself.
+LARGE_BYTES = 32 * 2**20
 
 
 def keep_freed_memory() -> bool:

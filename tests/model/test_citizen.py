@@ -204,3 +204,41 @@ def test_device_map_and_half_precision_are_taken(toy_model, tmp_path):
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
     assert answer(model).shape[0] == 2
     assert torch.isfinite(model(**batch()).loss)
+
+
+@pytest.mark.parametrize("kind", ["PromptTuningConfig", "PrefixTuningConfig"])
+def test_a_tuned_prompt_answers_text_as_its_own_steps_do(kind, toy_model):
+    peft = pytest.importorskip("peft", reason="peft is an extra")
+    config = getattr(peft, kind)(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    torch.manual_seed(0)
+    model = peft.get_peft_model(toy_model(), config).eval()
+    ids = torch.tensor([[1, 300, 301, 302], [1, 304, 305, 306]])
+    expected = ids
+    with torch.no_grad():
+        for _ in range(4):
+            logits = model(input_ids=expected, attention_mask=torch.ones_like(expected)).logits
+            expected = torch.cat([expected, logits[:, -1:].argmax(-1)], dim=1)
+    out = model.generate(
+        input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=4, do_sample=False, eos_token_id=None
+    )
+    assert torch.equal(out, expected)
+
+
+def test_tuned_norms_generate_what_they_say(toy_model):
+    peft = pytest.importorskip("peft", reason="peft is an extra")
+    config = peft.LNTuningConfig(target_modules=["input_layernorm"])
+    model = peft.get_peft_model(toy_model(), config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.mul_(1 + torch.rand_like(parameter))
+    given = {name: value for name, value in batch().items() if name != "labels"}
+    expected = model.generate(**given, max_new_tokens=6, do_sample=False, use_cache=False)
+    assert torch.equal(model.generate(**given, max_new_tokens=6, do_sample=False), expected)
+
+
+def test_hooks_of_all_modules_are_called_while_generating(toy_model):
+    seen = []
+    with torch.nn.modules.module.register_module_forward_hook(lambda module, *_: seen.append(type(module).__name__)):
+        answer(toy_model())
+    assert {"LlamaDecoderLayer", "LlamaMLP"} <= set(seen)

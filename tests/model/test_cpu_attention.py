@@ -165,3 +165,25 @@ def test_varlen_attention_leads_here(monkeypatch, rows):
     more = {} if rows is None else {"query_rows": torch.tensor(rows)}
     out, _ = varlen_attention(module, *batched, None, cu_seq_lens_q=ends, max_length_q=12, **more)
     assert torch.equal(out[0], attend_on_cpu(*asked, ENDS, rows=rows))
+
+
+def test_masks_are_not_kept_and_a_window_that_no_sample_fills_hides_nothing():
+    query, key, value = (torch.randn(300, 2, 8, requires_grad=True) for _ in range(3))
+    out = cpu_attention.attend_on_cpu(query, key, value, [0, 100, 300], window=200)
+    assert not any(isinstance(kept, torch.Tensor) for kept in out.grad_fn.plan)
+    for wide, none in zip(
+        cpu_attention.plan_blocks([0, 100, 300], None, 200), cpu_attention.plan_blocks([0, 100, 300]), strict=True
+    ):
+        assert torch.equal(wide.hidden, none.hidden)
+
+
+def test_another_default_dtype_changes_nothing():
+    given = [torch.randn(40, 2, 8, requires_grad=True) for _ in range(3)]
+    expected = cpu_attention.attend_on_cpu(*given, [0, 40])
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        out = cpu_attention.attend_on_cpu(*given, [0, 40])
+        out.sum().backward()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(out, expected)

@@ -334,3 +334,19 @@ def test_training_with_a_cache_goes_the_stock_way(kind):
     mine = ours(inputs_embeds=embeds[:, :4], use_cache=True)
     rest = ours(inputs_embeds=embeds[:, 4:], past_key_values=mine.past_key_values, use_cache=True).last_hidden_state
     torch.testing.assert_close(rest, stock(inputs_embeds=embeds).last_hidden_state[:, 4:], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "varlen"])
+def test_a_compiled_model_trains_to_the_same_gradients(toy_model, implementation):
+    model = toy_model().train()
+    model.set_attn_implementation(implementation)
+    ids = torch.arange(30, 46).view(2, 8)
+
+    def gradient(called):
+        model.zero_grad()
+        called(input_ids=ids, labels=ids).loss.backward()
+        return model.model.layers[0].self_attn.q_proj.weight.grad.clone()
+
+    plain = gradient(model)
+    torch.testing.assert_close(gradient(torch.compile(model, backend="aot_eager")), plain, atol=1e-6, rtol=1e-4)
+    torch._dynamo.reset()

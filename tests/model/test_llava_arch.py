@@ -306,3 +306,11 @@ def test_reentrant_checkpointing_of_experts_is_refused_and_of_a_dense_model_is_n
     assert not model.is_gradient_checkpointing
     model.gradient_checkpointing_enable({"use_reentrant": False})
     toy_model().gradient_checkpointing_enable({"use_reentrant": True})
+
+
+@pytest.mark.parametrize("none", [0, torch.tensor(0)])
+def test_a_step_without_a_learned_token_has_a_loss_of_zero(toy_model, none):
+    model = toy_model().train()
+    ids = torch.arange(30, 36)[None]
+    output = model(ids, labels=torch.full_like(ids, -100), num_items_in_batch=none)
+    assert output.loss.item() == 0

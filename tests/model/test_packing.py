@@ -137,6 +137,25 @@ def test_positions_that_start_anew_are_enough_to_keep_samples_apart(toy_model, i
         torch.testing.assert_close(model(**kept).logits, model(**kept, **told).logits, atol=0, rtol=0)
 
 
+@pytest.mark.parametrize("implementation", ["varlen", "sdpa"])
+def test_positions_of_one_row_hold_for_all_rows(toy_model, implementation):
+    model = toy_model()
+    model.set_attn_implementation(implementation)
+    ids = torch.arange(30, 46).view(2, 8)
+    positions = torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4]])
+    with torch.no_grad():
+        both = model(input_ids=ids, position_ids=positions).logits
+        each = torch.cat([model(input_ids=row[None], position_ids=positions).logits for row in ids])
+        alone = model(input_ids=ids[:, 3:]).logits
+    torch.testing.assert_close(both, each, atol=1e-5, rtol=0)
+    torch.testing.assert_close(both[:, 3:], alone, atol=1e-5, rtol=0)
+    model.train()
+    losses = [
+        model(input_ids=ids, labels=ids, position_ids=rows).loss for rows in (positions, positions.expand(2, -1))
+    ]
+    torch.testing.assert_close(*losses)
+
+
 def test_a_packed_row_whose_pictures_are_not_expanded_is_refused(toy_model):
     model = toy_model()
     ids = torch.tensor([[5, IMAGE_TOKEN_INDEX, 6, 5, IMAGE_TOKEN_INDEX, 6]])

@@ -100,3 +100,13 @@ def test_without_what_it_needs_nothing_changes(monkeypatch, expected, without):
         return
     monkeypatch.setattr(remade_file, "_hooks_around", None)
     assert torch.equal(gradients(body(*given), given)[0], expected[0])
+
+
+def test_a_layer_that_keeps_its_own_output_is_freed_without_a_backward_pass():
+    given = tensors()
+    made = make(given[0] * 2, given[1])
+    with remade(made, make, given[0] * 2, given[1]):
+        out = given[2](made).exp()
+    alive = torch.multiprocessing.reductions.StorageWeakRef(out.untyped_storage())
+    del out, made
+    assert alive.expired()

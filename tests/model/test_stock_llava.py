@@ -175,6 +175,14 @@ def test_a_prompt_read_in_parts_gives_the_tokens_of_a_whole_one(arguments, pair,
     assert not torch.equal(penalised, whole)
 
 
+def test_guidance_called_llavas_way_gives_the_new_tokens_of_the_other_way(pair, inputs):
+    there = tokens(pair[0], inputs, guidance_scale=1.5)
+    rest = {name: value for name, value in inputs.items() if name != "pixel_values"}
+    here = tokens(pair[0], rest, images=inputs["pixel_values"], guidance_scale=1.5)
+    assert torch.equal(here, there[:, -here.shape[1] :])
+    assert here.shape[1] < there.shape[1]
+
+
 def test_prompt_lookup_gives_the_tokens_of_greedy_search(pair, inputs):
     one = {"input_ids": inputs["input_ids"][:1, -21:], "pixel_values": inputs["pixel_values"][:1]}
     ours, stock = pair
