@@ -72,6 +72,8 @@ def needs_padding(model_args, training_args):
         return "--moe_count_padding True routes padding, and packed rows have none"
     if training_args.parallelism_config is not None:
         return "--parallelism_config cuts rows where samples of a packed one do not end"
+    if training_args.torch_compile:
+        return "--torch_compile True compiles anew for every length, and packed rows have one of their own each"
     return None
 
 

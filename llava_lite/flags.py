@@ -79,9 +79,13 @@ def join_flags(flags):
     return [word for name, values in flags for word in ([f"--{name}"] if name else []) + values]
 
 
+# As transformers' parser reads them.
+YES, NO = ("true", "yes", "1", "t", "y"), ("false", "no", "0", "f", "n")
+
+
 def is_true(values):
     """Say whether a flag's values mean yes; a bare flag does."""
-    return not values or values[0].lower() in ("true", "yes", "1", "t", "y")
+    return not values or values[0].lower() in YES
 
 
 def tensorboard_folder(values):
@@ -142,6 +146,11 @@ def translate(argv, known):
         elif name.endswith(("gradient_checkpointing", "activation_checkpointing")):
             flags = [flag for flag in flags if flag[0] != "auto_checkpointing"]
             is_auto = values == ["auto"]
+            if values and not is_auto and values[0].lower() not in YES + NO:
+                raise ValueError(
+                    f"--{name} {values[0]}: True for every layer, False for none, or auto for as few as memory makes "
+                    "necessary."
+                )
             flags.append((checkpointing(name, known), ["False"] if is_auto else values))
             flags += [("auto_checkpointing", ["True"])] if is_auto else []
         elif name.endswith("_checkpointing_kwargs"):

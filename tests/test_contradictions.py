@@ -101,6 +101,7 @@ def test_records_stand_in_one_row_unless_a_flag_needs_padding(tmp_path):
 
     assert chosen() == ("samples", None)
     assert chosen("--packing none") == chosen("--moe_enable True --moe_count_padding True") == ("none", None)
+    assert chosen("--torch_compile True") == ("none", None)
     # Of no meaning without experts.
     assert chosen("--moe_count_padding True") == ("samples", None)
     packs = "--packing tokens --per_device_train_batch_size 1 --model_max_length 100"

@@ -92,6 +92,12 @@ def test_checkpointing_takes_the_name_of_the_installed_transformers():
     assert translate(["--gradient_checkpointing_kwargs", "{}"], kwargs) == ["--activation_checkpointing_kwargs", "{}"]
 
 
+@pytest.mark.parametrize("name", ["gradient_checkpointing", "activation_checkpointing"])
+def test_checkpointing_of_another_word_is_told_of_auto(name):
+    with pytest.raises(ValueError, match=f"--{name} some: True for every layer, False for none, or auto"):
+        translate([f"--{name}", "some"], {name})
+
+
 def test_precision_that_the_machine_lacks_is_turned_off_with_a_word(monkeypatch, caplog):
     monkeypatch.setattr(flags, "machine_has", lambda name: False)
     with caplog.at_level(logging.WARNING):

@@ -75,10 +75,14 @@ class CheckpointMixin:
     def train(self, resume_from_checkpoint=None, **kwargs):
         """Train; a checkpoint is verified and compared with this run before anything is loaded."""
         path = find_checkpoint(self.args.output_dir, resume_from_checkpoint or False, self.args.should_save)
-        if path is not None:
+        self.refuse_unfit(path)
+        return super().train(resume_from_checkpoint=path, **kwargs)
+
+    def refuse_unfit(self, path) -> None:
+        """Raise ValueError if a checkpoint, where there is one, is of another run or lacks what a run goes on with."""
+        if path:
             refuse_other_run(path, self._step_settings(), self._schedule())
             refuse_incomplete(path, self._needed_files())
-        return super().train(resume_from_checkpoint=path, **kwargs)
 
     def _needed_files(self) -> list[str]:
         """Return the files without which a run does not go on as it was."""

@@ -6,6 +6,7 @@ that node then fill. No batch of the run reaches the tower: under ZeRO-3 ranks w
 
 import hashlib
 import logging
+import os
 import shutil
 from contextlib import contextmanager
 from pathlib import Path
@@ -53,6 +54,20 @@ def use_features(trainer, dataset, where: str) -> None:
         raise ValueError(f"--feature_cache {where}: {reason}.")
     if reason is not None:
         logger.info("no features are kept on disk: %s.", reason)
+
+
+def refuse_unusable(where: str) -> None:
+    """Raise ValueError if --feature_cache names a word that is no folder's, or a folder that cannot be written."""
+    if where in ("off", "auto"):
+        return
+    if where.lower() in ("off", "auto", "on", "none", "", "true", "false", "yes", "no"):
+        raise ValueError(f"--feature_cache {where}: give a folder for the features, auto or off.")
+    nearest = next(path for path in (Path(where), *Path(where).absolute().parents) if path.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+        raise ValueError(
+            f"--feature_cache {where}: {nearest} is {'not writable' if nearest.is_dir() else 'no folder'}; name a "
+            "folder that can be written."
+        )
 
 
 def unfit(tower, dataset) -> str | None:

@@ -2,6 +2,7 @@
 
 import copy
 import logging
+from pathlib import Path
 
 import torch
 
@@ -49,6 +50,21 @@ def load_data(model, tokenizer, model_args, data_args, training_args):
     if data_args.eval_data_path is not None:
         return train_set, open_files(data_args.eval_data_path, "skipped_eval_records.jsonl")
     return split(train_set, data_args.eval_split, training_args.seed) if data_args.eval_split else (train_set, None)
+
+
+def refuse_missing(data_args):
+    """Raise an error if a file of records, or a shard, is not there."""
+    from llava_lite.data.records import is_shards
+    from llava_lite.data.shards import find_shards
+
+    for flag in ("data_path", "eval_data_path"):
+        paths = getattr(data_args, flag)
+        if paths and is_shards(paths):
+            find_shards(paths)
+            continue
+        missing = [path for path in paths or () if not Path(path).is_file()]
+        if missing:
+            raise FileNotFoundError(f"--{flag} {' '.join(missing)}: no such file.")
 
 
 def split(dataset, held_out, seed):

@@ -1,10 +1,12 @@
 """Train one stage: from flags to a folder that a model is opened from."""
 
+import atexit
 import logging
 import os
 import sys
 import warnings
 from importlib import import_module
+from pathlib import Path
 from typing import NamedTuple
 
 from transformers import set_seed
@@ -90,6 +92,7 @@ def prepare(argv=None):
     model_args, data_args, training_args = parse_args(sys.argv[1:] if argv is None else argv)
     refuse_unshareable(model_args, training_args)
     refuse_without_length(data_args, training_args)
+    refuse_absent(data_args, training_args)
     join_ranks(training_args)
     set_seed(training_args.seed)
     tokenizer = build_tokenizer(model_args, training_args)
@@ -107,7 +110,9 @@ def prepare(argv=None):
     share_out_experts(model, model_args, training_args)
     trainer = build_trainer(model, tokenizer, train_set, eval_set, data_args, training_args)
     read_features(trainer, train_set, data_args)
-    return Stage(trainer, tokenizer, model_args, data_args, checkpoint_to_resume(training_args))
+    checkpoint = checkpoint_to_resume(training_args)
+    trainer.refuse_unfit(checkpoint)
+    return Stage(trainer, tokenizer, model_args, data_args, checkpoint)
 
 
 def run(stage):
@@ -142,6 +147,18 @@ def refuse_without_length(data_args, training_args):
     refuse_of_shards(data_args, training_args)
 
 
+def refuse_absent(data_args, training_args):
+    """Refuse records that are not there and folders that cannot be written, before a model is loaded for them."""
+    from llava_lite.train.features import refuse_unusable
+    from llava_lite.train.load_data import refuse_missing
+    from llava_lite.train.offload import refuse_unusable_nvme
+
+    refuse_missing(data_args)
+    refuse_unusable(data_args.feature_cache)
+    if training_args.uses_deepspeed:
+        refuse_unusable_nvme(training_args.deepspeed_plugin.deepspeed_config)
+
+
 def join_ranks(training_args):
     """Let DeepSpeed know the ranks, and leave the log to the first; warnings and errors come from all."""
     if training_args.uses_deepspeed:
@@ -149,8 +166,15 @@ def join_ranks(training_args):
 
         # accelerate does this on a GPU only; unaware of the ranks, ZeRO-3 would take the first for all there are.
         deepspeed.init_distributed(auto_mpi_discovery=False)
+        atexit.register(free_shared_memory)
     if training_args.process_index != 0:
         logging.getLogger("llava_lite").setLevel(logging.WARNING)
+
+
+def free_shared_memory():
+    """Remove the shared memory through which DeepSpeed's ranks on a CPU exchange sums; it would stay for good."""
+    place = f"{os.environ.get('MASTER_ADDR')}_{os.environ.get('MASTER_PORT')}_{os.environ.get('LOCAL_RANK', '0')}"
+    Path("/dev/shm", f"deepspeed_allreduce_buffer_{os.getuid()}_{place}").unlink(missing_ok=True)
 
 
 def checkpoint_as_needed(model, train_set, model_args, training_args):

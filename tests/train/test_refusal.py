@@ -1,5 +1,8 @@
 """What a person sees when a run cannot begin."""
 
+import json
+from pathlib import Path
+
 import pytest
 
 from llava_lite.train.refusal import told_in_a_line
@@ -51,3 +54,65 @@ def test_the_place_is_shown_on_demand_and_other_errors_always(monkeypatch):
     monkeypatch.setenv("LLAVA_LITE_TRACEBACK", "1")
     with pytest.raises(ValueError, match="no"), told_in_a_line():
         raise ValueError("no.")
+
+
+@pytest.fixture
+def refused(stage_flags, tmp_path, capfd, monkeypatch):
+    """Start a run that must end before a model is loaded; return the line that it ends with."""
+    monkeypatch.setattr("llava_lite.train.train.build_model", lambda *args: pytest.fail("a model was loaded"))
+
+    def start(*flags):
+        with pytest.raises(SystemExit):
+            main(stage_flags("projector", tmp_path / "out", *flags))
+        shown = capfd.readouterr().err
+        assert "Traceback" not in shown
+        return shown.splitlines()[-1]
+
+    return start
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--data_path", "gone.json"], "--data_path gone.json: no such file"),
+        (["--eval_data_path", "gone.json"], "--eval_data_path gone.json: no such file"),
+        (["--data_path", "gone.tar", "--max_steps", "1"], "gone.tar: 0 of 1 shards are there"),
+        (["--feature_cache", "True"], "--feature_cache True: give a folder for the features, auto or off."),
+        (["--feature_cache", "Auto"], "--feature_cache Auto: give a folder for the features, auto or off."),
+        (["--feature_cache", f"{__file__}/features"], "test_refusal.py is no folder; name a folder"),
+    ],
+)
+def test_what_is_not_there_is_missed_before_a_model_is_loaded(refused, flags, said):
+    assert said in refused(*flags)
+
+
+def test_a_disk_for_deepspeed_that_is_not_there_is_missed_before_a_model_is_loaded(refused, tmp_path, monkeypatch):
+    for name, value in {
+        "RANK": 0,
+        "LOCAL_RANK": 0,
+        "WORLD_SIZE": 1,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": 0,
+    }.items():
+        # As a launcher would; what stands in for one would outlive the test.
+        monkeypatch.setenv(name, str(value))
+    config = json.loads(Path("scripts/zero3_offload_nvme.json").read_text())
+    for part in ("offload_optimizer", "offload_param"):
+        config["zero_optimization"][part]["nvme_path"] = str(tmp_path / "disk")
+    file = tmp_path / "nvme.json"
+    file.write_text(json.dumps(config))
+    flags = ["--deepspeed", str(file), "--bf16", "False"]
+    assert f"nvme_path {tmp_path}/disk, which is no folder that can be written" in refused(*flags)
+    (tmp_path / "disk").mkdir()
+    assert "install libaio" in refused(*flags)
+
+
+def test_a_checkpoint_of_another_run_is_refused_in_a_line(stage_flags, tmp_path, capfd):
+    flags = ["--save_strategy", "steps", "--save_steps", "1", "--max_steps", "1"]
+    main(stage_flags("projector", tmp_path / "out", *flags))
+    capfd.readouterr()
+    with pytest.raises(SystemExit):
+        main(stage_flags("projector", tmp_path / "out", *flags, "--seed", "7"))
+    shown = capfd.readouterr().err
+    assert "Traceback" not in shown
+    assert "cannot be resumed exactly: seed was" in shown.splitlines()[-1]
