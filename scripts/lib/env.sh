@@ -124,6 +124,15 @@ remove_dead_locks() {
     done
 }
 
+# DeepSpeed's ranks on a CPU exchange sums through shared memory, 69 MB a rank, and a run that ends leaves it there.
+remove_dead_buffers() {
+    local buffer
+    for buffer in /dev/shm/deepspeed_allreduce_buffer_*; do
+        [ -O "$buffer" ] && ! grep -qsF "$buffer" /proc/[0-9]*/maps && rm -f "$buffer"
+    done
+    return 0
+}
+
 # Fetch transformers' own tests of models, which only its source distribution holds; once a version, 10 MB, half a minute.
 # Offline nothing is lost: tests/model/test_common.py says that it is skipped.
 fetch_model_tests() {
@@ -146,6 +155,7 @@ fetch_model_tests() {
 build_ops() {
     mkdir -p "$TORCH_EXTENSIONS_DIR"
     remove_dead_locks
+    remove_dead_buffers
     [ -z "$(find "$TORCH_EXTENSIONS_DIR" -name deepspeed_shm_comm.so -print -quit)" ] || return 0
     quietly "Building DeepSpeed's CPU communication" "$VENV/build.log" env DS_ACCELERATOR=cpu python -c \
         'from deepspeed.accelerator import get_accelerator; get_accelerator().create_op_builder("ShareMemCommBuilder").load()'

@@ -1,5 +1,6 @@
 """The environment of quickstart.sh and test.sh: what is missing is said before anything is done."""
 
+import mmap
 import os
 import subprocess
 import sys
@@ -77,6 +78,21 @@ def test_lock_of_a_killed_build_is_removed_and_that_of_a_running_one_is_not(tmp_
     assert not dead.exists()
     assert live.exists()
     assert str(dead) in done.stderr
+
+
+@pytest.mark.skipif(not os.access("/dev/shm", os.W_OK), reason="this machine has no /dev/shm")
+def test_shared_memory_of_a_run_that_ended_is_freed_and_that_of_a_running_one_is_not():
+    buffers = [Path("/dev/shm", f"deepspeed_allreduce_buffer_test_{os.getpid()}_{kind}") for kind in ("dead", "live")]
+    try:
+        for buffer in buffers:
+            buffer.write_bytes(bytes(mmap.PAGESIZE))
+        with buffers[1].open("r+b") as file, mmap.mmap(file.fileno(), 0):
+            done = in_env("remove_dead_buffers")
+        assert done.returncode == 0, done.stderr
+        assert [buffer.exists() for buffer in buffers] == [False, True]
+    finally:
+        for buffer in buffers:
+            buffer.unlink(missing_ok=True)
 
 
 @pytest.mark.parametrize("script", ["quickstart.sh", "test.sh"])
