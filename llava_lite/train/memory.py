@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 from torch import nn
 
-from llava_lite.arguments import read_deepspeed
 from llava_lite.model.fast_layer import FastPart
 from llava_lite.model.moe import MoeBlock
 from llava_lite.model.vocabulary_head import CHUNK_LOGITS
@@ -161,8 +160,16 @@ def longest_batch(dataset, training_args):
 
 def offloaded(deepspeed_config):
     """Return which of "optimizer" and "param" a DeepSpeed config (a dict) keeps off the device."""
-    zero = deepspeed_config.get("zero_optimization", {})
-    return {name for name in ("optimizer", "param") if zero.get(f"offload_{name}", {}).get("device", "none") != "none"}
+    zero = deepspeed_config.get("zero_optimization") or {}
+    devices = {name: (zero.get(f"offload_{name}") or {}).get("device") for name in ("optimizer", "param")}
+    return {name for name, device in devices.items() if device not in (None, "none")}
+
+
+def offload_of_run(training_args):
+    """Return what a run keeps off its device, whoever gave DeepSpeed's config; on the CPU that is where it was."""
+    if training_args.device.type == "cpu" or not training_args.uses_deepspeed:
+        return set()
+    return offloaded(training_args.deepspeed_plugin.deepspeed_config)
 
 
 def estimate_memory(
@@ -174,6 +181,7 @@ def estimate_memory(
     num_ranks=None,
     offload=frozenset(),
     ep_size=1,
+    device_type="cuda",
 ):
     """Return the Memory of one rank for micro-batches of `num_tokens`, `num_learned` of them supervised.
 
@@ -191,7 +199,7 @@ def estimate_memory(
         gradients=0 if "optimizer" in offload else gradients,
         optimizer=0 if "optimizer" in offload else optimizer,
         activations=activation_bytes(model, num_tokens, dtype_bytes, num_checkpointed),
-        loss=loss_bytes(model, num_learned, dtype_bytes),
+        loss=loss_bytes(model, num_learned, dtype_bytes, device_type),
     )
 
 
@@ -233,7 +241,11 @@ def free_ram(proc="/proc/meminfo", group="/sys/fs/cgroup"):
         limit, used = (Path(group, f"memory.{name}").read_text().strip() for name in ("max", "current"))
     except OSError:
         return free
-    return free if limit == "max" else min(free, max(0, int(limit) - int(used)))
+    # Files that were read count as used, and go when memory is asked for.
+    stat = Path(group, "memory.stat")
+    kinds = dict(line.split() for line in stat.read_text().splitlines()) if stat.is_file() else {}
+    reclaimable = int(kinds.get("inactive_file", 0))
+    return free if limit == "max" else min(free, max(0, int(limit) - int(used) + reclaimable))
 
 
 def checkpoint_layers(model, chosen):
@@ -257,12 +269,10 @@ def choose_checkpointing(model, dataset, training_args, ep_size=1):
     """
     args, num_layers = training_args, len(model.get_model().layers)
     num_tokens = longest_batch(dataset, args)
-
-    # On the CPU, what is off the device is where it was.
-    offload = set() if args.device.type == "cpu" else offloaded(read_deepspeed(args.deepspeed))
+    where = {"offload": offload_of_run(args), "device_type": args.device.type}
 
     def memory_with(number):
-        return estimate_memory(model, args, num_tokens, num_tokens, number, offload=offload, ep_size=ep_size)
+        return estimate_memory(model, args, num_tokens, num_tokens, number, ep_size=ep_size, **where)
 
     held = sum(param.numel() * param.element_size() for param in model.parameters() if param.device.type == "cpu")
     local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

@@ -10,6 +10,7 @@ from llava_lite.train.memory import (
     gib,
     longest_batch,
     memory_lines,
+    offload_of_run,
     offloaded,
 )
 from llava_lite.train.scale import Cluster, Step, Work, hours_of, sent_bytes, weights_of
@@ -33,9 +34,8 @@ def plan_of_run(model, dataset, training_args, ep_size=1):
     annotations, learned_share = getattr(dataset, "annotations", None), 1.0
     if annotations is not None:
         learned_share = annotations.token_facts().num_learned.sum() / max(dataset.lengths.sum(), 1)
-    memory = estimate_memory(
-        model, args, num_tokens, num_tokens * learned_share, num_checkpointed(model), ep_size=ep_size
-    )
+    where = {"offload": offload_of_run(args), "device_type": args.device.type, "ep_size": ep_size}
+    memory = estimate_memory(model, args, num_tokens, num_tokens * learned_share, num_checkpointed(model), **where)
     head = [
         f"{args.world_size} ranks x {size} {unit} x {args.gradient_accumulation_steps} accumulated = "
         f"{num_micro * size} a step, {num_steps_of(dataset, args):,} steps, ZeRO-{args.zero_stage}",

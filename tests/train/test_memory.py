@@ -16,14 +16,17 @@ from llava_lite.train.memory import (
     choose_checkpointing,
     fewest_checkpointed,
     free_ram,
+    gib,
     layer_activation_bytes,
     longest_batch,
     loss_bytes,
     memory_lines,
+    offload_of_run,
     offloaded,
     spread_layers,
     weight_bytes,
 )
+from llava_lite.train.plan import plan_of_run
 
 NUM_TOKENS = 48
 SHAPE = {"hidden_size": 128, "intermediate_size": 320, "num_hidden_layers": 3, "num_attention_heads": 4}
@@ -171,17 +174,46 @@ def test_free_memory_is_what_the_machine_or_its_container_has_left(tmp_path):
     assert free_ram(tmp_path / "meminfo", tmp_path) == 50 * 1024
     (tmp_path / "memory.max").write_text("8192\n")
     assert free_ram(tmp_path / "meminfo", tmp_path) == 4096
+    (tmp_path / "memory.stat").write_text("anon 1000\ninactive_file 3000\n")
+    assert free_ram(tmp_path / "meminfo", tmp_path) == 4096 + 3000
     assert free_ram() > 2**20
 
 
 def test_offload_is_read_from_the_config():
     cpu, none = {"device": "cpu"}, {"device": "none"}
-    assert offloaded({}) == set()
+    assert offloaded({}) == offloaded({"zero_optimization": {"offload_param": None}}) == set()
     assert offloaded({"zero_optimization": {"offload_optimizer": cpu, "offload_param": none}}) == {"optimizer"}
     assert offloaded({"zero_optimization": {"offload_optimizer": cpu, "offload_param": {"device": "nvme"}}}) == {
         "optimizer",
         "param",
     }
+
+
+def test_offload_is_that_of_a_config_that_accelerate_gave():
+    plugin = SimpleNamespace(deepspeed_config={"zero_optimization": {"offload_optimizer": {"device": "cpu"}}})
+    args = {"deepspeed": None, "uses_deepspeed": True, "deepspeed_plugin": plugin}
+    assert offload_of_run(SimpleNamespace(device=torch.device("cuda"), **args)) == {"optimizer"}
+    assert offload_of_run(SimpleNamespace(device=torch.device("cpu"), **args)) == set()
+
+
+def test_plan_of_a_run_leaves_out_what_is_off_the_device(toy_model):
+    plugin = SimpleNamespace(deepspeed_config={"zero_optimization": {"offload_optimizer": {"device": "cpu"}}})
+    args = run_args(device=torch.device("cuda"), uses_deepspeed=True, deepspeed_plugin=plugin, max_steps=1)
+    args.gradient_accumulation_steps = 1
+    dataset = SimpleNamespace(lengths=np.array([100, 200]), layout=SimpleNamespace(is_anyres=False))
+    lines = dict(line.split()[:2] for line in plan_of_run(toy_model(), dataset, args).splitlines()[2:])
+    assert lines["optimizer"] == lines["gradients"] == "0.0"
+    assert float(lines["weights"]) > 0
+
+
+def test_loss_is_that_of_the_device_of_the_run(toy_model, room, caplog):
+    room(100 * GIB)
+    model, dataset = toy_model().train(), SimpleNamespace(lengths=np.array([10**6]))
+    with caplog.at_level(logging.INFO, logger="llava_lite.train.memory"):
+        choose_checkpointing(model, dataset, run_args(per_device_train_batch_size=1))
+    weights = sum(p.numel() * 4 * 4 for p in model.parameters())
+    needed = weights + activation_bytes(model, 10**6, 4) + loss_bytes(model, 10**6, 4, "cpu")
+    assert f"{gib(needed)} of 100.00 GiB" in caplog.text
 
 
 @pytest.fixture
@@ -194,7 +226,7 @@ def room(monkeypatch):
 
 def run_args(**more):
     """Return the arguments of a run that the choice reads."""
-    base = {"packing": "none", "per_device_train_batch_size": 4, "model_max_length": 200, "deepspeed": None}
+    base = {"packing": "none", "per_device_train_batch_size": 4, "model_max_length": 200, "uses_deepspeed": False}
     base |= {"device": torch.device("cpu"), "zero_stage": 0, "world_size": 1, "gradient_checkpointing": False}
     return SimpleNamespace(**base | {"bf16": False, "fp16": False} | more)
 
