@@ -69,7 +69,6 @@ def stock_model(size: Size, stage: int, experts: str | None = None, dtype=None, 
     if stage == 3:
         text = MixtralConfig(**size.text_config(), num_local_experts=NUM_EXPERTS, num_experts_per_tok=TOP_K)
         text.sliding_window = None
-        text._experts_implementation = experts
     config = LlavaConfig(
         text_config=text,
         vision_config=CLIPVisionConfig(**size.vision_config()),
@@ -85,6 +84,9 @@ def stock_model(size: Size, stage: int, experts: str | None = None, dtype=None, 
         if stage == 3:
             for layer in model.model.language_model.layers[1::2]:
                 layer.mlp = LlamaMLP(dense).to(model.dtype)
+    if experts is not None:
+        # Only now: building the model sets the choice of all its parts anew.
+        model.model.language_model.config._experts_implementation = experts
     fill({our_name(name): parameter for name, parameter in model.named_parameters()})
     # As transformers' Trainer does: a cache is of no use in training.
     model.config.use_cache = model.config.text_config.use_cache = False
