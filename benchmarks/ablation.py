@@ -111,7 +111,9 @@ def measure(size: str, stage: int, rounds: int) -> dict:
 
     def runner(name):
         def run():
-            turn = len(losses[name]) // (2 if name == ALL_ON else 1)
+            turn = len(losses[name])
+            if name == ALL_ON and turn >= WARMUP:
+                turn = WARMUP + (turn - WARMUP) // 2
             losses[name].append(bench.step(schedule[turn], variants[name], features[turn]))
 
         return run
@@ -122,7 +124,7 @@ def measure(size: str, stage: int, rounds: int) -> dict:
     for one in figures.values():
         one["relative_time"] = 1 / one["ratio"]
         one["relative_time_cpu"] = 1 / one["ratio_cpu"]
-    ours = losses[ALL_ON][::2]
+    ours = losses[ALL_ON][:WARMUP] + losses[ALL_ON][WARMUP::2]
     spread = max(abs(a - b) for other in losses if other != ALL_ON for a, b in zip(ours, losses[other], strict=True))
     return {"variants": figures, "largest_loss_difference": spread}
 

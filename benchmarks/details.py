@@ -29,6 +29,15 @@ ANNOTATIONS = [
 START_UP = [("CPU s", "cpu_s", 1, "{:.2f}"), ("of torch and Trainer", "of_trainer", 1, "{:.2f}")]
 
 
+def over_itself(figures: dict) -> str:
+    """Return how the rival that ran twice compares with itself: median and range of the rounds."""
+    for name, one in figures.items():
+        if "self_range" in one:
+            median = f"{one['self_ratio']:.2f}, " if "self_ratio" in one else ""
+            return f" {name} over itself: {median}{one['self_range'][0]:.2f}-{one['self_range'][1]:.2f}."
+    return ""
+
+
 def rivals_table(figures: dict, columns: list) -> str:
     """Return a table with a line a rival."""
     lines = [["", *(column[0] for column in columns)]]
@@ -45,12 +54,12 @@ def detail_parts(reports: dict) -> list[str]:
     parts += ["## MoE layer, forward and backward"] if layers else []
     for num_tokens, figures in layers.items():
         base = next(iter(figures.values())).get("base", "the first")
-        parts += [f"{num_tokens} tokens; ratio over {base}.", rivals_table(figures, MOE_LAYER)]
+        parts += [f"{num_tokens} tokens; ratio over {base}.{over_itself(figures)}", rivals_table(figures, MOE_LAYER)]
     parts += grouped("Generation", dig(reports, "generation", "results"), GENERATION)
     parts += grouped("Pictures", dig(reports, "pictures", "results"), PICTURES)
     for title, name, columns in (("Annotations", "annotations", ANNOTATIONS), ("Start-up", "start_up", START_UP)):
         figures = dig(reports, name, "results")
-        parts += [f"## {title}", rivals_table(figures, columns)] if figures else []
+        parts += [f"## {title}", over_itself(figures).strip(), rivals_table(figures, columns)] if figures else []
     return parts
 
 
@@ -58,5 +67,5 @@ def grouped(title: str, groups: dict | None, columns: list) -> list[str]:
     """Return a heading, and a table for each group of rivals."""
     parts = [f"## {title}"] if groups else []
     for name, figures in (groups or {}).items():
-        parts += [f"{name[0].upper()}{name[1:]}.", rivals_table(figures, columns)]
+        parts += [f"{name[0].upper()}{name[1:]}.{over_itself(figures)}", rivals_table(figures, columns)]
     return parts

@@ -3,8 +3,9 @@
     python -m benchmarks.pictures [--json FILE] [--quick] [--rounds N] [--llava FOLDER --python-path FOLDER]
 
 LLaVA's path is built from its parts: Pillow decodes, the picture is put on a square of the mean colour (`pad`), the
-image processor of transformers resizes, cuts and normalises it in NumPy. Ours ends in bytes, which the tower
-normalises on its device. Pictures are drawn JPEGs of 640 x 480; one thread; seconds are those of the processor.
+image processor of transformers resizes, cuts and normalises it in NumPy. Ours makes bytes, which the tower normalises
+on its device; that step is timed here too, so that all end alike. Pictures are drawn JPEGs of 640 x 480; one thread;
+seconds are those of the processor.
 With --llava the original package `llava` of that folder is called too, in a process of its own, on the libraries of
 --python-path (transformers 4.37): slower than the processor of today, and what its users have.
 """
@@ -77,8 +78,8 @@ def as_llava(path: str, processor, aspect_ratio: str) -> torch.Tensor:
 
 
 def as_ours(path: str, steps, aspect_ratio: str, resize: str) -> torch.Tensor:
-    """Return a picture as our data set makes it, bytes."""
-    return ours.picture_bytes(ours.open_picture(path), steps, aspect_ratio, resize=resize)
+    """Return a picture as our data set makes it, in bytes, and as the tower then normalises it."""
+    return steps.normalise(ours.picture_bytes(ours.open_picture(path), steps, aspect_ratio, resize=resize))
 
 
 def by_pillow(path: str, *how) -> torch.Tensor:
@@ -133,13 +134,12 @@ class Original:
         self.process.wait()
 
 
-def errors(found: dict, paths: list[str], steps) -> dict[str, float]:
+def errors(found: dict, paths: list[str]) -> dict[str, float]:
     """Return the mean distance of each runner's pictures from LLaVA's path's, normalised."""
     expected = [found[BASE](path) for path in paths]
     distances = {}
     for name, make in found.items():
         made = [make(path) for path in paths]
-        made = [steps.normalise(one) if one.dtype == torch.uint8 else one for one in made]
         distances[name] = float(np.mean([(a - b).abs().mean() for a, b in zip(made, expected, strict=True)]))
     return distances
 
@@ -148,7 +148,7 @@ def measure(side: int, aspect_ratio: str, paths: list[str], args) -> dict:
     """Return the figures of each runner at one size of a tower and one aspect ratio."""
     processor = CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
     found = makers(processor, aspect_ratio)
-    distances = errors(found, paths[:4], read_steps(processor))
+    distances = errors(found, paths[:4])
 
     def runner(make):
         def run():

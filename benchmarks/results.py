@@ -60,12 +60,14 @@ def training_parts(reports: dict) -> list[str]:
 def about_batches(result: dict, stage: str) -> str:
     """Return what a size and stage worked on, and how far its figures can be trusted."""
     batches = result["batches"]
-    low, high = result["against_stock"]["self_range"]
+    against = result["against_stock"]
+    low, high = against["self_range"]
+    median = f"{against['self_ratio']:.2f}, " if "self_ratio" in against else ""
     return (
         f"{batches['samples_a_step']} samples and {batches['tokens_a_step']:.0f} tokens a step, "
         f"{100 * batches['learned_share']:.0f}% of them learned; padding, where there is some, "
         f"{100 * batches['padding_share']:.0f}%; the vocabulary head is {100 * batches['logits_share']:.1f}% of the "
-        f"decoder's products; {batches['optimizer']}. Ours over itself: {low:.2f}-{high:.2f}. "
+        f"decoder's products; {batches['optimizer']}. Ours over itself: {median}{low:.2f}-{high:.2f}. "
         f"Losses within {result['largest_loss_difference']:.0e} of ours"
         + (", the balance loss apart, which the stock model leaves out." if stage == "3" else ".")
     )

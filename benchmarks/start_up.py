@@ -44,7 +44,8 @@ def measure(names, rounds: int) -> dict:
         name: {"cpu_s": one["wall_s"], "of_trainer": 1 / one["ratio"], "cpu_s_each": one["wall_s_each"]}
         for name, one in found.items()
     }
-    figures[base]["self_range"] = found[base]["self_range"]
+    figures[base] |= {key: found[base][key] for key in ("self_ratio", "self_range")}
+    figures[base]["cpu_s_each_again"] = found[base]["wall_s_each_again"]
     return figures
 
 

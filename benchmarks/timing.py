@@ -1,7 +1,7 @@
 """Turn rival runners into medians and ratios of one interleaved run, with the spread of a run against itself.
 
 Machines drift: a neighbour wakes up, a clock falls. So no runner is ever timed on its own. Every round calls every
-runner once, in an order that rotates, and a ratio is the median over rounds of the two times of the same round. One
+runner once, in an order that is drawn, and a ratio is the median over rounds of the two times of the same round. One
 runner is called twice a round; its ratio to itself says how small a difference still means something.
 """
 
@@ -9,14 +9,17 @@ from __future__ import annotations
 
 import argparse
 import gc
+import itertools
 import json
 import os
 import platform
+import random
 import statistics
 import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 
@@ -42,21 +45,38 @@ def interleave(
 
     A runner does one piece of work. It returns None and is timed here, or the seconds that it took by its own clock
     (wall, or wall and CPU): of a subprocess, or of a device. again: the runner that is called twice a round, the first
-    one unless named; its second samples stand under its name and AGAIN.
+    one unless named; every second round its first call counts as itself and its second as AGAIN, else the other way
+    round. The warm-up calls every runner once a round.
     """
     if rounds < 1 or not runners:
         raise ValueError(f"{rounds} rounds of {len(runners)} runners; give at least one of each.")
     again = again if again is not None else next(iter(runners))
-    entries = [*runners.items(), (again + AGAIN, runners[again])]
-    samples = {name: Samples() for name, _ in entries}
-    for turn in range(-warmup, rounds):
-        first = turn % len(entries)
-        for name, runner in entries[first:] + entries[:first]:
-            wall_s, cpu_s = timed(runner)
-            if turn >= 0:
-                samples[name].wall_s.append(wall_s)
-                samples[name].cpu_s.append(cpu_s)
+    samples = {name: Samples() for name in [*runners, again + AGAIN]}
+    for runner in [*runners.values()] * warmup:
+        timed(runner)
+    for name in orders(list(runners), again, rounds):
+        wall_s, cpu_s = timed(runners[name.removesuffix(AGAIN)])
+        samples[name].wall_s.append(wall_s)
+        samples[name].cpu_s.append(cpu_s)
     return samples
+
+
+def orders(names: list[str], again: str, rounds: int) -> list[str]:
+    """Return the names of all calls: each round shuffled, the twins apart where there are three runners or more."""
+    draw, calls = random.Random(0), []
+    for turn in range(rounds):
+        order = [*names, again]
+        while True:
+            draw.shuffle(order)
+            # Across the border of two rounds too.
+            row = [*calls[-1:], *order]
+            near = any(a.removesuffix(AGAIN) == b for a, b in itertools.pairwise(row))
+            if len(names) < 3 or not near:
+                break
+        first = order.index(again)
+        order[first if turn % 2 else order.index(again, first + 1)] += AGAIN
+        calls += order
+    return calls
 
 
 def timed(runner) -> tuple[float, float]:
@@ -107,6 +127,8 @@ def summary(samples: dict[str, Samples], base: str, work: dict | list[float] | f
                 "self_range": [min(own), max(own)],
                 "self_ratio_cpu": statistics.median(own_cpu),
                 "self_range_cpu": [min(own_cpu), max(own_cpu)],
+                "wall_s_each_again": samples[name + AGAIN].wall_s,
+                "cpu_s_each_again": samples[name + AGAIN].cpu_s,
             }
     return figures
 
@@ -154,11 +176,14 @@ def _processor() -> str:
     return platform.processor() or platform.machine()
 
 
+@cache
 def _commit() -> str | None:
-    answer = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
-    )
-    return answer.stdout.strip() or None
+    """Return the commit at the first call, "-dirty" behind it if files differ, those of the results apart."""
+    written = [f":(top,exclude)benchmarks/{name}" for name in ("results", "RESULTS.md", "results.png")]
+    options = {"cwd": Path(__file__).parent, "capture_output": True, "text": True, "check": False}
+    answer = subprocess.run(["git", "describe", "--always"], **options).stdout.strip()
+    differs = subprocess.run(["git", "diff", "--quiet", "HEAD", "--", ":/", *written], **options).returncode == 1
+    return answer + "-dirty" * differs if answer else None
 
 
 def peak_rss_bytes() -> int:
@@ -192,6 +217,8 @@ def arguments(description: str, argv=None, add=None) -> argparse.Namespace:
     if add is not None:
         add(parser)
     args = parser.parse_args(argv)
+    # Now: what is committed while the benchmark runs is not what it measured.
+    _commit()
     if args.quick:
         args.rounds = min(args.rounds, 2)
     return args

@@ -22,11 +22,11 @@ ROOT = Path(__file__).resolve().parents[1]
 class Worker:
     """A rival in a process of its own. rival: a key of RIVALS; batches are told by size, stage and count."""
 
-    def __init__(self, rival, size, stage, count, repeats=1, options=None, threads=2, python_path=None):
-        """repeats: times that each batch comes in a row, 2 for the rival that is compared with itself."""
+    def __init__(self, rival, size, stage, count, repeats=1, options=None, threads=2, python_path=None, warmup=0):
+        """repeats: times that each batch behind `warmup` ones comes, 2 for the rival that is compared with itself."""
         self.name = rival
         self.spec = {"rival": rival, "size": size, "stage": stage, "count": count, "repeats": repeats}
-        self.spec |= {"options": options or {}, "threads": threads}
+        self.spec |= {"options": options or {}, "threads": threads, "warmup": warmup}
         paths = [str(ROOT), *(python_path or "").split(os.pathsep), os.environ.get("PYTHONPATH", "")]
         environment = os.environ | {
             "PYTHONPATH": os.pathsep.join(path for path in paths if path),
@@ -105,7 +105,9 @@ def main(spec):
 
     torch.set_num_threads(spec["threads"])
     size = size_of(spec["size"], spec["stage"])
-    schedule = [one for one in batches(size, spec["stage"], spec["count"]) for _ in range(spec["repeats"])]
+    drawn = batches(size, spec["stage"], spec["count"])
+    warmup = drawn[: spec["warmup"]]
+    schedule = warmup + [one for one in drawn[spec["warmup"] :] for _ in range(spec["repeats"])]
     clocks = {}
 
     def tell(step):
