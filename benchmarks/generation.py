@@ -6,12 +6,15 @@ stock as it comes. A call with one new token is the time to the first token; the
 
 from __future__ import annotations
 
+import contextlib
+import statistics
 import time
 
 import torch
 
 from benchmarks.rivals import our_model, stock_model
-from benchmarks.timing import AGAIN, arguments, interleave, write_result
+from benchmarks.table import BY_TORCH as PLAIN
+from benchmarks.timing import arguments, interleave, summary, write_result
 from benchmarks.workload import BOS, SIZES, Size
 from llava_lite.model.generation import STEPS_BEFORE_COMPILING
 
@@ -33,7 +36,10 @@ def prompt(size: Size, num_rows: int, device: str, dtype) -> dict:
 
 
 def build(size: Size, device: str, dtype) -> dict:
-    """Return {runner: (model, keywords of generate)}; ours and stock's hold the same weights."""
+    """Return {runner: (model, keywords of generate)}; ours and stock's hold the same weights.
+
+    A keyword of our own: onednn, False for torch's own products.
+    """
     ours = our_model(size, 2, "auto", dtype, packed=False).to(device).eval()
     ours.config.image_token_index = size.vocab_size - 1
     stock = stock_model(size, 2, dtype=dtype).to(device).eval()
@@ -47,12 +53,15 @@ def build(size: Size, device: str, dtype) -> dict:
     if device == "cpu":
         # Compiled on a GPU for minutes; the rival there is stock as it comes.
         runners[STATIC] = (stock, {"cache_implementation": "static", "disable_compile": True})
+        runners[PLAIN] = (ours, {"onednn": False})
     return runners
 
 
 def ask(model, inputs: dict, num_tokens: int, more: dict) -> torch.Tensor:
     """Return the new tokens [B, num_tokens]."""
-    ids = model.generate(**inputs, do_sample=False, max_new_tokens=num_tokens, **more)[:, -num_tokens:]
+    keywords = {key: value for key, value in more.items() if key != "onednn"}
+    with contextlib.nullcontext() if more.get("onednn", True) else torch.backends.mkldnn.flags(enabled=False):
+        ids = model.generate(**inputs, do_sample=False, max_new_tokens=num_tokens, **keywords)[:, -num_tokens:]
     if ids.is_cuda:
         torch.cuda.synchronize()
     return ids
@@ -81,36 +90,25 @@ def measure(runners: dict, inputs: dict, rounds: int, num_tokens: int = NEW_TOKE
         ask(model, inputs, num_tokens, more)
         return time.perf_counter() - wall, time.process_time() - cpu
 
-    wholes = interleave({name: lambda name=name: call(name) for name in runners}, rounds, again=STOCK)
+    found = summary(interleave({name: lambda name=name: call(name) for name in runners}, rounds, again=STOCK), STOCK)
     figures = {}
-    for name in runners:
-        whole, base = wholes[name], wholes[STOCK]
-        first_s, first_cpu_s = (_median([pair[i] for pair in firsts[name]]) for i in (0, 1))
-        wall_s, cpu_s = _median(whole.wall_s), _median(whole.cpu_s)
+    for name, one in found.items():
+        # The first is that of the warm-up.
+        first_s, first_cpu_s = (statistics.median(pair[i] for pair in firsts[name][1:]) for i in (0, 1))
         figures[name] = {
-            "tokens_per_s": num_rows * num_tokens / wall_s,
+            "tokens_per_s": num_rows * num_tokens / one["wall_s"],
             "first_token_s": first_s,
             "first_token_cpu_s": first_cpu_s,
-            "step_s": (wall_s - first_s) / (num_tokens - 1),
-            "step_cpu_s": (cpu_s - first_cpu_s) / (num_tokens - 1),
-            "ratio": _median([b / w for b, w in zip(base.wall_s, whole.wall_s, strict=True)]),
-            "ratio_cpu": _median([b / w for b, w in zip(base.cpu_s, whole.cpu_s, strict=True)]),
+            "step_s": (one["wall_s"] - first_s) / (num_tokens - 1),
+            "step_cpu_s": (one["cpu_s"] - first_cpu_s) / (num_tokens - 1),
             "equal_tokens": same[name],
-            "wall_s_each": whole.wall_s,
-            "cpu_s_each": whole.cpu_s,
-        }
-    own = [a / b for a, b in zip(wholes[STOCK].wall_s, wholes[STOCK + AGAIN].wall_s, strict=True)]
-    figures[STOCK]["self_range"] = [min(own), max(own)]
+        } | {key: value for key, value in one.items() if key not in ("rate", "cpu_s_per_unit")}
     return figures
 
 
 def _of(runner, inputs, num_tokens):
     model, more = runner
     return model, inputs, num_tokens, more
-
-
-def _median(values):
-    return sorted(values)[len(values) // 2]
 
 
 def run(size: Size, device: str, dtype, rounds: int, batches=(1, 8), num_tokens: int = NEW_TOKENS) -> dict:

@@ -2,7 +2,8 @@
 
 All get the same weights and the same tokens. DeepSpeed's layer is called as MoE-LLaVA calls it (capacity 1.5, the
 second expert drawn) and once more without dropping; transformers' is Mixtral's block, which computes what ours does
-but for the balance loss. On CUDA the widths are those of a 7B model, in bfloat16.
+but for the balance loss. Ours is called once more with torch's own products, since what oneDNN buys depends on the
+processor. On CUDA the widths are those of a 7B model, in bfloat16.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
+from benchmarks.table import BY_TORCH as PLAIN
 from benchmarks.timing import arguments, interleave, summary, write_result
 
 NUM_EXPERTS, TOP_K = 4, 2
@@ -167,6 +169,16 @@ def forward_pass(layer, hidden):
     return on_device(run, hidden.device)
 
 
+def by_torch(run):
+    """Return the runner with torch's own products in ours."""
+
+    def plain():
+        with torch.backends.mkldnn.flags(enabled=False):
+            return run()
+
+    return plain
+
+
 def on_device(run, device):
     """Return the runner, with a clock that waits for the device where there is one."""
     if device.type != "cuda":
@@ -213,6 +225,8 @@ def measure(layers, size, num_tokens, device, rounds):
     hidden = torch.randn(1, num_tokens, size.hidden_size, device=device, dtype=size.dtype, requires_grad=True)
     ahead = torch.randn_like(hidden)
     runners = {name: training_step(layer, hidden, ahead) for name, layer in layers.items()}
+    if hidden.device.type == "cpu":
+        runners[PLAIN] = by_torch(runners[OURS])
     base = DEEPSPEED if DEEPSPEED in layers else "transformers, grouped_mm"
     figures = summary(interleave(runners, rounds, again=OURS), base, num_tokens)
     differences = largest_difference(layers, hidden)
@@ -234,6 +248,8 @@ def measure_few(layers, size, num_tokens, device, rounds):
             continue
         once = forward_pass(layer, hidden)
         runners[name] = lambda once=once: [once() for _ in range(repeats)] and None
+    if hidden.device.type == "cpu":
+        runners[PLAIN] = by_torch(runners[OURS])
     figures = summary(interleave(runners, rounds, again=OURS), "transformers, grouped_mm", num_tokens * repeats)
     return figures
 

@@ -14,11 +14,12 @@ def test_generation_has_three_runners_that_say_the_same(tmp_path):
     results = json.loads((tmp_path / "found.json").read_text())["results"]
     assert list(results) == ["batch 1", "batch 8"]
     for figures in results.values():
-        assert set(figures) == {generation.OURS, generation.STOCK, generation.STATIC}
+        assert set(figures) == {generation.OURS, generation.PLAIN, generation.STOCK, generation.STATIC}
         for one in figures.values():
             assert one["equal_tokens"] == 1
             assert {"tokens_per_s", "first_token_s", "step_s", "ratio", "ratio_cpu"} <= set(one)
         assert len(figures[generation.STOCK]["self_range"]) == 2
+        assert len(figures[generation.STOCK]["wall_s_each_again"]) == 1
 
 
 def test_a_runner_that_says_something_else_is_refused():
