@@ -12,10 +12,13 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from dataclasses import asdict
 from pathlib import Path
 
+# Seconds that setting up or one step may take.
+LIMIT_S = 600
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -78,12 +81,17 @@ class Worker:
         return self._answer()
 
     def _answer(self):
+        # A rival that hangs is killed; its end of the line then reads as nothing.
+        timer, start_s = threading.Timer(LIMIT_S, self.process.kill), time.monotonic()
+        timer.start()
         line = self.process.stdout.readline()
+        timer.cancel()
         if line:
             return json.loads(line)
         code = self.process.wait()
         self.errors.seek(0)
-        raise RuntimeError(f"{self.name} ended with {code}; it said:\n{self.errors.read()[-3000:]}")
+        late = f" after {LIMIT_S} s without an answer" if time.monotonic() - start_s >= LIMIT_S else ""
+        raise RuntimeError(f"{self.name} ended with {code}{late}; it said:\n{self.errors.read()[-3000:]}")
 
 
 def give_back_memory():
