@@ -139,9 +139,11 @@ def main(argv=None):
     on_gpu = torch.cuda.is_available()
     size = SIZES["toy"] if args.quick else SEVEN_B if on_gpu else SIZES["S"]
     device, dtype = ("cuda", torch.bfloat16) if on_gpu else ("cpu", torch.float32)
-    results = run(size, device, dtype, args.rounds, num_tokens=6 if args.quick else NEW_TOKENS)
+    num_tokens = 6 if args.quick else NEW_TOKENS
+    results = run(size, device, dtype, args.rounds, num_tokens=num_tokens)
     show(results)
-    return write_result("generation", results, args.json, args.threads, new_tokens=NEW_TOKENS, words=NUM_WORDS)
+    settings = {"new_tokens": num_tokens, "words": NUM_WORDS, "rounds": args.rounds, "quick": args.quick}
+    return write_result("generation", results, args.json, args.threads, **settings)
 
 
 if __name__ == "__main__":

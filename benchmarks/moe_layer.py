@@ -279,7 +279,8 @@ def main(argv=None):
         results["forward of few tokens"][num_tokens] = figures
         ratios = ", ".join(f"{name} {figure['ratio']:.2f}x" for name, figure in figures.items())
         print(f"{num_tokens} tokens, forward, against transformers' grouped_mm: {ratios}")
-    return write_result("moe_layer", results, args.json, args.threads, num_experts=NUM_EXPERTS, top_k=TOP_K)
+    settings = {"num_experts": NUM_EXPERTS, "top_k": TOP_K, "rounds": args.rounds, "quick": args.quick}
+    return write_result("moe_layer", results, args.json, args.threads, **settings)
 
 
 if __name__ == "__main__":

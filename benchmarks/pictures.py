@@ -199,7 +199,8 @@ def main(argv=None) -> dict:
                         f"  {runner:28} {1 / one['cpu_s_per_unit']:6.0f} pictures a CPU second, "
                         f"{one['ratio_cpu']:.2f}x{again}, distance {one['distance']:.1e}"
                     )
-    return write_result("pictures", results, args.json, 1, num_pictures=len(paths), rounds=args.rounds, size=SIZE)
+    settings = {"num_pictures": len(paths), "rounds": args.rounds, "size": SIZE, "quick": args.quick}
+    return write_result("pictures", results, args.json, 1, **settings)
 
 
 if __name__ == "__main__":

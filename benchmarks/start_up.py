@@ -55,7 +55,7 @@ def main(argv=None):
     results = measure(QUICK if args.quick else tuple(COMMANDS), args.rounds)
     for name, one in results.items():
         print(f"  {name:44} {one['cpu_s']:6.2f} CPU s  {one['of_trainer']:5.2f} of the base")
-    return write_result("start_up", results, args.json)
+    return write_result("start_up", results, args.json, rounds=args.rounds, quick=args.quick)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import subprocess
 import pytest
 import torch
 
-from benchmarks import ablation, cuda_suite, pictures, rivals, timing, training, workload
+from benchmarks import ablation, annotations, cuda_suite, pictures, rivals, timing, training, worker, workload
 from benchmarks.__main__ import BENCHMARKS, read_reports
 from benchmarks.__main__ import main as run_all
 from benchmarks.details import detail_parts
@@ -275,6 +275,41 @@ def test_no_goal_is_met_where_a_gate_is_missed():
     assert table(reports, [PICTURES])[1][3:] == ["2.30 / 4.60", "GATE MISSED"]
 
 
+@pytest.mark.parametrize("settings", [{"quick": True}, {"toy": True}, {"num_records": 2000}])
+def test_reports_of_toy_sizes_reach_no_row(settings):
+    report = report_of_training({"1": 1.9})
+    assert table({"training": report})[1][3] == "1.90 / - / -"
+    assert table({"training": report | {"settings": settings}})[1][3] == "not measured"
+
+
+def test_rows_of_an_h200_want_an_h200():
+    suite = {
+        # No stock run: MFU needs none.
+        "stage 1": {"best_ours": "ours", "rivals": {"ours": {"mfu": 0.5}}},
+        "moe_layer": {"training": {"6240": {"llava-lite": {"ratio": 2.5, "base": "deepspeed, capacity 1.5"}}}},
+        "generation": {"batch 1": {"llava-lite": {"ratio": 5.0}}},
+    }
+    for device, found in (("NVIDIA H200", ["50.0 / - / -", "2.50", "5.00"]), ("NVIDIA A40", ["not measured"] * 3)):
+        report = {"machine": MACHINE | {"device": device}, "results": suite}
+        assert [line[3] for line in table({"cuda_suite": report}) if "H200" in line[0]] == found
+
+
+def test_rival_that_hangs_is_ended(monkeypatch):
+    monkeypatch.setattr(worker, "LIMIT_S", 0.2)
+    hangs = worker.Worker("ours", "toy", 1, 1, threads=1)
+    try:
+        with pytest.raises(RuntimeError, match=r"ours ended with -9 after 0\.2 s without an answer"):
+            hangs.wait_ready()
+    finally:
+        hangs.kill()
+
+
+def test_annotations_are_measured_without_datasets_too(tmp_path, monkeypatch):
+    monkeypatch.setattr(annotations.importlib.util, "find_spec", lambda name: None)
+    annotations.write_records(tmp_path / "a.json", 20)
+    assert list(annotations.measure(tmp_path / "a.json", tmp_path, 1)) == ["llava-lite", "json.load"]
+
+
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
@@ -307,6 +342,7 @@ def test_one_command_runs_every_benchmark(tmp_path):
     for name, report in reports.items():
         assert report["name"] == name
         assert report["results"]
+        assert report["settings"]["quick"]
         assert report["machine"]["versions"]["torch"] == torch.__version__
     stages = reports["training"]["results"]["toy"]
     assert set(stages) == {"1", "2", "3"}

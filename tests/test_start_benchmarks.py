@@ -35,3 +35,4 @@ def test_start_up_counts_the_seconds_of_processes(tmp_path):
     results = json.loads((tmp_path / "found.json").read_text())["results"]
     assert set(results) == set(start_up.QUICK)
     assert all(one["cpu_s"] > 0 for one in results.values())
+    assert json.loads((tmp_path / "found.json").read_text())["settings"]["quick"]
