@@ -18,7 +18,6 @@ from torch.utils.data import DataLoader, Dataset
 from llava_lite.data.cache import cache_root, file_key, key_of
 from llava_lite.data.feature_cache import KEY, VERSION, FeatureStore, FeatureWriter
 from llava_lite.model.weights import gathered
-from llava_lite.pictures import PictureError
 from llava_lite.resize import pass_order
 from llava_lite.train.ranks import everyone, raise_together
 
@@ -38,17 +37,21 @@ def use_features(trainer, dataset, where: str) -> None:
     """
     tower = trainer.unwrapped.get_vision_tower()
     reason = unfit(tower, dataset)
-    root = cache_root() / "features" if where == "auto" else Path(where)
-    if reason is None and where == "auto" and not _is_read_again(trainer, dataset) and not root.exists():
+    root = cache_root() / "features" if where == "auto" else Path(where).expanduser()
+    reads_once = reason is None and where == "auto" and not _is_read_again(trainer, dataset)
+    # Asked of all: a node that has the folder and those that have none go the same way.
+    if reads_once and not any(everyone(root.exists())):
         reason = "one epoch reads them once"
     if reason is None:
         with whole(tower, trainer):
-            store, num_bytes = open_store(root, tower, dataset, trainer)
+            with together():
+                store, num_bytes = open_store(root, tower, dataset, trainer)
             keys, starts = picture_keys(dataset, trainer.args)
             reason = _no_use(store, keys, num_bytes, dataset, trainer, where)
             if reason is None:
                 fill(store, keys, starts, tower, dataset, trainer.args)
-                dataset.features = store.view(keys, starts)
+                with together():
+                    dataset.features = store.view(keys, starts)
                 logger.info("pictures are read as features of the frozen tower from %s.", store.folder)
     if reason is not None and where != "auto":
         raise ValueError(f"--feature_cache {where}: {reason}.")
@@ -62,12 +65,25 @@ def refuse_unusable(where: str) -> None:
         return
     if where.lower() in ("off", "auto", "on", "none", "", "true", "false", "yes", "no"):
         raise ValueError(f"--feature_cache {where}: give a folder for the features, auto or off.")
-    nearest = next(path for path in (Path(where), *Path(where).absolute().parents) if path.exists())
+    folder = Path(where).expanduser().absolute()
+    # A link that leads nowhere is there, and no folder.
+    nearest = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
     if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
         raise ValueError(
             f"--feature_cache {where}: {nearest} is {'not writable' if nearest.is_dir() else 'no folder'}; name a "
             "folder that can be written."
         )
+
+
+@contextmanager
+def together(advice: str = "Mend it, or say --feature_cache off."):
+    """Raise ValueError on every rank if anything goes wrong on one of them; no collective may stand inside."""
+    error = None
+    try:
+        yield
+    except Exception as caught:
+        error = caught
+    raise_together(error, ValueError, advice)
 
 
 def unfit(tower, dataset) -> str | None:
@@ -87,6 +103,8 @@ def unfit(tower, dataset) -> str | None:
 def _is_read_again(trainer, dataset) -> bool:
     args = trainer.args
     step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    if args.packing == "tokens" and args.max_steps > 0:
+        return args.max_steps * step * args.packing_tokens > dataset.lengths.sum()
     return args.max_steps * step > len(dataset) if args.max_steps > 0 else args.num_train_epochs > 1
 
 
@@ -94,10 +112,11 @@ def _no_use(store, keys, num_bytes, dataset, trainer, where) -> str | None:
     """Return why the ranks leave the store alone, the same on all of them, and log its size."""
     is_new = np.zeros(len(keys), bool)
     is_new[np.unique(keys, return_index=True)[1]] = True
-    missing = is_new & (store.find(keys)["shard"] < 0)
+    with together():
+        missing = is_new & (store.find(keys)["shard"] < 0)
+        store.folder.mkdir(parents=True, exist_ok=True)
+        num_free_bytes = shutil.disk_usage(store.folder).free
     num_new_bytes = int((num_bytes * missing).sum())
-    store.folder.mkdir(parents=True, exist_ok=True)
-    num_free_bytes = shutil.disk_usage(store.folder).free
     logger.info(
         "features of %d pictures are %.2f GB; %d of them (%.2f GB) are to be made; %s has %.2f GB free.",
         is_new.sum(), (num_bytes * is_new).sum() / 1e9, missing.sum(), num_new_bytes / 1e9, store.folder,
@@ -107,7 +126,8 @@ def _no_use(store, keys, num_bytes, dataset, trainer, where) -> str | None:
     full = num_new_bytes > num_free_bytes * (AUTO_SHARE if where == "auto" else 1)
     votes = everyone((few, full))
     if any(full for _, full in votes):
-        return f"{num_new_bytes / 1e9:.2f} GB to be made do not fit into {num_free_bytes / 1e9:.2f} GB free"
+        advice = "" if where == "auto" else "; name a folder on a disk with more, or say --feature_cache off"
+        return f"{num_new_bytes / 1e9:.2f} GB to be made do not fit into {num_free_bytes / 1e9:.2f} GB free{advice}"
     return "one epoch reads them once, and few are there" if any(few for few, _ in votes) else None
 
 
@@ -163,14 +183,11 @@ def picture_keys(dataset, args) -> tuple[np.ndarray, np.ndarray]:
     """Return a key [S] for each picture's file as it is now, and where [N + 1] those of each record begin."""
     starts = np.concatenate([[0], np.cumsum(dataset.annotations.num_pictures)])
     share = np.flatnonzero(np.diff(starts))[args.process_index :: args.world_size]
-    error, keys = None, []
-    try:
+    keys = []
+    with together("Look at the data with `llava-lite check`."):
         for i in share.tolist():
             record = dataset.annotations[i]
             keys += [file_key(dataset.picture_path(record, name)).encode() for name in record.images]
-    except (PictureError, OSError, ValueError) as caught:
-        error = caught
-    raise_together(error, ValueError, "Look at the data with `llava-lite check`.")
     joined = np.zeros(starts[-1], KEY)
     for numbers, found in everyone((share, np.array(keys, KEY))):
         slots = [slot for i in numbers.tolist() for slot in range(starts[i], starts[i + 1])]
@@ -180,24 +197,21 @@ def picture_keys(dataset, args) -> tuple[np.ndarray, np.ndarray]:
 
 def fill(store: FeatureStore, keys: np.ndarray, starts: np.ndarray, tower, dataset, args) -> None:
     """Make what is missing: each rank a share of it, then, if nodes have folders of their own, each rank of a node."""
-    num_local = max(everyone(args.local_process_index)) + 1
+    # Nodes may have unequally many ranks; a launcher that does not say how many has equally many.
+    most_local = max(everyone(args.local_process_index)) + 1
+    num_local = int(os.environ.get("LOCAL_WORLD_SIZE", most_local))
+    advice = f"What was made until then is kept in {store.folder}: mend it and start again, or --feature_cache off."
     for place, num_places in ((args.process_index, args.world_size), (args.local_process_index, num_local)):
         # A barrier: what the other ranks have written is seen from here on.
         everyone(None)
-        missing = np.flatnonzero(store.find(keys)["shard"] < 0)
-        slots = np.sort(missing[np.unique(keys[missing], return_index=True)[1]])
+        with together(advice):
+            missing = np.flatnonzero(store.find(keys)["shard"] < 0)
+            slots = np.sort(missing[np.unique(keys[missing], return_index=True)[1]])
         if not any(everyone(len(slots))):
             return
-        error = None
-        try:
+        with together(advice):
             store.sweep()
             write_features(store, keys, PictureSet(dataset, starts, slots[place::num_places]), tower, args)
-        except (ValueError, OSError) as caught:
-            error = caught
-        advice = (
-            f"What was made until then is kept in {store.folder}: mend it and start again, or --feature_cache off."
-        )
-        raise_together(error, ValueError, advice)
 
 
 class PictureSet(Dataset):

@@ -3,14 +3,17 @@
 import json
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from llava_lite.data.collator import DataCollatorForSupervisedDataset
-from llava_lite.data.feature_cache import StoredPicture
+from llava_lite.data.feature_cache import FeatureStore, StoredPicture
 from llava_lite.model.vision_tower.base import VisionTower
+from llava_lite.train.ranks import raise_together
 
 
 def losses(folder):
@@ -136,6 +139,81 @@ def test_a_folder_for_features_that_cannot_be_kept_is_refused(stage_flags, toy_d
         prepare(stage_flags("full", tmp_path / "run", "--feature_cache", tmp_path / "store", *more))
 
 
+def test_nodes_with_and_without_features_go_the_same_way(stage_flags, tmp_path, monkeypatch, caplog):
+    from llava_lite.train import features
+    from llava_lite.train.train import prepare
+
+    # Of two ranks, the other has the folder that this one has not.
+    monkeypatch.setattr(features, "everyone", lambda value: [value, True] if value is False else [value])
+    with caplog.at_level("INFO", logger="llava_lite.train.features"):
+        prepare(stage_flags("full", tmp_path / "run", "--feature_cache", "auto"))
+    assert "one epoch reads them once, and few are there" in caplog.text
+
+
+def test_whatever_goes_wrong_on_a_rank_is_told_to_all(stage_flags, tmp_path, monkeypatch):
+    from llava_lite.train import features
+    from llava_lite.train.train import prepare
+
+    told = []
+    monkeypatch.setattr(
+        features, "raise_together", lambda error, *more: told.append(error) or raise_together(error, *more)
+    )
+
+    def fail(*args):
+        raise RuntimeError("out of memory")
+
+    for name in ("find", "sweep", "view"):
+        with monkeypatch.context() as patch:
+            patch.setattr(FeatureStore, name, fail)
+            with pytest.raises(ValueError, match=r"out of memory\. .*--feature_cache off"):
+                prepare(stage_flags("full", tmp_path / "run", "--feature_cache", tmp_path / name))
+        assert isinstance(told[-1], RuntimeError)
+
+
+def test_each_node_makes_all_that_it_lacks_however_many_ranks_the_others_have(stage_flags, tmp_path, monkeypatch):
+    from llava_lite.train import features
+    from llava_lite.train.train import prepare
+
+    trainer = prepare(stage_flags("full", tmp_path / "run", "--feature_cache", "off")).trainer
+    dataset, tower = trainer.train_dataset, trainer.unwrapped.get_vision_tower()
+    with features.whole(tower, trainer):
+        store, _ = features.open_store(tmp_path / "store", tower, dataset, trainer)
+        keys, starts = features.picture_keys(dataset, trainer.args)
+        # Three ranks: this one alone on its node, two on another that has a folder of its own.
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
+        monkeypatch.setattr(features, "everyone", lambda value: [value, 0, 1])
+        args = {"process_index": 0, "world_size": 3, "local_process_index": 0, "dataloader_num_workers": 0}
+        features.fill(store, keys, starts, tower, dataset, SimpleNamespace(**args))
+    assert (store.find(keys)["shard"] >= 0).all()
+
+
+def test_packs_are_counted_by_tokens_to_see_whether_pictures_are_read_again():
+    from llava_lite.train.features import _is_read_again
+
+    args = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 1, "world_size": 2, "num_train_epochs": 1}
+    dataset = SimpleNamespace(lengths=np.full(50, 10))
+
+    def is_read_again(max_steps):
+        trainer = SimpleNamespace(
+            args=SimpleNamespace(**args, packing="tokens", packing_tokens=100, max_steps=max_steps)
+        )
+        return _is_read_again(trainer, dataset)
+
+    # 500 tokens, of which two ranks take 200 a step.
+    assert not is_read_again(2)
+    assert is_read_again(3)
+
+
+def test_a_folder_of_the_home_is_found(monkeypatch, tmp_path):
+    from llava_lite.train.features import refuse_unusable
+
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="file is no folder"):
+        refuse_unusable("~/file/features")
+    refuse_unusable("~/features")
+
+
 def test_auto_keeps_features_where_they_are_read_again_and_fit(stage_flags, toy_data, tmp_path, monkeypatch, caplog):
     from llava_lite.train import features
     from llava_lite.train.train import prepare
@@ -156,6 +234,9 @@ def test_auto_keeps_features_where_they_are_read_again_and_fit(stage_flags, toy_
         patch.setattr(features, "AUTO_SHARE", 0.0)
         assert not keeps("--num_train_epochs", 2)
         assert "do not fit" in caplog.text
+        patch.setattr(features.shutil, "disk_usage", lambda folder: SimpleNamespace(free=0))
+        with pytest.raises(ValueError, match=r"do not fit into 0\.00 GB free; name a folder .* --feature_cache off"):
+            prepare(stage_flags("full", tmp_path / "run", "--feature_cache", tmp_path / "store", data=data))
     assert keeps("--num_train_epochs", 2)
     assert "features of 16 pictures are 0.00 GB; 16 of them" in caplog.text
     # What an earlier run has left is read, though this one reads it once.
