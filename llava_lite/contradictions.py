@@ -131,6 +131,9 @@ def check_data(args):
     if args.image_grid_pinpoints is not None:
         # Whether they fit the tower is seen when it is known.
         read_pinpoints(args.image_grid_pinpoints, 1)
+    # YAML reads off as False.
+    if str(args.feature_cache).lower() in ("false", "no"):
+        args.feature_cache = "off"
     refuse(args.eval_split < 0, f"--eval_split {args.eval_split}: give a share below 1 or a number of records.")
     refuse_pair(
         args.eval_data_path is not None and args.eval_split > 0, "eval_data_path", f"eval_split {args.eval_split}"

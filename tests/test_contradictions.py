@@ -115,6 +115,11 @@ def test_two_precisions_are_refused_also_where_the_machine_has_neither(tmp_path,
         parse_args(["--bf16", "True", "--fp16", "True", "--output_dir", str(tmp_path)])
 
 
+@pytest.mark.parametrize("said", ["False", "false", "no", "off"])
+def test_features_are_off_as_yaml_says_it(said, tmp_path):
+    assert parse_args(["--feature_cache", said, "--output_dir", str(tmp_path)])[1].feature_cache == "off"
+
+
 def test_pinpoints_need_anyres_and_are_read_at_once(tmp_path):
     flags = ["--output_dir", str(tmp_path), "--image_grid_pinpoints"]
     with pytest.raises(
