@@ -19,6 +19,12 @@ LEDGER = "skipped_records-rank{rank:05d}.jsonl"
 
 def refuse_of_shards(data_args, training_args) -> None:
     """Raise ValueError for what cannot be asked of shards, before a model is loaded for it."""
+    shards = [path for path in data_args.eval_data_path or () if is_shards(path)]
+    if shards:
+        raise ValueError(
+            f"--eval_data_path {' '.join(shards)}: shards are learned from alone; name files of records to evaluate "
+            "on, JSON or JSON lines."
+        )
     if not is_shards(data_args.data_path):
         return
     if training_args.max_steps <= 0:
@@ -26,6 +32,12 @@ def refuse_of_shards(data_args, training_args) -> None:
             "--max_steps is needed with shards: how many records they hold is known when they have been read. One "
             "pass over N records is N / (ranks x batch x accumulation) steps."
         )
+    for flag, fault in (
+        ("ignore_data_skip", "a resume would begin the order anew, and the next one leave records out"),
+        ("auto_find_batch_size", "a stream cannot begin anew in the middle of a run with a smaller batch"),
+    ):
+        if getattr(training_args, flag):
+            raise ValueError(f"--{flag} True with shards: {fault}; drop it.")
     strategy, features = training_args.train_sampling_strategy, data_args.feature_cache
     for flag, is_set, instead in (
         # Some recipes say it, whoever has not typed it.
@@ -120,9 +132,9 @@ class StreamMixin:
         return super().progress_state() | more
 
     def load_progress_state(self, state) -> None:
-        """Take up the places; --ignore_data_skip begins the order anew."""
+        """Take up the places."""
         super().load_progress_state(state)
-        if self.stream is not None and not self.args.ignore_data_skip:
+        if self.stream is not None:
             self.stream.load_state_dict(state["stream"])
 
     def _step_settings(self) -> dict:

@@ -86,6 +86,9 @@ def test_records_left_out_are_in_the_ledger_of_their_rank(shard_flags, tmp_path)
         (["--eval_split", "2"], "--eval_split 2.0 needs records .* with --eval_data_path"),
         (["--train_sampling_strategy", "sequential"], "--train_sampling_strategy sequential needs records .* drop it"),
         (["--feature_cache", "features"], "--feature_cache features needs records"),
+        (["--ignore_data_skip", "True"], "--ignore_data_skip True with shards: .* drop it"),
+        (["--auto_find_batch_size", "True"], "--auto_find_batch_size True with shards: .* drop it"),
+        (["--eval_data_path", "held_out.tar"], "--eval_data_path held_out.tar: shards are learned from alone"),
     ],
 )
 def test_what_shards_cannot_do_is_refused_first(flags, message, shard_flags, tmp_path):
