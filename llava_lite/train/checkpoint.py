@@ -60,6 +60,7 @@ class CheckpointMixin:
         self.progress = ProgressCallback(self)
         self.add_callback(self.progress)
         self._checkpoint_bytes = None
+        self._fit_checkpoint = None
 
     # A subclass extends these two.
 
@@ -80,9 +81,11 @@ class CheckpointMixin:
 
     def refuse_unfit(self, path) -> None:
         """Raise ValueError if a checkpoint, where there is one, is of another run or lacks what a run goes on with."""
-        if path:
+        # Once each: a run is told of its checkpoint before its features are made, and again when it trains.
+        if path and path is not self._fit_checkpoint:
             refuse_other_run(path, self._step_settings(), self._schedule())
             refuse_incomplete(path, self._needed_files())
+            self._fit_checkpoint = path
 
     def _needed_files(self) -> list[str]:
         """Return the files without which a run does not go on as it was."""

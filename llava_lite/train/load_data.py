@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import os
 from pathlib import Path
 
 import torch
@@ -53,14 +54,19 @@ def load_data(model, tokenizer, model_args, data_args, training_args):
 
 
 def refuse_missing(data_args):
-    """Raise an error if a file of records, or a shard, is not there."""
+    """Raise an error if a file of records, or a shard of this machine, is not there.
+
+    The first rank of a node looks at shards, of which there may be many; of an address the run itself asks.
+    """
     from llava_lite.data.records import is_shards
     from llava_lite.data.shards import find_shards
 
     for flag in ("data_path", "eval_data_path"):
         paths = getattr(data_args, flag)
         if paths and is_shards(paths):
-            find_shards(paths)
+            local = [path for path in paths if "://" not in path]
+            if local and os.environ.get("LOCAL_RANK", "0") == "0":
+                find_shards(local)
             continue
         missing = [path for path in paths or () if not Path(path).is_file()]
         if missing:

@@ -34,4 +34,5 @@ def _has_asynchronous_io() -> bool:
     # The CPU's builder calls itself compatible and fails when it loads.
     if accelerator.device_name() == "cpu":
         return False
-    return accelerator.create_op_builder("AsyncIOBuilder").is_compatible(verbose=False)
+    builder = accelerator.create_op_builder("AsyncIOBuilder")
+    return builder is not None and builder.is_compatible(verbose=False)

@@ -109,9 +109,9 @@ def prepare(argv=None):
     log_plan(model, train_set, model_args, training_args)
     share_out_experts(model, model_args, training_args)
     trainer = build_trainer(model, tokenizer, train_set, eval_set, data_args, training_args)
-    read_features(trainer, train_set, data_args)
     checkpoint = checkpoint_to_resume(training_args)
     trainer.refuse_unfit(checkpoint)
+    read_features(trainer, train_set, data_args)
     return Stage(trainer, tokenizer, model_args, data_args, checkpoint)
 
 

@@ -2,9 +2,12 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from llava_lite.train.load_data import refuse_missing
+from llava_lite.train.offload import refuse_unusable_nvme
 from llava_lite.train.refusal import told_in_a_line
 from llava_lite.train.train import main
 
@@ -86,6 +89,31 @@ def test_what_is_not_there_is_missed_before_a_model_is_loaded(refused, flags, sa
     assert said in refused(*flags)
 
 
+def test_a_link_to_nowhere_is_no_folder_for_features(refused, tmp_path):
+    (tmp_path / "link").symlink_to("/nowhere/at/all")
+    assert "link is no folder" in refused("--feature_cache", str(tmp_path / "link"))
+
+
+def test_shards_are_looked_for_once_a_node_and_not_at_addresses(monkeypatch):
+    looked = []
+    monkeypatch.setattr("llava_lite.data.shards.find_shards", looked.append)
+    data_args = SimpleNamespace(data_path=["a.tar", "hf://datasets/user/name"], eval_data_path=None)
+    for rank in "01":
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        refuse_missing(data_args)
+    assert looked == [["a.tar"]]
+
+
+def test_an_accelerator_that_cannot_build_asynchronous_io_is_refused(tmp_path, monkeypatch):
+    import deepspeed.accelerator as ours
+
+    known = SimpleNamespace(device_name=lambda: "mps", create_op_builder=lambda name: None)
+    monkeypatch.setattr(ours, "get_accelerator", lambda: known)
+    part = {"device": "nvme", "nvme_path": str(tmp_path)}
+    with pytest.raises(ValueError, match="install libaio"):
+        refuse_unusable_nvme({"zero_optimization": {"offload_param": part}})
+
+
 def test_a_disk_for_deepspeed_that_is_not_there_is_missed_before_a_model_is_loaded(refused, tmp_path, monkeypatch):
     for name, value in {
         "RANK": 0,
@@ -107,12 +135,15 @@ def test_a_disk_for_deepspeed_that_is_not_there_is_missed_before_a_model_is_load
     assert "install libaio" in refused(*flags)
 
 
-def test_a_checkpoint_of_another_run_is_refused_in_a_line(stage_flags, tmp_path, capfd):
+def test_a_checkpoint_of_another_run_is_refused_in_a_line(stage_flags, tmp_path, capfd, monkeypatch, caplog):
     flags = ["--save_strategy", "steps", "--save_steps", "1", "--max_steps", "1"]
     main(stage_flags("projector", tmp_path / "out", *flags))
+    main(stage_flags("projector", tmp_path / "out", *flags, "--learning_rate", "0.5"))
+    assert caplog.text.count("goes on otherwise than it began: learning_rate") == 1
+    monkeypatch.setattr("llava_lite.train.features.use_features", lambda *args: pytest.fail("features were made"))
     capfd.readouterr()
     with pytest.raises(SystemExit):
-        main(stage_flags("projector", tmp_path / "out", *flags, "--seed", "7"))
+        main(stage_flags("projector", tmp_path / "out", *flags, "--seed", "7", "--feature_cache", "auto"))
     shown = capfd.readouterr().err
     assert "Traceback" not in shown
     assert "cannot be resumed exactly: seed was" in shown.splitlines()[-1]
