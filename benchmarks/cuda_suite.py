@@ -22,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from dataclasses import replace
 from pathlib import Path
 
@@ -127,12 +128,15 @@ def free(device):
 
 
 def measure_rival(size, stage, device, rounds, options) -> dict:
-    """Return a rival's tokens a second, MFU and memory, or {"out_of_memory": what was said}."""
+    """Return a rival's tokens a second, MFU and memory, or {"out_of_memory" or "failed": what was said}."""
     free(device)
     try:
         return _measure(Rival(size, stage, device, **options), size, stage, device, rounds)
     except torch.OutOfMemoryError as error:
         return {"out_of_memory": str(error).splitlines()[0]}
+    except Exception as error:
+        # The other rivals shall run.
+        return {"failed": traceback.format_exception_only(error)[-1].strip().splitlines()[-1]}
 
 
 def _measure(rival, size, stage, device, rounds):
@@ -175,8 +179,8 @@ def add_mfu(rivals: dict, size: Size, stage: int, device: str) -> dict:
     return {"flops_per_token": per_token, "peak_flops": peak, "tokens_per_sample": tokens / len(examples)}
 
 
-def measure_stage(stage: int, device: str, toy: bool, deadline_s: float) -> dict:
-    """Return the figures of every rival of a stage for which there was time."""
+def measure_stage(stage: int, device: str, toy: bool, deadline_s: float):
+    """Yield the figures of the rivals of a stage for which there is time, after each of them."""
     size, rivals = size_of(stage, toy), {}
     for name, options in rivals_of(stage).items():
         # With room enough nobody would recompute.
@@ -184,10 +188,15 @@ def measure_stage(stage: int, device: str, toy: bool, deadline_s: float) -> dict
             continue
         if time.monotonic() > deadline_s:
             rivals[name] = {"skipped": "no time left"}
-            continue
-        rivals[name] = measure_rival(size, stage, device, 1 if toy else ROUNDS, options)
+        else:
+            rivals[name] = measure_rival(size, stage, device, 1 if toy else ROUNDS, options)
         print(f"stage {stage}, {name}: {rivals[name]}", flush=True)
-    free(device)
+        free(device)
+        yield compare(rivals, size, stage, device)
+
+
+def compare(rivals: dict, size: Size, stage: int, device: str) -> dict:
+    """Return rivals with MFU, the best of ours and of stock, and the ratio of the two."""
     result = {"rivals": rivals} | add_mfu(rivals, size, stage, device)
     rates = {name: one["tokens_per_s"] for name, one in rivals.items() if "tokens_per_s" in one}
     ours = [name for name in rates if name.startswith("ours")]
@@ -200,22 +209,34 @@ def measure_stage(stage: int, device: str, toy: bool, deadline_s: float) -> dict
     return result
 
 
+def measure_apart(part: str, toy: bool, left_s: float, file: str) -> dict:
+    """Return the figures of a stage from a process of its own, which adds them to the report in `file`."""
+    # Two of the parts behind a stage shall not go without; main takes half a minute off.
+    minutes = str((0.5 * left_s + 30) / 60)
+    flags = ["--here", "--parts", part, "--json", file, "--minutes", minutes, *(["--toy"] if toy else [])]
+    ended = call(["benchmarks.cuda_suite", *flags], left_s)
+    return json.loads(Path(file).read_text())["results"].get(part, {}) | ended
+
+
 def measure_module(name: str, toy: bool, timeout_s: float) -> dict:
     """Return the report of another benchmark, which runs its 7B widths by itself where there is a GPU."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "report.json"
-        command = [sys.executable, "-m", f"benchmarks.{name}", "--json", str(file), *(["--quick"] if toy else [])]
-        root = str(Path(__file__).resolve().parents[1])
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])}
-        try:
-            done = subprocess.run(
-                command, capture_output=True, text=True, timeout=max(timeout_s, 1), env=environment, check=False
-            )
-        except subprocess.TimeoutExpired:
-            return {"skipped": f"not done within {timeout_s:.0f} s"}
-        if not file.exists():
-            return {"failed": done.stderr[-2000:]}
-        return json.loads(file.read_text())["results"]
+        ended = call([f"benchmarks.{name}", "--json", str(file), *(["--quick"] if toy else [])], timeout_s)
+        return (json.loads(file.read_text())["results"] if file.exists() else {}) | ended
+
+
+def call(command: list[str], timeout_s: float) -> dict:
+    """Run a module in a process of its own; return {} or, under "skipped" or "failed", why it did not end well."""
+    root = str(Path(__file__).resolve().parents[1])
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])}
+    environment["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
+    options = {"stderr": subprocess.PIPE, "text": True, "env": environment, "check": False}
+    try:
+        done = subprocess.run([sys.executable, "-m", *command], timeout=max(timeout_s, 1), **options)
+    except subprocess.TimeoutExpired:
+        return {"skipped": f"not done within {timeout_s:.0f} s"}
+    return {"failed": done.stderr[-2000:]} if done.returncode else {}
 
 
 def main(argv=None) -> dict:
@@ -225,27 +246,35 @@ def main(argv=None) -> dict:
     parser.add_argument("--minutes", type=float, default=8.0, help="time for everything")
     parser.add_argument("--toy", action="store_true", help="toy widths on a CPU")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="what is measured")
+    parser.add_argument("--here", action="store_true", help="a stage in this process, written after each rival")
     args = parser.parse_args(argv)
     if not args.toy and not torch.cuda.is_available():
         parser.error("there is no CUDA device; --toy runs the same code on the CPU.")
     device = "cpu" if args.toy else "cuda"
     # Half a minute is left for the last rival to end in.
     end_s = time.monotonic() + 60 * args.minutes - 30
+    settings = {"toy": args.toy, "quick": args.toy}
+    if args.here:
+        (part,) = args.parts
+        results = json.loads(Path(args.json).read_text())["results"]
+        for found in measure_stage(int(part.split()[1]), device, args.toy, end_s):
+            results[part] = found
+            report = write_result("cuda_suite", results, args.json, **settings)
+        return report
     results = {}
-    for part in PARTS:
-        if part not in args.parts:
-            continue
-        left_s = end_s - time.monotonic()
-        if left_s < 0:
-            results[part] = {"skipped": "no time left"}
-        elif part.startswith("stage"):
-            # Two of the parts behind a stage shall not go without.
-            results[part] = measure_stage(int(part.split()[1]), device, args.toy, time.monotonic() + 0.5 * left_s)
-        else:
-            free(device)
-            results[part] = measure_module(part, args.toy, left_s)
-        show(part, results[part])
-        report = write_result("cuda_suite", results, args.json, toy=args.toy, quick=args.toy)
+    with tempfile.TemporaryDirectory() as folder:
+        file = args.json or str(Path(folder) / "suite.json")
+        report = write_result("cuda_suite", results, file, **settings)
+        for part in (part for part in PARTS if part in args.parts):
+            left_s = end_s - time.monotonic()
+            if left_s < 0:
+                results[part] = {"skipped": "no time left"}
+            elif part.startswith("stage"):
+                results[part] = measure_apart(part, args.toy, left_s, file)
+            else:
+                results[part] = measure_module(part, args.toy, left_s)
+            show(part, results[part])
+            report = write_result("cuda_suite", results, file, **settings)
     return report
 
 

@@ -260,7 +260,8 @@ def main(argv=None):
     torch.set_num_threads(args.threads)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     size = SIZES["quick" if args.quick else device]
-    layers = build_layers(size, device)
+    with torch.device(device):
+        layers = build_layers(size, device)
     results = {"training": {}, "forward of few tokens": {}}
     for num_tokens in size.training_tokens:
         figures = measure(layers, size, num_tokens, device, args.rounds)

@@ -208,6 +208,26 @@ def test_rival_without_memory_is_told_and_the_others_run(monkeypatch):
     assert found == {"out_of_memory": "tried to allocate 20 GiB."}
 
 
+def test_rival_that_fails_is_told_and_what_was_measured_is_kept(monkeypatch):
+    class Odd:
+        def __init__(self, *args, **options):
+            raise TypeError("no such option\nor another")
+
+    monkeypatch.setattr(cuda_suite, "Rival", Odd)
+    found = list(cuda_suite.measure_stage(1, "cpu", True, float("inf")))
+    assert [len(one["rivals"]) for one in found] == [4, 4, 4, 4]
+    assert found[-1]["rivals"]["stock"] == {"failed": "or another"}
+    assert "best_ours" not in found[-1]
+    assert set(cuda_suite.call(["benchmarks.nowhere"], 60)) == {"failed"}
+
+
+def test_mfu_is_read_without_a_stock_run():
+    rivals = {"ours": {"tokens_per_s": 2.0}, "stock": {"failed": "a line"}}
+    found = cuda_suite.compare(rivals, workload.SIZES["toy"], 1, "cpu")
+    assert found["best_ours"] == "ours"
+    assert found["rivals"]["ours"]["mfu"] > 0
+
+
 def test_every_item_off_is_the_same_function():
     result = ablation.measure("toy", 3, rounds=1)
     assert {"layers off", "rows off", "loss off", "experts off", "packing off", "all off"} <= set(result["variants"])
