@@ -4,8 +4,8 @@ import ctypes
 
 # The parameters of mallopt(3), glibc's malloc.h.
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
-# Larger blocks come from the kernel and go back to it, a page fault for each 4 KiB: with 8 MiB as the limit a quarter of
-# the time of size V's stage 3, whose gradients are of 19 MiB. The most that malloc allows by itself.
+# Larger blocks come from the kernel and go back to it, a page fault for each 4 KiB: with a limit of 8 MiB a quarter of
+# the time of the benchmarks' size V in stage 3, whose gradients have 19 MiB. malloc by itself goes as far.
 LARGE_BYTES = 32 * 2**20
 
 
