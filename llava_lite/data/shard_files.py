@@ -159,8 +159,8 @@ def read_parquet(shard: Shard, place: Place = START, part: int = 0, num_parts: i
                             yield RawRecord(_row_key(parts, row), row, parts, Place(row + 1, row + 1))
                         row += 1
     except (pyarrow.ArrowException, OSError) as error:
-        # Arrow says OSError of broken pages too; that of a disk or a network has a number.
-        if getattr(error, "errno", None) is not None:
+        # Arrow says OSError of broken pages too; that of a disk has a number, that of a network a class of its own.
+        if isinstance(error, OSError) and (type(error) is not OSError or error.errno is not None):
             raise
         raise DataError(f"{shard.name}: no parquet file, or a broken one ({' '.join(str(error).split())}).") from None
 
