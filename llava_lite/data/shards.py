@@ -1,6 +1,7 @@
 """Turn shards into records with their pictures in bytes: which files, what a record is, what is wrong with one."""
 
 import json
+import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
@@ -19,6 +20,7 @@ from llava_lite.data.shard_files import (
     read_tar,
 )
 
+SHARD_SUFFIXES = tuple(f".{kind}" for kind in SHARD_KINDS)
 PICTURE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif")
 
 
@@ -38,6 +40,8 @@ def numbered(pattern: str) -> list[str]:
     if found is None:
         return [pattern]
     first, last, width = int(found[1]), int(found[2]), len(found[1])
+    if first > last:
+        raise DataError(f"{pattern}: {found[0]} counts down and names nothing; write the smaller number first.")
     head, tail = pattern[: found.start()], pattern[found.end() :]
     return [path for n in range(first, last + 1) for path in numbered(f"{head}{n:0{width}d}{tail}")]
 
@@ -47,28 +51,42 @@ def find_shards(data_path: str | Sequence[str]) -> list[Shard]:
 
     An hf:// address without a suffix stands for all shards below it.
     """
-    from fsspec.core import url_to_fs
-
     found = {}
     for pattern in [data_path] if isinstance(data_path, str) else data_path:
-        paths, is_folder = numbered(pattern), not pattern.endswith(tuple(f".{kind}" for kind in SHARD_KINDS))
-        if is_folder:
-            paths = [f"{pattern.rstrip('/')}/**/*.{kind}" for kind in SHARD_KINDS]
-        here = {}
+        is_folder = not pattern.lower().endswith(SHARD_SUFFIXES)
+        paths = [pattern] if is_folder else numbered(pattern)
+        absent = []
         for path in paths:
-            files, root = url_to_fs(path)
-            for name, info in files.glob(root, detail=True).items():
-                place = files.unstrip_protocol(name) if "://" in path else name
-                here[place] = Shard(place, name.rsplit(".", 1)[-1], int(info.get("size") or 0))
-        if len(here) < (1 if is_folder else len(paths)):
-            expected = f"expected files that end in .{' or .'.join(SHARD_KINDS)}"
-            there = "no shard is" if is_folder else f"{len(here)} of {len(paths)} shards are"
-            # The first: of a hundred thousand, asked one by one, that is soon found.
-            absent = (path for path in paths if not url_to_fs(path)[0].glob(url_to_fs(path)[1]))
-            there = f"{next(absent, pattern)} is missing, {there}" if len(paths) > 1 and not is_folder else there
-            raise DataError(f"{pattern}: {there} there; {expected}.")
-        found |= here
+            here = _shards_at(path, is_folder)
+            found |= here
+            absent += [] if here else [path]
+        if absent:
+            what = "patterns have shards" if "*" in pattern and len(paths) > 1 else "shards are"
+            there = "no shard is" if is_folder else f"{len(paths) - len(absent)} of {len(paths)} {what}"
+            there = f"{absent[0]} is missing, {there}" if len(paths) > 1 else there
+            raise DataError(f"{pattern}: {there} there; expected files that end in {' or '.join(SHARD_SUFFIXES)}.")
     return [found[path] for path in sorted(found)]
+
+
+def _shards_at(path: str, is_folder: bool) -> dict[str, Shard]:
+    """Return the shards of a file, a glob or a folder by their places, of which a file has one however it is named."""
+    from fsspec.core import url_to_fs
+
+    files, root = url_to_fs(path)
+    # What is there goes before what brackets in its name would stand for.
+    if "*" not in root and is_folder and files.isdir(root):
+        there = files.find(root, detail=True)
+    elif "*" not in root and files.isfile(root):
+        there = {root: files.info(root)}
+    else:
+        there = files.glob(f"{root.rstrip('/')}/**/*" if is_folder else root, detail=True)
+    is_local = "://" not in path or path.startswith(("file://", "local://"))
+    shards = {}
+    for name, info in there.items():
+        if name.lower().endswith(SHARD_SUFFIXES):
+            place = os.path.normpath(name) if is_local else files.unstrip_protocol(name)
+            shards[place] = Shard(place, name.rsplit(".", 1)[-1].lower(), int(info.get("size") or 0))
+    return shards
 
 
 # What a record is.
@@ -97,6 +115,10 @@ def parse_row(raw: RawRecord, where: str) -> ShardRecord:
         talk = _json(talk, raw, where, list)
     if isinstance(talk, dict):
         # As `datasets` once stored a list of objects: an object of lists.
+        lengths = [len(values) if isinstance(values, list) else type(values).__name__ for values in talk.values()]
+        if len(set(lengths)) != 1 or not isinstance(lengths[0], int):
+            found = ", ".join(f"{key} {length}" for key, length in zip(talk, lengths, strict=True)) or "nothing"
+            raise DataError(f"{_name(raw, where)}: the conversations are {found}; expected equally long lists.")
         talk = [dict(zip(talk, turn, strict=True)) for turn in zip(*talk.values(), strict=True)]
     if talk is not None:
         item["conversations"] = talk

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 
 import fsspec
 import pytest
@@ -188,6 +189,53 @@ def test_globs_and_braces_name_shards_in_one_order(tmp_path):
         find_shards(str(tmp_path / "{00009..00011}.tar"))
     with pytest.raises(DataError, match="0 of 1 shards are there"):
         find_shards(str(tmp_path / "x*.parquet"))
+
+
+def test_a_pattern_of_several_that_has_no_shard_is_missed(tmp_path):
+    for part in (0, 1, 3):
+        write_caption_tars(tmp_path / f"part{part}", [1, 1])
+    with pytest.raises(DataError, match=r"part2/\*\.tar is missing, 3 of 4 patterns have shards there"):
+        find_shards(str(tmp_path / "part{0..3}" / "*.tar"))
+    with pytest.raises(DataError, match=r"\{00001\.\.00000\} counts down"):
+        find_shards(str(tmp_path / "part0" / "{00001..00000}.tar"))
+
+
+def test_a_shard_of_several_names_is_read_once(tmp_path):
+    write_caption_tars(tmp_path, [1])
+    path = f"{tmp_path}/00000.tar"
+    (shard,) = find_shards([path, f"{tmp_path}/./00000.tar", f"file://{path}", os.path.relpath(path), str(tmp_path)])
+    assert shard.path == path
+
+
+def test_shards_of_capital_letters_and_with_brackets_are_found(tmp_path):
+    folder = tmp_path / "run [1]"
+    write_caption_tars(folder, [1])
+    (folder / "00000.tar").rename(folder / "A.TAR")
+    for path in (folder, folder / "A.TAR"):
+        (shard,) = find_shards(str(path))
+        assert (shard.name, shard.kind) == ("A.TAR", "tar")
+    assert len(records_of(shard)) == 1
+
+
+@pytest.mark.parametrize("talk", [{"from": ["human", "gpt"], "value": ["q"]}, {"from": "human", "value": "q"}])
+def test_turns_that_are_no_lists_of_one_length_are_told_with_their_record(talk, tmp_path):
+    row = {"id": "7", "image": picture_bytes(1), "conversations": talk}
+    shard = only(write_parquet(tmp_path / "a.parquet", [row]))
+    with pytest.raises(DataError, match=r"record '7' \(a.parquet\[0\]\): the conversations are from .* equally long"):
+        records_of(shard)
+
+
+def test_an_error_of_the_network_is_not_one_of_the_file(tmp_path, monkeypatch):
+    class NetworkError(OSError):
+        """As the Hub's: without a number."""
+
+    def fail(path):
+        raise NetworkError("503 Service Unavailable")
+
+    shard = only(write_parquet(tmp_path / "a.parquet", [caption_row(1)]))
+    monkeypatch.setattr("llava_lite.data.shard_files.open_shard", fail)
+    with pytest.raises(NetworkError):
+        list(read_shard(shard))
 
 
 @pytest.fixture
