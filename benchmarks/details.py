@@ -29,12 +29,13 @@ ANNOTATIONS = [
 START_UP = [("CPU s", "cpu_s", 1, "{:.2f}"), ("of torch and Trainer", "of_trainer", 1, "{:.2f}")]
 
 
-def over_itself(figures: dict) -> str:
-    """Return how the rival that ran twice compares with itself: median and range of the rounds."""
+def over_itself(figures: dict, clock: str = "") -> str:
+    """Return how the rival that ran twice compares with itself, median and range; clock: "" for wall, or _cpu."""
     for name, one in figures.items():
-        if "self_range" in one:
-            median = f"{one['self_ratio']:.2f}, " if "self_ratio" in one else ""
-            return f" {name} over itself: {median}{one['self_range'][0]:.2f}-{one['self_range'][1]:.2f}."
+        if "self_range" + clock in one:
+            median = f"{one['self_ratio' + clock]:.2f}, " if "self_ratio" + clock in one else ""
+            low, high = one["self_range" + clock]
+            return f" {name} over itself: {median}{low:.2f}-{high:.2f}."
     return ""
 
 
@@ -56,16 +57,16 @@ def detail_parts(reports: dict) -> list[str]:
         base = next(iter(figures.values())).get("base", "the first")
         parts += [f"{num_tokens} tokens; ratio over {base}.{over_itself(figures)}", rivals_table(figures, MOE_LAYER)]
     parts += grouped("Generation", dig(reports, "generation", "results"), GENERATION)
-    parts += grouped("Pictures", dig(reports, "pictures", "results"), PICTURES)
+    parts += grouped("Pictures", dig(reports, "pictures", "results"), PICTURES, "_cpu")
     for title, name, columns in (("Annotations", "annotations", ANNOTATIONS), ("Start-up", "start_up", START_UP)):
         figures = dig(reports, name, "results")
         parts += [f"## {title}", over_itself(figures).strip(), rivals_table(figures, columns)] if figures else []
     return parts
 
 
-def grouped(title: str, groups: dict | None, columns: list) -> list[str]:
+def grouped(title: str, groups: dict | None, columns: list, clock: str = "") -> list[str]:
     """Return a heading, and a table for each group of rivals."""
     parts = [f"## {title}"] if groups else []
     for name, figures in (groups or {}).items():
-        parts += [f"{name[0].upper()}{name[1:]}.{over_itself(figures)}", rivals_table(figures, columns)]
+        parts += [f"{name[0].upper()}{name[1:]}.{over_itself(figures, clock)}", rivals_table(figures, columns)]
     return parts

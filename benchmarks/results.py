@@ -11,10 +11,25 @@ from benchmarks.table import STAGES, as_markdown, dig, table
 PAGE, PLOT = "RESULTS.md", "results.png"
 HEAD = """# What was measured
 
-Written by `python -m benchmarks` from the reports of its runs; nothing is taken from elsewhere. A ratio is the median
-over interleaved rounds of the two times of the same round; its range is that of the rounds. "Not measured" stands
+Written by `python -m benchmarks` from the reports of its runs; nothing is taken from elsewhere. "Not measured" stands
 where the machine or the other code was not to be had.
+
+- A ratio is how many times as fast: above 1, llava-lite or the row's runner needs less time than what it is held
+  against. It is the median over interleaved rounds of the two times of the same round, its range that of the rounds.
+  Memory shares, annotations, and the GPU suite are no ratios of rounds: a share is one run's bytes over another's,
+  annotations are medians of processes, and rivals of the suite run one after another.
+- "Over itself" is one runner called twice a round: how far from 1 a ratio may lie by chance.
+- Stage 1 trains the connector, stage 2 connector and language model, stage 3 connector and MLPs, every second of which
+  is experts.
+- Size S is a small model with AdamW, whose vocabulary head weighs far more than in a 7B model; in size V it weighs 2%
+  as there, and the optimizer is SGD, since with so few tokens a step Adam's pass would weigh too much.
+- "stock" is transformers' LlavaForConditionalGeneration in a plain loop, "stock Trainer" the same in its Trainer,
+  "+ckpt" with gradient checkpointing. LLaVA is its own code with its checkpointing on, as in its scripts.
+- "Above the loaded model" is the most memory of a run less what it holds before the first step.
+- A gate is what must be reached, a goal what was hoped for; "-" stands where there is none.
+- MFU is computed: measured tokens a second times the flops that a step needs, over the peak of the device.
 """
+SPEED_AXIS, SHARE_AXIS = "times as fast, more is better", "share, less is better"
 
 
 def write_page(reports: dict, folder: Path) -> list[str]:
@@ -104,7 +119,7 @@ def suite_parts(reports: dict) -> list[str]:
     parts = ["## One GPU, 7B widths"] if results else []
     for stage in STAGES:
         part = results.get(f"stage {stage}", {})
-        lines = [["", "tokens/s", "MFU, %", "peak GiB"]]
+        lines = [["", "tokens/s", "MFU (computed), %", "peak GiB"]]
         for name, one in part.get("rivals", {}).items():
             if "tokens_per_s" not in one:
                 lines.append([name, next(iter(one)).replace("_", " "), "-", "-"])
@@ -125,8 +140,11 @@ def draw(reports: dict, file: Path) -> bool:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, (speed, memory, items) = pyplot.subplots(
-        1, 3, figsize=(15, 5), width_ratios=(3, 2, 4), layout="constrained"
+    results = dig(reports, "ablation", "results") or {}
+    widths = (3, 2, 4) if results else (3, 2)
+    # Three in a row, or two where there is no ablation.
+    figure, (speed, memory, *items) = pyplot.subplots(
+        1, len(widths), figsize=(1.7 * sum(widths), 5), width_ratios=widths, layout="constrained"
     )
     shown = [
         (rows.SPEED, "size S"),
@@ -134,27 +152,33 @@ def draw(reports: dict, file: Path) -> bool:
         (rows.SPEED_LIGHT_LOGITS, "size V, logits as in 7B"),
         (rows.SPEED_OVER_LLAVA, "size S, over LLaVA's code"),
     ]
-    bars(speed, reports, [pair for pair in shown if any(pair[0].cells(reports))])
+    bars(speed, reports, [pair for pair in shown if any(pair[0].cells(reports))], SPEED_AXIS)
     speed.set_title("Training speed over the fastest stock run")
-    bars(memory, reports, [(rows.MEMORY, "size S")])
+    bars(memory, reports, [(rows.MEMORY, "size S")], SHARE_AXIS)
     memory.set_title("Memory over the leanest stock run")
-    results = dig(reports, "ablation", "results") or {}
-    draw_ablation(items, results)
-    items.set_title("Step without an item over the step with all" + ("" if results else ": not measured"))
-    items.set_visible(bool(results))
+    for axes in items:
+        draw_ablation(axes, results)
+        axes.set_title("Step without an item over the step with all")
+        axes.set_xlabel("times as long, more is what the item buys")
     figure.savefig(file, dpi=110)
     pyplot.close(figure)
     return True
 
 
-def bars(axes, reports: dict, shown: list) -> None:
-    """Draw a group of bars a stage, with a mark at each gate and each goal."""
+def bars(axes, reports: dict, shown: list, unit: str) -> None:
+    """Draw a group of bars a stage with the ranges of their rounds, and a mark at each gate and each goal."""
     width = 0.8 / max(len(shown), 1)
     for place, (row, label) in enumerate(shown):
         cells = row.cells(reports)
         at = [stage + (place - (len(shown) - 1) / 2) * width for stage in range(len(cells))]
-        drawn = axes.bar(at, [cell or 0 for cell in cells], width * 0.9, label=label, color=f"C{place}")
-        axes.bar_label(drawn, ["" if cell is None else f"{cell:.2f}" for cell in cells], fontsize=8)
+        axes.bar(at, [cell or 0 for cell in cells], width * 0.9, label=label, color=f"C{place}")
+        # At the foot of the bar, below marks and ranges.
+        for x, cell in zip(at, cells, strict=True):
+            text = "" if cell is None else f"{cell:.2f}"
+            axes.annotate(text, (x, 0), (0, 4), textcoords="offset points", ha="center", color="white", fontsize=8)
+        for x, cell, ends in zip(at, cells, row.ranges(reports), strict=False):
+            if None not in (cell, ends):
+                axes.vlines(x + width * 0.3, *ends, color="black", linewidth=0.8)
         for marks, style, name in ((row.gate, "k-", "gate"), (row.goal, "k:", "goal")):
             for x, mark, cell in zip(at, marks, cells, strict=True):
                 if None not in (cell, mark):
@@ -162,6 +186,7 @@ def bars(axes, reports: dict, shown: list) -> None:
                     ends = [x - width * 0.45, x + width * 0.45]
                     axes.plot(ends, [mark, mark], style, linewidth=1.2, label=name if first else None)
     axes.axhline(1, color="grey", linewidth=0.6)
+    axes.set_ylabel(unit)
     axes.set_xticks(range(len(STAGES)), [f"stage {stage}" for stage in STAGES])
     axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.07), ncols=2)
 
@@ -175,8 +200,12 @@ def draw_ablation(axes, results: dict) -> None:
         shown = [(y, dig(one, "variants", name, "relative_time")) for y, name in enumerate(names)]
         shown = [(y + (place - 1) * height, time) for y, time in shown if time is not None]
         axes.barh([y for y, _ in shown], [time - 1 for _, time in shown], height * 0.9, left=1, label=f"stage {stage}")
+        for y, name in enumerate(names):
+            ends = dig(one, "variants", name, "ratio_range")
+            if ends is not None:
+                axes.hlines(y + (place - 1) * height, *(1 / end for end in ends), color="black", linewidth=0.8)
     axes.axvline(1, color="grey", linewidth=0.6)
     axes.set_yticks(range(len(names)), names, fontsize=8)
     axes.invert_yaxis()
     if names:
-        axes.legend(fontsize=8)
+        axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=3)

@@ -18,7 +18,7 @@ from benchmarks.workload import IGNORE_INDEX, batches, count_tokens, size_of
 
 OURS = "ours"
 PLAIN = "ours, torch's products"
-LLAVA = "LLaVA"
+LLAVA = "LLaVA (with its checkpointing)"
 WARMUP = 1
 
 
@@ -51,7 +51,7 @@ def measure(size: str, stage: int, rounds: int, threads: int, llava: str | None 
             repeats = 2 if name == OURS else 1
             workers[name] = Worker(rival, size, stage, count, repeats, options, threads, warmup=WARMUP)
         if llava is not None and stage < 3 and size != "V":
-            workers[LLAVA] = Worker(LLAVA, size, stage, count, threads=threads, python_path=llava)
+            workers[LLAVA] = Worker("LLaVA", size, stage, count, threads=threads, python_path=llava)
         runners = {name: worker.wait_ready().step for name, worker in workers.items()}
         samples = interleave(runners, rounds, WARMUP, again=OURS)
         ends = {name: worker.close() for name, worker in workers.items()}

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import struct
 import subprocess
 
 import pytest
@@ -254,7 +255,7 @@ def report_of_training(ratios):
         batches = {"samples_a_step": 4, "tokens_a_step": 9, "learned_share": 0.1, "padding_share": 0.1}
         stages[stage] = {
             "rivals": {"ours": one, "stock": one},
-            "against_stock": {"ratio": ratio, "self_range": [0.9, 1.1]},
+            "against_stock": {"ratio": ratio, "ratio_range": [ratio - 0.2, ratio + 0.1], "self_range": [0.9, 1.1]},
             "memory_share": 0.5,
             "batches": batches | {"logits_share": 0.4, "optimizer": "sgd"},
             "largest_loss_difference": 1e-6,
@@ -286,6 +287,12 @@ def test_page_is_written_from_the_reports_alone(tmp_path):
     assert "1.90 / 1.75 / 2.00" in page
     assert "a processor, 2 cores, 2 threads; Python 3.12, torch 2.13" in page
     assert (tmp_path / "results.png").stat().st_size > 10_000
+    assert all(word in page for word in ("Stage 1 trains", "Size S is", '"+ckpt"', "A gate is", "MFU is computed"))
+    width = struct.unpack(">I", (tmp_path / "results.png").read_bytes()[16:20])[0]
+    # No empty place where there is no ablation.
+    write_page({"training": report_of_training(ratios)}, tmp_path)
+    assert struct.unpack(">I", (tmp_path / "results.png").read_bytes()[16:20])[0] < 0.6 * width
+    assert SPEED.ranges({"training": report_of_training(ratios)})[0] == pytest.approx([1.7, 2.0])
 
 
 def test_no_goal_is_met_where_a_gate_is_missed():
