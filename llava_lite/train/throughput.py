@@ -49,7 +49,7 @@ def mfu(tokens_per_s, flops_per_token, peak_flops):
 
 @dataclass(frozen=True)
 class Flops:
-    """What a training step costs: a token in the decoder, a supervised one in the vocabulary head, a picture."""
+    """What a training step costs: a token in the decoder, a supervised one behind its last attention, a picture."""
 
     per_token: float
     per_supervised: float
@@ -94,8 +94,14 @@ def step_flops(model):
         per_picture += num_features * counter.cost(stack.mm_projector)
     # A trained embedding costs no product, but gradients must reach it.
     counter.after_trained |= any(p.requires_grad for p in stack.embed_tokens.parameters())
-    per_token = sum(counter.layer_cost(layer) for layer in stack.layers)
-    return Flops(per_token, counter.cost(model.get_output_embeddings()), per_picture)
+    per_token, last = sum(counter.layer_cost(layer) for layer in stack.layers), stack.layers[-1]
+    per_supervised = 0.0
+    if stack.selects_rows:
+        # The last layer's output projection and MLP meet supervised rows only.
+        attention = last.self_attn
+        per_supervised = counter.cost(getattr(attention, attention.output_name)) + counter.cost(last.mlp)
+    head = counter.cost(model.get_output_embeddings())
+    return Flops(per_token - per_supervised, per_supervised + head, per_picture)
 
 
 def peak_flops(device, dtype):
