@@ -83,7 +83,8 @@ def _headers(file, name: str, offset: int) -> Iterator[tuple[tarfile.TarInfo, in
                 return
             except tarfile.EmptyHeaderError:
                 raise DataError(
-                    f"{name} ends at byte {start} without the end mark of a tar file: cut short?"
+                    f"{name} ends at byte {start} without the end mark of a tar file: cut short? "
+                    "Records behind it are not read."
                 ) from None
             except tarfile.HeaderError as error:
                 raise DataError(f"{name}, byte {start}: no header of a tar file ({error}).") from None
@@ -102,7 +103,10 @@ def _content(file, header: tarfile.TarInfo, name: str) -> bytes:
     file.seek(header.offset_data)
     data = file.read(header.size)
     if len(data) < header.size:
-        raise DataError(f"{name} ends inside {header.name!r}: {len(data):,} of {header.size:,} bytes. Cut short?")
+        raise DataError(
+            f"{name} ends inside {header.name!r}: {len(data):,} of {header.size:,} bytes. Cut short? "
+            "Records behind it are not read."
+        )
     return data
 
 
