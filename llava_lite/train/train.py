@@ -128,7 +128,10 @@ def main(argv=None):
     """Train a stage; for the command line and the launchers, where a refusal is one line."""
     with told_in_a_line():
         stage = prepare(argv)
-    run(stage).accelerator.end_training()
+    accelerator = run(stage).accelerator
+    # A rank that leaves while another still uses what they share may end that one with an abort.
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
 
 
 def start_logging():
