@@ -14,9 +14,11 @@ SIZES = [(0, 3, 5), (9, 0, 5), (1, 3, 5), (7, 16, 4), (9, 31, 65), (29, 64, 96),
 
 @pytest.fixture(params=["onednn", "blas"])
 def library(request, monkeypatch):
-    """Run a test with oneDNN, where this machine has what it takes, and without."""
+    """Run a test with oneDNN, or torch's product in its place where this machine has it not, and without."""
     if request.param == "onednn" and not takes_onednn(torch.ones(1)):
-        pytest.skip("this processor has no 512-bit vectors, or torch no oneDNN")
+        # This processor gains nothing by it; pieces, parts and what fills them up are the same with any product.
+        monkeypatch.setattr(products, "takes_onednn", lambda *given: all(t.dtype == torch.float32 for t in given))
+        monkeypatch.setattr(products, "_onednn", F.linear)
     for name, value in {"LEAST_WORK": 0, "LEAST_WEIGHT": 0, "PIECES": (16, 8), "MOST_NUMBERS": 600}.items():
         monkeypatch.setattr(products, name, value)
     with torch.backends.mkldnn.flags(enabled=request.param == "onednn"):
@@ -87,12 +89,11 @@ def test_numbers_that_lie_apart_are_gathered_first(library, monkeypatch, views):
 
 
 def test_any_numbers_of_tokens_make_a_few_kernels(monkeypatch):
-    if not takes_onednn(torch.ones(1)):
-        pytest.skip("this processor has no 512-bit vectors, or torch no oneDNN")
     monkeypatch.setattr(products, "LEAST_WORK", 0)
-    shapes, stock = set(), torch.ops.mkldnn._linear_pointwise
-    seen = lambda left, right, *more: shapes.add((left.shape, right.shape)) or stock(left, right, *more)  # noqa: E731
-    monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", seen)
+    monkeypatch.setattr(products, "takes_onednn", lambda *given: True)
+    shapes = set()
+    seen = lambda left, right, *more: shapes.add((left.shape, right.shape)) or F.linear(left, right, *more)  # noqa: E731
+    monkeypatch.setattr(products, "_onednn", seen)
     weight = torch.randn(6, 7, requires_grad=True)
     for count in range(64, 1600, 17):
         linear(torch.ones(count, 7, requires_grad=True), weight).sum().backward()
@@ -174,9 +175,8 @@ def test_a_loaded_model_multiplies_by_it_and_a_copy_or_an_adapter_notices_nothin
     assert "layers.0.self_attn.q_proj.lora_A" in str(list(adapted.state_dict()))
 
 
+@pytest.mark.parametrize("library", ["onednn"], indirect=True)
 def test_a_second_derivative_is_refused_and_not_silently_nothing(library):
-    if library == "blas":
-        pytest.skip("torch's own product, which has one")
     inputs, weight = torch.randn(16, 16, requires_grad=True), torch.randn(12, 16, requires_grad=True)
     (grad,) = torch.autograd.grad(linear(inputs, weight).square().sum(), inputs, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
