@@ -199,7 +199,7 @@ class FastLayer(FastPart):
         """Whether this layer is the last and has no experts, whose balance loss is over all positions."""
         attention = self.self_attn
         is_last = attention.layer_idx == attention.config.num_hidden_layers - 1
-        return is_last and not isinstance(self.mlp, MoeBlock) and not {"rows", "layers"} & self.plain_paths
+        return is_last and not isinstance(self.mlp, MoeBlock) and not {"rows", "layers", "loss"} & self.plain_paths
 
     def forward(self, hidden_states, *args, supervised_rows=None, **kwargs):
         """Return [B, L, D], or [1, S, D] of the last layer: the rows `supervised_rows` [S] of B * L."""

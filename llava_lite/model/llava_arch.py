@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers import initialization as init
 
+from llava_lite.constants import IGNORE_INDEX
 from llava_lite.model.attention import find_segments
 from llava_lite.model.connector import build_connector
 from llava_lite.model.crops import unpad_image as unpad_image  # LLaVA's place for it
@@ -269,9 +270,9 @@ class LlavaMetaForCausalLM(
             logits = self.lm_head(hidden[:, kept])
         lm_loss = None
         if learns:
-            rows = hidden.flatten(0, 1)
-            rows = rows if "supervised_rows" in kwargs else rows[positions]  # [S, D]
-            lm_loss = self.supervised_loss(rows, targets, num_items_in_batch)
+            lm_loss = self.supervised_loss(
+                hidden.flatten(0, 1), targets, None if "supervised_rows" in kwargs else positions, num_items_in_batch
+            )
         loss, moe_loss, moe_losses = self.add_balance_loss(lm_loss)
         output = LlavaOutput(
             loss=loss,
@@ -286,13 +287,21 @@ class LlavaMetaForCausalLM(
         wants_tuple = self.config.return_dict is False if return_dict is None else not return_dict
         return output.to_tuple() if wants_tuple else output
 
-    def supervised_loss(self, rows: torch.Tensor, targets: torch.Tensor, num_items=None) -> torch.Tensor:
-        """Return the cross-entropy of rows [S, D] that predict targets [S], over `num_items` (or S)."""
+    def supervised_loss(self, rows: torch.Tensor, targets: torch.Tensor, positions=None, num_items=None):
+        """Return the cross-entropy of rows that predict targets [S], over `num_items` (or S).
+
+        rows: [S, D], or [N, D] of which `positions` [S] are asked.
+        """
         # A step without a learned token has no loss, rather than none that is a number.
         if num_items is None:
             divisor = max(len(targets), 1)
         else:
             divisor = num_items.clamp(min=1) if isinstance(num_items, torch.Tensor) else max(num_items, 1)
+        if positions is not None and "loss" in self.plain_paths:
+            # As everybody does it: logits of all, to be ignored where nothing is learned.
+            targets = targets.new_full(rows.shape[:1], IGNORE_INDEX).index_copy_(0, positions, targets)
+        elif positions is not None:
+            rows = rows[positions]
         if isinstance(self.lm_head, VocabularyHead):
             return self.lm_head(rows, labels=targets, divisor=divisor)
         # Wrapped, as PEFT does it, or quantised: a layer that returns logits and nothing else.

@@ -10,8 +10,8 @@ from collections.abc import Iterable
 
 from torch import nn
 
-# In the order of the plain ones: transformers' own layer bodies; the last layer at every position; logits whole, then
-# F.cross_entropy; the function of transformers' experts interface.
+# In the order of the plain ones: transformers' own layer bodies; the last layer at every position; that and logits of
+# every position, whole, then F.cross_entropy; the function of transformers' experts interface.
 PLAIN_PATHS = ("layers", "rows", "loss", "experts")
 
 

@@ -23,7 +23,10 @@ class VocabularyHead(Linear):
     plain_paths: frozenset[str] = frozenset()
 
     def forward(self, hidden, labels=None, divisor=1):
-        """Return logits [..., V] of hidden [..., D]; with labels [S] and hidden [S, D] their summed loss / divisor."""
+        """Return logits [..., V] of hidden [..., D]; with labels [S] and hidden [S, D] their summed loss / divisor.
+
+        Labels are words; only the plain path also takes IGNORE_INDEX.
+        """
         if labels is None:
             return super().forward(hidden)
         if "loss" in self.plain_paths:

@@ -133,7 +133,7 @@ def spread_layers(num_layers, num_chosen):
 def loss_bytes(model, num_learned, dtype_bytes, device_type="cuda"):
     """Return the bytes of the loss: logits of one chunk, as computed and twice in float32, and gradients [S, D].
 
-    With --plain_paths loss the logits of all S positions are there at once, with both their gradients.
+    With --plain_paths loss, whose S are all positions, all logits are there at once, with both their gradients.
     """
     head, width = model.get_output_embeddings(), model.config.hidden_size
     if "loss" in getattr(head, "plain_paths", ("loss",)):
@@ -194,12 +194,13 @@ def estimate_memory(
     dtype_bytes = compute_dtype(training_args).itemsize
     num_ranks = training_args.world_size if num_ranks is None else num_ranks
     weights, gradients, optimizer = weight_bytes(model, training_args.zero_stage, num_ranks, ep_size)
+    num_asked = num_tokens if "loss" in model.plain_paths else num_learned
     return Memory(
         weights=min(weights, LIVE_WEIGHTS * dtype_bytes) if "param" in offload else weights,
         gradients=0 if "optimizer" in offload else gradients,
         optimizer=0 if "optimizer" in offload else optimizer,
         activations=activation_bytes(model, num_tokens, dtype_bytes, num_checkpointed),
-        loss=loss_bytes(model, num_learned, dtype_bytes, device_type),
+        loss=loss_bytes(model, num_asked, dtype_bytes, device_type),
     )
 
 

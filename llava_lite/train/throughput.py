@@ -101,6 +101,8 @@ def step_flops(model):
         attention = last.self_attn
         per_supervised = counter.cost(getattr(attention, attention.output_name)) + counter.cost(last.mlp)
     head = counter.cost(model.get_output_embeddings())
+    if "loss" in model.plain_paths:
+        return Flops(per_token + head, 0.0, per_picture)
     return Flops(per_token - per_supervised, per_supervised + head, per_picture)
 
 

@@ -3,9 +3,11 @@
 import copy
 
 import pytest
+import torch
 from torch import nn
 
 from llava_lite.arguments import ModelArguments, parse_args
+from llava_lite.constants import IGNORE_INDEX
 from llava_lite.model.plain_paths import PLAIN_PATHS, set_plain_paths
 
 
@@ -31,6 +33,25 @@ def test_whole_model_is_told():
     from llava_lite.model.llava_arch import LlavaMetaForCausalLM, LlavaMetaModel
 
     assert LlavaMetaForCausalLM.plain_paths == LlavaMetaModel.plain_paths == frozenset()
+
+
+@pytest.mark.parametrize("moe", [None, {"num_experts": [4], "top_k_experts": 2}], ids=["dense", "experts"])
+def test_plain_loss_asks_the_vocabulary_everywhere_and_is_the_same(moe, toy_model):
+    model = toy_model(moe=moe).train()
+    ids = torch.randint(3, 100, (2, 9), generator=torch.Generator().manual_seed(0))
+    labels = ids.masked_fill(torch.arange(9) < 4, IGNORE_INDEX)
+    asked = []
+    model.lm_head.register_forward_pre_hook(lambda module, inputs: asked.append(len(inputs[0])))
+    found = []
+    for plain in ((), ("loss",)):
+        set_plain_paths(model, plain)
+        model.zero_grad()
+        loss = model(ids, labels=labels, use_cache=False).loss
+        loss.backward()
+        found.append((loss.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}))
+    assert asked == [10, 18]
+    torch.testing.assert_close(*(loss for loss, _ in found), atol=1e-6, rtol=0)
+    torch.testing.assert_close(*(gradients for _, gradients in found), atol=1e-6, rtol=1e-5)
 
 
 def test_unknown_path_is_answered_with_the_known_ones():

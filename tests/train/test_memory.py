@@ -8,12 +8,14 @@ import pytest
 import torch
 
 from llava_lite.model import model_class_for
+from llava_lite.model.plain_paths import set_plain_paths
 from llava_lite.train.memory import (
     GIB,
     Memory,
     activation_bytes,
     checkpoint_layers,
     choose_checkpointing,
+    estimate_memory,
     fewest_checkpointed,
     free_ram,
     gib,
@@ -138,6 +140,9 @@ def test_loss_needs_one_chunk_of_logits_or_all_of_them(toy_model):
     assert loss_bytes(model, 10**9, 2) == 2**26 * 10 + 10**9 * 32 * 2
     model.get_output_embeddings().plain_paths = frozenset({"loss"})
     assert loss_bytes(model, 10, 2) == 10 * vocab_size * 2 * 6
+    for plain, num_asked in (((), 10), (("loss",), 100)):
+        set_plain_paths(model, plain)
+        assert estimate_memory(model, run_args(), 100, 10).loss == loss_bytes(model, num_asked, 4)
 
 
 @pytest.mark.parametrize(("packing", "num_tokens"), [("none", 2 * 9), ("samples", 9 + 5), ("tokens", 77)])

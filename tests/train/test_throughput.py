@@ -59,6 +59,10 @@ def test_flops_of_full_tuning(toy_model):
     set_plain_paths(model, ("rows",))
     plain = step_flops(model)
     assert (plain.per_token, plain.per_supervised) == (6 * 4 * LAYER, 6 * weights_of(model.lm_head))
+    # And for all logits, if it is told to make them.
+    set_plain_paths(model, ("loss",))
+    plain = step_flops(model)
+    assert (plain.per_token, plain.per_supervised) == (6 * (4 * LAYER + weights_of(model.lm_head)), 0)
 
 
 def test_a_token_pays_for_the_experts_it_visits(toy_model):
