@@ -88,10 +88,17 @@ def about_batches(result: dict, stage: str) -> str:
     )
 
 
+WHAT_IS_OFF = (
+    "Each row leaves one item for what stock transformers does. Layers: its bodies of the decoder's layers. Rows: the "
+    "last layer at every position. Loss: that too, and logits of every position, whole. Experts: its function for "
+    "them. Packing: padded rows. oneDNN products: torch's own. Checkpointing and the feature cache are off elsewhere."
+)
+
+
 def ablation_parts(reports: dict) -> list[str]:
     """Return the table of what each item buys."""
     results = dig(reports, "ablation", "results") or {}
-    parts = ["## What each item buys"] if results else []
+    parts = ["## What each item buys", WHAT_IS_OFF] if results else []
     for size, stages in results.items():
         names = variant_names(stages)
         lines = [["", *(f"stage {stage}" for stage in stages)]]
