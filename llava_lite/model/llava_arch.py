@@ -12,7 +12,6 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers import initialization as init
 
-from llava_lite.constants import IGNORE_INDEX
 from llava_lite.model.attention import find_segments
 from llava_lite.model.connector import build_connector
 from llava_lite.model.crops import unpad_image as unpad_image  # LLaVA's place for it
@@ -29,7 +28,7 @@ from llava_lite.model.outputs import LlavaOutput
 from llava_lite.model.reading import can_read, read
 from llava_lite.model.sharing import SharingMixin
 from llava_lite.model.splice import Batch
-from llava_lite.model.supervision import find_supervised
+from llava_lite.model.supervision import find_supervised, refuse_other_shape, supervised_loss
 from llava_lite.model.vision_tower import VisionTower, build_vision_tower
 from llava_lite.model.vocabulary_head import VocabularyHead
 
@@ -270,9 +269,9 @@ class LlavaMetaForCausalLM(
             logits = self.lm_head(hidden[:, kept])
         lm_loss = None
         if learns:
-            lm_loss = self.supervised_loss(
-                hidden.flatten(0, 1), targets, None if "supervised_rows" in kwargs else positions, num_items_in_batch
-            )
+            asked = None if "supervised_rows" in kwargs else positions
+            is_plain = "loss" in self.plain_paths
+            lm_loss = supervised_loss(self.lm_head, hidden.flatten(0, 1), targets, asked, num_items_in_batch, is_plain)
         loss, moe_loss, moe_losses = self.add_balance_loss(lm_loss)
         output = LlavaOutput(
             loss=loss,
@@ -286,26 +285,6 @@ class LlavaMetaForCausalLM(
         )
         wants_tuple = self.config.return_dict is False if return_dict is None else not return_dict
         return output.to_tuple() if wants_tuple else output
-
-    def supervised_loss(self, rows: torch.Tensor, targets: torch.Tensor, positions=None, num_items=None):
-        """Return the cross-entropy of rows that predict targets [S], over `num_items` (or S).
-
-        rows: [S, D], or [N, D] of which `positions` [S] are asked.
-        """
-        # A step without a learned token has no loss, rather than none that is a number.
-        if num_items is None:
-            divisor = max(len(targets), 1)
-        else:
-            divisor = num_items.clamp(min=1) if isinstance(num_items, torch.Tensor) else max(num_items, 1)
-        if positions is not None and "loss" in self.plain_paths:
-            # As everybody does it: logits of all, to be ignored where nothing is learned.
-            targets = targets.new_full(rows.shape[:1], IGNORE_INDEX).index_copy_(0, positions, targets)
-        elif positions is not None:
-            rows = rows[positions]
-        if isinstance(self.lm_head, VocabularyHead):
-            return self.lm_head(rows, labels=targets, divisor=divisor)
-        # Wrapped, as PEFT does it, or quantised: a layer that returns logits and nothing else.
-        return nn.functional.cross_entropy(self.lm_head(rows).float(), targets, reduction="sum") / divisor
 
     def _set_gradient_checkpointing(self, enable=True, gradient_checkpointing_func=checkpoint, **kwargs):
         """Refuse what would take the gradient of the balance loss away in silence; else as transformers does."""
@@ -335,15 +314,6 @@ class LlavaMetaForCausalLM(
         moe = read_moe_config(self.config.moe, self.config.num_hidden_layers)
         moe_loss = moe.router_aux_loss_coef * torch.stack(terms).sum()
         return lm_loss + moe_loss, moe_loss, terms
-
-
-def refuse_other_shape(shift_labels, embeds) -> None:
-    """Raise ValueError if shift_labels are there and are not one for each position [B, L] of the embeddings."""
-    if shift_labels is not None and shift_labels.shape != embeds.shape[:2]:
-        raise ValueError(
-            f"shift_labels has shape {tuple(shift_labels.shape)}, the decoder reads {tuple(embeds.shape[:2])} "
-            "positions; give ids with one placeholder a feature and labels of the same length."
-        )
 
 
 def drop_none(**kwargs) -> dict:

@@ -1,6 +1,6 @@
-"""Find the positions of a batch that learn, and what they learn.
+"""Find the positions of a batch that learn and what they learn, and turn their hidden states into the loss.
 
-B batch, L positions, S of them supervised.
+B batch, L positions, S of them supervised, D model width.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import torch
 from torch.nn import functional as F
 
 from llava_lite.constants import IGNORE_INDEX
+from llava_lite.model.vocabulary_head import VocabularyHead
 
 
 def find_supervised(labels, shift_labels=None, positions=None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -23,3 +24,33 @@ def find_supervised(labels, shift_labels=None, positions=None) -> tuple[torch.Te
     if positions is None:
         positions = (targets != IGNORE_INDEX).nonzero().squeeze(1)
     return positions, targets[positions]
+
+
+def refuse_other_shape(shift_labels, embeds) -> None:
+    """Raise ValueError if shift_labels are there and are not one for each position [B, L] of the embeddings."""
+    if shift_labels is not None and shift_labels.shape != embeds.shape[:2]:
+        raise ValueError(
+            f"shift_labels has shape {tuple(shift_labels.shape)}, the decoder reads {tuple(embeds.shape[:2])} "
+            "positions; give ids with one placeholder a feature and labels of the same length."
+        )
+
+
+def supervised_loss(head, hidden, targets, positions=None, num_items=None, is_plain=False) -> torch.Tensor:
+    """Return the cross-entropy of what `head` makes of hidden states against targets [S], over `num_items` (or S).
+
+    hidden: [S, D], or [B * L, D] of which `positions` [S] are asked. is_plain: ask all and ignore the others, as
+    everybody does it.
+    """
+    # A step without a learned token has no loss, rather than none that is a number.
+    if num_items is None:
+        divisor = max(len(targets), 1)
+    else:
+        divisor = num_items.clamp(min=1) if isinstance(num_items, torch.Tensor) else max(num_items, 1)
+    if positions is not None and is_plain:
+        targets = targets.new_full(hidden.shape[:1], IGNORE_INDEX).index_copy_(0, positions, targets)
+    elif positions is not None:
+        hidden = hidden[positions]  # [S, D]
+    if isinstance(head, VocabularyHead):
+        return head(hidden, labels=targets, divisor=divisor)
+    # Wrapped, as PEFT does it, or quantised: a layer that returns logits and nothing else.
+    return F.cross_entropy(head(hidden).float(), targets, reduction="sum") / divisor
