@@ -78,7 +78,9 @@ def _text(value, name: str) -> str:
 def _turns(item: dict, name: str) -> tuple[tuple[str, str], ...]:
     """Return the turns from the first human one on; like LLaVA, drop one that the model says before being asked."""
     conversation = item.get("conversations")
-    if not isinstance(conversation, list) or not conversation:
+    if conversation == []:
+        raise DataError(f"{name}: 'conversations' is empty, expected a list of turns, the first from 'human'.")
+    if not isinstance(conversation, list):
         raise DataError(f"{name}: 'conversations' is {_kind(conversation)}, expected a list of turns.")
     turns = []
     for turn in conversation:

@@ -41,6 +41,9 @@ def load_data(model, tokenizer, model_args, data_args, training_args):
         )
         if len(set(everyone(report.digest))) > 1:
             raise ValueError(f"the ranks see different files under {paths}; share them, or copy them to every node.")
+        if not len(dataset):
+            first = f"; the first: {report.bad[0]}" if report.bad else ""
+            raise ValueError(f"{', '.join(paths)}: none of {len(report.bad):,} records can be used{first}.")
         logger.info("%s:\n%s", ", ".join(paths), report.summary())
         return dataset
 
