@@ -16,7 +16,5 @@ def test_records_of_which_none_is_left_are_refused_with_the_first(run_stage, tmp
     path = tmp_path / "all_bad.json"
     path.write_text(json.dumps([{"id": "mute", "conversations": []}]))
     flags = ("--data_path", path, "--bad_record", "skip", "--max_bad_share", 1)
-    with pytest.raises(
-        ValueError, match=r"none of 1 records can be used; the first: .*mute.*'conversations' is"
-    ):
+    with pytest.raises(ValueError, match=r"none of 1 records can be used; the first: .*mute.*'conversations' is"):
         run_stage("projector", tmp_path / "out", *flags)
