@@ -80,6 +80,8 @@ def main(argv=None) -> int:
         if not run(name, folder / f"{name}.json", flags):
             failed.append(name)
     reports = read_reports(folder)
+    if args.report and not reports:
+        parser.error(f"--report: no reports in {folder}, and nothing to write a page from; run the benchmarks first")
     print(as_text(table(reports)))
     if args.quick:
         print("toy sizes: everything runs, and the figures say nothing.")

@@ -134,6 +134,9 @@ def check_data(args):
     # YAML reads off as False.
     if str(args.feature_cache).lower() in ("false", "no"):
         args.feature_cache = "off"
+    refuse(
+        not 0 <= args.max_bad_share <= 1, f"--max_bad_share {args.max_bad_share}: give a share of the records, 0 to 1."
+    )
     refuse(args.eval_split < 0, f"--eval_split {args.eval_split}: give a share below 1 or a number of records.")
     refuse_pair(
         args.eval_data_path is not None and args.eval_split > 0, "eval_data_path", f"eval_split {args.eval_split}"
@@ -142,6 +145,8 @@ def check_data(args):
 
 def check_training(args):
     """Raise ValueError for what contradicts itself in TrainingArguments."""
+    for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
+        refuse(getattr(args, name) < 1, f"--{name} {getattr(args, name)}: at least 1.")
     refuse_pair(bool(args.bf16) and args.fp16, "bf16 True", "fp16 True")
     refuse_pair(
         args.tuning == "projector" and args.freeze_mm_mlp_adapter, "tuning projector", "freeze_mm_mlp_adapter True"

@@ -65,6 +65,11 @@ def reply(
                 f"{len(question)} questions but one picture; give a list with an entry (or None) for every question."
             )
         images, history, alone = images or [None] * len(question), history or [None] * len(question), False
+    if generate_kwargs.get("return_dict_in_generate") or (generate_kwargs.get("num_return_sequences") or 1) > 1:
+        raise ValueError(
+            "reply returns the text of one answer a question; return_dict_in_generate and num_return_sequences are "
+            "for model.generate, whose inputs `prepare` makes."
+        )
     inputs, mark = prepare(processor, question, images, conv_template, history)
     generation = _generation_arguments(model, processor, mark, temperature, num_beams, generate_kwargs)
     tokens = _generate(model, inputs, max_new_tokens=max_new_tokens, **generation)
@@ -171,11 +176,14 @@ def stream(
 
 def prepare(processor, questions, images, conv_template=None, history=None):
     """Return (inputs of the model, end mark of an answer) for B questions, each with its pictures and its history."""
+    history = [None] * len(questions) if history is None else history
     if not len(questions) == len(images) == len(history):
         raise ValueError(
             f"{len(questions)} questions, {len(images)} entries of pictures and {len(history)} of history; "
             "give one of each for every question (None where there is none)."
         )
+    if not questions:
+        raise ValueError("no question; give one or more.")
     groups = [as_list(pictures) for pictures in images]
     talks = [
         [*(earlier or []), (place_marks(question, earlier, len(pictures)), None)]

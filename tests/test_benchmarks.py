@@ -356,9 +356,19 @@ def test_flags_that_measure_nothing_are_refused_before_anything_runs(flags, word
 def test_page_lies_beside_the_results_that_are_named(tmp_path, monkeypatch):
     monkeypatch.setattr("benchmarks.__main__.FOLDER", tmp_path / "own")
     (tmp_path / "named").mkdir()
+    reports = {"start_up": {"machine": MACHINE, "results": {}}}
+    monkeypatch.setattr("benchmarks.__main__.read_reports", lambda folder: reports)
     assert run_all(["--report", "--results", str(tmp_path / "named")]) == 0
     assert [path.name for path in (tmp_path / "named").iterdir()] == ["RESULTS.md"]
     assert not (tmp_path / "own").exists()
+
+
+def test_a_page_is_not_overwritten_where_nothing_was_measured(tmp_path, capsys):
+    (tmp_path / "RESULTS.md").write_text("what another machine measured")
+    with pytest.raises(SystemExit):
+        run_all(["--report", "--results", str(tmp_path)])
+    assert "no reports" in capsys.readouterr().err
+    assert (tmp_path / "RESULTS.md").read_text() == "what another machine measured"
 
 
 @pytest.mark.slow

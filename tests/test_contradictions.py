@@ -32,6 +32,9 @@ PAIRS = {
     "--label_smoothing_factor 0.1": ("label_smoothing_factor 0.1",),
     "--packing tokens --per_device_train_batch_size 4": ("packing tokens", "per_device_train_batch_size 4"),
     "--packing tokens --per_device_train_batch_size 1 --packing_tokens 0": ("packing_tokens 0",),
+    "--max_bad_share -1": ("max_bad_share -1", "0 to 1"),
+    "--gradient_accumulation_steps 0": ("gradient_accumulation_steps 0", "at least 1"),
+    "--per_device_train_batch_size 0": ("per_device_train_batch_size 0", "at least 1"),
     "--packing samples --moe_enable True --moe_count_padding True": ("packing samples", "moe_count_padding True"),
 }
 

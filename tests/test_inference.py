@@ -9,7 +9,7 @@ from PIL import Image
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from llava_lite.conversation import conv_templates
-from llava_lite.inference import _pieces_without_mark, end_mark, load, place_marks, remembering, reply, stream
+from llava_lite.inference import _pieces_without_mark, end_mark, load, place_marks, prepare, remembering, reply, stream
 from llava_lite.mm_utils import load_image_processor, process_images, tokenizer_image_token
 from llava_lite.processing import LlavaLiteProcessor
 
@@ -256,6 +256,21 @@ def test_load_gives_a_model_and_its_processor(toy_pair, tmp_path):
     assert (reader.conv_template, reader.image_aspect_ratio, reader.num_image_tokens) == ("v1", "pad", 16)
     question = ("What colour is the square?", picture(1))
     assert reply(loaded, reader, *question, max_new_tokens=8) == reply(model, processor, *question, max_new_tokens=8)
+
+
+def test_what_reply_cannot_return_is_refused(toy_pair):
+    model, processor = toy_pair()
+    with pytest.raises(ValueError, match="one or more"):
+        reply(model, processor, [], [])
+    for keyword in ({"return_dict_in_generate": True}, {"num_return_sequences": 2, "num_beams": 2}):
+        with pytest.raises(ValueError, match="one answer a question"):
+            reply(model, processor, "What?", max_new_tokens=2, **keyword)
+
+
+def test_questions_are_prepared_without_a_history(toy_pair):
+    _, processor = toy_pair()
+    inputs, _ = prepare(processor, ["What?"], [None])
+    assert inputs["input_ids"].shape[0] == 1
 
 
 def test_one_picture_for_many_questions_is_refused(toy_pair):

@@ -53,14 +53,9 @@ class Report:
     num_records: int
     num_with_picture: int
     num_tokens: int  # after truncation, every feature of a picture counted
-    num_learned: int  # tokens with a label, before truncation
+    learned_share: float  # of the tokens before truncation, those that carry a label, 0 to 1
     num_truncated: int
     num_other_suffix: int  # pictures found as .png or .gif where the record says .jpg
-
-    @property
-    def learned_share(self) -> float:
-        """Share of the tokens that carry a label, 0 to 1."""
-        return self.num_learned / max(1, self.num_tokens)
 
     @property
     def digest(self) -> str:
@@ -182,7 +177,7 @@ def check_annotations(
         num_records=len(annotations),
         num_with_picture=int(annotations.has_picture.sum()),
         num_tokens=int(np.minimum(lengths, max_length).sum()),
-        num_learned=int(annotations.token_facts().num_learned.sum(dtype=np.int64)),
+        learned_share=annotations.learned_share,
         num_truncated=int((lengths > max_length).sum()),
         num_other_suffix=_other_suffixes(annotations),
     )

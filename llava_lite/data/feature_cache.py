@@ -104,7 +104,7 @@ class FeatureStore:
 
     def sweep(self) -> None:
         """Throw away what killed writers have left behind."""
-        for path in [*self.folder.glob("*.bin"), *self.folder.glob("*.part")]:
+        for path in [*self.folder.glob("*.bin"), *self.folder.rglob("*.part")]:
             is_whole = path.suffix == ".bin" and path.with_suffix(".npy").exists()
             # Another rank sweeps at the same time, or a writer has just finished.
             with suppress(FileNotFoundError):

@@ -223,6 +223,12 @@ class Annotations:
         text_len = self.token_facts().text_len
         return np.where(text_len < 0, 0, text_len + self.picture_tokens() - self.num_pictures)
 
+    @property
+    def learned_share(self) -> float:
+        """Share of their tokens, not truncated, that carry a label, 0 to 1."""
+        learned = np.maximum(self.token_facts().num_learned, 0).sum(dtype=np.int64)
+        return float(learned / max(1, self.token_lengths.sum(dtype=np.int64)))
+
     def picture_tokens(self, num_first: np.ndarray | None = None) -> np.ndarray:
         """Return the features [N] of each record's pictures, or of the `num_first` [N] of them alone.
 

@@ -41,7 +41,7 @@ class Place(NamedTuple):
 
 
 class RawRecord(NamedTuple):
-    """A record as it lies in the shard, or the reason why nothing more can be read from it."""
+    """A record as it lies in the shard, or the reason why it cannot be read."""
 
     key: str
     number: int
@@ -76,8 +76,8 @@ def _headers(file, name: str, offset: int) -> Iterator[tuple[tarfile.TarInfo, in
         archive.fileobj, archive.offset = file, offset
         while True:
             start = archive.offset
-            file.seek(start)
             try:
+                file.seek(start)
                 header = tarfile.TarInfo.fromtarfile(archive)
             except tarfile.EOFHeaderError:
                 return
@@ -86,8 +86,14 @@ def _headers(file, name: str, offset: int) -> Iterator[tuple[tarfile.TarInfo, in
                     f"{name} ends at byte {start} without the end mark of a tar file: cut short? "
                     "Records behind it are not read."
                 ) from None
-            except tarfile.HeaderError as error:
-                raise DataError(f"{name}, byte {start}: no header of a tar file ({error}).") from None
+            except (tarfile.HeaderError, ValueError, OverflowError) as error:
+                raise DataError(
+                    f"{name}, byte {start}: no header of a tar file ({error}). Records behind it are not read."
+                ) from None
+            if header.size < 0:
+                raise DataError(
+                    f"{name}, byte {start}: {header.name!r} has {header.size:,} bytes. Records behind it are not read."
+                )
             yield header, archive.offset
 
 
@@ -98,8 +104,6 @@ def _key_and_suffix(path: str) -> tuple[str, str]:
 
 
 def _content(file, header: tarfile.TarInfo, name: str) -> bytes:
-    if header.size > MAX_MEMBER_BYTES:
-        raise DataError(f"{name}: {header.name!r} has {header.size:,} bytes; a record's file has a few million.")
     file.seek(header.offset_data)
     data = file.read(header.size)
     if len(data) < header.size:
@@ -112,7 +116,7 @@ def _content(file, header: tarfile.TarInfo, name: str) -> bytes:
 
 def read_tar(shard: Shard, place: Place = START, part: int = 0, num_parts: int = 1) -> Iterator[RawRecord]:
     """Yield the records from `place` on whose number modulo `num_parts` is `part`, in the order of the file."""
-    key, parts, number = None, {}, place.number
+    key, parts, number, error = None, {}, place.number, None
     with open_shard(shard.path) as file:
         end = place.offset
         for header, behind in _headers(file, shard.name, place.offset):
@@ -122,13 +126,18 @@ def read_tar(shard: Shard, place: Place = START, part: int = 0, num_parts: int =
             if its_key != key:
                 if key is not None:
                     if number % num_parts == part:
-                        yield RawRecord(key, number, parts, Place(header.offset, number + 1))
+                        yield RawRecord(key, number, parts, Place(header.offset, number + 1), error)
                     number += 1
-                key, parts = its_key, {}
-            if number % num_parts == part:
+                key, parts, error = its_key, {}, None
+            if number % num_parts != part:
+                continue
+            if header.size > MAX_MEMBER_BYTES:
+                size = f"{header.size:,} bytes; a record's file has a few million"
+                error = DataError(f"{shard.name}[{number}]: {header.name!r} has {size}.")
+            else:
                 parts[suffix] = _content(file, header, shard.name)
         if key is not None and number % num_parts == part:
-            yield RawRecord(key, number, parts, Place(end, number + 1))
+            yield RawRecord(key, number, parts, Place(end, number + 1), error)
 
 
 # Parquet files: a column of pictures, beside captions or conversations.
@@ -159,14 +168,23 @@ def read_parquet(shard: Shard, place: Place = START, part: int = 0, num_parts: i
                 for batch in table.iter_batches(PARQUET_BATCH_ROWS, row_groups=[group], columns=columns):
                     for k in range(batch.num_rows):
                         if row >= place.number and row % num_parts == part:
-                            parts = {name: batch.column(name)[k].as_py() for name in columns}
-                            yield RawRecord(_row_key(parts, row), row, parts, Place(row + 1, row + 1))
+                            yield _row(batch, k, row, shard.name)
                         row += 1
     except (pyarrow.ArrowException, OSError) as error:
         # Arrow says OSError of broken pages too; that of a disk has a number, that of a network a class of its own.
         if isinstance(error, OSError) and (type(error) is not OSError or error.errno is not None):
             raise
         raise DataError(f"{shard.name}: no parquet file, or a broken one ({' '.join(str(error).split())}).") from None
+
+
+def _row(batch, k: int, row: int, name: str) -> RawRecord:
+    """Return row k of a batch, which is row `row` of the file."""
+    after = Place(row + 1, row + 1)
+    try:
+        parts = {column: batch.column(column)[k].as_py() for column in batch.schema.names}
+    except UnicodeDecodeError as error:
+        return RawRecord(str(row), row, {}, after, DataError(f"{name}[{row}]: a text is not UTF-8 ({error.reason})."))
+    return RawRecord(_row_key(parts, row), row, parts, after)
 
 
 def _row_key(parts: dict, row: int) -> str:

@@ -94,15 +94,28 @@ def _shards_at(path: str, is_folder: bool) -> dict[str, Shard]:
 
 def parse_files(raw: RawRecord, where: str) -> ShardRecord:
     """Return the record of a tar file's sample: pictures beside a txt, which is a caption, or a json."""
-    names = [suffix for suffix in sorted(raw.parts) if suffix.rsplit(".", 1)[-1] in PICTURE_SUFFIXES]
-    pictures = tuple(raw.parts[name] for name in names)
     item = _json(raw.parts["json"], raw, where) if "json" in raw.parts else {}
+    names = _in_order([name for name in raw.parts if name.rsplit(".", 1)[-1] in PICTURE_SUFFIXES], item.get("image"))
+    pictures = tuple(raw.parts[name] for name in names)
     if "txt" in raw.parts and "conversations" not in item:
         try:
             item = {"caption": raw.parts["txt"].decode("utf-8")}
         except UnicodeDecodeError as error:
             raise DataError(f"{_name(raw, where)}: the txt is not UTF-8 ({error.reason}).") from None
     return _shard_record(item, pictures, [f"{raw.key}.{name}" for name in names], raw, where)
+
+
+def _in_order(suffixes: list[str], said) -> list[str]:
+    """Return the suffixes of a record's pictures in the order of its marks.
+
+    That of the files that the record itself names, if they are these; else by name, with numbers as numbers.
+    """
+    said = [said] if isinstance(said, str) else said if isinstance(said, list) else []
+    wanted = [str(path).rpartition("/")[2].partition(".")[2].lower() for path in said]
+    if sorted(wanted) == sorted(suffixes):
+        return wanted
+    # Words and numbers in turn, so that 10 comes behind 9.
+    return sorted(suffixes, key=lambda name: [int(p) if i % 2 else p for i, p in enumerate(re.split(r"(\d+)", name))])
 
 
 def parse_row(raw: RawRecord, where: str) -> ShardRecord:

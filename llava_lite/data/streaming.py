@@ -1,13 +1,15 @@
 """Turn shards of any number into an endless stream of micro-batches: seeded order, disjoint lanes, exact resume.
 
-A lane is one worker of the data loader on one rank; it has an equal share of the shards of every epoch, in an order
-drawn from seed and epoch. Where there are fewer shards than lanes, several lanes read one shard and each takes every
-n-th record. Within a shard, windows of records are shuffled. What a lane must remember to go on is five numbers:
-nothing grows with the data but the list of shards.
+A lane is one worker of the data loader on one rank; its share of the shards of every epoch, in an order drawn from
+seed and epoch, is that of any other lane or one shard more. Where there are fewer shards than lanes, several lanes
+read one shard and each takes every n-th record. Within a shard, windows of records are shuffled. What a lane must
+remember to go on is five numbers: nothing grows with the data but the list of shards.
 
 The end: a lane that has read its share of an epoch goes on with its share of the next and waits for nobody, so every
 rank has a batch whenever it asks, and a run ends with --max_steps, on all ranks at the same step. Every record is read
-exactly once an epoch; of the epoch that the run ends in, some are not read any more.
+exactly once an epoch of its lane. Lanes whose shares are not equal drift apart: one with two shards is in its first
+epoch while one with a single shard is in its second, so that as many steps as an epoch has leave some records unread
+and read others twice; none do where the lanes divide equal shards, few where shards are many times the lanes.
 """
 
 import io
@@ -111,7 +113,7 @@ class StreamDataset(IterableDataset):
     num_workers: of the loader, 0 for none; seed: of the order. window: records of a shard that are shuffled together
     and held in memory meanwhile. pack_tokens: a micro-batch is as many examples as have room in so many tokens, in the
     order of the stream, in place of `batch_size`. bad_record: `raise`, or `skip`, which leaves out at most
-    `max_bad_share` of them.
+    `max_bad_share` of them; what is behind a broken place of a shard nobody can count, and it counts as one.
     """
 
     def __init__(
@@ -139,6 +141,8 @@ class StreamDataset(IterableDataset):
         num_lanes = self.num_ranks * self.lanes_a_rank
         shared = math.ceil(num_lanes / len(self.shards))
         each = f", each read by {shared} lanes" if shared > 1 else ""
+        if len(self.shards) * shared % num_lanes:
+            each += ", unequal shares: some lanes begin their next epoch earlier"
         gigabytes = sum(shard.num_bytes for shard in self.shards) / 1e9
         return f"{len(self.shards):,} shards of {gigabytes:,.1f} GB in all, {num_lanes} lanes{each}"
 

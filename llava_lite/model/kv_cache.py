@@ -74,8 +74,8 @@ class GrowingLayer(DynamicLayer):
 
     def update(self, key_states, value_states, *args, **kwargs):
         """Add states [B, H, n, Dh] and return all keys and values."""
-        if torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad):
-            # A buffer that is written again would take the values away that the backward pass needs.
+        if torch.is_grad_enabled():
+            # A buffer that is written again would take the values away that the backward pass of queries needs too.
             return super().update(key_states, value_states, *args, **kwargs)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)

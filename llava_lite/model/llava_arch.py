@@ -239,9 +239,10 @@ class LlavaMetaForCausalLM(
         positions = targets = None
         if learns:
             refuse_other_shape(shift_labels, inputs_embeds)
-            # Another tensor, and maybe of the same shape: rows grow, lose padding and are cut.
-            grew = batch.labels is not labels
-            positions, targets = find_supervised(batch.labels, shift_labels, None if grew else supervised_positions)
+            # Another tensor, maybe of the same shape: rows grow, lose padding and are cut. shift_labels may be a part.
+            is_other = batch.labels is not labels or shift_labels is not None
+            found = None if is_other else supervised_positions
+            positions, targets = find_supervised(batch.labels, shift_labels, found)
             recorded = output_hidden_states or output_attentions or self.config.output_hidden_states
             if self.training and self.model.selects_rows and past_key_values is None and not recorded:
                 kwargs["supervised_rows"] = positions

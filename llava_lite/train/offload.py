@@ -1,9 +1,15 @@
-"""See beforehand whether what DeepSpeed is to put on disk can go there."""
+"""See beforehand whether what DeepSpeed is to put on disk can go there, and whether it can build what it needs."""
 
+import logging
 import os
+import time
 from pathlib import Path
 
+logger = logging.getLogger(__name__)
+
 PARTS = ("offload_optimizer", "offload_param")
+# A build takes about two minutes.
+OLD_LOCK_S = 600
 
 
 def refuse_unusable_nvme(config: dict) -> None:
@@ -36,3 +42,19 @@ def _has_asynchronous_io() -> bool:
         return False
     builder = accelerator.create_op_builder("AsyncIOBuilder")
     return builder is not None and builder.is_compatible(verbose=False)
+
+
+def warn_of_old_locks() -> None:
+    """Say which locks a build that was killed may have left: DeepSpeed waits for one in silence and for ever."""
+    from torch.utils.cpp_extension import get_default_build_root
+
+    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
+    for lock in [*root.glob("*/lock"), *root.glob("*/*/lock")]:
+        minutes = (time.time() - lock.stat().st_mtime) / 60
+        if minutes * 60 > OLD_LOCK_S:
+            logger.warning(
+                "%s is %.0f minutes old: a build that was killed leaves its lock, and every later run waits for it. "
+                "If nothing builds there now, remove the file.",
+                lock,
+                minutes,
+            )

@@ -33,7 +33,7 @@ def plan_of_run(model, dataset, training_args, ep_size=1):
     size = 1 if args.packing == "tokens" else args.per_device_train_batch_size
     annotations, learned_share = getattr(dataset, "annotations", None), 1.0
     if annotations is not None:
-        learned_share = annotations.token_facts().num_learned.sum() / max(dataset.lengths.sum(), 1)
+        learned_share = annotations.learned_share
     where = {"offload": offload_of_run(args), "device_type": args.device.type, "ep_size": ep_size}
     memory = estimate_memory(model, args, num_tokens, num_tokens * learned_share, num_checkpointed(model), **where)
     head = [
@@ -74,7 +74,11 @@ def steps_of_run(num_records, batch, args):
     """Return the number of optimizer steps."""
     if args.max_steps > 0:
         return args.max_steps
-    return math.ceil(math.ceil(num_records / batch) * args.num_train_epochs)
+    steps = math.ceil(num_records / batch)
+    if args.dataloader_drop_last:
+        num_micro = num_records // (batch // args.gradient_accumulation_steps)
+        steps = math.ceil(num_micro / args.gradient_accumulation_steps)
+    return math.ceil(steps * args.num_train_epochs)
 
 
 def empty_model(model_args, data_args, training_args):
@@ -140,8 +144,21 @@ def above_zero(kind, most=math.inf):
     return read
 
 
+def of_a_device(flags):
+    """Return the flags by which a machine without a device plans for those that have bfloat16, if `flags` let it."""
+    from llava_lite.flags import machine_has, open_yaml
+
+    if machine_has("device"):
+        return []
+    said = {flag.lstrip("-").partition("=")[0] for flag in open_yaml(flags)}
+    return ["--use_cpu", "True", *([] if {"bf16", "fp16"} & said else ["--bf16", "True"])]
+
+
 def main(argv=None):
-    """Print the plan of a run: the flags of `llava-lite train`, and those below. Reads configs, no weights."""
+    """Print the plan of a run: the flags of `llava-lite train`, and those below. Reads configs, no weights.
+
+    In bfloat16, unless a flag says another precision.
+    """
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
     from llava_lite.arguments import parse_args, read_deepspeed
@@ -184,7 +201,7 @@ def main(argv=None):
     if {"-h", "--help"} & set(flags):
         print(f"{own.format_help()}\nand the flags of `llava-lite train`, which follow.\n")
     os.environ.setdefault("ACCELERATE_USE_CPU", "true")
-    model_args, data_args, args = parse_args(flags)
+    model_args, data_args, args = parse_args(flags + of_a_device(flags))
     # Kept from parse_args, which knows of one rank only.
     model_args.ep_size = options.ep_size
     check_expert_parallel(model_args, args, options.num_devices)

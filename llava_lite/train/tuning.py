@@ -72,7 +72,8 @@ def train_lora(model, model_args, training_args):
         target_modules=lora_pattern(model, training_args.lora_vision_tower),
         task_type="CAUSAL_LM",
     )
-    tuned = get_peft_model(model, config)
+    # In the model's dtype: ZeRO-3 puts what trains into one buffer. Without DeepSpeed see settle_dtypes.
+    tuned = get_peft_model(model, config, autocast_adapter_dtype=False)
     for name, param in tuned.named_parameters():
         part = part_of(name)
         if part == "mm_projector":

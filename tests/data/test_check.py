@@ -161,7 +161,7 @@ def test_lengths_and_truncation_agree_with_the_tokens_themselves(write_json, enc
         kept = [y for y in long_labels[:max_length] if y != IGNORE_INDEX]
         if not kept or IMAGE_TOKEN_INDEX in long_ids[max_length:]:
             bad.add(i)
-        records[i]["length"] = len(long_ids)
+        records[i] |= {"length": len(long_ids), "learned": sum(y != IGNORE_INDEX for y in labels)}
     report = check_annotations(
         annotations, encoder, PictureLayout(P), max_length, bad_record="skip", max_bad_share=1.0
     )
@@ -170,6 +170,8 @@ def test_lengths_and_truncation_agree_with_the_tokens_themselves(write_json, enc
     left = [records[i]["length"] for i in range(40) if i not in bad]
     assert report.num_tokens == sum(min(length, max_length) for length in left)
     assert report.num_truncated == sum(length > max_length for length in left)
+    learned = sum(records[i]["learned"] for i in range(40) if i not in bad)
+    assert report.learned_share == learned / max(sum(left), 1)
 
 
 def test_token_counts_are_kept_apart_for_each_tokenizer_and_template(write_json, toy_tokenizer_for):

@@ -125,14 +125,16 @@ def test_an_empty_list_of_a_shard_is_named(store):
 
 def test_only_old_remains_are_swept(store):
     write(store, 1)
-    old, fresh = store.folder / "old.bin", store.folder / "fresh.bin"
-    for path in (old, fresh):
+    old, fresh, draft = store.folder / "old.bin", store.folder / "fresh.bin", store.folder / "views" / "old.part"
+    draft.parent.mkdir(exist_ok=True)
+    for path in (old, fresh, draft):
         path.write_bytes(b"half")
     long_ago = time.time() - 2 * feature_cache.ORPHAN_S
-    for path in [old, *store.folder.glob("*-*.bin")]:
+    for path in [old, draft, *store.folder.glob("*-*.bin")]:
         os.utime(path, (long_ago, long_ago))
     store.sweep()
     assert not old.exists()
+    assert not draft.exists()
     assert fresh.exists()
     assert torch.equal(one_each(store, 1)[0][0].features, features(1))
 

@@ -111,6 +111,23 @@ def test_conversations_lie_in_json_beside_their_pictures(tmp_path):
     assert (third.record.images, third.pictures) == ((), ())
 
 
+@pytest.mark.parametrize("named", [None, "elsewhere"])
+def test_pictures_of_a_record_are_in_the_order_of_their_numbers(named, tmp_path):
+    said = {"image": [f"{named}/{k}.jpg" for k in range(12)]} if named else {}
+    item = {"conversations": talk_of(1, marks=12)} | said
+    files = [(f"r.{k}.jpg", b"%d" % k) for k in (*range(10, 12), *range(10))] + [("r.json", json.dumps(item).encode())]
+    ((record, pictures),) = records_of(only(tar_files(tmp_path / "a.tar", files)))
+    assert pictures == tuple(b"%d" % k for k in range(12))
+    assert record.images == tuple(f"r.{k}.jpg" for k in range(12))
+
+
+def test_pictures_of_a_record_are_in_the_order_that_it_says(tmp_path):
+    item = {"conversations": talk_of(1, marks=2), "image": ["r.Right.jpg", "r.left.jpg"]}
+    files = [("r.left.jpg", b"left"), ("r.Right.jpg", b"right"), ("r.json", json.dumps(item).encode())]
+    ((_, pictures),) = records_of(only(tar_files(tmp_path / "a.tar", files)))
+    assert pictures == (b"right", b"left")
+
+
 def test_captions_lie_in_json_too_and_keys_may_be_long(tmp_path):
     files = [(f"{LONG}.jpg", b"p"), (f"{LONG}.json", json.dumps({"caption": " a cat ", "url": "x"}).encode())]
     shard = only(tar_files(tmp_path / "a.tar", files * 1))
@@ -162,6 +179,45 @@ def test_a_shard_that_is_cut_short_gives_what_it_has_and_says_so(more, message, 
     assert [raw.key for raw in whole] == ["000000", "000001"][: 2 if more == 520 else 1]
     with pytest.raises(DataError, match=message):
         parse_shard_record(only(path), last)
+
+
+@pytest.mark.parametrize("num_parts", [1, 2])
+def test_a_file_too_large_costs_its_own_record_only(num_parts, tmp_path, monkeypatch):
+    monkeypatch.setattr("llava_lite.data.shard_files.MAX_MEMBER_BYTES", 2000)
+    files = [("0.png", b"x" * 2001), ("0.txt", b"a cat"), *(file for n in range(1, 4) for file in caption_files(n))]
+    shard = only(tar_files(tmp_path / "a.tar", files))
+    found = [raw for part in range(num_parts) for raw in read_shard(shard, part=part, num_parts=num_parts)]
+    good = sorted(raw.key for raw in found if raw.error is None)
+    assert good == ["000001", "000002", "000003"]
+    (bad,) = [raw for raw in found if raw.error is not None]
+    with pytest.raises(DataError, match=r"a\.tar\[0\]: '0\.png' has 2,001 bytes"):
+        parse_shard_record(shard, bad)
+
+
+@pytest.mark.parametrize("size", [b"\xff" * 12, b"\x80" + b"\xff" * 11])
+def test_a_size_that_cannot_be_ends_the_shard_with_a_reason(size, tmp_path):
+    path = tar_files(tmp_path / "a.tar", [file for n in range(2) for file in caption_files(n)])
+    data = bytearray(path.read_bytes())
+    data[124:136] = size
+    data[148:156] = b" " * 8
+    data[148:156] = b"%06o\0 " % sum(data[:512])
+    path.write_bytes(data)
+    *_, last = read_shard(only(path))
+    with pytest.raises(DataError, match=r"a\.tar"):
+        parse_shard_record(only(path), last)
+
+
+def test_a_text_that_is_not_utf_8_costs_its_own_row_only(tmp_path):
+    import pyarrow
+    from pyarrow import parquet
+
+    good = pyarrow.array([b"a cat", b"\xff\xfe", b"a dog"], pyarrow.binary()).view(pyarrow.string())
+    parquet.write_table(pyarrow.table({"image": [b"p"] * 3, "caption": good}), tmp_path / "a.parquet")
+    shard = only(tmp_path / "a.parquet")
+    first, second, third = read_shard(shard)
+    assert [parse_shard_record(shard, raw).record.turns[1][1] for raw in (first, third)] == ["a cat", "a dog"]
+    with pytest.raises(DataError, match=r"a\.parquet\[1\]: a text is not UTF-8"):
+        parse_shard_record(shard, second)
 
 
 @pytest.mark.parametrize("row", [{"img": b"x", "label": 3}, {"caption": "a cat", "url": "http://a"}])

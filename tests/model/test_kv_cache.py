@@ -56,6 +56,7 @@ def test_what_is_added_is_given_back_as_transformers_cache_does(lengths):
     assert_equal(grown, stock)
 
 
+@torch.no_grad()
 def test_a_step_writes_into_the_room_and_copies_nothing():
     grown = GrowingCache(CONFIG)
     fill([grown], [20, 1])
@@ -95,6 +96,7 @@ def test_after_every_change_it_goes_on_as_transformers_cache_does(name):
     assert_equal(grown, stock)
 
 
+@torch.no_grad()
 def test_a_cropped_cache_keeps_its_room():
     grown = GrowingCache(CONFIG)
     fill([grown], [20])
@@ -134,6 +136,19 @@ def test_gradients_pass_where_somebody_wants_them():
         keys, values = cache.update(later, 2 * later, 0)
         (keys.square().sum() + values.square().sum()).backward()
         results.append((first.grad, later.grad))
+    torch.testing.assert_close(*results)
+
+
+def test_gradients_pass_where_queries_alone_want_them():
+    grown, stock = twins()
+    results = []
+    for cache in (grown, stock):
+        query = torch.ones(1, 2, 1, 8, requires_grad=True)
+        first, _ = cache.update(torch.ones(1, 2, 3, 8), torch.ones(1, 2, 3, 8), 0)
+        early = (query @ first.transpose(2, 3)).sum()
+        later, _ = cache.update(torch.ones(1, 2, 1, 8), torch.ones(1, 2, 1, 8), 0)
+        (early + (query @ later.transpose(2, 3)).sum()).backward()
+        results.append(query.grad)
     torch.testing.assert_close(*results)
 
 

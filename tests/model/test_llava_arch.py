@@ -7,6 +7,7 @@ from transformers import AutoModelForCausalLM
 
 from llava_lite.constants import IGNORE_INDEX
 from llava_lite.data.collator import DataCollatorForSupervisedDataset
+from llava_lite.model.supervision import find_supervised
 
 MOE = {"moe_enable": True, "moe_mode": "sparse", "num_experts": [4], "top_k_experts": 2, "router_aux_loss_coef": 0.01}
 IMAGE = -200
@@ -85,6 +86,16 @@ def test_positions_that_the_collator_found_are_not_taken_where_rows_grow_to_the_
     told = {key: batch[key] for key in ("input_ids", "labels", "attention_mask", "images")}
     loss = model(**told, supervised_positions=batch["supervised_positions"]).loss
     torch.testing.assert_close(loss, model(**told).loss, atol=0, rtol=0)
+
+
+def test_positions_of_a_whole_row_are_not_taken_for_a_part_of_it(toy_model):
+    model, ids = toy_model().train(), torch.randint(3, 100, (2, 16), generator=torch.Generator().manual_seed(0))
+    shifted = torch.nn.functional.pad(ids[:, 1:], (0, 1), value=IGNORE_INDEX)
+    whole = find_supervised(ids)[0]
+    for part in (slice(0, 8), slice(8, 16)):
+        told = {"input_ids": ids[:, part], "labels": ids[:, part], "shift_labels": shifted[:, part]}
+        loss = model(**told, supervised_positions=whole, use_cache=False).loss
+        torch.testing.assert_close(loss, model(**told, use_cache=False).loss, atol=0, rtol=0)
 
 
 @pytest.mark.parametrize("model_type", BACKBONE_TYPES)

@@ -15,14 +15,21 @@ ROOT = Path(__file__).parents[2]
 
 
 def test_steps_of_a_run():
-    args = SimpleNamespace(max_steps=-1, num_train_epochs=2.0)
+    args = SimpleNamespace(max_steps=-1, num_train_epochs=2.0, dataloader_drop_last=False)
     assert steps_of_run(10, 4, args) == 6
+    args.dataloader_drop_last, args.gradient_accumulation_steps = True, 1
+    assert steps_of_run(10, 4, args) == 4
+    # Micro-batches of 2: five of them, and the last step has one.
+    args.gradient_accumulation_steps = 2
+    assert steps_of_run(11, 4, args) == 6
+    args.dataloader_drop_last = False
     args.max_steps = 5
     assert steps_of_run(10, 4, args) == 5
 
 
 def test_packs_of_tokens_are_counted_by_tokens():
     args = SimpleNamespace(max_steps=-1, num_train_epochs=1, world_size=2, gradient_accumulation_steps=1)
+    args.dataloader_drop_last = False
     args.packing, args.packing_tokens, args.per_device_train_batch_size = "tokens", 1000, 1
     dataset = SimpleNamespace(lengths=np.full(970, 100))
     # 97,000 tokens in packs that are 97% full: 100 of them.
@@ -39,8 +46,15 @@ def test_command_plans_from_configs_alone(stage, stage_flags, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_laptop_plans_for_devices_that_have_bfloat16(stage_flags, tmp_path, capsys):
+    flags = stage_flags("projector", tmp_path / "out")
+    for more, is_half in (((), True), (("--bf16", "True"), True), (("--bf16=False",), False)):
+        main([*flags, *more])
+        assert ("bfloat16" in capsys.readouterr().out) == is_half
+
+
 def test_command_says_how_many_layers_a_device_has_room_for(stage_flags, tmp_path, capsys):
-    flags = stage_flags("full", tmp_path / "out", "--gradient_checkpointing", "auto")
+    flags = stage_flags("full", tmp_path / "out", "--gradient_checkpointing", "auto", "--bf16", "False")
     main([*flags, "--device_memory", "0.09"])
     out = capsys.readouterr().out
     assert "2 of 4 layers checkpointed" in out

@@ -1,13 +1,16 @@
 """What a person sees when a run cannot begin."""
 
 import json
+import logging
+import os
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from llava_lite.train.load_data import refuse_missing
-from llava_lite.train.offload import refuse_unusable_nvme
+from llava_lite.train.offload import OLD_LOCK_S, refuse_unusable_nvme, warn_of_old_locks
 from llava_lite.train.refusal import told_in_a_line
 from llava_lite.train.train import main
 
@@ -43,6 +46,21 @@ def test_a_rank_says_which_it_is(monkeypatch, capfd):
     with pytest.raises(SystemExit), told_in_a_line():
         raise ValueError("no.")
     assert capfd.readouterr().err == "llava-lite train (rank 3): no.\n"
+
+
+def test_a_lock_that_a_killed_build_left_is_told(tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    locks = [tmp_path / name / "lock" for name in ("cpu_adam", "py311_cpu/shm", "fresh")]
+    for lock in locks:
+        lock.parent.mkdir(parents=True)
+        lock.touch()
+    for lock in locks[:2]:
+        os.utime(lock, (time.time() - 2 * OLD_LOCK_S,) * 2)
+    with caplog.at_level(logging.WARNING, logger="llava_lite.train.offload"):
+        warn_of_old_locks()
+    assert len(caplog.records) == 2
+    assert all(str(lock) in caplog.text for lock in locks[:2])
+    assert "20 minutes old" in caplog.text
 
 
 def test_a_file_is_named_and_not_only_its_number(tmp_path, capfd):

@@ -76,7 +76,7 @@ def test_page_holds_the_tables_that_its_functions_make():
 
 
 def test_command_says_what_is_sent_and_how_long_a_pass_takes(stage_flags, tmp_path, capsys):
-    flags = stage_flags("full", tmp_path / "out")
+    flags = stage_flags("full", tmp_path / "out", "--bf16", "False")
     plan(
         [
             *flags,

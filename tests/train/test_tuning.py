@@ -143,6 +143,11 @@ def test_lora_finds_the_layers_of_every_backbone(toy_model, model_type):
     assert not any("vision_tower" in name for name in trained)
 
 
+def test_lora_has_the_dtype_of_its_model_as_zero_3_demands(toy_model):
+    model, _ = choose(toy_model().to(torch.bfloat16), "lora")
+    assert {param.dtype for param in model.parameters() if param.requires_grad} == {torch.bfloat16}
+
+
 def test_lora_reaches_the_tower_only_if_asked_and_only_what_is_read(toy_model):
     _, trained = choose(toy_model(), "lora", lora_vision_tower=True)
     in_tower = {name for name in trained if "vision_tower" in name}
