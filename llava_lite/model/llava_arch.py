@@ -271,8 +271,7 @@ class LlavaMetaForCausalLM(
         lm_loss = None
         if learns:
             asked = None if "supervised_rows" in kwargs else positions
-            is_plain = "loss" in self.plain_paths
-            lm_loss = supervised_loss(self.lm_head, hidden.flatten(0, 1), targets, asked, num_items_in_batch, is_plain)
+            lm_loss = self.supervised_loss(hidden.flatten(0, 1), targets, asked, num_items_in_batch)
         loss, moe_loss, moe_losses = self.add_balance_loss(lm_loss)
         output = LlavaOutput(
             loss=loss,
@@ -286,6 +285,10 @@ class LlavaMetaForCausalLM(
         )
         wants_tuple = self.config.return_dict is False if return_dict is None else not return_dict
         return output.to_tuple() if wants_tuple else output
+
+    def supervised_loss(self, hidden: torch.Tensor, targets: torch.Tensor, positions=None, num_items=None):
+        """Return the cross-entropy of hidden states [S, D], or of `positions` [S] of them; see supervision.py."""
+        return supervised_loss(self.lm_head, hidden, targets, positions, num_items, "loss" in self.plain_paths)
 
     def _set_gradient_checkpointing(self, enable=True, gradient_checkpointing_func=checkpoint, **kwargs):
         """Refuse what would take the gradient of the balance loss away in silence; else as transformers does."""

@@ -23,6 +23,7 @@ from llava_lite.train.build import (
 )
 from llava_lite.train.load_data import load_data
 from llava_lite.train.pushing import refuse_unshareable
+from llava_lite.train.ranks import leave
 from llava_lite.train.refusal import told_in_a_line
 from llava_lite.train.tuning import choose_what_trains, compute_dtype, describe, settle_dtypes
 
@@ -132,6 +133,8 @@ def main(argv=None):
     # A rank that leaves while another still uses what they share may end that one with an abort.
     accelerator.wait_for_everyone()
     accelerator.end_training()
+    if accelerator.num_processes > 1:
+        leave()
 
 
 def start_logging():
