@@ -50,7 +50,11 @@ def warn_of_old_locks() -> None:
 
     root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
     for lock in [*root.glob("*/lock"), *root.glob("*/*/lock")]:
-        minutes = (time.time() - lock.stat().st_mtime) / 60
+        try:
+            minutes = (time.time() - lock.stat().st_mtime) / 60
+        except FileNotFoundError:
+            # A build that has just ended.
+            continue
         if minutes * 60 > OLD_LOCK_S:
             logger.warning(
                 "%s is %.0f minutes old: a build that was killed leaves its lock, and every later run waits for it. "
