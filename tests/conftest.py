@@ -27,6 +27,15 @@ CHATML = (
 )
 
 
+def float_error(expected: torch.Tensor, num_terms: int) -> float:
+    """Return how far apart two correct orders of the same float sums may lie, as an absolute tolerance.
+
+    expected: of the dtype that was computed in; num_terms: terms of the longest sum on the way, all layers together.
+    A sum of n terms is off by about sqrt(n) roundings of its largest term, on any processor; 8 of them are allowed.
+    """
+    return 8 * torch.finfo(expected.dtype).eps * num_terms**0.5 * float(expected.abs().max())
+
+
 def toy_corpus(num_lines: int = 400) -> list[str]:
     """Return sentences of the toy world, seeded."""
     rng = random.Random(0)
