@@ -83,10 +83,11 @@ class Conversation:
             )
         return Rendered(text, tuple(answers))
 
-    def with_turns(self, turns) -> "Conversation":
+    def with_turns(self, turns, system: str | None = None) -> "Conversation":
         """Return a copy that holds `turns` alone: ("human" | "gpt", text) pairs, or None as the last text.
 
-        A first turn from gpt is dropped, as LLaVA does. Raises ValueError where the speakers do not take turns.
+        system: replaces the words of the template's system text; None keeps them. A first turn from gpt is dropped,
+        as LLaVA does. Raises ValueError where the speakers do not take turns.
         """
         turns = list(turns)
         if turns and turns[0][0] == "gpt":
@@ -101,7 +102,8 @@ class Conversation:
                     "human and gpt must take turns, human first."
                 )
         messages = [[self.roles[i % 2], text] for i, (_, text) in enumerate(turns)]
-        return replace(self, messages=messages, offset=0)
+        system = self.system if system is None else _with_system(self.system, system)
+        return replace(self, messages=messages, offset=0, system=system)
 
     def _texts(self) -> list[tuple[str, str | None]]:
         """Return the messages with the demo's tuples turned into text."""
@@ -217,6 +219,12 @@ class Conversation:
             else:
                 pairs.append([text, None])
         return pairs
+
+
+def _with_system(template_text: str, system: str) -> str:
+    """Replace the words of a system text and keep the line that opens it, such as "<|im_start|>system"."""
+    opening, newline, _ = template_text.partition("\n")
+    return opening + newline + system if opening.startswith("<|") else system
 
 
 def _base64(image, image_format) -> str:

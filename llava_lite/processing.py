@@ -245,12 +245,11 @@ class LlavaLiteProcessor(ProcessorSharing, ProcessorMixin):
         False ends with the last question, without the words that ask the model for its answer.
         """
         template = get_template(conv_template or self.conv_template)
-        if system is not None:
-            template.system = _with_system(template.system, system)
         spoken = [turn for question, answer in turns for turn in (("human", question), ("gpt", answer))]
         if not open_turn and spoken[-1][1] is None:
             spoken.pop()
-        return template.with_turns(place_images(spoken, template, self.use_im_start_end)).render(self.tokenizer)
+        spoken = place_images(spoken, template, self.use_im_start_end)
+        return template.with_turns(spoken, system).render(self.tokenizer)
 
     def apply_chat_template(
         self,
@@ -326,9 +325,3 @@ class LlavaLiteProcessor(ProcessorSharing, ProcessorMixin):
     def post_process_image_text_to_text(self, generated_outputs, skip_special_tokens=True, **kwargs):
         """Return the texts of generated rows; the name that transformers' pipeline calls."""
         return self.batch_decode(generated_outputs, skip_special_tokens=skip_special_tokens, **kwargs)
-
-
-def _with_system(template_text, system):
-    """Replace the words of a system text and keep the line that opens it, such as "<|im_start|>system"."""
-    opening, newline, _ = template_text.partition("\n")
-    return opening + newline + system if opening.startswith("<|") else system

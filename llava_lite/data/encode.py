@@ -45,7 +45,11 @@ class RecordEncoder:
         if record.images:
             turns = place_images(turns, self.template, self.mm_use_im_start_end)
         try:
-            rendered = self.template.with_turns(turns).render(self.tokenizer)
+            rendered = self.template.with_turns(turns, record.system).render(self.tokenizer)
+            if record.not_supervised:
+                # The answers of a record are its odd turns.
+                kept = (span for i, span in enumerate(rendered.answers) if 2 * i + 1 not in record.not_supervised)
+                rendered = rendered._replace(answers=tuple(kept))
             ids, labels = tokenize_rendered(rendered, self.tokenizer, has_image=bool(record.images))
         except ValueError as error:
             raise DataError(f"{record.name} does not fit the template: {error}") from error

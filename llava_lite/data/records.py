@@ -21,13 +21,15 @@ ROLES = ("human", "gpt")
 
 
 class Record(NamedTuple):
-    """One conversation. `images` are paths below `image_folder`, in the order of their <image> marks."""
+    """One conversation. `images` are paths below `image_folder`, in the order of their <image> placeholders."""
 
     id: str
     images: tuple[str, ...]
     turns: tuple[tuple[str, str], ...]  # ("human" | "gpt", text), human first, alternating
     where: str = ""  # "train.json[17]": the file and the position, counted from 0
     image_folder: str | None = None
+    system: str | None = None  # replaces the system text of the template; None keeps that
+    not_supervised: frozenset[int] = frozenset()  # positions in `turns` of answers that carry no labels
 
     @property
     def name(self) -> str:

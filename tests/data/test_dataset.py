@@ -10,8 +10,9 @@ from llava_lite.anyres import PictureLayout
 from llava_lite.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava_lite.data.collator import DataCollatorForSupervisedDataset
 from llava_lite.data.dataset import LazySupervisedDataset, open_dataset
-from llava_lite.data.encode import expand_image_tokens
+from llava_lite.data.encode import RecordEncoder, expand_image_tokens
 from llava_lite.data.index import open_annotations
+from llava_lite.data.records import Record
 from llava_lite.data.sampler import ModalityLengthGroupedSampler
 from llava_lite.data.scan import DataError
 from llava_lite.mm_utils import load_image_processor
@@ -184,3 +185,13 @@ def test_loader_workers_make_the_same_batches(opened, toy_tokenizer):
         assert one.keys() == other.keys()
         for key, value in one.items():
             assert torch.equal(value, other[key]) if isinstance(value, torch.Tensor) else value == other[key]
+
+
+def test_system_text_of_a_record_replaces_the_templates_and_unsupervised_answers_carry_no_labels(toy_tokenizer):
+    turns = (("human", "How many?"), ("gpt", "three"), ("human", "Which colour?"), ("gpt", "red"))
+    record = Record("r", (), turns, system="Hello human", not_supervised=frozenset({1}))
+    ids, labels = RecordEncoder(toy_tokenizer, "v1")(record)
+    text = toy_tokenizer.decode(ids, skip_special_tokens=True)
+    assert text == "Hello human USER: How many? ASSISTANT: three USER: Which colour? ASSISTANT: red"
+    learned = [label for label in labels if label != IGNORE_INDEX]
+    assert toy_tokenizer.decode(learned) == "red</s>"

@@ -23,6 +23,8 @@ def test_a_record_is_read_as_written():
         (("human", "<image>\nWhat is it?"), ("gpt", "A dog.")),
         "train.json[3]",
         "images",
+        None,
+        frozenset(),
     )
     assert record.name == "record '7' (train.json[3])"
 

@@ -87,7 +87,7 @@ def run(stack, inputs, rows=None, plain=(), **kwargs):
 
 
 def assert_same(ours, theirs):
-    """Compare to what float32 sums over 64 terms a layer may differ by forward, and to 1e-5 of the largest backward."""
+    """Compare forward to what float32 sums over 64 terms a layer differ by, backward to 1e-5 of the largest."""
     torch.testing.assert_close(ours[0], theirs[0], atol=float_error(theirs[0], num_terms=3 * 64), rtol=0)
     assert ours[1].keys() == theirs[1].keys()
     for name, grad in theirs[1].items():
