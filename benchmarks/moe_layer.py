@@ -101,11 +101,12 @@ class OurLayer(torch.nn.Module):
 
     def forward(self, hidden):
         """Return output and balance loss."""
-        from llava_lite.model.moe import RoutingContext, set_routing
+        from llava_lite.model.moe import RoutingContext, use_routing
 
         context = RoutingContext(training=True)
-        set_routing({0: self.block}, context)
-        return self.block(hidden), context.balance_losses()[0]
+        with use_routing(context):
+            output = self.block(hidden)
+        return output, context.balance_losses()[0]
 
 
 class StockLayer(torch.nn.Module):

@@ -9,6 +9,7 @@ __version__ = "0.1.0"
 
 # Public name -> the file it lives in. `import llava_lite` itself reads no other file, so it costs no torch.
 _EXPORTS = {
+    "ImageFeatureCache": "model.image_cache",
     "LlavaConfig": "model",
     "LlavaLlamaForCausalLM": "model",
     "LlavaMistralConfig": "model",

@@ -108,8 +108,8 @@ class ModelArguments:
     only_lora_ffn: bool = knob(True, "MoE-LLaVA's; has no effect, since LoRA and experts are two tunings.")
     plain_paths: list[str] | None = knob(
         None,
-        "Leave a faster path for the plain one: layer bodies, last layer's rows, loss, experts; for a doubt.",
-        choices=("layers", "rows", "loss", "experts"),
+        "Leave a faster path for the plain one: loss, experts; for a doubt.",
+        choices=("loss", "experts"),
     )
 
     def __post_init__(self):

@@ -3,9 +3,6 @@
 The command line, the demo, every benchmark and every notebook ask through `reply` or `stream`. B questions, T tokens.
 """
 
-import hashlib
-from collections import OrderedDict
-from contextlib import contextmanager
 from threading import Event, Thread
 
 import torch
@@ -46,6 +43,7 @@ def reply(
     max_new_tokens=512,
     temperature=0.0,
     num_beams=1,
+    image_cache=None,
     **generate_kwargs,
 ):
     """Return the answer to a question, or the list of answers to a list of questions.
@@ -54,8 +52,8 @@ def reply(
     picture is a PIL image, a path or the bytes of a file, and is turned upright. Pictures without an `<image>` mark go
     before the question, as in LLaVA; marks without a picture are refused. history: earlier (question, answer) pairs,
     whose marks take the first pictures. temperature: 0 for the likeliest token. conv_template: None for the one that
-    the checkpoint was trained with. Further keywords go to `model.generate`.
-    A batch gives the answers that its questions get one by one.
+    the checkpoint was trained with. image_cache: an ImageFeatureCache, for images that are asked about more than once.
+    Further keywords go to `model.generate`. A batch gives the answers that its questions get one by one.
     """
     if isinstance(question, str):
         question, images, history, alone = [question], [images], [history], True
@@ -72,66 +70,9 @@ def reply(
         )
     inputs, mark = prepare(processor, question, images, conv_template, history)
     generation = _generation_arguments(model, processor, mark, temperature, num_beams, generate_kwargs)
-    tokens = _generate(model, inputs, max_new_tokens=max_new_tokens, **generation)
+    tokens = _generate(model, inputs, image_cache, max_new_tokens=max_new_tokens, **generation)
     answers = [_without_mark(text, mark) for text in processor.batch_decode(tokens, skip_special_tokens=True)]
     return answers[0] if alone else answers
-
-
-@contextmanager
-def remembering(model, num_pictures=16):
-    """Encode a picture once, however often it is asked about meanwhile; the answers are the same.
-
-        with remembering(model):
-            colours = reply(model, processor, ["What colour is it?", "And the sky?"], images=[path, path])
-            shape = reply(model, processor, "What shape has it?", path)
-
-    For many questions about few pictures: a chat, a notebook, a benchmark that asks six times of each. The features
-    of the last num_pictures are kept, on the model's device. Weights must not change meanwhile.
-    """
-    # An adapter's wrapper hands `generate` to the model inside.
-    owner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    if isinstance(owner.encode_pictures, _Memory):
-        yield
-        return
-    owner.encode_pictures = _Memory(owner.encode_pictures, num_pictures)
-    try:
-        yield
-    finally:
-        del owner.encode_pictures
-
-
-class _Memory:
-    """Call `encode` for the pictures that are not known yet; a picture is known by its pixels and its size."""
-
-    def __init__(self, encode, num_pictures):
-        self.encode, self.num_pictures, self.known = encode, num_pictures, OrderedDict()
-
-    def __call__(self, images, image_sizes=None, image_features=None):
-        """Return features [F, D] of all pictures and how many each has, as `encode_pictures` does."""
-        if image_features is not None:
-            return self.encode(images, image_sizes, image_features)
-        sizes = [None] * len(images) if image_sizes is None else [tuple(int(side) for side in s) for s in image_sizes]
-        keys = [_fingerprint(picture, size) for picture, size in zip(images, sizes, strict=True)]
-        unknown = {key: i for i, key in reversed([*enumerate(keys)]) if key not in self.known}
-        if unknown:
-            places = sorted(unknown.values())
-            taken = images[places] if isinstance(images, torch.Tensor) else [images[i] for i in places]
-            features, lengths = self.encode(taken, None if image_sizes is None else [sizes[i] for i in places])
-            # A newline may follow, for training.
-            for i, part in zip(places, features[: sum(lengths)].split(lengths), strict=True):
-                self.known[keys[i]] = part
-        parts = [self.known[key] for key in keys]
-        for key in keys:
-            self.known.move_to_end(key)
-        while len(self.known) > self.num_pictures:
-            self.known.popitem(last=False)
-        return torch.cat(parts), [len(part) for part in parts]
-
-
-def _fingerprint(picture, size):
-    """Return what tells a picture's tensor and its original size from any other's."""
-    pixels = picture.detach().cpu().contiguous().view(torch.uint8).numpy()
-    return hashlib.blake2b(pixels.tobytes()).digest(), tuple(picture.shape), size
 
 
 def stream(
@@ -143,6 +84,7 @@ def stream(
     history=None,
     max_new_tokens=512,
     temperature=0.0,
+    image_cache=None,
     **generate_kwargs,
 ):
     """Yield the answer to one question piece by piece; the pieces together are what `reply` returns.
@@ -158,7 +100,7 @@ def stream(
     def work():
         try:
             arguments = {"streamer": streamer, "stopping_criteria": criteria, **generation}
-            _generate(model, inputs, max_new_tokens=max_new_tokens, **arguments)
+            _generate(model, inputs, image_cache, max_new_tokens=max_new_tokens, **arguments)
         except Exception as error:
             failures.append(error)
             streamer.end()
@@ -240,9 +182,13 @@ def _generation_arguments(model, processor, mark, temperature, num_beams, extra)
     return arguments | {"eos_token_id": sorted(ends)} | extra
 
 
-def _generate(model, inputs, **arguments):
+def _generate(model, inputs, image_cache=None, **arguments):
     """Return the new tokens [B, T] of a batch from the processor."""
     inputs = inputs.to(model.device, dtype=model.dtype)
+    if image_cache is not None and "pixel_values" in inputs:
+        # An adapter's wrapper hands `generate` to the model inside.
+        owner = model.get_base_model() if hasattr(model, "get_base_model") else model
+        arguments["image_features"] = image_cache.features(owner, inputs.pop("pixel_values"), inputs.get("image_sizes"))
     tokens = model.generate(**inputs, **arguments)
     return tokens[:, inputs["input_ids"].shape[1] :]
 

@@ -9,7 +9,8 @@ from PIL import Image
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from llava_lite.conversation import conv_templates
-from llava_lite.inference import _pieces_without_mark, end_mark, load, place_marks, prepare, remembering, reply, stream
+from llava_lite import ImageFeatureCache
+from llava_lite.inference import _pieces_without_mark, end_mark, load, place_marks, prepare, reply, stream
 from llava_lite.mm_utils import load_image_processor, process_images, tokenizer_image_token
 from llava_lite.processing import LlavaLiteProcessor
 
@@ -286,15 +287,15 @@ def test_array_is_refused_with_what_makes_it_a_picture(toy_pair):
 @pytest.fixture
 def encoded(monkeypatch):
     """How many pictures each call of the tower was given."""
-    from llava_lite.model.embedding import EmbeddingMixin
+    from llava_lite.model.vision_tower import VisionTower
 
-    counts, plain = [], EmbeddingMixin.encode_images
+    counts, plain = [], VisionTower.forward
 
     def counted(self, images):
         counts.append(len(images))
         return plain(self, images)
 
-    monkeypatch.setattr(EmbeddingMixin, "encode_images", counted)
+    monkeypatch.setattr(VisionTower, "forward", counted)
     return counts
 
 
@@ -307,24 +308,23 @@ def test_a_picture_is_encoded_once_for_many_questions(layout, toy_pair, encoded)
     pictures = [picture(1), picture(2), picture(1)]
     expected = [reply(model, processor, *one, max_new_tokens=8) for one in zip(questions, pictures, strict=True)]
     encoded.clear()
-    with remembering(model):
-        assert reply(model, processor, questions, pictures, max_new_tokens=8) == expected
-        first = list(encoded)
-        assert [reply(model, processor, questions[i], pictures[i], max_new_tokens=8) for i in (2, 1)] == [
-            expected[2],
-            expected[1],
-        ]
-        assert "".join(stream(model, processor, questions[0], pictures[0], max_new_tokens=8)) == expected[0]
-        assert reply(model, processor, "Hello!", max_new_tokens=4)
-        assert len(first) == 1
-        assert encoded == first
+    more = {"max_new_tokens": 8, "image_cache": ImageFeatureCache()}
+    assert reply(model, processor, questions, pictures, **more) == expected
+    first = list(encoded)
+    assert [reply(model, processor, questions[i], pictures[i], **more) for i in (2, 1)] == [expected[2], expected[1]]
+    assert "".join(stream(model, processor, questions[0], pictures[0], **more)) == expected[0]
+    assert reply(model, processor, "Hello!", max_new_tokens=4, image_cache=more["image_cache"])
+    assert len(first) == 1
+    assert encoded == first
     reply(model, processor, questions[0], pictures[0], max_new_tokens=1)
-    assert len(encoded) == 2, "outside, nothing is remembered"
+    assert len(encoded) == 2, "without the cache, nothing is kept"
 
 
 def test_only_the_last_pictures_are_kept(toy_pair, encoded):
     model, processor = toy_pair()
-    with remembering(model, num_pictures=1):
-        for seed in (1, 1, 2, 1):
-            reply(model, processor, "Hello!", picture(seed), max_new_tokens=1)
+    cache = ImageFeatureCache(num_images=1)
+    for seed in (1, 1, 2, 1):
+        reply(model, processor, "Hello!", picture(seed), max_new_tokens=1, image_cache=cache)
     assert encoded == [1, 1, 1]
+    with pytest.raises(ValueError, match="features of one model; make another for this one"):
+        reply(toy_pair()[0], processor, "Hello!", picture(1), max_new_tokens=1, image_cache=cache)

@@ -14,9 +14,8 @@ import logging
 import torch
 from torch.nn import functional as F
 from transformers import AttentionInterface
-from transformers.masking_utils import AttentionMaskInterface
-
-from llava_lite.model.cpu_attention import attend_on_cpu, attends_here
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 logger = logging.getLogger(__name__)
 
@@ -79,49 +78,39 @@ def varlen_attention(
     cu_seq_lens_q=None,
     max_length_q=None,
     position_ids=None,
-    query_rows=None,
     **kwargs,
-) -> tuple[torch.Tensor, None]:
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Attend within each sample of a packed row, or within each row's real tokens, without computing padding.
 
-    query [B, H, L, Dh]; key, value [B, Hkv, K, Dh]; attention_mask: [B, positions seen] bool (True is real) or None.
-    cu_seq_lens_q: where the samples of a packed row begin, and its end, int [samples + 1]; max_length_q: the longest.
-    query_rows: ascending positions [L] of the queries in a packed row of more keys, where `attends_here`.
-    Returns [B, L, H, Dh] with zeros at padding. Decoding steps and attention that is not causal go to SDPA.
+    query [B, H, L, Dh]; key, value [B, Hkv, K, Dh]; attention_mask: None, [B, L] bool (True is real), or the mask
+    [B, 1, L, K] that `varlen_mask` makes for queries with a cache. cu_seq_lens_q: where the samples of a packed row
+    begin, and its end, int [samples + 1]; max_length_q: the longest. Returns ([B, L, H, Dh], None), zeros at padding.
+    With a cache, with a ready mask, and where attention is not causal, SDPA attends as in transformers.
     """
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     if cu_seq_lens_q is None and attention_mask is None and causal and query.shape[2] == key.shape[2] > 1:
-        # Layers of transformers' own, outside our models, hand on the positions alone.
+        # Layers that hand on the positions alone: transformers' own, outside our models.
         found = find_segments(position_ids, len(query))
         cu_seq_lens_q, max_length_q = found.get("cu_seq_lens_q"), found.get("max_length_q")
     if cu_seq_lens_q is not None and causal:
-        if query.shape[2] != key.shape[2] and query_rows is None:
+        if query.shape[2] != key.shape[2]:
             raise ValueError(
                 f"a packed row of {query.shape[2]} queries and {key.shape[2]} keys: a packed row has no cache; pass "
                 "use_cache=False, or one sample a row."
             )
-        rows = [t.transpose(1, 2).flatten(0, 1) for t in (query, key, value)]  # [L, H, Dh], a view
-        if query_rows is not None:
-            out = attend_on_cpu(*rows, cu_seq_lens_q.tolist(), scaling, sliding_window, query_rows.tolist())
-        else:
-            out = attend_segments(*rows, cu_seq_lens_q, max_length_q, scaling, sliding_window, dropout)
+        rows = [t.transpose(1, 2).flatten(0, 1) for t in (query, key, value)]  # [B * L, H, Dh], a view
+        out = attend_segments(*rows, cu_seq_lens_q, max_length_q, scaling, sliding_window, dropout)
         return out.unflatten(0, query.shape[::2]), None
-    if query.shape[2] != key.shape[2] or not causal or dropout:
-        key, value = (repeat_heads(t, query.shape[1]) for t in (key, value))
-        options = {"dropout_p": dropout, "scale": scaling}
-        if not causal and attention_mask is None and sliding_window is None:
-            # A tower sees every key, and SDPA is quickest where no mask says so.
-            return F.scaled_dot_product_attention(query, key, value, **options).transpose(1, 2), None
-        allowed = allowed_keys(query, key, attention_mask, causal, sliding_window)
-        out = F.scaled_dot_product_attention(query, key, value, attn_mask=allowed, **options)
-        return out.nan_to_num().transpose(1, 2), None
-    real = attention_mask
-    if real is None:
-        real = torch.ones(query.shape[0], query.shape[2], dtype=torch.bool, device=query.device)
-    packed = [t.transpose(1, 2)[real] for t in (query, key, value)]  # [tokens, H, Dh]
-    packed_out = attend_segments(*packed, ends_of(real.sum(1)), None, scaling, sliding_window)
+    if attention_mask is None and causal and sliding_window is not None and 1 < query.shape[2] == key.shape[2]:
+        # `varlen_mask` made no mask for the window either.
+        attention_mask = torch.ones(query.shape[0], query.shape[2], dtype=torch.bool, device=query.device)
+    if attention_mask is None or attention_mask.dim() != 2 or not causal:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, is_causal, **kwargs)
+    packed = [t.transpose(1, 2)[attention_mask] for t in (query, key, value)]  # [tokens, H, Dh]
+    ends = ends_of(attention_mask.sum(1))
+    packed_out = attend_segments(*packed, ends, None, scaling, sliding_window, dropout)
     out = query.new_zeros(query.shape[0], query.shape[2], query.shape[1], query.shape[3])
-    out[real] = packed_out
+    out[attention_mask] = packed_out
     return out, None
 
 
@@ -157,15 +146,12 @@ def attend_segments(query, key, value, ends, longest=None, scaling=None, window=
     """Attend causally inside each segment of packed tokens, query [tokens, H, Dh], key and value [tokens, Hkv, Dh].
 
     ends: int32 [segments + 1], 0 first; longest: tokens of the longest segment, asked of the device if None. On CUDA
-    in half precision one kernel serves all segments and nothing waits for the device; float32 on the CPU is attended
-    by whole products; elsewhere SDPA runs once each.
+    in half precision one kernel serves all segments and nothing waits for the device; elsewhere SDPA runs once each.
     """
     kernel = find_varlen_kernel()
     if query.is_cuda and kernel is not None and query.dtype in (torch.float16, torch.bfloat16) and not dropout:
         longest = int(ends.diff().max()) if longest is None else longest
         return run_kernel(kernel, query, key, value, ends.to(torch.int32), longest, scaling, window)
-    if attends_here(query, key, value, dropout=dropout):
-        return attend_on_cpu(query, key, value, ends.tolist(), scaling, window)
     lengths = ends.diff().tolist()
     segments = zip(*(t.split(lengths) for t in (query, key, value)), strict=True)
     # One split and one cat of views: quicker than writing into a buffer, and in the backward pass they are each other.
@@ -191,42 +177,31 @@ def attend_segment(query, key, value, scaling=None, window=None, dropout=0.0) ->
     query = query.view(length, -1, groups, width).permute(2, 1, 0, 3)  # [G, Hkv, n, Dh]
     key, value = (t.transpose(0, 1).expand(groups, -1, -1, -1) for t in (key, value))
     # Within the window's length everything before a token is seen.
-    mask = None if window is None or window >= length else allowed_keys(query, key, None, True, window)
+    mask = None if window is None or window >= length else window_mask(length, window, query.device)
     out = F.scaled_dot_product_attention(
         query, key, value, attn_mask=mask, is_causal=mask is None, dropout_p=dropout, scale=scaling
     )
     return out.permute(2, 1, 0, 3).reshape(length, num_heads, width)
 
 
-def allowed_keys(query, key, mask, causal: bool, window: int | None) -> torch.Tensor:
-    """Return which keys each query may see, bool [B or 1, 1, L, K].
+def window_mask(length: int, window: int, device) -> torch.Tensor:
+    """Return which keys each query of a sample sees: itself and the window - 1 before it, bool [n, n]."""
+    rows = torch.arange(length, device=device)[:, None]
+    columns = torch.arange(length, device=device)[None]
+    return (columns <= rows) & (columns > rows - window)
 
-    mask: [B, positions seen] or None (all K seen); the queries are the last of them. A static cache has more keys than
-    positions seen.
+
+def varlen_mask(batch_size, q_length, kv_length, q_offset=0, kv_offset=0, attention_mask=None, **kwargs):
+    """Return the mask that `varlen_attention` reads; a function of transformers' AttentionMaskInterface.
+
+    Where the queries are all there is, and no pattern of a caller's own is to be laid over: the padding mask [B, L]
+    as it is. Else the mask of SDPA [B, 1, L, K], as for queries with a cache.
     """
-    num_queries, num_keys = query.shape[2], key.shape[2]
-    seen = num_keys if mask is None else mask.shape[1]
-    rows = torch.arange(seen - num_queries, seen, device=query.device)[:, None]
-    columns = torch.arange(num_keys, device=query.device)[None]
-    allowed = columns < seen if not causal else columns <= rows
-    if window is not None:
-        allowed = allowed & (columns > rows - window)
-    allowed = allowed.expand(num_queries, num_keys)[None, None]
-    if mask is not None:
-        allowed = allowed & F.pad(mask.bool(), (0, num_keys - seen))[:, None, None]
-    return allowed
-
-
-def keep_padding_mask(batch_size, q_length, kv_length, q_offset=0, attention_mask=None, device=None, **kwargs):
-    """Return the padding mask [B, positions seen] for `varlen_attention`, which reads no 4-D mask.
-
-    None if nothing is padded and every key is seen; a static cache has keys that nobody wrote yet.
-    """
-    seen = int(q_offset) + q_length
-    if attention_mask is None:
-        return None if seen >= kv_length else torch.ones(batch_size, seen, dtype=torch.bool, device=device)
-    return attention_mask[:, -kv_length:].bool()
+    is_all = isinstance(q_offset, int) and q_offset == 0 == kv_offset and q_length == kv_length > 1
+    if is_all and not kwargs.get("use_vmap") and not torch.compiler.is_compiling():
+        return attention_mask
+    return sdpa_mask(batch_size, q_length, kv_length, q_offset, kv_offset, attention_mask=attention_mask, **kwargs)
 
 
 AttentionInterface.register("varlen", varlen_attention)
-AttentionMaskInterface.register("varlen", keep_padding_mask)
+AttentionMaskInterface.register("varlen", varlen_mask)

@@ -5,6 +5,8 @@ B batch, T tokens before the splice, L after, N pictures, P features of a crop o
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from llava_lite.model.crops import crops_of_each, merge_crops
@@ -24,6 +26,16 @@ class EmbeddingMixin:
                 "this model has no vision tower but pictures were given; set mm_vision_tower in its config."
             )
         return self.project_features(tower(stack_images(images)))
+
+    @torch.no_grad()
+    def tower_features(self, images, image_sizes=None) -> list[torch.Tensor]:
+        """Return what the tower makes of each image, [n, P, C] of its n crops; images as in encode_pictures."""
+        tower = self.get_vision_tower()
+        if isinstance(images, torch.Tensor) and images.dim() == 4:
+            groups = list(images.split(1))
+        else:
+            groups = crops_of_each(images, image_sizes, self.config.picture_layout)
+        return list(tower(torch.cat(groups)).split([len(group) for group in groups]))
 
     def project_features(self, features: torch.Tensor) -> torch.Tensor:
         """Return features [N, P, D] of the tower's features [N, P, C]."""
@@ -90,55 +102,118 @@ class EmbeddingMixin:
         # ZeRO-3 partitions every weight or none.
         return self.training or is_partitioned(next(self.parameters()))
 
+    def encode_or_dummy(self, images, image_sizes=None, image_features=None):
+        """Return the features [F, D] of a batch's images and how many each has; without images None, or a dummy's.
+
+        Before the decoder, once, on every rank: see needs_dummy. A dummy has features and no length.
+        """
+        given = images if image_features is None else image_features
+        if given is not None and len(given) > 0:
+            return self.encode_pictures(images, image_sizes, image_features)
+        if not self.needs_dummy():
+            return None, []
+        if image_features is not None:
+            features, _ = self.encode_pictures(None, None, self.get_vision_tower().dummy_feature[None])
+        else:
+            features, _ = self.encode_pictures(self.dummy_images())
+        return features, []
+
     def embed_batch(
         self, batch: Batch, images, image_sizes=None, pad_left: bool | None = None, image_features=None
     ) -> tuple[Batch, torch.Tensor]:
-        """Return the batch with expanded placeholders and its embeddings [B, L, D], pictures written in.
+        """Return the batch with expanded placeholders and its embeddings [B, L, D], images written in.
 
-        A row of text alone may bring a blank picture, as LLaVA's collator gives it one; it is not looked at. Rows
+        A row of text alone may bring a blank image, as LLaVA's collator gives it one; it is not looked at. Rows
         with labels that grow here are cut at config.tokenizer_model_max_length; LLaVA cuts prompts without labels too,
         and with them the end of the question. image_features: as in encode_pictures; the tower then runs for no batch,
-        so a batch of text alone has an empty one.
+        so a batch of text alone has an empty one. An attention_mask longer than the ids covers cached positions before
+        them and stays so.
         """
         if torch.compiler.is_compiling():
             return batch, self.embed_traced(batch.input_ids, images, image_sizes)
         if images is not None:
             is_picture = placeholder_mask(batch.input_ids, self.config.image_token_index)
             images, image_sizes = without_blanks(is_picture, images, image_sizes)
-        given = images if image_features is None else image_features
-        has_images = given is not None and len(given) > 0
-        features, lengths = None, []
-        if has_images:
-            # Before the decoder, once, on every rank: see needs_dummy.
-            features, lengths = self.encode_pictures(images, image_sizes, image_features)
-        elif self.needs_dummy() and image_features is not None:
-            features, _ = self.encode_pictures(None, None, self.get_vision_tower().dummy_feature[None])
-        elif self.needs_dummy():
-            features, _ = self.encode_pictures(self.dummy_images())
-        elif batch.input_ids.shape[1] == 1:
+        features, lengths = self.encode_or_dummy(images, image_sizes, image_features)
+        if features is None and batch.input_ids.shape[1] == 1:
             # A decoding step: its ids come from the vocabulary, and looking at them would wait for the device.
             return batch, self.get_input_embeddings()(batch.input_ids)
         is_picture = placeholder_mask(batch.input_ids, self.config.image_token_index)
         num_placeholders = int(is_picture.sum())
-        grows = has_images and check_counts(num_placeholders, lengths)
+        grows = bool(lengths) and check_counts(num_placeholders, lengths)
         if grows:
             if pad_left is None and self.config.tokenizer_padding_side == "left":
                 pad_left = True
-            batch = expand_placeholders(batch, is_picture, lengths, pad_left)
+            batch = expand_new(batch, is_picture, lengths, pad_left)
             is_picture = placeholder_mask(batch.input_ids, self.config.image_token_index)
-        elif not has_images and num_placeholders and not bool((batch.input_ids < 0).any()):
-            # Without pictures a placeholder of the vocabulary is a word like others, as in transformers.
+        elif not lengths and num_placeholders and not bool((batch.input_ids < 0).any()):
+            # Without images a placeholder of the vocabulary is a token like others, as in transformers.
             is_picture = torch.zeros_like(is_picture)
-        elif not has_images and num_placeholders:
+        elif not lengths and num_placeholders:
             raise ValueError(
-                f"{num_placeholders} image placeholders in input_ids but no pictures; pass images= or pixel_values=."
+                f"{num_placeholders} image placeholders in input_ids but no images; pass images= or pixel_values=."
             )
-        embeds = self.get_input_embeddings()(batch.input_ids.masked_fill(is_picture, 0))  # [B, L, D]
-        if features is not None:
-            embeds = splice(embeds, is_picture, features)
+        embeds = self.write_features(batch.input_ids, is_picture, features)
         if grows and batch.labels is not None:
             batch, embeds = cut_rows(batch, embeds, self.config.tokenizer_model_max_length)
         return batch, embeds
+
+    def embed_after_cache(
+        self, batch: Batch, num_cached: int, images=None, image_sizes=None, image_features=None
+    ) -> tuple[Batch, torch.Tensor]:
+        """Return the batch of all ids, placeholders expanded, and the embeddings [B, L - num_cached, D] of the new.
+
+        The first num_cached positions are in a cache. Images: those of all ids, or those of the new ids alone, for
+        which the cached ids must have one placeholder a feature. Raises ValueError where they are neither.
+        """
+        index = self.config.image_token_index
+        features, lengths = self.encode_or_dummy(images, image_sizes, image_features)
+        is_picture = placeholder_mask(batch.input_ids, index)
+        if lengths and int(is_picture.sum()) == len(lengths) != sum(lengths):
+            batch = expand_placeholders(batch, is_picture, lengths)
+            is_picture = placeholder_mask(batch.input_ids, index)
+        check_some_are_new(batch.input_ids.shape[1], num_cached)
+        is_new = is_picture.clone()
+        is_new[:, :num_cached] = False
+        num_all, num_new, num_features = int(is_picture.sum()), int(is_new.sum()), sum(lengths)
+        is_expanded = num_all == num_new or num_all - num_new >= self.get_vision_tower().num_patches
+        if lengths and num_all == num_features:
+            features = features[:num_features][is_new[is_picture]]
+        elif not lengths and is_expanded and not bool((batch.input_ids < 0).any()):
+            # As in embed_batch: without images a placeholder of the vocabulary is a token like others.
+            is_new = torch.zeros_like(is_new)
+        elif num_new != num_features or not is_expanded:
+            raise ValueError(
+                f"{num_all} image placeholders, {num_new} of them after the {num_cached} cached positions, but "
+                f"{len(lengths)} images of {num_features} features together. Give the images of all ids; or the "
+                "images of the new ids alone and one placeholder a feature in all ids, as the processor writes them."
+            )
+        return batch, self.write_features(batch.input_ids[:, num_cached:], is_new[:, num_cached:], features)
+
+    def write_features(self, input_ids, is_picture, features) -> torch.Tensor:
+        """Return the embeddings [B, L, D] of ids, with features [F, D] (or None) where `is_picture` says."""
+        embeds = self.get_input_embeddings()(input_ids.masked_fill(is_picture, 0))
+        return embeds if features is None else splice(embeds, is_picture, features)
+
+
+def expand_new(batch: Batch, is_picture, lengths, pad_left) -> Batch:
+    """Return `expand_placeholders` of ids whose mask may cover cached positions before them; it then still does."""
+    mask, num_ids = batch.attention_mask, batch.input_ids.shape[1]
+    if mask is None or mask.shape[1] == num_ids:
+        return expand_placeholders(batch, is_picture, lengths, pad_left)
+    cached = mask[:, :-num_ids]
+    grown = expand_placeholders(replace(batch, attention_mask=mask[:, -num_ids:]), is_picture, lengths, pad_left)
+    return replace(grown, attention_mask=torch.cat([cached, grown.attention_mask], dim=1))
+
+
+def check_some_are_new(num_ids: int, num_cached: int) -> None:
+    """Raise ValueError if a call with a cache brings all ids and none is new."""
+    if num_ids <= num_cached:
+        raise ValueError(
+            f"{num_ids} ids and a cache of {num_cached} positions: no id is new. Give all ids, or the new ones with "
+            "an attention_mask that covers the cached positions too. One placeholder an image (-200) is understood "
+            "where all images are given."
+        )
 
 
 def stack_images(images) -> torch.Tensor:

@@ -1,47 +1,51 @@
-"""Turn token ids and pictures into new tokens: encode once, splice, and leave the rest to transformers.
+"""Turn token ids and images into new tokens: encode once, splice, and leave the rest to transformers.
 
-B rows, T tokens before the splice, L after, D model width.
+Nothing of a call is kept on the model: threads may generate with one model at once. B rows, T tokens before the
+splice, L after, K cached positions, D model width.
 """
 
 from __future__ import annotations
 
+import logging
 from contextlib import contextmanager
+from threading import Lock
+from weakref import WeakKeyDictionary
 
 import torch
+from transformers import DynamicCache
 
-from llava_lite.model.kv_cache import GrowingCache, give_room
+from llava_lite.model.embedding import check_some_are_new
 from llava_lite.model.splice import Batch, expand_placeholders, placeholder_mask, positions_from_mask
 
-# Tells `generate(images=None)`, LLaVA's way, from a call that never says `images`, the way of transformers.
+logger = logging.getLogger(__name__)
+
+# Tells `generate(images=None)`, LLaVA's way, from a call that never names `images`, the way of transformers.
 UNSET = object()
 # Ways of generating that look up the ids of the prompt themselves and would never see its embeddings, or that want no
 # embeddings beside the ids; with the value that asks for nothing.
 BY_IDS = {"assistant_model": None, "prompt_lookup_num_tokens": None, "assistant_early_exit": None}
 BY_IDS |= {"prefill_chunk_size": None, "encoder_repetition_penalty": 1.0, "encoder_no_repeat_ngram_size": 0}
 BY_IDS |= {"guidance_scale": 1.0}
-# What a call must ask for, if anything, that a compiled step in a cache of fixed size shall serve.
-FIXED_SIZE_SERVES = {"cache_implementation": None, "past_key_values": None, "use_cache": True, "num_beams": 1}
-FIXED_SIZE_SERVES |= {"num_return_sequences": 1, "disable_compile": False, "return_dict_in_generate": False}
-# Compiling takes as long as hundreds of plain steps, so a model that has made few steps, or is asked for few, is not
-# compiled; chosen, not measured.
-STEPS_BEFORE_COMPILING, LEAST_NEW_TOKENS = 1024, 32
-# Lengths of a fixed cache are multiples of this, so that another prompt need not compile anew.
-FIXED_SIZE_STEP = 1024
 
 
 class PictureGeneration:
-    """`generate` for ids in which placeholders stand for pictures."""
-
-    # Steps that `generate` has made on CUDA.
-    steps_made = 0
+    """`generate` for ids in which placeholders stand for images."""
 
     @torch.no_grad()
-    def generate(self, inputs=None, images=UNSET, image_sizes=None, pixel_values=None, **kwargs):
-        """Generate from token ids [B, T] and pictures; two conventions, one result.
+    def generate(self, inputs=None, images=UNSET, image_sizes=None, pixel_values=None, image_features=None, **kwargs):
+        """Generate from token ids [B, T] and images; two conventions, one result.
 
         Called LLaVA's way (`images=`, None included) it returns new tokens only; called the transformers way
-        (`pixel_values=`, or text alone) the prompt comes first, its pictures expanded to one id a feature and a
+        (`pixel_values=`, or text alone) the prompt comes first, its images expanded to one id a feature and a
         placeholder of -200 shown as the padding id. Rows may be padded on either side; they are padded left here.
+        Without attention_mask the transformers way takes padding ids for padding, as transformers does.
+        image_features: what the tower made of the images, in place of them (see `encode_pictures`).
+
+        past_key_values: a cache to go on from. The ids are then all ids, those of the cached positions first, or the
+        new ones alone with an attention_mask [B, K + T] that covers the cached positions too; the images are those of
+        all ids or of the new ones. Raises ValueError where ids, mask and cache fit neither.
+
+        A model in training mode is in evaluation mode meanwhile: call `eval()` before threads share it.
         """
         llava_way = images is not UNSET
         pictures = pixel_values if not llava_way or images is None else images
@@ -50,37 +54,74 @@ class PictureGeneration:
             if pixel_values is not None:
                 kwargs["inputs_embeds"] = self.write_pictures(kwargs["inputs_embeds"], pixel_values, image_sizes)
             return super().generate(inputs=input_ids, **kwargs)
-        kwargs.pop("inputs_embeds", None)
-        batch = Batch(input_ids, kwargs.pop("attention_mask", None))
-        kwargs.pop("position_ids", None)
-        # Each module's own: a caller may keep parts of a model in training, or out of it.
-        modes = [(module, module.training) for module in self.modules()]
-        self.eval()
-        try:
-            batch = pad_rows_left(batch)
-            is_picture = placeholder_mask(batch.input_ids, self.config.image_token_index)
-            is_text = not (llava_way or self.needs_dummy() or bool(is_picture.any())) and pictures is None
-            if not is_text:
-                batch, embeds = self.embed_batch(batch, pictures, image_sizes, pad_left=True)
-            mask = torch.ones_like(batch.input_ids) if batch.attention_mask is None else batch.attention_mask
+        for name in ("inputs_embeds", "position_ids"):
+            kwargs.pop(name, None)
+        mask = kwargs.pop("attention_mask", None)
+        if mask is None and not llava_way:
+            mask = self.infer_mask(input_ids, kwargs)
+        with evaluating(self):
+            ids, mask, embeds = self.embed_prompt(
+                Batch(input_ids, mask), pictures, image_sizes, image_features, cached_len(kwargs), llava_way
+            )
             kwargs["attention_mask"] = mask
-            ids = self.printable_ids(batch.input_ids)
-            if is_text:
-                # Stock generation from ids, as adapters that put a prompt of their own before them want it.
-                given = {"input_ids": ids}
+            if embeds is None:
+                # From ids, as adapters that put a prompt of their own before them want it.
+                output = super().generate(input_ids=ids, **kwargs)
             elif self.reads_ids(kwargs):
                 kwargs["past_key_values"] = self.prefill(embeds, mask, kwargs)
                 output = super().generate(input_ids=ids, **kwargs)
                 return without_prompt(output, ids.shape[1]) if llava_way else output
+            elif llava_way:
+                output = super().generate(inputs_embeds=embeds, **kwargs)
             else:
-                given = {"inputs_embeds": embeds} if llava_way else {"inputs_embeds": embeds, "input_ids": ids}
-            with self.fixed_size(ids.shape[1], kwargs) as more:
-                output = super().generate(**given, **kwargs, **more)
-            self.count_steps(output, 0 if llava_way else ids.shape[1])
+                output = super().generate(inputs_embeds=embeds, input_ids=ids, **kwargs)
             return output
-        finally:
-            for module, training in modes:
-                module.training = training
+
+    def embed_prompt(self, batch: Batch, images, image_sizes, image_features, num_cached: int, llava_way: bool):
+        """Return (ids, mask [B, L], embeddings [B, L, D]); of a call with a cache the ids may be the new ones alone.
+
+        Mask and embeddings are those of all positions; of cached ones the embeddings are zeros, which nobody reads.
+        They are None where no image is in the call: then transformers looks up the ids itself.
+        """
+        is_picture = placeholder_mask(batch.input_ids, self.config.image_token_index)
+        sees = images is not None or image_features is not None or bool(is_picture.any())
+        is_text = not (sees or llava_way or self.needs_dummy())
+        is_all = check_going_on(batch, num_cached) if num_cached else True
+        if not num_cached:
+            batch = pad_rows_left(batch)
+        elif is_text and is_all:
+            check_some_are_new(batch.input_ids.shape[1], num_cached)
+        embeds = None
+        if not is_text and num_cached and is_all:
+            batch, embeds = self.embed_after_cache(batch, num_cached, images, image_sizes, image_features)
+        elif not is_text:
+            # A row that goes on from a cache stays where it is; the left is the cache's.
+            pad_left = None if num_cached else True
+            batch, embeds = self.embed_batch(batch, images, image_sizes, pad_left, image_features)
+        mask = batch.attention_mask
+        if embeds is not None and num_cached:
+            embeds = torch.cat([embeds.new_zeros(len(embeds), num_cached, embeds.shape[2]), embeds], dim=1)
+        if mask is None:
+            mask = torch.ones_like(batch.input_ids) if embeds is None else torch.ones_like(embeds[..., 0]).long()
+        return self.printable_ids(batch.input_ids), mask, embeds
+
+    def infer_mask(self, input_ids: torch.Tensor, arguments: dict) -> torch.Tensor | None:
+        """Return the mask [B, T] of ids without one: zeros at padding ids, unless these end an answer too.
+
+        The rule of transformers, which it would apply to ids that have grown by then.
+        """
+        pad, ends = self.argument("pad_token_id", arguments), self.argument("eos_token_id", arguments)
+        ends = ends if isinstance(ends, (list, tuple)) else [ends]
+        if pad is not None and pad not in ends:
+            mask = (input_ids != pad).long()
+            return None if bool(mask.all()) else mask
+        if len(input_ids) > 1:
+            logger.warning(
+                "generate got %d rows and no attention_mask, and padding cannot be told from the ids: pad_token_id is "
+                "%s, eos_token_id %s. Every id is taken for text; give the attention_mask of the processor.",
+                *(len(input_ids), pad, ends),
+            )
+        return None
 
     def reads_ids(self, arguments: dict) -> bool:
         """Tell whether the way of generating that was asked for needs the prompt in a cache and not as embeddings."""
@@ -92,43 +133,6 @@ class PictureGeneration:
         config = arguments.get("generation_config") or self.generation_config
         return arguments.get(name, getattr(config, name, None))
 
-    @contextmanager
-    def fixed_size(self, prompt_len: int, arguments: dict):
-        """Yield keywords for transformers' own static cache and compiled step where they pay, none elsewhere.
-
-        On CUDA alone, for a model without experts that goes on generating; a caller who names a cache, or
-        disable_compile, has chosen himself. prompt_len: positions of the prompt. Attention is sdpa meanwhile: our
-        varlen reads a mask that grows, and would be compiled at every step.
-        """
-        if not self.wants_fixed_size(arguments):
-            yield {}
-            return
-        length = prompt_len + self.argument("max_new_tokens", arguments)
-        length = -(-length // FIXED_SIZE_STEP) * FIXED_SIZE_STEP
-        attention = self.config._attn_implementation
-        self.config._attn_implementation = "sdpa"
-        try:
-            yield {"cache_implementation": "static", "max_cache_len": length}
-        finally:
-            self.config._attn_implementation = attention
-
-    def wants_fixed_size(self, arguments: dict) -> bool:
-        """Tell whether a call on CUDA is worth a compiled step."""
-        return (
-            self.device.type == "cuda"
-            and self.steps_made >= STEPS_BEFORE_COMPILING
-            and (self.argument("max_new_tokens", arguments) or 0) >= LEAST_NEW_TOKENS
-            and self.config._attn_implementation in ("sdpa", "varlen")
-            and not self.moe_layers()
-            and all(self.argument(name, arguments) in (None, usual) for name, usual in FIXED_SIZE_SERVES.items())
-        )
-
-    def count_steps(self, output, prompt_len: int) -> None:
-        """Add the steps of a call on CUDA that returned ids [B, prompt_len + new], or an output that holds them."""
-        if self.device.type == "cuda":
-            ids = output if isinstance(output, torch.Tensor) else output.sequences
-            self.steps_made += ids.shape[1] - prompt_len
-
     def prefill(self, embeds: torch.Tensor, mask: torch.Tensor, arguments: dict):
         """Return a cache of all positions of the prompt [B, L, D] but the last, which the first step reads.
 
@@ -139,7 +143,7 @@ class PictureGeneration:
         for name in ("prefill_chunk_size", "cache_implementation"):
             arguments.pop(name, None)
         cache = arguments.pop("past_key_values", None)
-        cache = GrowingCache(self.config) if cache is None else cache
+        cache = DynamicCache(config=self.config) if cache is None else cache
         positions, end = positions_from_mask(mask), embeds.shape[1] - 1
         start = cache.get_seq_length()
         while start < end:
@@ -159,22 +163,18 @@ class PictureGeneration:
             cache.batch_repeat_interleave(copies)
         return cache
 
-    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
-        """Give the cache that transformers makes room to grow, unless the caller named one."""
-        named = model_kwargs.get("past_key_values") is not None or generation_config.cache_implementation is not None
-        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
-        if not named:
-            give_room(model_kwargs.get("past_key_values"))
-
     def prepare_inputs_for_generation(
         self, input_ids, next_sequence_length=None, past_key_values=None, inputs_embeds=None, **kwargs
     ):
-        """Return the inputs of the next step: of the ids [B, L] those that are not in the cache yet."""
-        # Assisted decoding hands its first step all ids, whatever a cache holds.
-        if next_sequence_length is None and kwargs.get("use_cache") and past_key_values is not None:
-            cached_len = past_key_values.get_seq_length()
-            if 0 < cached_len < input_ids.shape[1]:
-                next_sequence_length = input_ids.shape[1] - cached_len
+        """Return the inputs of the next step: of all ids [B, L] those that are not in the cache yet."""
+        # Assisted decoding hands its first step all ids, whatever a cache holds. New ids alone are known by what covers
+        # all positions: the mask or, where transformers has dropped one without zeros, the position ids.
+        covering = kwargs.get("attention_mask")
+        covering = kwargs.get("position_ids") if covering is None else covering
+        if next_sequence_length is None and past_key_values is not None and covering is not None:
+            num_cached = past_key_values.get_seq_length()
+            if 0 < num_cached < input_ids.shape[1] == covering.shape[-1]:
+                next_sequence_length = input_ids.shape[1] - num_cached
         return super().prepare_inputs_for_generation(
             input_ids,
             next_sequence_length=next_sequence_length,
@@ -192,6 +192,56 @@ class PictureGeneration:
             if token is not None and token >= 0:
                 return input_ids.masked_fill(input_ids < 0, token)
         return input_ids
+
+
+# Models in training mode that generate: how many calls there are, and the modules to put back.
+_EVALUATING: WeakKeyDictionary = WeakKeyDictionary()
+_LOCK = Lock()
+
+
+@contextmanager
+def evaluating(model):
+    """Keep a model in evaluation mode while any call is in the block; each module gets its own mode back."""
+    with _LOCK:
+        count, modules = _EVALUATING.get(model, (0, None))
+        if modules is None:
+            modules = [module for module in model.modules() if module.training]
+        for module in modules:
+            module.training = False
+        _EVALUATING[model] = count + 1, modules
+    try:
+        yield
+    finally:
+        with _LOCK:
+            count, modules = _EVALUATING.pop(model)
+            if count > 1:
+                _EVALUATING[model] = count - 1, modules
+            else:
+                for module in modules:
+                    module.training = True
+
+
+def cached_len(arguments: dict) -> int:
+    """Return how many positions the cache holds that `generate` was given; 0 without one."""
+    cache = arguments.get("past_key_values")
+    return 0 if cache is None else int(cache.get_seq_length())
+
+
+def check_going_on(batch: Batch, num_cached: int) -> bool:
+    """Return whether the ids [B, T] of a call with a cache are all ids; False for the new ones alone.
+
+    Raises ValueError if they are neither, by the length of the mask.
+    """
+    num_ids = batch.input_ids.shape[1]
+    mask_len = num_ids if batch.attention_mask is None else batch.attention_mask.shape[1]
+    if mask_len == num_ids:
+        return True
+    if mask_len != num_cached + num_ids:
+        raise ValueError(
+            f"{num_ids} ids, an attention_mask of {mask_len} and a cache of {num_cached} positions; expected all ids "
+            f"and a mask as long, or new ids and a mask of {num_cached + num_ids}."
+        )
+    return False
 
 
 def without_prompt(output, prompt_len: int):

@@ -6,6 +6,8 @@ V vocabulary.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -15,17 +17,21 @@ from transformers import initialization as init
 from llava_lite.model.attention import find_segments
 from llava_lite.model.connector import build_connector
 from llava_lite.model.crops import unpad_image as unpad_image  # LLaVA's place for it
-from llava_lite.model.decoding import can_step, step
 from llava_lite.model.embedding import EmbeddingMixin
 from llava_lite.model.experts import OWN
-from llava_lite.model.fast_layer import take_fast_layers
 from llava_lite.model.generation import PictureGeneration
 from llava_lite.model.image_features import ImageFeaturesMixin
 from llava_lite.model.llava_names import LlavaNames, StackNames
 from llava_lite.model.loading import LoadingMixin, StackLoadingMixin
-from llava_lite.model.moe import MoeBlock, RoutingContext, init_moe_weights, read_moe_config, set_routing
+from llava_lite.model.moe import (
+    MoeBlock,
+    RoutingContext,
+    checkpoint_with_routing,
+    init_moe_weights,
+    read_moe_config,
+    use_routing,
+)
 from llava_lite.model.outputs import LlavaOutput
-from llava_lite.model.reading import can_read, read
 from llava_lite.model.sharing import SharingMixin
 from llava_lite.model.splice import Batch
 from llava_lite.model.supervision import find_supervised, refuse_other_shape, supervised_loss
@@ -64,9 +70,6 @@ class ExpertsMixin:
 class LlavaMetaModel(StackNames, EmbeddingMixin, ImageFeaturesMixin, StackLoadingMixin, ExpertsMixin):
     """The decoder stack with `vision_tower` and `mm_projector` beside `layers`; MoE blocks replace some MLPs."""
 
-    # See plain_paths.py.
-    plain_paths: frozenset[str] = frozenset()
-
     def __init__(self, config):
         super().__init__(config)
         if config.has_vision_tower:
@@ -81,8 +84,7 @@ class LlavaMetaModel(StackNames, EmbeddingMixin, ImageFeaturesMixin, StackLoadin
         moe = read_moe_config(config.moe, config.num_hidden_layers)
         if moe is not None:
             for index, num_experts in zip(moe.layers, moe.num_experts, strict=True):
-                self.layers[index].mlp = MoeBlock(config, moe, num_experts, self.layers[index].mlp)
-        take_fast_layers(self)
+                self.layers[index].mlp = MoeBlock(config, moe, num_experts, self.layers[index].mlp, index)
         self.post_init()
 
     def get_vision_tower(self) -> VisionTower | None:
@@ -90,11 +92,6 @@ class LlavaMetaModel(StackNames, EmbeddingMixin, ImageFeaturesMixin, StackLoadin
         return getattr(self, "vision_tower", None)
 
     get_image_tower = get_vision_tower
-
-    @property
-    def selects_rows(self) -> bool:
-        """Whether the last layer takes `supervised_rows` [S] of B * L, and the stack then returns [1, S, D]."""
-        return getattr(self.layers[-1], "selects_rows", False)
 
     def get_model(self):
         """Return the decoder stack, which is this: what a whole model is asked can be asked here too."""
@@ -121,11 +118,6 @@ class LlavaMetaModel(StackNames, EmbeddingMixin, ImageFeaturesMixin, StackLoadin
             input_ids, attention_mask, position_ids = None, batch.attention_mask, batch.position_ids
         elif pixel_values is not None:
             inputs_embeds = self.write_pictures(inputs_embeds, pixel_values, image_sizes)
-        last_only = kwargs.pop("last_only", False)
-        if can_step(self, inputs_embeds, attention_mask, past_key_values, kwargs):
-            return step(self, inputs_embeds, attention_mask, position_ids, past_key_values)
-        if can_read(self, inputs_embeds, attention_mask, position_ids, past_key_values, kwargs):
-            return read(self, inputs_embeds, attention_mask, position_ids, past_key_values, last_only)
         if attention_mask is None and past_key_values is None and "cu_seq_lens_q" not in kwargs:
             kwargs |= find_segments(position_ids, len(input_ids if inputs_embeds is None else inputs_embeds))
         if "cu_seq_lens_q" in kwargs:
@@ -177,10 +169,9 @@ class LlavaMetaForCausalLM(
     get_image_tower = get_vision_tower
 
     def set_output_embeddings(self, new_embeddings):
-        """Put another layer in the head's place; a plain one, as resizing makes it, learns to tell its loss."""
+        """Put another layer in the head's place; a plain one, as resizing makes it, becomes a VocabularyHead."""
         if type(new_embeddings) is nn.Linear:
-            new_embeddings.__class__ = VocabularyHead
-            new_embeddings.plain_paths = self.plain_paths
+            new_embeddings = VocabularyHead.of(new_embeddings, self.plain_paths)
         self.lm_head = new_embeddings
 
     def moe_layers(self) -> dict[int, MoeBlock]:
@@ -207,6 +198,7 @@ class LlavaMetaForCausalLM(
         cache_position: torch.LongTensor | None = None,
         image_features: torch.Tensor | list[torch.Tensor] | None = None,
         supervised_positions: torch.LongTensor | None = None,
+        routing: RoutingContext | None = None,
         **kwargs,
     ) -> LlavaOutput | tuple:
         """Return loss and logits of token ids [B, T] in which placeholders stand for pictures [N, 3, H, W].
@@ -220,10 +212,11 @@ class LlavaMetaForCausalLM(
         shift_labels: [B, L], labels that stand at the position that predicts them, as sequence parallelism cuts them;
         they replace `labels`. supervised_positions: [S] flat positions whose next token is learned, if the collator
         has found them in ids that need no expanding. In training there are no logits: the head runs at those positions
-        alone (in stage 1 about 20 of 600), and so does the last layer where it can. Samples packed in one row [1, L]
-        have position_ids from 0 each, cu_seq_lens_q and max_length_q (see attention.py), and no attention_mask.
-        image_features: what the tower made of the pictures before, in place of them: [N, P, C] or a list of [n, P, C].
-        Raises ValueError when placeholders and pictures do not match.
+        alone (in stage 1 about 20 of 600). Samples packed in one row [1, L] have position_ids from 0 each,
+        cu_seq_lens_q and max_length_q (see attention.py), and no attention_mask. past_key_values: with a cache
+        attention_mask may cover the cached positions too. image_features: what the tower made of the pictures before,
+        in place of them: [N, P, C] or a list of [n, P, C]. routing: filled with what the MoE layers do in this call,
+        for a caller who reads it afterwards. Raises ValueError when placeholders and pictures do not match.
         """
         # Out of the signature: transformers' Trainer tells an evaluation's loss of batches that have every name in it
         # with `label` in it, and most have `labels` alone.
@@ -234,45 +227,36 @@ class LlavaMetaForCausalLM(
             batch, inputs_embeds = self.embed_batch(batch, images, image_sizes, image_features=image_features)
         elif pixel_values is not None:
             inputs_embeds = self.write_pictures(inputs_embeds, pixel_values, image_sizes)
-        self.routing = self.start_routing(batch.attention_mask)
         learns = batch.labels is not None or shift_labels is not None
-        positions = targets = None
+        routing = self.prepare_routing(routing, batch.attention_mask, learns)
+        with use_routing(routing):
+            outputs = self.model(
+                inputs_embeds=inputs_embeds,
+                attention_mask=batch.attention_mask,
+                position_ids=batch.position_ids,
+                past_key_values=past_key_values,
+                use_cache=use_cache,
+                return_dict=True,
+                **drop_none(
+                    output_attentions=output_attentions,
+                    output_hidden_states=output_hidden_states,
+                    cache_position=cache_position,
+                ),
+                **kwargs,
+            )
+        hidden = outputs.last_hidden_state  # [B, L, D]
+        logits = lm_loss = None
+        if not learns or not self.training:
+            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            logits = self.lm_head(hidden[:, kept])
         if learns:
             refuse_other_shape(shift_labels, inputs_embeds)
             # Another tensor, maybe of the same shape: rows grow, lose padding and are cut. shift_labels may be a part.
             is_other = batch.labels is not labels or shift_labels is not None
             found = None if is_other else supervised_positions
             positions, targets = find_supervised(batch.labels, shift_labels, found)
-            recorded = output_hidden_states or output_attentions or self.config.output_hidden_states
-            if self.training and self.model.selects_rows and past_key_values is None and not recorded:
-                kwargs["supervised_rows"] = positions
-        if past_key_values is not None and not learns and isinstance(logits_to_keep, int) and logits_to_keep == 1:
-            # Where the stack can, it makes each row's last hidden state alone.
-            kwargs["last_only"] = True
-        outputs = self.model(
-            inputs_embeds=inputs_embeds,
-            attention_mask=batch.attention_mask,
-            position_ids=batch.position_ids,
-            past_key_values=past_key_values,
-            use_cache=use_cache,
-            return_dict=True,
-            **drop_none(
-                output_attentions=output_attentions,
-                output_hidden_states=output_hidden_states,
-                cache_position=cache_position,
-            ),
-            **kwargs,
-        )
-        hidden = outputs.last_hidden_state  # [B, L, D], or [1, S, D] of supervised rows
-        logits = None
-        if not learns or not self.training:
-            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-            logits = self.lm_head(hidden[:, kept])
-        lm_loss = None
-        if learns:
-            asked = None if "supervised_rows" in kwargs else positions
-            lm_loss = self.supervised_loss(hidden.flatten(0, 1), targets, asked, num_items_in_batch)
-        loss, moe_loss, moe_losses = self.add_balance_loss(lm_loss)
+            lm_loss = self.supervised_loss(hidden.flatten(0, 1), targets, positions, num_items_in_batch)
+        loss, moe_loss, moe_losses = self.add_balance_loss(lm_loss, routing)
         output = LlavaOutput(
             loss=loss,
             logits=logits,
@@ -298,23 +282,31 @@ class LlavaMetaForCausalLM(
                 "this model has experts, whose balance loss gets no gradient from reentrant checkpointing; "
                 'give gradient_checkpointing_kwargs={"use_reentrant": False}.'
             )
+        # Whether there are experts or not: they may come later.
+        gradient_checkpointing_func = partial(checkpoint_with_routing, gradient_checkpointing_func)
         super()._set_gradient_checkpointing(enable, gradient_checkpointing_func, **kwargs)
 
-    def start_routing(self, attention_mask) -> RoutingContext | None:
-        """Give the MoE blocks this call's context: which of the positions are padding."""
-        blocks = self.moe_layers()
-        if not blocks:
-            return None
-        mask = attention_mask if isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2 else None
-        context = RoutingContext(mask, training=self.training)
-        set_routing(blocks, context)
-        return context
+    def prepare_routing(self, routing, attention_mask, learns: bool) -> RoutingContext | None:
+        """Return the context that this call's MoE layers share: `routing` if one is given; None in a dense model.
 
-    def add_balance_loss(self, lm_loss):
+        attention_mask: [B, L or more]; one of another shape says nothing about which positions are padding.
+        """
+        if not self.moe_layers():
+            return None
+        if routing is None:
+            if torch.compiler.is_compiling() and not self.training and not learns:
+                # Nothing reads it; see MoeBlock.forward.
+                return None
+            routing = RoutingContext()
+        is_padding_mask = isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2
+        routing.start(attention_mask if is_padding_mask else None, self.training)
+        return routing
+
+    def add_balance_loss(self, lm_loss, routing):
         """Return (loss, moe_loss, per-layer terms); MoE-LLaVA adds the weighted sum over layers to the loss."""
-        if self.routing is None or lm_loss is None:
+        if routing is None or lm_loss is None:
             return lm_loss, None, None
-        terms = tuple(self.routing.balance_losses())
+        terms = tuple(routing.balance_losses())
         moe = read_moe_config(self.config.moe, self.config.num_hidden_layers)
         moe_loss = moe.router_aux_loss_coef * torch.stack(terms).sum()
         return lm_loss + moe_loss, moe_loss, terms

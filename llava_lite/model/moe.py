@@ -7,6 +7,9 @@ expert, and nothing needs DeepSpeed.
 Shapes: `B` batch, `L` tokens, `S` routed tokens (B * L without padding), `E` experts, `D` model width.
 """
 
+import threading
+from contextlib import contextmanager
+
 import torch
 from torch import nn
 
@@ -20,31 +23,34 @@ __all__ = [
     "MoeBlock",
     "MoeConfig",
     "RoutingContext",
+    "checkpoint_with_routing",
     "init_moe_weights",
     "moe_layer_indices",
     "read_moe_config",
-    "set_routing",
+    "use_routing",
 ]
 
 
 class RoutingContext:
-    """What the MoE layers of one forward pass share: which positions are padding, and what each layer did.
+    """What the MoE layers of one forward call share: which positions are padding, and what each layer did.
 
-    It stays in place until the next forward pass: a gradient-checkpoint recompute reads it again, and what it records
-    then is ignored, so nothing counts twice. One forward pass at a time between two backward passes.
+    It belongs to the call. Layers find it by `use_routing`; a layer that is recomputed for the backward pass finds
+    it again (`checkpoint_with_routing`), and what it records then is ignored, so nothing counts twice.
     """
 
     def __init__(self, attention_mask=None, training=False):
-        """attention_mask: [B, L or more] with 0 for padding, None for no padding; of a longer one the last L count."""
+        self.start(attention_mask, training)
+
+    def start(self, attention_mask, training):
+        """Forget an earlier call and begin one.
+
+        attention_mask: [B, L or more] with 0 for padding, None for no padding; of a longer one the last L count.
+        """
         self.attention_mask = attention_mask
         self.training = training
         self._positions = {}
         self._losses = {}
         self._counts = {}
-
-    def __deepcopy__(self, memo):
-        # Losses are part of a graph, which no copy of a model can take along.
-        return RoutingContext(self.attention_mask, self.training)
 
     def real_positions(self, batch_size, length):
         """Return the flat positions [S] that are no padding, None if all are real; looked up once a forward pass."""
@@ -94,11 +100,38 @@ def _layer_stats(load, dropped, num_tokens):
     }
 
 
-def set_routing(blocks, context):
-    """Give the MoE layers (dict: layer index to MoeBlock) the context of the forward pass that begins."""
-    for layer_idx, block in blocks.items():
-        block.layer_idx = layer_idx
-        block.routing = context
+class _Current(threading.local):
+    """The routing context of the forward call that this thread is in; None outside of one."""
+
+    def __init__(self):
+        # Here and not on the class: torch.compile guards on the instance's own attributes.
+        self.routing: RoutingContext | None = None
+
+
+# Not contextvars, which torch.compile does not trace.
+_CURRENT = _Current()
+
+
+@contextmanager
+def use_routing(routing: RoutingContext | None):
+    """Let the MoE layers that this thread runs in the block use `routing`."""
+    before = _CURRENT.routing
+    _CURRENT.routing = routing
+    try:
+        yield routing
+    finally:
+        _CURRENT.routing = before
+
+
+def checkpoint_with_routing(checkpoint, function, *args, **kwargs):
+    """Return checkpoint(function, ...) whose recomputation, in whatever thread, uses the routing of this call."""
+    routing = _CURRENT.routing
+
+    def run(*args, **kwargs):
+        with use_routing(routing):
+            return function(*args, **kwargs)
+
+    return checkpoint(run, *args, **kwargs)
 
 
 class MoeBlock(nn.Module):
@@ -107,17 +140,17 @@ class MoeBlock(nn.Module):
     The weights of both are empty until `init_moe_weights`, `upcycle` or a checkpoint fills them.
 
     config: the decoder's, which names the activation and the experts implementation at every call. dense_mlp: the MLP
-    it replaces, read for kind, widths, dtype and device; with `use_residual` it stays, as `mlp`.
+    it replaces, read for kind, widths, dtype and device; with `use_residual` it stays, as `mlp`. layer_idx: number of
+    the decoder layer, under which the routing context keeps what this block did.
     """
 
-    def __init__(self, config, moe: MoeConfig, num_experts, dense_mlp):
+    def __init__(self, config, moe: MoeConfig, num_experts, dense_mlp, layer_idx=0):
         super().__init__()
         shape = MlpShape.of(dense_mlp)
         like = next(dense_mlp.parameters())
         self.moe = moe
         self.num_experts = num_experts
-        self.layer_idx = 0
-        self.routing: RoutingContext | None = None
+        self.layer_idx = layer_idx
         self.gate = Router(shape.hidden_size, num_experts, dtype=like.dtype, device=like.device)
         self.experts = Experts(config, num_experts, shape, dtype=like.dtype, device=like.device)
         # The decorator fixes these for the class; here they are the dense MLP's.
@@ -131,29 +164,28 @@ class MoeBlock(nn.Module):
     def forward(self, hidden):
         """Return the mix of the experts [B, L, D]; zero at padding, unless it counts as text (moe_count_padding)."""
         tokens = hidden.flatten(0, 1)  # [B * L, D]
-        real = None
-        # A graph cannot depend on how much is padding; where nothing is dropped or learned, padding changes no token.
+        routing, real = _CURRENT.routing, None
+        # A graph cannot depend on how much is padding; where nothing is dropped or trained, padding changes no token.
         traced = torch.compiler.is_compiling() and not self.training and not self.moe.moe_drop_tokens
-        if self.routing is not None and not self.moe.moe_count_padding and not traced:
-            real = self.routing.real_positions(*hidden.shape[:2])
+        if routing is not None and not self.moe.moe_count_padding and not traced:
+            real = routing.real_positions(*hidden.shape[:2])
         if real is None:
-            return self._mix(tokens).view_as(hidden)
-        mixed = self._mix(tokens.index_select(0, real))  # [S, D]
+            return self._mix(tokens, routing).view_as(hidden)
+        mixed = self._mix(tokens.index_select(0, real), routing)  # [S, D]
         return torch.zeros_like(tokens).index_copy(0, real, mixed).view_as(hidden)
 
-    def _mix(self, tokens):
-        routes = self._route(tokens)
-        if self.routing is not None:
-            self.routing.record(self.layer_idx, routes)
+    def _mix(self, tokens, routing):
+        routes = self._route(tokens, self.training if routing is None else routing.training)
+        if routing is not None:
+            routing.record(self.layer_idx, routes)
         mixed = self.experts(tokens, routes.experts, routes.weights)
         if not self.moe.use_residual:
             return mixed
         share = self.coefficient(tokens).softmax(dim=-1)  # [S, 2]
         return (mixed * share[:, :1] + self.mlp(tokens) * share[:, 1:]).to(tokens.dtype)
 
-    def _route(self, tokens):
+    def _route(self, tokens, training):
         moe = self.moe
-        training = self.training if self.routing is None else self.routing.training
         capacity = None
         if moe.moe_drop_tokens:
             factor = moe.capacity_factor if training else moe.eval_capacity_factor

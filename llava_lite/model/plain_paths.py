@@ -10,9 +10,9 @@ from collections.abc import Iterable
 
 from torch import nn
 
-# In the order of the plain ones: transformers' own layer bodies; the last layer at every position; that and logits of
-# every position, whole, then F.cross_entropy; the function of transformers' experts interface.
-PLAIN_PATHS = ("layers", "rows", "loss", "experts")
+# What the plain ones are: logits of every position, whole, then F.cross_entropy; the function of transformers' experts
+# interface.
+PLAIN_PATHS = ("loss", "experts")
 
 
 def set_plain_paths(model: nn.Module, names: Iterable[str]) -> None:

@@ -35,17 +35,17 @@ def upcycle(model, moe, seed=0):
     generator = torch.Generator().manual_seed(seed)
     for layer_idx, num_experts in zip(config.layers, config.num_experts, strict=True):
         layer = layers[layer_idx]
-        layer.mlp = _block_of_copies(model.config, config, num_experts, layer.mlp, generator)
+        layer.mlp = _block_of_copies(model.config, config, num_experts, layer.mlp, layer_idx, generator)
     model.config.moe = config.to_dict()
     logger.info("Layers %s have experts now, %s of them.", list(config.layers), list(config.num_experts))
 
 
-def _block_of_copies(model_config, moe, num_experts, dense_mlp, generator):
+def _block_of_copies(model_config, moe, num_experts, dense_mlp, layer_idx, generator):
     """Return a MoeBlock whose experts are the dense MLP, partitioned if the dense MLP was."""
     params = list(dense_mlp.parameters())
     partitioned = next((param for param in params if is_partitioned(param)), None)
     with torch.no_grad(), gathered(params):
-        block = MoeBlock(model_config, moe, num_experts, dense_mlp).train(dense_mlp.training)
+        block = MoeBlock(model_config, moe, num_experts, dense_mlp, layer_idx).train(dense_mlp.training)
         block.experts.copy_dense_mlp(dense_mlp)
         draw_uniform(block.gate.weight, generator)
         if moe.use_residual:

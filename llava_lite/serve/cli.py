@@ -4,7 +4,8 @@ import argparse
 import sys
 
 from llava_lite.conversation import SeparatorStyle, get_template
-from llava_lite.inference import load, place_marks, remembering, stream
+from llava_lite.inference import load, place_marks, stream
+from llava_lite.model.image_cache import ImageFeatureCache
 from llava_lite.messages import upright_picture
 
 INTRODUCTION = "Ask about the picture, or anything; an empty line ends the chat."
@@ -104,19 +105,19 @@ def main(argv=None):
     except (OSError, ValueError, ImportError) as error:
         parser.exit(1, f"{parser.prog}: {error}\n")
     _say(f"{INTRODUCTION}\n")
-    # Every turn reads the talk from its beginning, pictures included.
-    with remembering(model):
-        chat(
-            model,
-            processor,
-            pictures,
-            _ask,
-            _say,
-            conv_template=options.conv_mode,
-            debug=options.debug,
-            temperature=options.temperature,
-            max_new_tokens=options.max_new_tokens,
-        )
+    chat(
+        model,
+        processor,
+        pictures,
+        _ask,
+        _say,
+        conv_template=options.conv_mode,
+        debug=options.debug,
+        temperature=options.temperature,
+        max_new_tokens=options.max_new_tokens,
+        # Every turn reads the conversation from its beginning, images included.
+        image_cache=ImageFeatureCache(),
+    )
 
 
 def options_of(args, parser):

@@ -8,6 +8,7 @@ from transformers import Trainer
 from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_callback import ProgressCallback, TrainerCallback
 
+from llava_lite.model.moe import RoutingContext
 from llava_lite.train.checkpoint import CheckpointMixin
 from llava_lite.train.evaluation import EvaluationMixin
 from llava_lite.train.expert_meter import ExpertMeter, flat_report
@@ -181,14 +182,15 @@ class LLaVATrainer(StreamMixin, CheckpointMixin, EvaluationMixin, PushingMixin, 
         Cross-entropy: summed over learned tokens, divided by those of the whole step on all ranks. Balance loss: mean
         over micro-batches and ranks. Engines average over ranks, hence the factor on the first.
         """
-        outputs = model(**inputs, num_items_in_batch=num_items_in_batch)
+        routing = RoutingContext()
+        outputs = model(**inputs, num_items_in_batch=num_items_in_batch, routing=routing)
         num_ranks = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
         loss = outputs["lm_loss"] * num_ranks
         if outputs.get("moe_loss") is not None:
             balance = outputs["moe_loss"] / self.current_gradient_accumulation_steps
             loss = loss + balance
             self.balance_sum += balance.detach()
-            self.experts.add(self.unwrapped.routing)
+            self.experts.add(routing)
         stop_if_not_finite(loss.detach(), self.sample_ids, self.state.global_step + 1)
         self.ids_of_step += self.sample_ids
         return (loss, outputs) if return_outputs else loss

@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 from torch import nn
 
-from llava_lite.model.fast_layer import FastPart
 from llava_lite.model.moe import MoeBlock
 from llava_lite.model.vocabulary_head import CHUNK_LOGITS
 from llava_lite.train.ranks import everyone
@@ -82,34 +81,37 @@ def layer_activation_bytes(layer, config, dtype_bytes):
     kept = sum(norm_widths(norm, trains, dtype_bytes) for norm in norms) * config.hidden_size
     kept += (3 if trains else 2) * queries + 2 * keys
     if hasattr(layer.self_attn, "q_norm"):
-        kept += queries + keys
+        # An RMSNorm of each head: its input, normalised where its weight trains, and in half precision float32.
+        kept += (1 + trains + (dtype_bytes < 4)) * (queries + keys)
     of_hidden, of_inner = mlp_widths(layer, trains, dtype_bytes)
     return dtype_bytes * (kept + of_hidden * config.hidden_size + of_inner * config.intermediate_size)
 
 
 def norm_widths(norm, trains, dtype_bytes):
-    """Return how many tensors [.., D] a norm leaves behind: its input, and its output for the weights behind it.
+    """Return how many tensors [.., D] a norm saves for the backward pass.
 
-    transformers' own RMSNorm keeps its rows normed but not yet weighed too, and in half precision their float32.
+    LayerNorm: its input, and its output for the weights after it. Hugging Face's RMSNorm also saves the normalised
+    activations before the weight, and in half precision their float32.
     """
-    if isinstance(norm, (nn.LayerNorm, FastPart)):
+    if isinstance(norm, nn.LayerNorm):
         return 2 if trains else 1
     return (2.5 if trains else 1) + (dtype_bytes < 4)
 
 
 def mlp_widths(layer, trains, dtype_bytes):
-    """Return how many tensors [.., D] and [.., I] a token leaves behind in an MLP, or in the experts that it visits.
+    """Return how many tensors [.., D] and [.., I] a token saves in an MLP, or in the experts that it is routed to.
 
-    Gated: gate and up; transformers' own keeps the activated gate and, where weights train, the product of both too.
-    Phi's keeps what goes into its activation, transformers' own what comes out and four steps of it. Experts keep what
-    goes into their activation and compute the rest again from what came in, which a trained router keeps in float32.
+    | MLP | [.., D] | [.., I] |
+    | gated | 0 | gate, up, activated gate; their product where weights train |
+    | Phi's | 0 | input, output and three steps of the activation; one more where weights train |
+    | experts | 2 in half precision (a trained router's float32 input), else 0; frozen 1 | input of the activation, K times |
     """
     if isinstance(layer.mlp, MoeBlock):
         visits = layer.mlp.moe.top_k_experts
         return 2 * (dtype_bytes < 4) if trains else 1, visits * (2 if layer.mlp.experts.shape.gated else 1)
     if hasattr(layer.mlp, "gate_proj"):
-        return 0, 2 if isinstance(layer.mlp, FastPart) else 3 + trains
-    return 0, 1 if isinstance(layer.mlp, FastPart) else 4 + trains
+        return 0, 3 + trains
+    return 0, 4 + trains
 
 
 def activation_bytes(model, num_tokens, dtype_bytes, num_checkpointed=0):

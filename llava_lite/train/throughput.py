@@ -49,7 +49,7 @@ def mfu(tokens_per_s, flops_per_token, peak_flops):
 
 @dataclass(frozen=True)
 class Flops:
-    """What a training step costs: a token in the decoder, a supervised one behind its last attention, a picture."""
+    """What a training step costs: a token in the decoder, a supervised one in the vocabulary head, an image."""
 
     per_token: float
     per_supervised: float
@@ -94,16 +94,11 @@ def step_flops(model):
         per_picture += num_features * counter.cost(stack.mm_projector)
     # A trained embedding costs no product, but gradients must reach it.
     counter.after_trained |= any(p.requires_grad for p in stack.embed_tokens.parameters())
-    per_token, last = sum(counter.layer_cost(layer) for layer in stack.layers), stack.layers[-1]
-    per_supervised = 0.0
-    if stack.selects_rows:
-        # The last layer's output projection and MLP meet supervised rows only.
-        attention = last.self_attn
-        per_supervised = counter.cost(getattr(attention, attention.output_name)) + counter.cost(last.mlp)
+    per_token = sum(counter.layer_cost(layer) for layer in stack.layers)
     head = counter.cost(model.get_output_embeddings())
     if "loss" in model.plain_paths:
         return Flops(per_token + head, 0.0, per_picture)
-    return Flops(per_token - per_supervised, per_supervised + head, per_picture)
+    return Flops(per_token, head, per_picture)
 
 
 def peak_flops(device, dtype):

@@ -105,7 +105,8 @@ def test_a_decoding_step_sees_the_cache_but_not_its_padding():
     query, key, value = torch.randn(2, 4, 1, 8), torch.randn(2, 4, 7, 8), torch.randn(2, 4, 7, 8)
     mask = torch.ones(2, 7, dtype=torch.bool)
     mask[1, :3] = False
-    out, _ = varlen_attention(CAUSAL, query, key, value, mask)
+    seen = attention.varlen_mask(2, 1, 7, q_offset=6, attention_mask=mask)
+    out, _ = varlen_attention(CAUSAL, query, key, value, seen)
     expected = F.scaled_dot_product_attention(query[1:], key[1:, :, 3:], value[1:, :, 3:])
     assert torch.allclose(out[1:].transpose(1, 2), expected, atol=1e-6)
 
@@ -113,7 +114,7 @@ def test_a_decoding_step_sees_the_cache_but_not_its_padding():
 def test_a_static_caches_unwritten_keys_are_not_seen():
     torch.manual_seed(0)
     query, key, value = torch.randn(1, 4, 2, 8), torch.randn(1, 4, 9, 8), torch.randn(1, 4, 9, 8)
-    seen = attention.keep_padding_mask(1, 2, 9, q_offset=3)
+    seen = attention.varlen_mask(1, 2, 9, q_offset=3)
     out, _ = varlen_attention(CAUSAL, query, key, value, seen)
     last = F.scaled_dot_product_attention(query[:, :, 1:], key[:, :, :5], value[:, :, :5])
     assert torch.allclose(out[:, 1:].transpose(1, 2), last, atol=1e-6)

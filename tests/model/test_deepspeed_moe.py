@@ -11,7 +11,7 @@ import torch
 
 from llava_lite.formats.moe_llava import from_moe_llava, to_moe_llava
 from llava_lite.model import LlavaConfig, LlavaLlamaForCausalLM
-from llava_lite.model.moe import MoeBlock, RoutingContext, read_moe_config, set_routing
+from llava_lite.model.moe import MoeBlock, RoutingContext, read_moe_config, use_routing
 from tests.model.deepspeed_moe_worker import CASES, CONFIGS, MODEL
 
 # How MoE-LLaVA routes; the default here drops nothing and leaves padding out.
@@ -60,9 +60,9 @@ def test_a_layer_with_deepspeeds_weights_has_its_outputs_balance_loss_and_gradie
     for mode in ("train", "eval"):
         hidden = theirs["hidden"].clone().requires_grad_()
         context = RoutingContext(training=mode == "train")
-        set_routing({0: block}, context)
         block.zero_grad()
-        output = block(hidden)
+        with use_routing(context):
+            output = block(hidden)
         (loss,) = context.balance_losses()
         (output.square().sum() + loss).backward()
         expected = theirs[mode]
@@ -79,8 +79,8 @@ def test_the_cases_drop_and_keep(deepspeeds):
     for name, case in CASES.items():
         block = block_of(case, deepspeeds["layers"][name]["weights"])
         context = RoutingContext(training=True)
-        set_routing({0: block}, context)
-        block(deepspeeds["layers"][name]["hidden"])
+        with use_routing(context):
+            block(deepspeeds["layers"][name]["hidden"])
         shares[name] = context.stats()[0]["dropped"]
     assert all(share > 0.2 for name, share in shares.items() if " 0.5 " in name)
     assert all(share == 0 for name, share in shares.items() if " 4.0 " in name)

@@ -185,7 +185,7 @@ def test_pictures_without_marks_and_marks_without_pictures_are_refused(toy_model
     model = toy_model()
     with pytest.raises(ValueError, match="0 image placeholders in input_ids but 1 pictures of 16 features"):
         model(torch.tensor([[1, 300]]), images=pictures(1))
-    with pytest.raises(ValueError, match="1 image placeholders in input_ids but no pictures"):
+    with pytest.raises(ValueError, match="1 image placeholders in input_ids but no images"):
         model(torch.tensor([[1, IMAGE]]))
 
 
@@ -293,8 +293,8 @@ def test_the_mask_is_what_keeps_padding_from_the_router(toy_model, monkeypatch):
     row = {"input_ids": ids[2:, :3], "labels": labels[2:, :3], "attention_mask": mask[2:, :3]}
     padded = {"input_ids": ids[2:], "labels": labels[2:], "attention_mask": mask[2:]}
     assert torch.allclose(model(**row).moe_loss, model(**padded).moe_loss, atol=1e-6)
-    start_routing = type(model).start_routing
-    monkeypatch.setattr(type(model), "start_routing", lambda self, attention_mask: start_routing(self, None))
+    prepare_routing = type(model).prepare_routing
+    monkeypatch.setattr(type(model), "prepare_routing", lambda self, a, mask, b: prepare_routing(self, a, None, b))
     assert not torch.allclose(model(**row).moe_loss, model(**padded).moe_loss, atol=1e-6)
 
 

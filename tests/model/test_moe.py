@@ -13,10 +13,11 @@ from transformers.models.phi.modeling_phi import PhiMLP
 from llava_lite.model.moe import (
     MoeBlock,
     RoutingContext,
+    checkpoint_with_routing,
     init_moe_weights,
     moe_layer_indices,
     read_moe_config,
-    set_routing,
+    use_routing,
 )
 
 IMPLEMENTATIONS = ("eager", "batched_mm", "grouped_mm", "llava_lite")
@@ -98,10 +99,10 @@ def test_padding_takes_no_expert_and_changes_no_number(implementation, side):
     padded = torch.cat([padding, short] if side == "left" else [short, padding], dim=1)
     mask = torch.tensor([[0, 0, 1, 1, 1] if side == "left" else [1, 1, 1, 0, 0], [1] * 5])
     contexts = RoutingContext(mask, training=True), RoutingContext(training=True)
-    set_routing({0: block}, contexts[0])
-    out = block(torch.cat([padded, long]))
-    set_routing({0: block}, contexts[1])
-    rows = block(torch.cat([short, long], dim=1))[0]
+    with use_routing(contexts[0]):
+        out = block(torch.cat([padded, long]))
+    with use_routing(contexts[1]):
+        rows = block(torch.cat([short, long], dim=1))[0]
     torch.testing.assert_close(out[mask.bool()], rows, rtol=0, atol=1e-6)
     assert not out[~mask.bool()].any()
     torch.testing.assert_close(contexts[0].balance_losses(), contexts[1].balance_losses())
@@ -116,8 +117,9 @@ def test_padding_counts_where_the_original_is_asked_for():
     block = block_of(moe_count_padding=True)
     hidden = torch.randn(1, 4, 16)
     context = RoutingContext(torch.tensor([[1, 1, 0, 0]]))
-    set_routing({0: block}, context)
-    torch.testing.assert_close(block(hidden), plain_loop(block, hidden, 2), rtol=0, atol=1e-5)
+    with use_routing(context):
+        out = block(hidden)
+    torch.testing.assert_close(out, plain_loop(block, hidden, 2), rtol=0, atol=1e-5)
     assert context.stats()[0]["tokens"] == 4
 
 
@@ -146,9 +148,10 @@ def test_an_expert_without_tokens_is_counted_dead_and_gets_a_zero_gradient(imple
     with torch.no_grad():
         block.gate.weight[3] = -block.gate.weight[:3].mean(0) * 50
     hidden = block.gate.weight[:3].mean(0).expand(2, 5, 16) + torch.randn(2, 5, 16) * 0.01
-    set_routing({7: block}, RoutingContext(training=True))
-    block(hidden.detach()).square().sum().backward()
-    stats = block.routing.stats()
+    block.layer_idx = 7
+    with use_routing(RoutingContext(training=True)) as routing:
+        block(hidden.detach()).square().sum().backward()
+    stats = routing.stats()
     assert stats[7]["dead"] >= 1
     assert stats[7]["load"][3] == 0
     assert stats[7]["load"].sum() == pytest.approx(1)
@@ -159,9 +162,9 @@ def test_an_expert_without_tokens_is_counted_dead_and_gets_a_zero_gradient(imple
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_a_batch_of_padding_alone_keeps_every_weight_in_the_graph(implementation):
     block = block_of(implementation=implementation, use_residual=True)
-    set_routing({0: block}, RoutingContext(torch.zeros(1, 3), training=True))
-    out = block(torch.randn(1, 3, 16))
-    (out.sum() + block.routing.balance_losses()[0]).backward()
+    with use_routing(RoutingContext(torch.zeros(1, 3), training=True)) as routing:
+        out = block(torch.randn(1, 3, 16))
+    (out.sum() + routing.balance_losses()[0]).backward()
     assert not out.any()
     assert all(param.grad is not None and not param.grad.any() for param in block.parameters())
 
@@ -170,10 +173,14 @@ def checkpointed_router_gradient(use_reentrant=None):
     """Return (gradient, context) of a block's router under loss + balance loss; None for no checkpoint."""
     block = block_of(moe_second_expert_sampling=True)
     context = RoutingContext(torch.tensor([[1, 1, 1, 1, 0]]), training=True)
-    set_routing({0: block}, context)
     hidden = torch.linspace(-1, 1, 80).view(1, 5, 16).requires_grad_()
     torch.manual_seed(1)
-    out = block(hidden) if use_reentrant is None else checkpoint(block, hidden, use_reentrant=use_reentrant)
+    with use_routing(context):
+        if use_reentrant is None:
+            out = block(hidden)
+        else:
+            out = checkpoint_with_routing(checkpoint, block, hidden, use_reentrant=use_reentrant)
+    # Outside: the recomputation must find the context by itself.
     (out.square().sum() + context.balance_losses()[0]).backward()
     return block.gate.weight.grad, context
 
@@ -198,9 +205,9 @@ def test_capacity_follows_the_mode_of_the_forward_pass():
     hidden = torch.randn(1, 16, 16)
     dropped = {}
     for training in (True, False):
-        set_routing({0: block}, RoutingContext(training=training))
-        block(hidden)
-        dropped[training] = block.routing.stats()[0]["dropped"]
+        with use_routing(RoutingContext(training=training)) as routing:
+            block(hidden)
+        dropped[training] = routing.stats()[0]["dropped"]
     # Four experts with room for 2 of 16 tokens each leave at most 8 of 32 choices; twice the share fits all 16.
     assert dropped[True] >= 0.75
     assert dropped[False] == 0
@@ -210,14 +217,14 @@ def test_sampling_is_for_training_unless_always_is_asked_for():
     hidden = torch.randn(1, 200, 16)
     for sampling, training, changes in ((True, True, True), (True, False, False), ("always", False, True)):
         block = block_of(moe_second_expert_sampling=sampling)
-        set_routing({0: block}, RoutingContext(training=training))
-        assert (not torch.equal(block(hidden), block(hidden))) == changes
+        with use_routing(RoutingContext(training=training)):
+            assert (not torch.equal(block(hidden), block(hidden))) == changes
 
 
 def test_a_model_can_be_copied_after_a_forward_pass():
     block = block_of()
-    set_routing({0: block}, RoutingContext(training=True))
-    out = block(torch.ones(1, 2, 16))
+    with use_routing(RoutingContext(training=True)):
+        out = block(torch.ones(1, 2, 16))
     torch.testing.assert_close(copy.deepcopy(block)(torch.ones(1, 2, 16)), out)
 
 

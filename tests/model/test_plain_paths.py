@@ -20,9 +20,9 @@ class Part(nn.Module):
 def test_every_part_that_has_a_faster_path_is_told_and_others_are_not():
     inner, other = Part(), nn.Linear(1, 1)
     model = nn.Sequential(nn.Sequential(inner), other)
-    set_plain_paths(model, ["rows", "loss"])
-    assert inner.plain_paths == {"rows", "loss"}
-    assert copy.deepcopy(model)[0][0].plain_paths == {"rows", "loss"}
+    set_plain_paths(model, ["experts", "loss"])
+    assert inner.plain_paths == {"experts", "loss"}
+    assert copy.deepcopy(model)[0][0].plain_paths == {"experts", "loss"}
     assert not hasattr(other, "plain_paths")
     assert Part().plain_paths == frozenset()
     set_plain_paths(model, ())
@@ -30,9 +30,9 @@ def test_every_part_that_has_a_faster_path_is_told_and_others_are_not():
 
 
 def test_whole_model_is_told():
-    from llava_lite.model.llava_arch import LlavaMetaForCausalLM, LlavaMetaModel
+    from llava_lite.model.llava_arch import LlavaMetaForCausalLM
 
-    assert LlavaMetaForCausalLM.plain_paths == LlavaMetaModel.plain_paths == frozenset()
+    assert LlavaMetaForCausalLM.plain_paths == frozenset()
 
 
 @pytest.mark.parametrize("moe", [None, {"num_experts": [4], "top_k_experts": 2}], ids=["dense", "experts"])
@@ -55,14 +55,14 @@ def test_plain_loss_asks_the_vocabulary_everywhere_and_is_the_same(moe, toy_mode
 
 
 def test_unknown_path_is_answered_with_the_known_ones():
-    with pytest.raises(ValueError, match="unknown plain path 'layer'; known: layers, rows, loss, experts"):
+    with pytest.raises(ValueError, match="unknown plain path 'layer'; known: loss, experts"):
         set_plain_paths(nn.Linear(1, 1), ["layer"])
 
 
 def test_flag_names_the_same_paths(tmp_path):
     field = ModelArguments.__dataclass_fields__["plain_paths"]
     assert tuple(field.metadata["choices"]) == PLAIN_PATHS
-    model_args, _, _ = parse_args(["--output_dir", str(tmp_path), "--plain_paths", "layers", "rows"])
-    assert model_args.plain_paths == ["layers", "rows"]
+    model_args, _, _ = parse_args(["--output_dir", str(tmp_path), "--plain_paths", "loss", "experts"])
+    assert model_args.plain_paths == ["loss", "experts"]
     with pytest.raises(SystemExit):
         parse_args(["--output_dir", str(tmp_path), "--plain_paths", "layer"])

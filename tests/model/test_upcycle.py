@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from llava_lite.model.moe import MoeBlock, RoutingContext, set_routing
+from llava_lite.model.moe import MoeBlock, RoutingContext, use_routing
 from llava_lite.model.upcycle import upcycle
 
 BACKBONES = ("llama", "mistral", "phi", "qwen2", "qwen3", "stablelm")
@@ -26,9 +26,7 @@ def dense_model(toy_llm_dir):
 
 def logits(model, ids=IDS, mask=MASK):
     """Return the logits at real tokens, the padding told to the MoE layers too."""
-    blocks = {i: layer.mlp for i, layer in enumerate(model.model.layers) if isinstance(layer.mlp, MoeBlock)}
-    set_routing(blocks, RoutingContext(mask))
-    with torch.no_grad():
+    with use_routing(RoutingContext(mask)), torch.no_grad():
         return model(input_ids=ids, attention_mask=mask).logits[mask.bool()]
 
 
@@ -104,20 +102,17 @@ def test_decoding_token_by_token_equals_one_pass(dense_model):
     with torch.no_grad():
         for param in model.model.layers[0].mlp.experts.parameters():
             param.add_(torch.randn_like(param) * 0.3)
-    blocks = {i: model.model.layers[i].mlp for i in (0, 2)}
     cache, steps = None, []
     for t in range(IDS.shape[1]):
-        set_routing(blocks, RoutingContext(MASK[:, : t + 1]))
         positions = (MASK[:, : t + 1].cumsum(1) - 1).clamp(min=0)[:, -1:]
-        with torch.no_grad():
+        with use_routing(RoutingContext(MASK[:, : t + 1])), torch.no_grad():
             out = model(
                 IDS[:, t : t + 1], attention_mask=MASK[:, : t + 1], position_ids=positions, past_key_values=cache
             )
         cache = out.past_key_values
         steps.append(out.logits)
-    set_routing(blocks, RoutingContext(MASK))
     positions = (MASK.cumsum(1) - 1).clamp(min=0)
-    with torch.no_grad():
+    with use_routing(RoutingContext(MASK)), torch.no_grad():
         expected = model(IDS, attention_mask=MASK, position_ids=positions).logits
     torch.testing.assert_close(torch.cat(steps, dim=1)[MASK.bool()], expected[MASK.bool()], rtol=0, atol=1e-4)
 
@@ -135,17 +130,15 @@ def test_a_dict_that_asks_for_no_experts_is_refused(dense_model, moe):
         upcycle(dense_model(), moe)
 
 
-def test_whole_model_checkpointing_keeps_every_gradient(dense_model):
+def test_whole_model_checkpointing_keeps_every_gradient(toy_model):
     grads = []
     for checkpointing in (False, True):
-        model = dense_model().train()
+        model = toy_model(tower=None).train()
         upcycle(model, {"num_experts": 4, "moe_mode": "sparse"})
         if checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        context = RoutingContext(MASK, training=True)
-        set_routing({i: model.model.layers[i].mlp for i in (0, 2)}, context)
-        loss = model(IDS, attention_mask=MASK, labels=IDS).loss + sum(context.balance_losses())
-        loss.backward()
+        context = RoutingContext()
+        model(IDS, attention_mask=MASK, labels=IDS, routing=context).loss.backward()
         assert context.stats()[0]["tokens"] == MASK.sum()
         grads.append({name: param.grad for name, param in model.named_parameters()})
     torch.testing.assert_close(*grads, rtol=0, atol=0)

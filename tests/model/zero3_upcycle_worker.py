@@ -12,7 +12,7 @@ import torch.distributed as dist
 from transformers import LlamaForCausalLM
 from transformers.integrations import HfDeepSpeedConfig
 
-from llava_lite.model.moe import RoutingContext, set_routing
+from llava_lite.model.moe import RoutingContext, use_routing
 from llava_lite.model.upcycle import upcycle
 from llava_lite.model.weights import full_state_dict, gathered
 
@@ -55,8 +55,9 @@ def prepare(model, case):
 def loss_of(model, forward, ids):
     """Return the cross-entropy and a tenth of the balance losses of one batch."""
     context = RoutingContext(training=True)
-    set_routing({i: layer.mlp for i, layer in enumerate(model.model.layers)}, context)
-    return forward(input_ids=ids, labels=ids).loss + 0.1 * sum(context.balance_losses())
+    with use_routing(context):
+        loss = forward(input_ids=ids, labels=ids).loss
+    return loss + 0.1 * sum(context.balance_losses())
 
 
 def distance(ours, expected):

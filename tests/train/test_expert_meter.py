@@ -3,14 +3,16 @@
 import pytest
 import torch
 
+from llava_lite.model.moe import RoutingContext
 from llava_lite.train.expert_meter import ExpertMeter, flat_report, report
 
 
 def run(model, num_tokens=12, seed=0):
     """Run a batch of text through the model and return its routing."""
     ids = torch.randint(3, 50, (2, num_tokens), generator=torch.Generator().manual_seed(seed))
-    model.train()(input_ids=ids, labels=ids)
-    return model.routing
+    routing = RoutingContext()
+    model.train()(input_ids=ids, labels=ids, routing=routing)
+    return routing
 
 
 def test_report_of_a_row_that_a_person_can_compute():

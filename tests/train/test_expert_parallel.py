@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 from llava_lite.arguments import ModelArguments
 from llava_lite.contradictions import check_expert_parallel
+from llava_lite.model.moe import RoutingContext
 from llava_lite.train.expert_meter import flat_report
 from llava_lite.train.expert_parallel import (
     needs_all_ranks,
@@ -140,7 +141,11 @@ def test_shared_out_experts_learn_what_whole_ones_learn(pair):
     mask = torch.ones_like(ids)
     mask[1, 7:] = 0
     model, shared = pair
-    results = [each.train()(input_ids=ids, attention_mask=mask, labels=ids) for each in pair]
+    routing = [RoutingContext() for _ in pair]
+    results = [
+        each.train()(input_ids=ids, attention_mask=mask, labels=ids, routing=one)
+        for each, one in zip(pair, routing, strict=True)
+    ]
     for result in results:
         result.loss.backward()
     assert results[1].loss.item() == pytest.approx(results[0].loss.item(), rel=1e-6)
@@ -151,7 +156,7 @@ def test_shared_out_experts_learn_what_whole_ones_learn(pair):
         torch.testing.assert_close(grad, stock.experts.gate_up_proj.grad)
         torch.testing.assert_close(experts.w2.grad, stock.experts.down_proj.grad)
         torch.testing.assert_close(block.gate.weight.grad, stock.gate.weight.grad)
-        assert torch.equal(shared.routing.counts()[layer][0], model.routing.counts()[layer][0])
+        assert torch.equal(routing[1].counts()[layer][0], routing[0].counts()[layer][0])
     weights = (each.get_input_embeddings().weight.grad for each in pair)
     torch.testing.assert_close(*weights)
 

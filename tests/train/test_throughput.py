@@ -19,9 +19,7 @@ from llava_lite.train.throughput import (
 
 # The toys: width 32, MLP 64, 4 layers, keys and values 16 wide; norms of 32 twice a layer.
 LAYER = 32 * 32 * 2 + 32 * 16 * 2 + 3 * 32 * 64 + 2 * 32
-# What the last layer does at supervised rows only: output projection and MLP.
-AT_ROWS = 32 * 32 + 3 * 32 * 64
-DECODER = 4 * LAYER - AT_ROWS
+DECODER = 4 * LAYER
 CONNECTOR = 2 * (32 * 32 + 32)
 
 
@@ -42,7 +40,7 @@ def test_flops_of_a_frozen_model_behind_a_trained_connector(toy_model):
     assert weights_of(*model.model.layers) == 4 * LAYER
     # Frozen after the first trained weight: forward, and the gradient of its input.
     assert flops.per_token == 4 * DECODER
-    assert flops.per_supervised == 4 * (weights_of(model.lm_head) + AT_ROWS)
+    assert flops.per_supervised == 4 * weights_of(model.lm_head)
     tower = model.get_vision_tower()
     patches = 2 * 16 * 3 * 8 * 8 * 32
     read = 2 * 17 * weights_of(*tower.layers[:2])
@@ -54,12 +52,8 @@ def test_flops_of_full_tuning(toy_model):
     model.get_vision_tower().requires_grad_(False)
     flops = step_flops(model)
     assert flops.per_token == 6 * DECODER
-    assert flops.per_supervised == 6 * (weights_of(model.lm_head) + AT_ROWS)
-    # A layer that is told to keep all rows pays for them.
-    set_plain_paths(model, ("rows",))
-    plain = step_flops(model)
-    assert (plain.per_token, plain.per_supervised) == (6 * 4 * LAYER, 6 * weights_of(model.lm_head))
-    # And for all logits, if it is told to make them.
+    assert flops.per_supervised == 6 * weights_of(model.lm_head)
+    # A head that makes all logits pays for them.
     set_plain_paths(model, ("loss",))
     plain = step_flops(model)
     assert (plain.per_token, plain.per_supervised) == (6 * (4 * LAYER + weights_of(model.lm_head)), 0)
@@ -68,7 +62,6 @@ def test_flops_of_full_tuning(toy_model):
 def test_a_token_pays_for_the_experts_it_visits(toy_model):
     dense, moe = toy_model(), toy_model(moe={"moe_mode": "dense", "num_experts": [4], "top_k_experts": 2})
     router, mlp = 4 * 32, 3 * 32 * 64
-    # The last layer has experts too, whose balance loss is over all positions.
     assert step_flops(dense).per_token == 6 * DECODER
     assert step_flops(moe).per_token == 6 * 4 * (LAYER + router + mlp)
 

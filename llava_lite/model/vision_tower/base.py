@@ -80,12 +80,12 @@ class VisionTower(nn.Module, ABC):
         """Return features [N, P, C] of pictures [N, 3, H, W], in the tower's dtype.
 
         Numbers are taken for normalised, bytes (uint8) are normalised here, as the image processor does.
-        A list of pictures [3, H, W] gives a list of features [1, P, C], as in LLaVA. A frozen tower runs
-        without gradient: the graph would hold activations that nobody reads.
+        A list of pictures [3, H, W] gives a list of features [1, P, C], as in LLaVA. Where neither the tower trains
+        nor the images want a gradient it runs without: the graph would hold activations that nobody reads.
         """
         if isinstance(images, list):
             return [self(picture[None]) for picture in images]
-        trains = any(p.requires_grad for p in self.parameters())
+        trains = images.requires_grad or any(p.requires_grad for p in self.parameters())
         with torch.set_grad_enabled(torch.is_grad_enabled() and trains):
             hidden = self.embed(self.pixels(images))  # [N, S, C]
             for layer in self.layers[: self.num_read_layers]:
