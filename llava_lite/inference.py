@@ -188,7 +188,9 @@ def _generate(model, inputs, image_cache=None, **arguments):
     if image_cache is not None and "pixel_values" in inputs:
         # An adapter's wrapper hands `generate` to the model inside.
         owner = model.get_base_model() if hasattr(model, "get_base_model") else model
-        arguments["image_features"] = image_cache.features(owner, inputs.pop("pixel_values"), inputs.get("image_sizes"))
+        arguments["image_features"] = image_cache.features(
+            owner, inputs.pop("pixel_values"), inputs.get("image_sizes")
+        )
     tokens = model.generate(**inputs, **arguments)
     return tokens[:, inputs["input_ids"].shape[1] :]
 

@@ -67,7 +67,12 @@ class PictureGeneration:
             if embeds is None:
                 # From ids, as adapters that put a prompt of their own before them want it.
                 output = super().generate(input_ids=ids, **kwargs)
-            elif self.reads_ids(kwargs):
+            elif asked := self.asked_by_ids(kwargs):
+                if ids.shape[1] != mask.shape[1]:
+                    raise ValueError(
+                        f"{', '.join(asked)} looks up the ids of the prompt, but there are {ids.shape[1]} ids of "
+                        f"{mask.shape[1]} positions; give all ids."
+                    )
                 kwargs["past_key_values"] = self.prefill(embeds, mask, kwargs)
                 output = super().generate(input_ids=ids, **kwargs)
                 return without_prompt(output, ids.shape[1]) if llava_way else output
@@ -123,10 +128,10 @@ class PictureGeneration:
             )
         return None
 
-    def reads_ids(self, arguments: dict) -> bool:
-        """Tell whether the way of generating that was asked for needs the prompt in a cache and not as embeddings."""
+    def asked_by_ids(self, arguments: dict) -> list[str]:
+        """Return which ways of generating are asked for that need the prompt in a cache and not as embeddings."""
         asked = {name: self.argument(name, arguments) for name in BY_IDS}
-        return any(value is not None and value != BY_IDS[name] for name, value in asked.items())
+        return [name for name, value in asked.items() if value is not None and value != BY_IDS[name]]
 
     def argument(self, name: str, arguments: dict):
         """Return what `generate` was told, by name or in a generation config, None if nothing."""
@@ -235,6 +240,12 @@ def check_going_on(batch: Batch, num_cached: int) -> bool:
     num_ids = batch.input_ids.shape[1]
     mask_len = num_ids if batch.attention_mask is None else batch.attention_mask.shape[1]
     if mask_len == num_ids:
+        if batch.attention_mask is None and num_ids > num_cached:
+            logger.warning(
+                "generate got %d ids, a cache of %d positions and no attention_mask: taken for all ids, of which the "
+                "last %d are new. If all are new, give an attention_mask of %d.",
+                *(num_ids, num_cached, num_ids - num_cached, num_cached + num_ids),
+            )
         return True
     if mask_len != num_cached + num_ids:
         raise ValueError(

@@ -5,8 +5,8 @@ import sys
 
 from llava_lite.conversation import SeparatorStyle, get_template
 from llava_lite.inference import load, place_marks, stream
-from llava_lite.model.image_cache import ImageFeatureCache
 from llava_lite.messages import upright_picture
+from llava_lite.model.image_cache import ImageFeatureCache
 
 INTRODUCTION = "Ask about the picture, or anything; an empty line ends the chat."
 

@@ -1,0 +1,246 @@
+"""Going on from a cache: the tokens and logits of transformers' LLaVA, or a sentence where the ids fit nothing."""
+
+import copy
+
+import pytest
+import torch
+
+from llava_lite.constants import IMAGE_TOKEN_INDEX
+from tests.model.test_stock_llava import EOS, IMAGE, MOE, NUM_FEATURES, PAD, pair
+
+__all__ = ["pair"]
+FIRST = {
+    "text": [[1, 36, 37, 38, 39, 40]],
+    "image": [[1, 30, *[IMAGE] * NUM_FEATURES, 31, 32, 33]],
+    "rows": [[PAD, PAD, PAD, 1, *[IMAGE] * NUM_FEATURES, 31], [1, 30, 44, *[IMAGE] * NUM_FEATURES, 31, 32]],
+}
+# What the second turn adds to each row; the long one has more ids than the first turn.
+SECOND = {
+    "short text": [50, 51, 52],
+    "long text": [50 + i % 40 for i in range(60)],
+    "image": [60, *[IMAGE] * NUM_FEATURES, 61, 62],
+    "long text, then an image": [*[50 + i % 40 for i in range(60)], *[IMAGE] * NUM_FEATURES, 63],
+}
+
+
+def pixels_of(ids, seed):
+    """Return random images, as many as the ids have placeholders for; None without one."""
+    count = int((ids == IMAGE).sum()) // NUM_FEATURES
+    return torch.randn(count, 3, 32, 32, generator=torch.Generator().manual_seed(seed)) if count else None
+
+
+def named(pixels):
+    return {} if pixels is None else {"pixel_values": pixels}
+
+
+def joined(first, second):
+    """Return the images of each row, the first turn's before the second's, in reading order."""
+    if first is None or second is None:
+        return first if second is None else second
+    return torch.stack([first, second], dim=1).flatten(0, 1)
+
+
+def generate(model, **inputs):
+    torch.manual_seed(0)
+    asked = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, "return_dict_in_generate": True}
+    return model.generate(**inputs, **asked, output_logits=True)
+
+
+class TwoTurns:
+    """Two turns: the cache that the first one left, and the ids of both."""
+
+    def __init__(self, model, first, second):
+        ids = torch.tensor(FIRST[first])
+        self.mask = (ids != PAD).long()
+        self.pixels = pixels_of(ids, seed=1)
+        output = generate(model, input_ids=ids, attention_mask=self.mask, **named(self.pixels))
+        self.cache, self.num_cached = output.past_key_values, output.past_key_values.get_seq_length()
+        added = torch.tensor([SECOND[second]] * len(ids))
+        self.ids = torch.cat([output.sequences, added], dim=1)
+        self.full_mask = torch.cat([self.mask, torch.ones_like(self.ids[:, self.mask.shape[1] :])], dim=1)
+        self.new_pixels = pixels_of(added, seed=2)
+        self.all_pixels = joined(self.pixels, self.new_pixels)
+        self.new_ids = self.ids[:, self.num_cached :]
+
+    def go_on(self, model, **inputs):
+        return generate(model, **inputs, past_key_values=copy.deepcopy(self.cache))
+
+
+def assert_same_answer(found, expected, num_new=5):
+    assert torch.equal(found.sequences[:, -num_new:], expected.sequences[:, -num_new:])
+    torch.testing.assert_close(torch.stack(found.logits), torch.stack(expected.logits), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("second", SECOND)
+@pytest.mark.parametrize("first", FIRST)
+@pytest.mark.parametrize("attention", ["sdpa", "varlen"])
+def test_a_second_turn_is_that_of_transformers_and_of_no_cache(pair, first, second, attention):
+    ours, stock = pair
+    ours.set_attn_implementation(attention)
+    turns, theirs = TwoTurns(ours, first, second), TwoTurns(stock, first, second)
+    assert torch.equal(turns.ids, theirs.ids)
+    fresh = generate(stock, input_ids=turns.ids, attention_mask=turns.full_mask, **named(turns.all_pixels))
+    new = {"input_ids": turns.new_ids, "attention_mask": turns.full_mask, **named(turns.new_pixels)}
+    whole = {"input_ids": turns.ids, "attention_mask": turns.full_mask}
+    assert_same_answer(theirs.go_on(stock, **new), fresh)
+    assert_same_answer(turns.go_on(ours, **new), fresh)
+    # All ids: with the new images, as transformers wants it, and with all of them.
+    assert_same_answer(theirs.go_on(stock, **whole, **named(turns.new_pixels)), fresh)
+    assert_same_answer(turns.go_on(ours, **whole, **named(turns.new_pixels)), fresh)
+    assert_same_answer(turns.go_on(ours, **whole, **named(turns.all_pixels)), fresh)
+    # LLaVA's way returns new tokens only.
+    answer = turns.go_on(ours, inputs=turns.ids, attention_mask=turns.full_mask, images=turns.all_pixels)
+    assert torch.equal(answer.sequences, fresh.sequences[:, -5:])
+    ours.set_attn_implementation("sdpa")
+
+
+@pytest.mark.parametrize("second", SECOND)
+def test_one_placeholder_an_image_is_understood_with_all_images(pair, second):
+    ours, _ = pair
+    turns = TwoTurns(ours, "image", second)
+    fresh = generate(ours, input_ids=turns.ids, attention_mask=turns.full_mask, **named(turns.all_pixels))
+    row, short = turns.ids[0].tolist(), []
+    for i, token in enumerate(row):
+        if token != IMAGE:
+            short.append(token)
+        elif row[i - 1] != IMAGE:
+            short.append(IMAGE_TOKEN_INDEX)
+    ids = torch.tensor([short])
+    for more in ({"attention_mask": torch.ones_like(ids)}, {}):
+        answer = turns.go_on(ours, inputs=ids, images=turns.all_pixels, **more)
+        assert torch.equal(answer.sequences, fresh.sequences[:, -5:])
+    with pytest.raises(ValueError, match=r"image placeholders, .* of them after the .* cached positions|no id is new"):
+        turns.go_on(ours, inputs=ids, images=turns.new_pixels)
+
+
+@pytest.mark.parametrize("second", ["long text", "image"])
+def test_experts_go_on_as_without_a_cache(toy_model, second):
+    model = toy_model(moe=MOE, image_token_index=IMAGE)
+    with torch.no_grad():
+        for name, param in model.named_parameters():
+            if ".experts." in name:
+                param.add_(torch.randn(param.shape, generator=torch.Generator().manual_seed(5)) * 0.1)
+    turns = TwoTurns(model, "rows", second)
+    fresh = generate(model, input_ids=turns.ids, attention_mask=turns.full_mask, **named(turns.all_pixels))
+    new = {"input_ids": turns.new_ids, "attention_mask": turns.full_mask, **named(turns.new_pixels)}
+    assert_same_answer(turns.go_on(model, **new), fresh)
+    assert_same_answer(
+        turns.go_on(model, input_ids=turns.ids, attention_mask=turns.full_mask, **named(turns.all_pixels)), fresh
+    )
+
+
+@pytest.mark.parametrize("second", SECOND)
+def test_forward_in_two_pieces_is_forward_at_once(pair, second):
+    _, stock = pair
+    turns = TwoTurns(stock, "rows", second)
+    positions = turns.full_mask.cumsum(1) - 1
+    positions = positions.masked_fill(turns.full_mask == 0, 0)
+    with torch.no_grad():
+        whole = {"attention_mask": turns.full_mask, "position_ids": positions, **named(turns.all_pixels)}
+        expected = stock(turns.ids, **whole).logits[:, -1]
+        for model in pair:
+            cut = turns.num_cached
+            first = {"attention_mask": turns.full_mask[:, :cut], "position_ids": positions[:, :cut]}
+            cache = model(turns.ids[:, :cut], **first, **named(turns.pixels), use_cache=True).past_key_values
+            rest = {"attention_mask": turns.full_mask, "position_ids": positions[:, cut:], **named(turns.new_pixels)}
+            found = model(turns.new_ids, **rest, past_key_values=cache, use_cache=True).logits[:, -1]
+            torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "asked", [{"prompt_lookup_num_tokens": 3}, {"num_beams": 3}, {"guidance_scale": 1.5}], ids=str
+)
+def test_other_ways_of_generating_go_on_too(pair, asked):
+    ours, _ = pair
+    turns = TwoTurns(ours, "image", "image")
+    inputs = {"input_ids": turns.ids, "attention_mask": turns.full_mask, "pixel_values": turns.all_pixels}
+    more = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, **asked}
+    cache = copy.deepcopy(turns.cache)
+    if "num_beams" in asked:
+        # As transformers wants it of a cache for beams.
+        cache.batch_repeat_interleave(3)
+    fresh = ours.generate(**inputs, **more)
+    assert torch.equal(ours.generate(**inputs, **more, past_key_values=cache)[:, -5:], fresh[:, -5:])
+
+
+@pytest.mark.parametrize(
+    ("ids", "mask_len", "words"),
+    [
+        (5, None, r"5 ids and a cache of 25 positions: no id is new"),
+        (5, 5, r"5 ids and a cache of 25 positions: no id is new"),
+        (5, 12, r"5 ids, an attention_mask of 12 and a cache of 25 positions; expected .* new ids and a mask of 30"),
+        (5, 31, r"5 ids, an attention_mask of 31 and a cache of 25 positions"),
+    ],
+)
+def test_ids_that_fit_neither_are_answered_with_the_numbers(pair, ids, mask_len, words):
+    ours, _ = pair
+    turns = TwoTurns(ours, "image", "short text")
+    assert turns.num_cached == 25
+    mask = None if mask_len is None else torch.ones(1, mask_len, dtype=torch.long)
+    with pytest.raises(ValueError, match=words):
+        turns.go_on(ours, input_ids=torch.arange(40, 40 + ids)[None], attention_mask=mask)
+
+
+def test_ids_without_a_mask_are_taken_for_all_ids_and_that_is_logged(pair, caplog):
+    ours, stock = pair
+    turns = TwoTurns(ours, "text", "short text")
+    found = turns.go_on(ours, input_ids=turns.ids)
+    assert_same_answer(found, generate(stock, input_ids=turns.ids, attention_mask=turns.full_mask))
+    assert "14 ids, a cache of 10 positions and no attention_mask: taken for all ids" in caplog.text
+
+
+def test_ways_that_look_up_the_ids_of_the_prompt_need_all_of_them(pair):
+    ours, _ = pair
+    turns = TwoTurns(ours, "image", "image")
+    new = {"input_ids": turns.new_ids, "attention_mask": turns.full_mask, "pixel_values": turns.new_pixels}
+    with pytest.raises(ValueError, match="prompt_lookup_num_tokens .* 23 ids of 43 positions; give all ids"):
+        ours.generate(**new, past_key_values=copy.deepcopy(turns.cache), prompt_lookup_num_tokens=3)
+
+
+# Padding without a mask.
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padded_ids_without_a_mask_are_read_as_transformers_reads_them(pair, side):
+    rows = [[1, 30, *[IMAGE] * NUM_FEATURES, 31, 32, 33], [1, 36, 37, *[IMAGE] * NUM_FEATURES, 35], [1, 36, 37, 38]]
+    longest = max(map(len, rows))
+    rows = [
+        [PAD] * (longest - len(row)) + row if side == "left" else row + [PAD] * (longest - len(row)) for row in rows
+    ]
+    ids = torch.tensor(rows)
+    ours, stock = pair
+    inputs = {"input_ids": ids, "pixel_values": pixels_of(ids, seed=3)}
+    found = generate(ours, **inputs)
+    with_mask = generate(ours, **inputs, attention_mask=(ids != PAD).long())
+    assert torch.equal(found.sequences, with_mask.sequences)
+    if side == "left":
+        assert torch.equal(found.sequences, generate(stock, **inputs).sequences)
+
+
+def test_padding_that_may_end_an_answer_is_text_and_that_is_logged(pair, caplog):
+    ours, stock = pair
+    ids = torch.tensor([[EOS, EOS, 1, 36, 37], [1, 38, 39, 40, 41]])
+    more = {"pad_token_id": EOS, "eos_token_id": EOS}
+    found = ours.generate(ids, max_new_tokens=4, do_sample=False, **more)
+    assert torch.equal(found, stock.generate(ids, max_new_tokens=4, do_sample=False, **more))
+    assert "2 rows and no attention_mask, and padding cannot be told from the ids" in caplog.text
+
+
+# Gradients to the pixels.
+
+
+@pytest.mark.parametrize("frozen", ["", "vision_tower", "model.", "lm_head"])
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_pixels_get_the_gradient_of_transformers_whatever_is_frozen(pair, frozen, mode):
+    ids = torch.tensor([[1, 30, *[IMAGE] * NUM_FEATURES, 31, 32, 33]])
+    labels = ids.masked_fill((ids == IMAGE) | (torch.arange(ids.shape[1]) < 19), -100)
+    found = []
+    for model in (copy.deepcopy(one) for one in pair):
+        for name, param in model.named_parameters():
+            known = name.replace("vision_model", "vision_tower")
+            param.requires_grad_(bool(frozen) and frozen not in known if frozen != "model." else False)
+        pixels = pixels_of(ids, seed=4).requires_grad_()
+        getattr(model, mode)()(input_ids=ids, pixel_values=pixels, labels=labels).loss.backward()
+        found.append(pixels.grad)
+    torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-6)
+    assert found[0].abs().sum() > 0
