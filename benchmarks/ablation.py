@@ -37,7 +37,7 @@ def variants_of(stage: int, takes_features: bool) -> dict[str, Variant]:
     """Return {name: Variant}; takes_features: whether the model reads cached features of a frozen tower."""
     from llava_lite.model.plain_paths import PLAIN_PATHS
 
-    # A last layer with experts runs at every position anyway, and without experts there is no path for them.
+    # Without experts there is no path for them.
     paths = [path for path in PLAIN_PATHS if path != "experts" or stage == 3]
     variants = {ALL_ON: Variant()}
     variants |= {f"{path} off": Variant(frozenset({path})) for path in paths}

@@ -8,8 +8,8 @@ import torch
 from PIL import Image
 from transformers import LogitsProcessor, LogitsProcessorList
 
-from llava_lite.conversation import conv_templates
 from llava_lite import ImageFeatureCache
+from llava_lite.conversation import conv_templates
 from llava_lite.inference import _pieces_without_mark, end_mark, load, place_marks, prepare, reply, stream
 from llava_lite.mm_utils import load_image_processor, process_images, tokenizer_image_token
 from llava_lite.processing import LlavaLiteProcessor

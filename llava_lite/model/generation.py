@@ -172,8 +172,8 @@ class PictureGeneration:
         self, input_ids, next_sequence_length=None, past_key_values=None, inputs_embeds=None, **kwargs
     ):
         """Return the inputs of the next step: of all ids [B, L] those that are not in the cache yet."""
-        # Assisted decoding hands its first step all ids, whatever a cache holds. New ids alone are known by what covers
-        # all positions: the mask or, where transformers has dropped one without zeros, the position ids.
+        # Assisted decoding hands its first step all ids, whatever a cache holds. New ids alone are known by what
+        # covers all positions: the mask or, where transformers has dropped one without zeros, the position ids.
         covering = kwargs.get("attention_mask")
         covering = kwargs.get("position_ids") if covering is None else covering
         if next_sequence_length is None and past_key_values is not None and covering is not None:

@@ -26,8 +26,10 @@ class VocabularyHead(Linear):
     def of(cls, linear: torch.nn.Linear, plain_paths: frozenset[str] = frozenset()) -> "VocabularyHead":
         """Return a head with the very weights of a linear layer."""
         head = cls(linear.in_features, linear.out_features, bias=linear.bias is not None, device="meta")
-        head.weight, head.bias, head.plain_paths = linear.weight, linear.bias, plain_paths
-        return head.train(linear.training)
+        # With what others have noted on it: transformers, that its weights are not to be drawn again.
+        vars(head).update(vars(linear))
+        head.plain_paths = plain_paths
+        return head
 
     def forward(self, hidden, labels=None, divisor=1):
         """Return logits [..., V] of hidden [..., D]; with labels [S] and hidden [S, D] their summed loss / divisor.

@@ -104,7 +104,7 @@ def mlp_widths(layer, trains, dtype_bytes):
     | MLP | [.., D] | [.., I] |
     | gated | 0 | gate, up, activated gate; their product where weights train |
     | Phi's | 0 | input, output and three steps of the activation; one more where weights train |
-    | experts | 2 in half precision (a trained router's float32 input), else 0; frozen 1 | input of the activation, K times |
+    | experts | trained: 2 in half precision (the router's float32 input), else 0; frozen: 1 | gate and up, K times |
     """
     if isinstance(layer.mlp, MoeBlock):
         visits = layer.mlp.moe.top_k_experts

@@ -121,9 +121,9 @@ def test_two_ranks_train_what_one_process_trains(flags_of, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["grouped", "experts"])
-def test_under_zero3_leaner_layers_train_what_stock_ones_train(flags_of, tmp_path, kind):
+def test_under_zero3_the_loss_at_supervised_positions_trains_what_all_logits_train(flags_of, tmp_path, kind):
     # The last flag of a name counts.
-    ways = {"lean": [], "stock": ["--plain_paths", "layers", "rows"]}
+    ways = {"supervised": [], "all": ["--plain_paths", "loss"]}
     cases = []
     for way, more in ways.items():
         for checkpointing in (True, False):
@@ -131,7 +131,7 @@ def test_under_zero3_leaner_layers_train_what_stock_ones_train(flags_of, tmp_pat
             argv = [*flags_of(kind, tmp_path / name, 2), *ENGINES["zero3"], *more]
             cases.append({"name": name, "argv": [*argv, f"--gradient_checkpointing={checkpointing}"]})
     results = launch(cases, tmp_path)
-    expected = results["stock_False"][0]["loss"]
+    expected = results["all_False"][0]["loss"]
     assert len(expected) == 4
     for name, of_ranks in results.items():
         for result in of_ranks:
