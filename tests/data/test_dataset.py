@@ -80,11 +80,21 @@ def by_id(dataset, name):
     return next(dataset[i] for i in range(len(dataset)) if dataset.annotations[i].id == name)
 
 
-def test_a_mark_without_a_picture_stays_text(opened, toy_tokenizer):
-    example = by_id(opened()[0], "33")
-    assert "images" not in example
-    assert IMAGE_TOKEN_INDEX not in example["input_ids"]
-    assert "mark <image> mean" in toy_tokenizer.decode(example["input_ids"])
+def test_a_placeholder_without_an_image_is_refused_or_learned_as_plain_text(write_json, toy_tokenizer, processor):
+    turns = [{"from": "human", "value": "What does the tag <image> mean?"}, {"from": "gpt", "value": "An image."}]
+    path = write_json([{"id": "html", "conversations": turns}])
+    with pytest.raises(DataError, match=r"1 <image> placeholder in the conversation but no image in record 'html'"):
+        open_dataset(path, toy_tokenizer, processor, "v1", layout=PictureLayout(P))
+    unchecked = LazySupervisedDataset(open_annotations(path), toy_tokenizer, processor, "v1", layout=PictureLayout(P))
+    with pytest.raises(DataError, match="--placeholder_as_text True"):
+        unchecked[0]
+    options = {"layout": PictureLayout(P), "placeholder_as_text": True}
+    dataset, report = open_dataset(path, toy_tokenizer, processor, "v1", **options)
+    assert "images" not in dataset[0]
+    assert IMAGE_TOKEN_INDEX not in dataset[0]["input_ids"]
+    assert "the tag <image> mean" in toy_tokenizer.decode(dataset[0]["input_ids"])
+    assert "1 record with <image> and no image, taken as plain text" in report.summary()
+    assert "record 'html' (train.json[0])" in report.summary().splitlines()[-1]
 
 
 def test_a_greeting_from_gpt_changes_nothing(opened):
