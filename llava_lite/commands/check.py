@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 from llava_lite.anyres import MERGE_TYPES, PictureLayout
 from llava_lite.data.check import NUM_NAMED, check_annotations, write_ledger
-from llava_lite.data.check_report import kinds_of
+from llava_lite.data.check_report import kinds_of, number
 from llava_lite.data.encode import RecordEncoder
 from llava_lite.data.index import open_annotations
 from llava_lite.data.scan import DataError
@@ -96,6 +96,8 @@ def parse_flags(argv) -> argparse.Namespace:
         if getattr(flags, name) is None:
             what = "one or more files of records" if name == "data_path" else "whose tokenizer counts the tokens"
             raise ValueError(f"--{name} is needed: {what}.")
+    if flags.image_folder is not None and not os.path.isdir(flags.image_folder):
+        raise ValueError(f"--image_folder {flags.image_folder}: there is no such directory.")
     if "tune_mm_mlp_adapter" in flags.passed_over:
         flags.tuning = flags.tuning or "projector"
     return flags
@@ -205,11 +207,11 @@ def verdict(report, flags) -> tuple[bool, str]:
     """Return whether a run with these flags could start, and the sentence that says so."""
     num_bad, total = len(report.bad), report.num_records + len(report.bad)
     if not report.num_records:
-        return False, f"not ready: none of {total:,} records can be used."
+        return False, f"not ready: none of {number(total, 'record')} can be used."
     if flags.tuning == "projector" and not report.num_with_picture:
         return False, "not ready: --tuning projector learns from images alone, and no record has one."
     if not num_bad:
-        return True, f"ready to train: all {total:,} records can be used."
+        return True, f"ready to train: {'all ' * (total > 1)}{number(total, 'record')} can be used."
     if flags.bad_record == "raise":
         what = "record must" if num_bad == 1 else "records must"
         return False, f"not ready: {num_bad:,} {what} be mended, or left out with --bad_record skip."
@@ -218,7 +220,7 @@ def verdict(report, flags) -> tuple[bool, str]:
             f"not ready: {num_bad:,} of {total:,} records ({num_bad / total:.2%}) cannot be used, and --bad_record "
             f"skip leaves out at most {flags.max_bad_share:.2%}. Mend them, or raise --max_bad_share."
         )
-    return True, f"ready to train: {report.num_records:,} records; {num_bad:,} are left out (--bad_record skip)."
+    return True, f"ready to train: {number(report.num_records, 'record')}; {num_bad:,} left out (--bad_record skip)."
 
 
 def main(argv=None) -> int:

@@ -11,6 +11,7 @@ from typing import NamedTuple
 from PIL import Image
 
 from llava_lite.data.cache import key_of
+from llava_lite.data.check_report import number
 from llava_lite.data.converters.base import Found, Options
 from llava_lite.data.converters.readers import read_foreign
 from llava_lite.data.picture_files import find_picture, inspect_picture
@@ -20,6 +21,8 @@ from llava_lite.pictures import PictureError
 
 # Reasons that are listed, and examples of each.
 NUM_REASONS = 20
+# A file of which so many records are left out, and none is written, is not read to its end.
+LEAST_JUDGED = 1000
 SUFFIXES = {
     "JPEG": ".jpg",
     "MPO": ".jpg",
@@ -33,7 +36,7 @@ SUFFIXES |= {"PPM": ".ppm", "JPEG2000": ".jp2", "AVIF": ".avif"}
 
 
 class Written(NamedTuple):
-    """What a conversion did. left_out: reason without names -> (count, the first one as it was). notes: counts."""
+    """What a conversion did. left_out: reason without names -> (count, the first one). notes, said: of Options."""
 
     num_records: int
     num_with_image: int
@@ -41,13 +44,15 @@ class Written(NamedTuple):
     image_folder: str | None  # where the image paths of the file start
     left_out: dict[str, tuple[int, str]]
     notes: Counter
+    said: list[str]
 
     def lines(self, path: str) -> list[str]:
         """Return what is printed in the end."""
-        lines = [f"wrote {self.num_records:,} records, {self.num_with_image:,} of them with images, to {path}"]
+        lines = [f"wrote {number(self.num_records, 'record')}, {self.num_with_image:,} with images, to {path}"]
         if self.num_images:
-            lines.append(f"wrote {self.num_images:,} images to {self.image_folder}")
+            lines.append(f"wrote {number(self.num_images, 'image')} below {self.image_folder}")
         lines += [f"{count:,} {note}" for note, count in sorted(self.notes.items()) if count]
+        lines += self.said
         if self.left_out:
             lines.append(f"left out {sum(count for count, _ in self.left_out.values()):,}:")
             reasons = sorted(self.left_out.values(), key=lambda pair: -pair[0])
@@ -150,6 +155,9 @@ class Converter:
         kind = re.sub(r"'[^']*'|\([^()]*\[\d+\]\)|\d[\d,.]*", "", reason)
         count, example = self.left_out[kind]
         self.left_out[kind] = (count + 1, example or reason)
+        num_left_out = sum(count for count, _ in self.left_out.values())
+        if not self.num_records and num_left_out == LEAST_JUDGED:
+            raise DataError(f"none of the first {num_left_out:,} records can be converted; the last: {reason}")
 
 
 def convert(
@@ -188,6 +196,7 @@ def convert(
         root if converter.num_with_image else None,
         dict(converter.left_out),
         options.notes,
+        options.said,
     )
 
 

@@ -30,7 +30,8 @@ def read_images(value, key: str, name: str) -> tuple[str | bytes, ...]:
     value: None, a path, a data URL, base64 text, bytes, an object such as {"bytes", "path"}, or a list of these.
     Raises DataError naming the record for anything else, empty values included.
     """
-    if value is None:
+    if value is None or (isinstance(value, dict) and value and all(part is None for part in value.values())):
+        # Arrow may fill an absent object with absent parts.
         return ()
     values = value if isinstance(value, (list, tuple)) else (value,)
     return tuple(read_image(one, key, name) for one in values)

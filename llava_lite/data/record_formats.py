@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from llava_lite.constants import DEFAULT_IMAGE_TOKEN
 from llava_lite.data.image_values import describe
-from llava_lite.data.record_keys import IMAGE_KEYS, named_media
+from llava_lite.data.record_keys import IMAGE_KEYS, media_keys
 from llava_lite.data.scan import DataError
 from llava_lite.data.turns import Dialogue, check_text, read_dialogue
 
@@ -19,16 +19,18 @@ ANSWER_KEYS = ("answer", "answers", "multiple_choice_answer")
 
 
 class ForeignRecord(DataError):
-    """A record of a format that is not read directly. format: its name. options: what its conversion is told."""
+    """A record of a format that is not read directly.
 
-    def __init__(self, message, format_name="", options=""):
+    format_name: which. options: what its conversion is told, None if there is none; reason: then why.
+    """
+
+    def __init__(self, message, format_name="", options=None, reason=""):
         super().__init__(message)
-        self.format_name = format_name
-        self.options = options
+        self.format_name, self.options, self.reason = format_name, options, reason
 
     def __reduce__(self):
         """Let the error travel between processes whole."""
-        return type(self), (str(self), self.format_name, self.options)
+        return type(self), (str(self), self.format_name, self.options, self.reason)
 
 
 class Content(NamedTuple):
@@ -42,7 +44,8 @@ class Content(NamedTuple):
 class RecordFormat(NamedTuple):
     """matches: object -> bool. read: object, its images, name -> Content; None where only a conversion reads it.
 
-    options: of the command that converts it; None where nothing does. reason: then why.
+    options: of the command that converts it, with KEY for that of the images and NAME for the first of its own; None
+    where nothing does. reason: then why.
     """
 
     matches: Callable[[dict], bool]
@@ -173,15 +176,15 @@ FORMATS: dict[str, RecordFormat] = {
     ),
     "COCO captions": RecordFormat(
         lambda item: isinstance(item.get("images"), list) and isinstance(item.get("annotations"), list),
-        options="--answers all|first",
+        options="--answers first",
     ),
     "VQA questions": RecordFormat(
         lambda item: _is_list_of(item.get("questions"), dict),
-        options="--annotations ANSWERS.json --answers majority|all|first",
+        options="--annotations ANSWERS.json --answers majority",
     ),
     "VQA answers": RecordFormat(
         lambda item: _is_list_of(item.get("annotations"), dict) and "answers" in item["annotations"][0],
-        options="--annotations THIS.json, with the file of questions in its place",
+        reason="name the file of its questions to llava-lite data convert, and this one with --annotations",
     ),
     "InternVL meta": RecordFormat(lambda item: _is_table_of(item, "annotation"), options=""),
     "LLaMA-Factory dataset_info": RecordFormat(
@@ -190,11 +193,11 @@ FORMATS: dict[str, RecordFormat] = {
     ),
     "an image and its caption": RecordFormat(lambda item: _has_image(item) and _has_caption(item), _caption),
     "an image and its captions": RecordFormat(
-        lambda item: captions_key(item) is not None and (_has_image(item) or bool(named_media(item))),
-        options="--answers all|first",
+        lambda item: captions_key(item) is not None and (_has_image(item) or bool(media_keys(item))),
+        options="--answers first",
     ),
     "an image and its caption, the image under another key": RecordFormat(
-        lambda item: not _has_image(item) and bool(named_media(item)) and _has_caption(item), options="--image_key KEY"
+        lambda item: not _has_image(item) and bool(media_keys(item)) and _has_caption(item), options="--image_key KEY"
     ),
 }
 

@@ -66,10 +66,11 @@ def _first(value):
     return value
 
 
-def _looks_like(value, file_name: re.Pattern) -> bool:
+def _looks_like(value, file_name: re.Pattern, depth: int = 3) -> bool:
     value = _first(value)
     if isinstance(value, dict):
-        return isinstance(value.get("bytes"), bytes) or _looks_like(value.get("path"), file_name)
+        # {"bytes", "path"}, or a column of objects that hold one.
+        return depth > 0 and any(_looks_like(one, file_name, depth - 1) for one in value.values())
     if isinstance(value, bytes):
         return file_name is IMAGE_FILE
     if not isinstance(value, str):
@@ -139,7 +140,7 @@ def check_keys(item: dict, images: tuple, name: str) -> None:
 
 def _says_nothing(key: str, value) -> bool:
     if isinstance(value, dict):
-        return not any(value.values())
+        return all(one in (None, "", [], {}) for one in value.values())
     if key in SUPERVISED_KEYS:
         return isinstance(value, (bool, int, float)) and value == 1
     return value in ("", "[]", "{}") or value == [] or value is False
@@ -148,6 +149,9 @@ def _says_nothing(key: str, value) -> bool:
 def _is_same(value, images: tuple) -> bool:
     """Say whether another key names the images that are read, or the addresses that they were fetched from."""
     values = value if isinstance(value, list) else [value]
+    if all(isinstance(image, bytes) for image in images) and all(isinstance(one, str) for one in values):
+        # The names of the files that the bytes came from.
+        return len(values) == len(images)
     return all(isinstance(one, (str, bytes)) and _names(one, images) for one in values)
 
 

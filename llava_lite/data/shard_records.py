@@ -5,7 +5,7 @@ import re
 from typing import NamedTuple
 
 from llava_lite.data.record_formats import CONVERSATION_KEYS, caption_key, formats_of
-from llava_lite.data.record_keys import IMAGE_KEYS
+from llava_lite.data.record_keys import IMAGE_FILE, IMAGE_KEYS, SOUND_FILE
 from llava_lite.data.records import Record, parse_record
 from llava_lite.data.scan import DataError
 from llava_lite.data.shard_files import RawRecord
@@ -32,6 +32,7 @@ def parse_files(raw: RawRecord, where: str) -> ShardRecord:
             item = {"caption": raw.parts["txt"].decode("utf-8")}
         except UnicodeDecodeError as error:
             raise DataError(f"{_name(raw, where)}: the txt is not UTF-8 ({error.reason}).") from None
+    _refuse_unread(raw, where)
     suffixes = [name for name in raw.parts if name.rsplit(".", 1)[-1] in PICTURE_SUFFIXES]
     said = next((item[key] for key in IMAGE_KEYS if item.get(key)), None)
     if said and not suffixes:
@@ -40,10 +41,23 @@ def parse_files(raw: RawRecord, where: str) -> ShardRecord:
     item = {key: value for key, value in item.items() if key not in IMAGE_KEYS}
     item["id"] = raw.key if item.get("id") is None else item["id"]
     if files and not _parts_name_files(item):
-        item["image"] = list(files)
+        item["image"] = list(files.values())
     _expect_content(item, raw, where)
     record = parse_record(item, where)
-    return ShardRecord(record, tuple(_member(image, files, raw, where) for image in record.images))
+    names = tuple(files) if "image" in item else record.images
+    images = tuple(_member(image, files, raw, where) for image in record.images)
+    return ShardRecord(record._replace(images=names), images)
+
+
+def _refuse_unread(raw: RawRecord, where: str) -> None:
+    """Refuse a sample with a file of images, video or audio that is not read."""
+    for name in raw.parts:
+        is_media = IMAGE_FILE.search(f"x.{name}") or SOUND_FILE.search(f"x.{name}")
+        if is_media and name.rsplit(".", 1)[-1] not in PICTURE_SUFFIXES:
+            raise DataError(
+                f"{_name(raw, where)} has a file {name!r}, which is not read; images end in "
+                f"{', '.join(PICTURE_SUFFIXES)}."
+            )
 
 
 def _parts_name_files(item: dict) -> bool:

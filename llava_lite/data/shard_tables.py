@@ -94,10 +94,11 @@ def _may_hold_image(field) -> bool:
 
     # Any text will do: numbers never hold images.
     name, kind = {field.name: "x"}, field.type
-    while pyarrow.types.is_list(kind) or pyarrow.types.is_large_list(kind):
+    while hasattr(kind, "value_type"):
+        # Lists of any kind, and dictionaries of equal values.
         kind = kind.value_type
     if pyarrow.types.is_struct(kind):
-        return "bytes" in {kind.field(i).name for i in range(kind.num_fields)}
+        return field.name in IMAGE_KEYS or any(map(_may_hold_image, kind))
     if pyarrow.types.is_binary(kind) or pyarrow.types.is_large_binary(kind):
         return True
     is_text = pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)

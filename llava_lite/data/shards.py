@@ -8,7 +8,9 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from typing import NamedTuple
 
-from llava_lite.data.foreign_files import refuse_foreign_directory
+from llava_lite.data.foreign_files import foreign_file_error, refuse_foreign_directory
+from llava_lite.data.record_formats import ForeignRecord
+from llava_lite.data.records import Record
 from llava_lite.data.scan import DataError
 from llava_lite.data.shard_files import START, Place, RawRecord, Shard, read_tar
 from llava_lite.data.shard_records import ShardRecord, parse_files, parse_row
@@ -138,6 +140,15 @@ def parse_shard_record(shard: Shard, raw: RawRecord) -> ShardRecord:
 
 # How many records are looked at to know whether shards hold images, of so many of the shards.
 PEEKED_RECORDS, PEEKED_SHARDS = 1000, 20
+
+
+def first_record(shards: list[Shard]) -> Record | None:
+    """Return the first record of the first shard, None if that is empty; DataError if it is none."""
+    raw = next(iter(read_shard(shards[0])), None)
+    try:
+        return None if raw is None else parse_shard_record(shards[0], raw).record
+    except ForeignRecord as error:
+        raise foreign_file_error(shards[0].path, error) from None
 
 
 def first_image(shards: list[Shard]) -> int:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from llava_lite.data.foreign_files import TABLE_SUFFIXES, conversion_of
+from llava_lite.data.foreign_files import TABLE_SUFFIXES, conversion_of, refuse_foreign_directory
 from llava_lite.data.records import Record, parse_json_record
 from llava_lite.data.scan import DataError, scan_json, scan_lines
 
@@ -80,6 +80,7 @@ def _suffix(path: str) -> str:
 
 def _file_source(path: str, image_folder: str | None, sampling: str = "all") -> Source:
     kind = _suffix(path)
+    refuse_foreign_directory(path)
     if kind in SHARD_KINDS or os.path.isdir(path):
         raise DataError(
             f"{path}: shards are read by a training run alone, as its only --data_path. To check them as well, or mix "

@@ -5,7 +5,7 @@ from typing import NamedTuple
 from llava_lite.constants import DEFAULT_IMAGE_TOKEN
 from llava_lite.data.image_values import describe
 from llava_lite.data.parts import check_text, read_content
-from llava_lite.data.record_keys import SUPERVISED_KEYS, media_keys
+from llava_lite.data.record_keys import IMAGE_KEYS, SUPERVISED_KEYS, media_keys
 from llava_lite.data.scan import DataError
 
 ROLES = ("human", "gpt")
@@ -164,7 +164,7 @@ def _check_turn_keys(turn: dict, name: str) -> None:
                 else "reasoning is learned where the answer holds it, as <think>...</think> in front of its text"
             )
             raise DataError(f"{name}: a turn has {key!r}; {reason}.")
-    for key in media_keys(turn):
+    for key in (*(key for key in IMAGE_KEYS if turn.get(key)), *media_keys(turn)):
         raise DataError(
             f"{name}: a turn has the key {key!r} with an image or other media, which would not be seen. Name the "
             f"images under 'images' of the record, with {DEFAULT_IMAGE_TOKEN} where they stand, or as parts of "

@@ -80,26 +80,41 @@ def refuse_missing(data_args):
 def refuse_blind(data_args, training_args):
     """Raise ValueError if a run that learns from images alone has none, before a model is loaded for it.
 
-    All annotation files are looked at (and indexed, which the run needs anyway), of shards the first records.
+    All annotation files are looked at (and indexed, which the run needs anyway), of shards the first records; the
+    first record of all must be one, unless bad ones are left out.
     """
     from llava_lite.data.index import open_annotations
-    from llava_lite.data.shards import find_shards, first_image
     from llava_lite.data.sources import is_shards
 
-    paths = data_args.data_path
-    if training_args.tuning != "projector" or not paths:
-        return
-    if is_shards(paths):
-        num_seen = first_image(find_shards(paths))
-        found = f"none of the first {num_seen:,} records has an image" if num_seen else None
-    else:
-        annotations = open_annotations(paths, data_args.image_folder, num_workers=training_args.dataloader_num_workers)
+    paths, found = data_args.data_path, None
+    if paths and is_shards(paths):
+        # Before the ranks know each other: every node looks by itself.
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            found = look_at_shards(paths, data_args, training_args.tuning)
+    elif paths and training_args.tuning == "projector":
+        num_workers = training_args.dataloader_num_workers
+        annotations = open_annotations(paths, data_args.image_folder, num_workers=num_workers)
         found = None if annotations.has_picture.any() else without_image(annotations)
     if found is not None:
         raise ValueError(
             f"{', '.join(paths)}: {found}. --tuning projector trains what turns image features into embeddings, and "
             "nothing else; for text alone use another --tuning. `llava-lite check` looks at each record."
         )
+
+
+def look_at_shards(paths, data_args, tuning) -> str | None:
+    """Return what is wrong if no image is among the first records and --tuning needs one."""
+    from llava_lite.data.records import missing_images
+    from llava_lite.data.shards import find_shards, first_image, first_record
+
+    shards = find_shards(paths)
+    if data_args.bad_record == "raise":
+        record = first_record(shards)
+        reason = None if record is None or data_args.placeholder_as_text else missing_images(record)
+        if reason is not None:
+            raise ValueError(reason)
+    num_seen = first_image(shards) if tuning == "projector" else 0
+    return f"none of the first {num_seen:,} records has an image" if num_seen else None
 
 
 def without_image(annotations) -> str:

@@ -19,7 +19,7 @@ class Found(NamedTuple):
 
 @dataclass
 class Options:
-    """What the command is told, and the counts of what a reader leaves aside because it was told so.
+    """What the command is told, and what its readers have to say: counts in `notes`, sentences in `said`.
 
     answers: which of several answers or captions are taken. image_key: the key or column of the images. image_name: a
     pattern for a name out of its value, `COCO_train2014_{:012d}.jpg`. image_prefix: put in front of paths.
@@ -38,6 +38,7 @@ class Options:
     columns: list[str] | None = None
     question: str = ""
     notes: Counter = field(default_factory=Counter)
+    said: list[str] = field(default_factory=list)
 
 
 def pick_answers(answers: list[str], options: Options, name: str, what: str = "answers") -> list[str]:

@@ -17,7 +17,7 @@ def read_internvl(data: dict, path: str, options: Options) -> Iterator[tuple[str
     for name, entry in data.items():
         annotation = _existing(entry["annotation"], path, name)
         if entry.get("repeat_time", 1) != 1:
-            options.notes[f"repeat_time {entry['repeat_time']} of {name!r} not applied; use a YAML mixture"] += 1
+            options.said.append(f"repeat_time {entry['repeat_time']} of {name!r} is not applied; use a YAML mixture")
         root = os.path.relpath(entry.get("root") or ".", options.image_folder or ".")
         spans = (scan_lines if annotation.endswith(".jsonl") else scan_json)(annotation)
         with open(annotation, "rb") as stream:

@@ -17,13 +17,15 @@ from llava_lite.data.scan import DataError
 ALPACA, QUERY, QUESTION, CAPTIONS = "Alpaca", "query and response", "question and answer", "an image and its captions"
 
 
-def convert_item(item, name: str, options: Options) -> Iterator[dict]:
+def convert_item(item, where: str, options: Options) -> Iterator[dict]:
     """Yield the records of one object, in LLaVA's spelling or one that parse_record reads as well.
 
-    Raises DataError for what is ambiguous or no record.
+    where: its file and position. Raises DataError for what is ambiguous or no record.
     """
     if not isinstance(item, dict):
-        raise DataError(f"{name} is {describe(item)}, expected an object.")
+        raise DataError(f"{where} is {describe(item)}, expected an object.")
+    item = item if item.get("id") is not None else item | {"id": where}
+    name = f"record {item['id']!r} ({where})"
     item = with_image_key(without_nulls(item), options, name)
     found = formats_of(item)
     if found == [CAPTIONS]:
@@ -40,7 +42,7 @@ def convert_item(item, name: str, options: Options) -> Iterator[dict]:
         asked, answers = _text(item, "question", name), _answers(item, keys, options, name)
         yield from _with_answers(item, asked, answers, ("question", *keys), "answers", name, options)
     elif found and FORMATS[found[0]].read is None and FORMATS[found[0]].options is None:
-        raise DataError(f"{name} is of the format {found[0]}, which is not supported: {FORMATS[found[0]].reason}.")
+        raise DataError(f"{name} is of the format {found[0]!r}, which is not supported: {FORMATS[found[0]].reason}.")
     else:
         yield images_in_front(item, options)
 
@@ -133,7 +135,7 @@ def _with_answers(item, question, answers, keys, what, name, options) -> Iterato
     if not taken:
         raise DataError(f"{name} has no {what}.")
     for k, answer in enumerate(taken):
-        one = item | {"id": numbered(item.get("id", name), k, len(taken))} if len(taken) > 1 else item
+        one = item | {"id": numbered(item["id"], k, len(taken))} if len(taken) > 1 else item
         asked = question or options.question
         yield _pairs(one, asked, answer, keys, name, options)
 
@@ -151,5 +153,6 @@ def _pairs(item: dict, question: str, answer: str, keys, name: str, options: Opt
         count = len(images) if isinstance(images, list) else 1
         first = f"{DEFAULT_IMAGE_TOKEN}\n" * count + str(turns[0]["value"])
         turns[0] = turns[0] | {"value": first.rstrip("\n") if not turns[0]["value"] else first}
-    left = {key: value for key, value in item.items() if key not in (*keys, "history")}
+    # PixMo says the same once more, as one text under `messages`.
+    left = {key: value for key, value in item.items() if key not in (*keys, "history", *CONVERSATION_KEYS)}
     return left | {"conversations": turns}

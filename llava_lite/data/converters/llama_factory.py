@@ -36,7 +36,7 @@ def read_llama_factory(data: dict, path: str, options: Options) -> Iterator[tupl
         raise DataError(f"{path}: {name!r} names no file_name but a place of the Hub; download it and convert that.")
     for key in ("num_samples", "subset", "split"):
         if entry.get(key):
-            options.notes[f"{key} {entry[key]!r} of {name!r} not applied"] += 1
+            options.said.append(f"{key} {entry[key]!r} of {name!r} is not applied")
     file = os.path.join(os.path.dirname(path), entry["file_name"])
     if not os.path.isfile(file) or not file.endswith((".json", ".jsonl")):
         raise DataError(f"{path}: the file of {name!r}, {file}, is no JSON or JSONL file that is there.")

@@ -31,9 +31,10 @@ def read_foreign(path: str, options: Options) -> Iterator[Found | tuple[str, Rec
 
     Raises DataError for what is of no known format.
     """
-    if "://" in path or path.lower().endswith(SHARD_SUFFIXES) or (os.path.isdir(path) and not _is_image_folder(path)):
+    if "://" in path or path.lower().endswith(SHARD_SUFFIXES) or _holds_shards(path):
         return _of_shards(path, options)
     if os.path.isdir(path):
+        options.image_folder = options.image_folder or path
         return _of_objects(read_image_folder(path, options), options)
     if not os.path.isfile(path):
         raise DataError(f"{path}: there is no such file or directory.")
@@ -47,8 +48,10 @@ def read_foreign(path: str, options: Options) -> Iterator[Found | tuple[str, Rec
     return _of_json(path, options)
 
 
-def _is_image_folder(path: str) -> bool:
-    return any(name in METADATA for _, _, names in os.walk(path) for name in names)
+def _holds_shards(path: str) -> bool:
+    """Say whether a directory holds shards, and no metadata of an ImageFolder."""
+    names = {name for _, _, names in os.walk(path) for name in names} if os.path.isdir(path) else set()
+    return not names & set(METADATA) and any(name.lower().endswith(SHARD_SUFFIXES) for name in names)
 
 
 def _of_shards(path: str, options: Options) -> Iterator[Found | tuple[str, Record]]:
@@ -62,9 +65,7 @@ def _of_shards(path: str, options: Options) -> Iterator[Found | tuple[str, Recor
                 else:
                     # A row may be of any format.
                     item = row_item(raw, where) | {"id": raw.key}
-                    yield from [
-                        Found(where, one) for one in convert_item(item, f"record {raw.key!r} ({where})", options)
-                    ]
+                    yield from [Found(where, one) for one in convert_item(item, where, options)]
             except DataError as error:
                 yield Found(where, None, str(error))
 
@@ -76,10 +77,9 @@ def _of_objects(objects, options: Options) -> Iterator[Found]:
         if isinstance(item, dict) and "_reason" in item:
             yield Found(where, None, item["_reason"])
             continue
-        record_id = item.get("id") if isinstance(item, dict) else None
         try:
             # Listed first, so that an object gives all of its records or none.
-            yield from [Found(where, one) for one in convert_item(item, f"record {record_id!r} ({where})", options)]
+            yield from [Found(where, one) for one in convert_item(item, where, options)]
         except DataError as error:
             yield Found(where, None, str(error))
 
@@ -127,8 +127,14 @@ def _of_one_object(path: str, options: Options, item) -> Iterator[Found]:
     found = _file_format(item) if isinstance(item, dict) else None
     if found in FILES_OF_RECORDS:
         return FILES_OF_RECORDS[found](item, os.path.basename(path), options)
+    if found == "InternVL meta":
+        options.image_folder = options.image_folder or "."
     if found in FILES_OF_OBJECTS:
         return _of_objects(FILES_OF_OBJECTS[found](item, path, options), options)
+    if isinstance(item, list) and all(isinstance(one, list) for one in item):
+        # Qwen-VL's packed data: each inner list is a pack, which training makes by itself.
+        options.notes["lists of records taken apart (--packing tokens packs them again)"] += len(item)
+        return _of_objects(((path, k, one) for k, one in enumerate(one for pack in item for one in pack)), options)
     if isinstance(item, dict) and isinstance(item.get("data"), list):
         # TextVQA, for one.
         return _of_objects(((path, position, one) for position, one in enumerate(item["data"])), options)

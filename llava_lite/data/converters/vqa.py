@@ -27,7 +27,7 @@ def read_vqa(data: dict, where: str, options: Options) -> Iterator[Found]:
                 "--image_name 'COCO_train2014_{:012d}.jpg'."
             )
         options.image_name = f"COCO_{subtype}_{{:012d}}.jpg"
-        options.notes[f"image names by {options.image_name!r} (data_subtype; --image_name says another)"] += 1
+        options.said.append(f"image names are {options.image_name!r}, by data_subtype; --image_name says another")
     for position, question in enumerate(data["questions"]):
         place, number = f"{where}[{position}]", question.get("question_id")
         name = f"question {number!r} ({place})"
