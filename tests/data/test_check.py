@@ -213,8 +213,13 @@ def test_counting_stops_and_goes_on_where_it_was(write_json, encoder, monkeypatc
     assert seen[1] == "8"
 
 
-def test_worker_processes_count_the_same_tokens(write_json, encoder, monkeypatch, tmp_path_factory):
+@pytest.mark.parametrize("start_s", [-1.0, 1e9])
+def test_worker_processes_count_the_same_tokens(write_json, encoder, monkeypatch, tmp_path_factory, start_s):
     monkeypatch.setattr("llava_lite.data.facts.CHUNK_RECORDS", 8)
+    # What a pool saves is more than its start costs, or never.
+    monkeypatch.setattr("llava_lite.data.facts.POOL_START_S", start_s)
+    if start_s > 0:
+        monkeypatch.setattr("llava_lite.data.facts.ProcessPoolExecutor", None)
     turns = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Yes."}]
     broken = {"id": 5, "conversations": turns[1:]}
     path = write_json([{"id": i, "conversations": turns * (1 + i % 3)} for i in range(40)] + [broken])

@@ -100,6 +100,7 @@ def test_the_index_is_made_once_and_again_after_a_change(paths, monkeypatch):
 
 def test_worker_processes_measure_the_same(paths, monkeypatch, tmp_path_factory):
     monkeypatch.setattr("llava_lite.data.facts.CHUNK_RECORDS", 64)
+    monkeypatch.setattr("llava_lite.data.facts.POOL_START_S", -1.0)
     alone = open_annotations(paths).num_pictures
     monkeypatch.setenv("LLAVA_LITE_CACHE", str(tmp_path_factory.mktemp("other")))
     assert np.array_equal(open_annotations(paths, num_workers=2).num_pictures, alone)

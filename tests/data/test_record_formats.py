@@ -57,8 +57,6 @@ def test_an_image_and_its_caption_are_a_record(key, image_key):
         ({"image": "1.png", "caption": "c", "question": "q", "tools": ["f"]}, "tools|'conversations'"),
         ({"prompt": 7, "completion": "a"}, "'prompt' is int 7"),
         ({"prompt": "q", "chosen": "a", "rejected": "b"}, "preference data"),
-        ({"text_list": ["a"], "image_info": []}, "MMC4, which is not supported: it interleaves"),
-        ({"images": ["u", None], "texts": [None, "a"]}, "OBELICS, which is not supported: it interleaves"),
         (
             {"instruction": "i", "output": "o", "question": "q", "answer": "a"},
             "could be Alpaca or question and answer",

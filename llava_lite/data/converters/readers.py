@@ -87,8 +87,8 @@ def _of_objects(objects, options: Options) -> Iterator[Found]:
 def _of_json(path: str, options: Options) -> Iterator[Found]:
     try:
         spans = (scan_lines if path.lower().endswith(".jsonl") else scan_json)(path)
-    except DataError:
-        return _of_one_object(path, options, _load(path))
+    except DataError as error:
+        return _of_one_object(path, options, _load(path), error)
     if len(spans) == 1:
         # One line may be one record, or a whole data set.
         item = _load(path)
@@ -123,7 +123,7 @@ def _file_format(item: dict) -> str | None:
     return next((name for name in formats_of(without_nulls(item)) if name in FILE_FORMATS), None)
 
 
-def _of_one_object(path: str, options: Options, item) -> Iterator[Found]:
+def _of_one_object(path: str, options: Options, item, error: DataError | None = None) -> Iterator[Found]:
     found = _file_format(item) if isinstance(item, dict) else None
     if found in FILES_OF_RECORDS:
         return FILES_OF_RECORDS[found](item, os.path.basename(path), options)
@@ -131,7 +131,7 @@ def _of_one_object(path: str, options: Options, item) -> Iterator[Found]:
         options.image_folder = options.image_folder or "."
     if found in FILES_OF_OBJECTS:
         return _of_objects(FILES_OF_OBJECTS[found](item, path, options), options)
-    if isinstance(item, list) and all(isinstance(one, list) for one in item):
+    if isinstance(item, list) and item and all(isinstance(one, list) for one in item):
         # Qwen-VL's packed data: each inner list is a pack, which training makes by itself.
         options.notes["lists of records taken apart (--packing tokens packs them again)"] += len(item)
         return _of_objects(((path, k, one) for k, one in enumerate(one for pack in item for one in pack)), options)
@@ -143,5 +143,7 @@ def _of_one_object(path: str, options: Options, item) -> Iterator[Found]:
             f"{path} holds the answers of a VQA data set; name the file of its questions, and this one with "
             "--annotations."
         )
-    keys = ", ".join(map(repr, item)) if isinstance(item, dict) else type(item).__name__
-    raise DataError(f"{path} holds {keys[:200]}; expected a list of records, or one of {', '.join(FILE_FORMATS)}.")
+    if not isinstance(item, dict):
+        raise error or DataError(f"{path} holds no list of records.")
+    keys = ", ".join(map(repr, item))[:200]
+    raise DataError(f"{path} holds {keys}; expected a list of records, or one of {', '.join(FILE_FORMATS)}.")
