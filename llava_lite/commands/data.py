@@ -3,6 +3,7 @@
 import argparse
 import shlex
 
+from llava_lite.commands.check import yes_or_no
 from llava_lite.data.convert import convert
 from llava_lite.data.converters.base import ANSWER_CHOICES, Options
 
@@ -45,7 +46,13 @@ def build_parser() -> argparse.ArgumentParser:
         choices=ANSWER_CHOICES,
         help="of several answers or captions: all (a record each), the first, or the most frequent",
     )
-    one.add_argument("--image_key", metavar="KEY", help="key or column of the images, where it is not image or images")
+    one.add_argument(
+        "--image_key",
+        metavar="KEY",
+        nargs="+",
+        help="keys or columns of the images, where they are not image or images",
+    )
+    one.add_argument("--drop", metavar="KEY", nargs="+", help="keys or columns to leave out of every record")
     one.add_argument("--image_name", metavar="PATTERN", help="name of an image out of its value, e.g. '{:012d}.jpg'")
     one.add_argument("--image_prefix", default="", metavar="TEXT", help="put in front of image paths, e.g. train2014/")
     one.add_argument(
@@ -56,7 +63,13 @@ def build_parser() -> argparse.ArgumentParser:
     one.add_argument("--dataset", metavar="NAME", help="which of the data sets of a dataset_info.json")
     one.add_argument("--columns", nargs="+", metavar="NAME", help="columns of a table without a header")
     one.add_argument(
-        "--placeholder_as_text", action="store_true", help="keep records that hold <image> as text and have no image"
+        "--placeholder_as_text",
+        type=yes_or_no,
+        nargs="?",
+        const=True,
+        default=False,
+        metavar="True|False",
+        help="keep records that hold <image> as text and have no image",
     )
     one.add_argument(
         "--bad_record",

@@ -8,6 +8,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
+from itertools import chain
 from multiprocessing import get_context
 from pathlib import Path
 from typing import NamedTuple
@@ -161,7 +162,7 @@ class Facts:
                 for measured in measure_records(file, unknown, measure, purpose, **pool):
                     problems.update(measured.problems)
                     if measured.rows:
-                        numbers = np.concatenate([np.asarray(row, np.int32) for row in measured.rows])
+                        numbers = np.fromiter(chain.from_iterable(measured.rows), np.int32)
                         rows[slots_of(self.starts, np.array(measured.positions))] = numbers.reshape(
                             -1, self.num_columns
                         )

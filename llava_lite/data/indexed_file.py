@@ -13,7 +13,7 @@ from llava_lite.data.cache import file_key, key_of, load_array, locked, save_arr
 from llava_lite.data.facts import Facts
 from llava_lite.data.foreign_files import foreign_file_error, refuse_foreign_file
 from llava_lite.data.record_formats import ForeignRecord
-from llava_lite.data.records import Record, num_missing_images
+from llava_lite.data.records import Record, num_empty_answers, num_missing_images
 from llava_lite.data.scan import DataError, placed_error
 from llava_lite.data.sources import READERS, Source
 
@@ -80,9 +80,8 @@ class RecordFacts(NamedTuple):
 
 
 def _measure(record: Record) -> RecordFacts:
-    empty = [position for position, (_, text) in enumerate(record.turns) if position % 2 and not text.strip()]
-    num_empty = len(set(empty) - record.not_supervised) if empty else 0
-    return RecordFacts(len(record.images), num_missing_images(record), len(record.turns), num_empty)
+    num_missing = 0 if record.images else num_missing_images(record)
+    return RecordFacts(len(record.images), num_missing, len(record.turns), num_empty_answers(record))
 
 
 def index_file(source: Source, root: Path, num_workers: int = 0) -> IndexedFile:

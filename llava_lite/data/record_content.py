@@ -3,7 +3,7 @@
 from llava_lite.data.image_values import describe, read_images
 from llava_lite.data.parts import check_text
 from llava_lite.data.record_formats import FORMATS, Content, ForeignRecord, RecordFormat, formats_of
-from llava_lite.data.record_keys import IMAGE_KEYS, check_keys, media_keys, named_media, refuse_preferences
+from llava_lite.data.record_keys import IMAGE_KEYS, check_keys, media_keys, named_media, refuse_preferences, rewriting
 from llava_lite.data.scan import DataError
 
 
@@ -46,9 +46,8 @@ def _foreign(found: str, chosen: RecordFormat, item: dict, name: str) -> DataErr
     options = chosen.options.replace("KEY", (media_keys(item) or ["KEY"])[0]).replace("NAME", next(iter(item)))
     if "--image_key" not in options and not any(item.get(key) for key in IMAGE_KEYS) and named_media(item):
         options = f"{options} --image_key {named_media(item)[0]}".strip()
-    file = name.rpartition("(")[2].partition("[")[0] or "FILE"
-    command = " ".join(f"llava-lite data convert {file} OUT.json {options}".split())
-    return ForeignRecord(f"{name} is of the format {found!r}; convert the file first: {command}", found, options)
+    message = f"{name} is of the format {found!r}; convert the file first: {rewriting(name, options)}"
+    return ForeignRecord(message, found, options)
 
 
 def _read_both(item: dict, name: str) -> tuple:

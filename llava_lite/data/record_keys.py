@@ -15,13 +15,14 @@ _ABOUT = """
 id size width height w h x y count num number hash phash sha md5 source license type format mode caption description
 text token ratio resolution dir directory folder root class label score tag quality date time timestamp duration length
 fps area shape has is category title alt author credit index position dataset split error status model embedding
-similarity grid aspect
+similarity grid aspect by
 """
 ABOUT_WORDS = frozenset(_ABOUT.split())
 FILE_KEYS = {"file_name", "filename", "file_names", "file_path", "filepath"}
 FILE_KEYS |= {"jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff"}
-IMAGE_FILE = re.compile(r"\S\.(?:jpe?g|png|webp|gif|bmp|tiff?|avif|jp2|heic)$", re.IGNORECASE)
-SOUND_FILE = re.compile(r"\S\.(?:mp4|avi|mov|mkv|webm|m4v|mpe?g|wav|mp3|flac|ogg|m4a)$", re.IGNORECASE)
+# Names of files, not sentences that end in one.
+IMAGE_FILE = re.compile(r"^\S+\.(?:jpe?g|png|webp|gif|bmp|tiff?|avif|jp2|heic)$", re.IGNORECASE)
+SOUND_FILE = re.compile(r"^\S+\.(?:mp4|avi|mov|mkv|webm|m4v|mpe?g|wav|mp3|flac|ogg|m4a)$", re.IGNORECASE)
 # Whether an answer is supervised: 0 or false, 1 or true. Of a turn they are read, of a whole record they are not.
 SUPERVISED_KEYS = ("weight", "loss", "train", "loss_scale")
 # What would change what is learned, and what each asks for.
@@ -111,10 +112,11 @@ def media_keys(item: dict) -> list[str]:
 def refuse_preferences(item: dict, name: str) -> None:
     """Raise DataError for a record of chosen and rejected answers."""
     found = [key for key in PREFERENCE_KEYS if key in item]
-    if found or isinstance(item.get("label"), bool):
+    found = found or (["label"] if isinstance(item.get("label"), bool) else [])
+    if found:
         raise DataError(
-            f"{name} has {', '.join(map(repr, found or ['label']))}: preference data, of which supervised training "
-            "would learn one side without a word. Keep the answers that are to be learned and drop the keys."
+            f"{name} has {', '.join(map(repr, found))}: preference data, of which supervised training would learn one "
+            f"side without a word. To learn the conversation alone: {rewriting(name, '--drop ' + ' '.join(found))}"
         )
 
 
@@ -126,14 +128,19 @@ def check_keys(item: dict, images: tuple, name: str) -> None:
     """
     for key, reason in NOT_READ.items():
         if key in item and not _says_nothing(key, item[key]):
-            raise DataError(f"{name} has the key {key!r} ({describe(item[key])}): {reason}.")
+            raise DataError(
+                f"{name} has the key {key!r} ({describe(item[key])}): {reason}. To leave the key out: "
+                f"{rewriting(name, f'--drop {key}')}"
+            )
     sounds = sound_keys(item)
     if sounds:
         raise DataError(
             f"{name} has a {sounds[0]!r}; videos and audio are not supported. Remove the record or extract its frames "
             "as images."
         )
-    for key in named_media(item) if images else media_keys(item):
+    # Beside images that are read, a file name under another key may be about them; an image itself may not.
+    found = [*named_media(item), *filter(lambda key: _is_content(item[key]), item)] if images else media_keys(item)
+    for key in found:
         if not (images and _is_same(item[key], images)):
             _refuse_media(key, item[key], images, name)
 
@@ -144,6 +151,20 @@ def _says_nothing(key: str, value) -> bool:
     if key in SUPERVISED_KEYS:
         return isinstance(value, (bool, int, float)) and value == 1
     return value in ("", "[]", "{}") or value == [] or value is False
+
+
+def _is_content(value) -> bool:
+    """Say whether a value is the content of a file, and not its name."""
+    value = _first(value)
+    if isinstance(value, dict):
+        return _is_content(value.get("bytes"))
+    return (isinstance(value, bytes) and bool(value)) or (isinstance(value, str) and value.startswith("data:image/"))
+
+
+def rewriting(name: str, options: str) -> str:
+    """Return the command that rewrites the file of a record: name ends in its place, `(train.json[3])`."""
+    file, _, position = name.rpartition("(")[2].partition("[")
+    return " ".join(f"llava-lite data convert {file if position else 'FILE'} OUT.json {options}".split())
 
 
 def _is_same(value, images: tuple) -> bool:
@@ -165,14 +186,13 @@ def _names(value: str | bytes, images: tuple) -> bool:
 
 
 def _refuse_media(key: str, value, images: tuple, name: str) -> None:
-    file = name.rpartition("(")[2].partition("[")[0] or "FILE"
     shown = describe(_first(value))
     if images:
         raise DataError(
             f"{name} has images under 'image' or 'images' and others under {key!r} ({shown}), which would not be "
-            "seen. Drop the key, or list all of them under 'images'."
+            f"seen. List all of them under 'images', or leave the key out: {rewriting(name, f'--drop {key}')}"
         )
     raise DataError(
         f"{name} has the key {key!r} ({shown}), an image that would not be seen: images are read from 'image' or "
-        f"'images'. Rename the key, or rewrite the file: llava-lite data convert {file} OUT.json --image_key {key}"
+        f"'images'. Rename the key, or rewrite the file: {rewriting(name, f'--image_key {key}')} (or --drop {key})"
     )

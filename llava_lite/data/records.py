@@ -11,6 +11,7 @@ from typing import NamedTuple
 from llava_lite.constants import DEFAULT_IMAGE_TOKEN
 from llava_lite.data.image_values import INLINE_STARTS, describe, read_images
 from llava_lite.data.record_content import read_content
+from llava_lite.data.record_keys import rewriting
 from llava_lite.data.scan import DataError
 from llava_lite.data.turns import ROLES, drop_greeting, plain_turns
 
@@ -93,6 +94,12 @@ def _other_spelling(item: dict, name: str):
 
 def _check_placeholders(turns, num_images: int, name: str) -> None:
     counts = [text.count(DEFAULT_IMAGE_TOKEN) for _, text in turns]
+    if not sum(counts):
+        raise DataError(
+            f"0 {DEFAULT_IMAGE_TOKEN} placeholders in the conversation but {num_images} images in {name}. Write one "
+            "where each image stands, remove the images, or put them in front of the first question: "
+            f"{rewriting(name, '--images_first')}"
+        )
     if sum(counts) != num_images:
         advice = "Remove a placeholder or add an image." if sum(counts) > num_images else (
             "Add a placeholder or remove an image."
@@ -111,6 +118,18 @@ def _check_placeholders(turns, num_images: int, name: str) -> None:
 def num_missing_images(record: Record) -> int:
     """Return the number of image placeholders of a record that has no image; 0 for one that has."""
     return 0 if record.images else sum(text.count(DEFAULT_IMAGE_TOKEN) for _, text in record.turns)
+
+
+def num_empty_answers(record: Record) -> int:
+    """Return the number of supervised answers without text, of which only the end mark is learned."""
+    count = 0
+    for _, text in record.turns[1::2]:
+        if not text or text.isspace():
+            count += 1
+    if not (count and record.not_supervised):
+        return count
+    answers = range(1, len(record.turns), 2)
+    return sum(i not in record.not_supervised and not record.turns[i][1].strip() for i in answers)
 
 
 def missing_images(record: Record) -> str | None:

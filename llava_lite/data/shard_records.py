@@ -24,8 +24,11 @@ class ShardRecord(NamedTuple):
     pictures: tuple[bytes, ...]
 
 
-def parse_files(raw: RawRecord, where: str) -> ShardRecord:
-    """Return the record of a tar file's sample: images beside a txt, which is a caption, or a json."""
+def sample_item(raw: RawRecord, where: str) -> tuple[dict, dict[str, bytes]]:
+    """Return the object of a tar file's sample, a caption in a txt or a json, and its images by name, in their order.
+
+    The images are in the object, in bytes, unless parts of its conversation name them.
+    """
     item = _json(raw.parts["json"], raw, where, dict) if "json" in raw.parts else {}
     if "txt" in raw.parts and not any(item.get(key) is not None for key in CONVERSATION_KEYS):
         try:
@@ -42,11 +45,21 @@ def parse_files(raw: RawRecord, where: str) -> ShardRecord:
     item["id"] = raw.key if item.get("id") is None else item["id"]
     if files and not _parts_name_files(item):
         item["image"] = list(files.values())
+    return item, files
+
+
+def parse_files(raw: RawRecord, where: str) -> ShardRecord:
+    """Return the record of a tar file's sample."""
+    item, files = sample_item(raw, where)
     _expect_content(item, raw, where)
     record = parse_record(item, where)
     names = tuple(files) if "image" in item else record.images
-    images = tuple(_member(image, files, raw, where) for image in record.images)
-    return ShardRecord(record._replace(images=names), images)
+    return ShardRecord(record._replace(images=names), with_files(record, files).images)
+
+
+def with_files(record: Record, files: dict[str, bytes]) -> Record:
+    """Return the record of a sample with the content of the files that it names as its images."""
+    return record._replace(images=tuple(_member(image, files, record.name) for image in record.images))
 
 
 def _refuse_unread(raw: RawRecord, where: str) -> None:
@@ -68,15 +81,15 @@ def _parts_name_files(item: dict) -> bool:
     return any(part.get(key) for part in parts for key in PART_FILES)
 
 
-def _member(image: str | bytes, files: dict[str, bytes], raw: RawRecord, where: str) -> bytes:
+def _member(image: str | bytes, files: dict[str, bytes], name: str) -> bytes:
     """Return the bytes of an image: its own, or those of the file of the sample that it names."""
     if isinstance(image, bytes) or image in files:
         return image if isinstance(image, bytes) else files[image]
     base = image.rpartition("/")[2].lower()
-    found = [data for name, data in files.items() if name.rpartition("/")[2].lower() == base]
+    found = [data for file, data in files.items() if file.rpartition("/")[2].lower() == base]
     if len(found) != 1:
         there = ", ".join(files) or "none"
-        raise DataError(f"{_name(raw, where)} names the image {image!r}; the shard holds {there} for it.")
+        raise DataError(f"{name} names the image {image!r}; the shard holds {there} for it.")
     return found[0]
 
 

@@ -52,9 +52,17 @@ def load_data(model, tokenizer, model_args, data_args, training_args):
         train_set = open_stream(model, tokenizer, model_args, data_args, training_args)
     else:
         train_set = open_files(data_args.data_path, "skipped_records.jsonl")
+    eval_set = None
     if data_args.eval_data_path is not None:
-        return train_set, open_files(data_args.eval_data_path, "skipped_eval_records.jsonl")
-    return split(train_set, data_args.eval_split, training_args.seed) if data_args.eval_split else (train_set, None)
+        eval_set = open_files(data_args.eval_data_path, "skipped_eval_records.jsonl")
+    elif data_args.eval_split:
+        train_set, eval_set = split(train_set, data_args.eval_split, training_args.seed)
+    if training_args.tuning == "projector" and not is_shards(data_args.data_path) and not train_set.has_picture.any():
+        raise ValueError(
+            f"--tuning projector learns from images alone, and none of the {len(train_set):,} records that are left "
+            "has one."
+        )
+    return train_set, eval_set
 
 
 def refuse_missing(data_args):

@@ -99,7 +99,7 @@ CASES = [
     (
         {"data": [{"image_id": 0, "question": "q", "answers": ["a", "a"]}]},
         "textvqa.json",
-        {"image_key": "image_id", "image_name": "{}.png"},
+        {"image_key": ["image_id"], "image_name": "{}.png"},
         [(("0.png",), ((H, "<image>\nq"), (G, "a")))],
     ),
     (
@@ -111,7 +111,7 @@ CASES = [
     (
         [{"img": "0.png", "caption": "a cat"}],
         "pairs.jsonl",
-        {"image_key": "img"},
+        {"image_key": ["img"]},
         [(("0.png",), ((H, "<image>"), (G, "a cat")))],
     ),
     (
@@ -127,7 +127,7 @@ CASES = [
         [(("0.png",), ((H, "<image>"), (G, "a, b"))), (("1.png",), ((H, "<image>"), (G, "c")))],
     ),
     ("0.png\ta cat\n", "pairs.tsv", {"columns": ["image", "caption"]}, [(("0.png",), ((H, "<image>"), (G, "a cat")))]),
-    ("path,question,answer\n0.png,q,a\n", "qa.csv", {"image_key": "path"},
+    ("path,question,answer\n0.png,q,a\n", "qa.csv", {"image_key": ["path"]},
      [(("0.png",), ((H, "<image>\nq"), (G, "a")))]),
     (
         [[{"image": "0.png", "conversations": [{"from": H, "value": "<image>q"}, {"from": G, "value": "a"}]}]],
@@ -144,7 +144,21 @@ CASES = [
     (
         [{"image_path": "0.png", "conversations": [{"from": H, "value": "<image>q"}, {"from": G, "value": "a"}]}],
         "llava.json",
-        {"image_key": "image_path"},
+        {"image_key": ["image_path"]},
+        [(("0.png",), ((H, "<image>q"), (G, "a")))],
+    ),
+    (
+        [{"left": "0.png", "image_1": "1.png", "conversations": [{"from": H, "value": "<image><image>q"},
+                                                                 {"from": G, "value": "a"}]}],
+        "llava.json",
+        {"image_key": ["left", "image_1"]},
+        [(("0.png", "1.png"), ((H, "<image><image>q"), (G, "a")))],
+    ),
+    (
+        [{"image": "0.png", "mask": BASE64, "bbox": [1, 2], "conversations": [{"from": H, "value": "<image>q"},
+                                                                              {"from": G, "value": "a"}]}],
+        "llava.json",
+        {"drop": ["mask", "bbox"]},
         [(("0.png",), ((H, "<image>q"), (G, "a")))],
     ),
     (

@@ -35,6 +35,8 @@ ABOUT_KEYS = {
     "license": "CC",
     "image_source": "coco",
     "caption": "a remark",
+    "title": "How to open a.jpg",
+    "photo_by": "Ann",
 }
 
 
@@ -147,6 +149,9 @@ def test_keys_about_an_image_are_no_images(tmp_path, kind, key, value):
         ({"image": "1.png", "image_path": "2.png"}, "others under 'image_path'"),
         ({"image": "1.png", "images_extra": ["2.png"]}, "others under 'images_extra'"),
         ({"image": "1.png", "video": "a.mp4"}, "videos and audio"),
+        ({"image": "1.png", "mask": "m.png"}, None),
+        ({"image": "1.png", "mask": {"bytes": PNG, "path": None}}, "others under 'mask'"),
+        ({"image": "1.png", "mask": "data:image/png;base64,AAAA"}, "others under 'mask'"),
     ],
 )
 def test_two_keys_at_once_agree_or_are_refused(more, words):

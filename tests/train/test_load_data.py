@@ -95,3 +95,11 @@ def test_messages_with_their_images_inside_train_as_llavas_records_do(run_stage,
         logs.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
     assert logs[0] == logs[1]
     assert len(logs[0]) == 2
+
+
+def test_a_projector_whose_images_were_all_left_out_is_refused(run_stage, tmp_path):
+    path = tmp_path / "lost.json"
+    path.write_text(json.dumps([{"conversations": TALK}, {"image": "lost.png", "conversations": ASK}]))
+    flags = ("--data_path", path, "--bad_record", "skip", "--max_bad_share", 1)
+    with pytest.raises(ValueError, match="none of the 1 records that are left has one"):
+        run_stage("projector", tmp_path / "out", *flags)

@@ -21,7 +21,8 @@ class Found(NamedTuple):
 class Options:
     """What the command is told, and what its readers have to say: counts in `notes`, sentences in `said`.
 
-    answers: which of several answers or captions are taken. image_key: the key or column of the images. image_name: a
+    answers: which of several answers or captions are taken. image_key: the keys or columns of the images, in
+    order. drop: keys or columns that are left out. image_name: a
     pattern for a name out of its value, `COCO_train2014_{:012d}.jpg`. image_prefix: put in front of paths.
     annotations: the file of answers of a VQA data set. dataset: a name in LLaMA-Factory's dataset_info. columns: of a
     table without a header. question: what is asked of an image that has a caption.
@@ -29,7 +30,8 @@ class Options:
 
     image_folder: str | None = None
     answers: Literal["all", "first", "majority"] | None = None
-    image_key: str | None = None
+    image_key: list[str] | None = None
+    drop: list[str] | None = None
     image_name: str | None = None
     image_prefix: str = ""
     images_first: bool = False

@@ -26,7 +26,8 @@ def convert_item(item, where: str, options: Options) -> Iterator[dict]:
         raise DataError(f"{where} is {describe(item)}, expected an object.")
     item = item if item.get("id") is not None else item | {"id": where}
     name = f"record {item['id']!r} ({where})"
-    item = with_image_key(without_nulls(item), options, name)
+    item = {key: value for key, value in without_nulls(item).items() if key not in (options.drop or ())}
+    item = with_image_key(item, options, name)
     found = formats_of(item)
     if found == [CAPTIONS]:
         key = captions_key(item)
@@ -49,15 +50,13 @@ def convert_item(item, where: str, options: Options) -> Iterator[dict]:
 
 def with_image_key(item: dict, options: Options, name: str) -> dict:
     """Return the object with its images under `image`, where --image_key says where they are."""
-    key = options.image_key
-    if key is not None and key not in IMAGE_KEYS:
-        if key not in item:
-            return item
+    keys = [key for key in options.image_key or () if item.get(key) is not None and key not in IMAGE_KEYS]
+    if keys:
         if any(item.get(other) for other in IMAGE_KEYS):
-            raise DataError(f"{name} has images under 'image' or 'images' as well as under {key!r} (--image_key).")
-        item = {other: value for other, value in item.items() if other != key and other not in IMAGE_KEYS} | {
-            "image": item[key]
-        }
+            raise DataError(f"{name} has images under 'image' or 'images' as well as under {keys} (--image_key).")
+        values = [one for key in keys for one in (item[key] if isinstance(item[key], list) else [item[key]])]
+        item = {key: value for key, value in item.items() if key not in (*keys, *IMAGE_KEYS)}
+        item["images"] = values if len(values) > 1 else values[0]
     for own in IMAGE_KEYS:
         if own in item:
             item = item | {own: placed(item[own], options, name)}

@@ -15,10 +15,11 @@ from llava_lite.data.converters.vqa import read_vqa
 from llava_lite.data.foreign_files import TABLE_SUFFIXES
 from llava_lite.data.record_content import without_nulls
 from llava_lite.data.record_formats import formats_of
-from llava_lite.data.records import Record
+from llava_lite.data.records import Record, parse_record
 from llava_lite.data.scan import DataError, placed_error, scan_json, scan_lines
-from llava_lite.data.shard_records import row_item
-from llava_lite.data.shards import SHARD_SUFFIXES, find_shards, parse_shard_record, read_shard
+from llava_lite.data.shard_files import RawRecord, Shard
+from llava_lite.data.shard_records import row_item, sample_item, with_files
+from llava_lite.data.shards import SHARD_SUFFIXES, find_shards, read_shard
 
 # Formats of a whole file that is one object: the reader yields records, or objects that are converted one by one.
 FILES_OF_RECORDS = {"COCO captions": read_coco, "VQA questions": read_vqa}
@@ -59,15 +60,19 @@ def _of_shards(path: str, options: Options) -> Iterator[Found | tuple[str, Recor
         for raw in read_shard(shard):
             where = f"{shard.name}[{raw.number}]"
             try:
-                if shard.kind == "tar" or raw.error is not None:
-                    record, images = parse_shard_record(shard, raw)
-                    yield where, record._replace(images=images)
-                else:
-                    # A row may be of any format.
-                    item = row_item(raw, where) | {"id": raw.key}
-                    yield from [Found(where, one) for one in convert_item(item, where, options)]
+                yield from list(_of_raw(shard, raw, where, options))
             except DataError as error:
                 yield Found(where, None, str(error))
+
+
+def _of_raw(shard: Shard, raw: RawRecord, where: str, options: Options) -> Iterator[tuple[str, Record]]:
+    """Yield the records of a sample or a row, which may be of any format, with their images in bytes."""
+    if raw.error is not None:
+        raise raw.error
+    item, files = sample_item(raw, where) if shard.kind == "tar" else (row_item(raw, where) | {"id": raw.key}, {})
+    for one in convert_item(item, where, options):
+        record = parse_record(one, where)
+        yield where, with_files(record, files) if files else record
 
 
 def _of_objects(objects, options: Options) -> Iterator[Found]:

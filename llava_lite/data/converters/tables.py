@@ -31,7 +31,7 @@ def read_table(path: str, options: Options) -> Iterator[tuple[int, dict]]:
         try:
             first = next(rows, [])
             names = options.columns or [name.strip() for name in first]
-            if options.columns is None and not KNOWN & set(names) and options.image_key not in names:
+            if options.columns is None and not KNOWN & set(names) and not set(options.image_key or ()) & set(names):
                 raise DataError(
                     f"{path} has the columns {', '.join(map(repr, first)) or '(none)'}, of which none is known; if it "
                     "has no header, name them: --columns image caption. Addresses are not downloaded: img2dataset "
