@@ -124,7 +124,10 @@ class Annotations:
     @property
     def num_pictures(self) -> np.ndarray:
         """Number of pictures of each record, [N]; 0 for what is no record."""
-        return np.maximum(self.record_facts().num_images, 0)
+        counts = np.empty(len(self), np.int32)
+        for file, positions, numbers in self.by_file():
+            counts[numbers] = file.num_pictures()[positions]
+        return np.maximum(counts, 0)
 
     @property
     def has_picture(self) -> np.ndarray:

@@ -142,6 +142,20 @@ CASES = [
         [(("0.png",), ((H, "<image>\nq"), (G, "a")))],
     ),
     (
+        [
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": "q"}]},
+                          {"role": "assistant", "content": "a"}], "images": ["0.png", "1.png"]},
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": "q"}, {"type": "image"}]},
+                          {"role": "assistant", "content": "a"}], "images": ["0.png"]},
+            {"conversations": [{"from": "system", "value": "S"}, {"from": H, "value": "q <image>"},
+                               {"from": G, "value": "a"}], "image": "0.png"},
+        ],
+        "trl.jsonl",
+        {"images_first": True},
+        [(("0.png", "1.png"), ((H, "<image>\n<image>\nq"), (G, "a"))), (("0.png",), ((H, "q<image>"), (G, "a"))),
+         (("0.png",), ((H, "q <image>"), (G, "a")))],
+    ),
+    (
         [{"image_path": "0.png", "conversations": [{"from": H, "value": "<image>q"}, {"from": G, "value": "a"}]}],
         "llava.json",
         {"image_key": ["image_path"]},

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from llava_lite.constants import DEFAULT_IMAGE_TOKEN
 from llava_lite.data.converters.base import Options, numbered, pick_answers
 from llava_lite.data.image_values import describe
+from llava_lite.data.parts import IMAGE_PARTS
 from llava_lite.data.record_content import without_nulls
 from llava_lite.data.record_formats import CONVERSATION_KEYS, FORMATS, captions_key, formats_of
 from llava_lite.data.record_keys import IMAGE_KEYS
@@ -81,18 +82,28 @@ def images_in_front(item: dict, options: Options) -> dict:
     """Return the object with its images in front of its first question, if that is asked for and none has a place."""
     images = next((item[key] for key in IMAGE_KEYS if item.get(key)), None)
     key = next((key for key in CONVERSATION_KEYS if isinstance(item.get(key), list)), None)
-    if not options.images_first or images is None or key is None or DEFAULT_IMAGE_TOKEN in str(item[key]):
+    if not options.images_first or images is None or key is None or _has_place(item[key]):
         return item
-    count = len(images) if isinstance(images, list) else 1
+    marks = f"{DEFAULT_IMAGE_TOKEN}\n" * (len(images) if isinstance(images, list) else 1)
     turns, done = [], False
     for turn in item[key]:
         said = isinstance(turn, dict) and str(turn.get("from") or turn.get("role")).lower()
         text = next((part for part in ("value", "content") if isinstance(turn, dict) and part in turn), None)
-        if not done and said in ("human", "user") and text and isinstance(turn[text], str):
-            turn, done = turn | {text: f"{DEFAULT_IMAGE_TOKEN}\n" * count + turn[text]}, True
+        if not done and said in ("human", "user") and isinstance(turn.get(text), (str, list)):
+            old = turn[text]
+            new = marks + old if isinstance(old, str) else [{"type": "text", "text": marks}, *old]
+            turn, done = turn | {text: new}, True
         turns.append(turn)
     options.notes["records whose images were put in front of the first question (--images_first)"] += done
     return item | {key: turns}
+
+
+def _has_place(turns: list) -> bool:
+    """Say whether a conversation says where an image stands, by a placeholder or a part."""
+    contents = [turn.get("content", turn.get("value")) for turn in turns if isinstance(turn, dict)]
+    parts = [part for content in contents if isinstance(content, list) for part in content if isinstance(part, dict)]
+    is_part = any(part.get("type") in IMAGE_PARTS or "image" in part for part in parts)
+    return is_part or DEFAULT_IMAGE_TOKEN in str(turns)
 
 
 def _joined(instruction: str, more) -> str:
