@@ -135,8 +135,9 @@ class DataArguments:
 
     data_path: list[str] | None = knob(
         None,
-        "LLaVA JSON or JSONL files, or YAML mixtures of them; or shards with the pictures inside (WebDataset .tar, "
-        ".parquet): paths, globs, {00000..00331}, hf://datasets/user/name. Shards need --max_steps.",
+        "JSON or JSONL files of LLaVA's records or messages, or YAML mixtures of them; or shards with images inside "
+        "(WebDataset .tar, .parquet, a directory saved by `datasets`): paths, globs, {00000..00331}, "
+        "hf://datasets/user/name. Shards need --max_steps. Other formats: llava-lite data convert.",
     )
     shuffle_window: int = knob(512, "Records of a shard that are shuffled together, and held in memory, a worker.")
     image_folder: str | None = knob(None, "Folder that the records' picture paths start from.")
@@ -160,6 +161,9 @@ class DataArguments:
     )
     bad_record: Literal["raise", "skip"] = knob("raise", "A broken record or picture stops the run, or is left out.")
     max_bad_share: float = knob(0.01, "Largest share of records that --bad_record skip may leave out.")
+    placeholder_as_text: bool = knob(
+        False, "Take <image> in a record without any image for plain text (LLaVA); default: such a record is refused."
+    )
     follow_links: bool = knob(False, "Read pictures through links that lead out of image_folder.")
     eval_data_path: list[str] | None = knob(None, "Files of records to evaluate on.")
     eval_split: float = knob(0.0, "Records held out of data_path to evaluate on: below 1 a share, else a number.")

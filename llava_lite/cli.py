@@ -11,7 +11,11 @@ from llava_lite import __version__
 # Verb -> (module whose main(argv) does it, what it does).
 VERBS = {
     "train": ("llava_lite.train.train", "run a training stage; flags as in scripts/v1_5, or a YAML file"),
-    "check": ("llava_lite.data.check", "look through data and pictures before any GPU time is spent"),
+    "check": (
+        "llava_lite.commands.check",
+        "look at every record and image of a run before any GPU time is spent",
+    ),
+    "data": ("llava_lite.commands.data", "rewrite records of another format: llava-lite data convert IN OUT.json"),
     "plan": ("llava_lite.train.plan", "estimate parameters and memory of a run: flags of train, and --num_devices N"),
     "chat": ("llava_lite.serve.cli", "talk to a model in the terminal: llava-lite chat MODEL --image-file x.jpg"),
     "convert": (

@@ -9,6 +9,7 @@ import torch
 from PIL import Image, ImageOps
 
 from llava_lite.anyres import cut_crops, default_pinpoints
+from llava_lite.bit_depth import UnfitPixels, is_deep, to_8_bits
 from llava_lite.jpeg import read_jpeg
 from llava_lite.picture_steps import OtherSteps, PictureSteps, read_steps
 from llava_lite.resize import Resize, resized_bytes
@@ -60,9 +61,11 @@ def open_picture(path, upright=False) -> Image.Image:
                 )
                 raise PictureError(path, reason)
             picture.load()
-            return to_rgb(ImageOps.exif_transpose(picture) if upright else picture)
+            return to_rgb(ImageOps.exif_transpose(picture) if upright else picture, picture)
     except PictureError:
         raise
+    except UnfitPixels as error:
+        raise PictureError(path, str(error)) from error
     except FileNotFoundError as error:
         raise PictureError(path, "there is no such file.") from error
     # Pillow's readers raise nearly everything on a broken file: OSError, SyntaxError, struct.error, IndexError, ...
@@ -79,18 +82,18 @@ def load_image_from_base64(image) -> Image.Image:
     return open_picture(io.BytesIO(data))
 
 
-def to_rgb(picture) -> Image.Image:
+def to_rgb(picture, stored=None) -> Image.Image:
     """Return the picture as RGB, whatever its mode; transparency is dropped, the colours below it stay.
 
     So did transformers 4.37, with which LLaVA's checkpoints were trained; 5.x would paint transparent parts white.
+    More than 8 bits a pixel are scaled by their range: see bit_depth.py. stored: as to_8_bits takes it.
     """
     if "transparency" in picture.info:
         # The entry would outlive the conversion, and transformers 5 looks at it.
         picture = picture.copy()
         del picture.info["transparency"]
-    if picture.mode.startswith("I;16"):
-        # Pillow cuts 16 bits off at 255, which leaves a white picture.
-        picture = picture.convert("I").point(lambda value: value / 256).convert("L")
+    if is_deep(picture):
+        picture = to_8_bits(picture, stored)
     return picture if picture.mode == "RGB" else picture.convert("RGB")
 
 
@@ -163,8 +166,8 @@ def _called(pil, image_processor, aspect_ratio, grid_pinpoints) -> torch.Tensor:
 
 
 def _cut(image, base_size, side, grid_pinpoints) -> list[Image.Image]:
-    # Pillow resizes most modes by itself; of 16 bits to_rgb knows how to keep the upper ones.
-    picture = to_rgb(image) if image.mode.startswith("I") else image
+    # Pillow resizes most modes by itself; of more than 8 bits to_rgb knows the range.
+    picture = to_rgb(image) if is_deep(image) else image
     crops = cut_crops(picture, grid_pinpoints or default_pinpoints(side), base_size, side)
     return [to_rgb(crop) for crop in crops]
 

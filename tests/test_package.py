@@ -28,7 +28,8 @@ FLOORS = {
     "train": 4,
     "eval": 4,
     "serve": 4,
-    "cli": 5,
+    "commands": 5,
+    "cli": 6,
 }
 # Installed by an extra, or by nothing at all: imported only where it is needed, inside a function.
 OPTIONAL = {"accelerate", "bitsandbytes", "datasets", "deepspeed", "flash_attn", "gradio", "matplotlib", "peft"}

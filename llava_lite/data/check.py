@@ -1,27 +1,21 @@
 """Check every record and picture before step 1, and say what to do about those that cannot be used."""
 
 import json
-import logging
-import math
 import os
-from collections import Counter
-from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
 
-from llava_lite.anyres import MERGE_TYPES, PictureLayout
+from llava_lite.anyres import PictureLayout
 from llava_lite.data.cache import key_of
+from llava_lite.data.check_report import Report, kinds_of
 from llava_lite.data.encode import RecordEncoder
 from llava_lite.data.facts import slots_of
 from llava_lite.data.index import Annotations
 from llava_lite.data.picture_files import PictureMeter
+from llava_lite.data.records import missing_images
 from llava_lite.data.scan import DataError
-from llava_lite.pictures import ASPECT_RATIOS
-
-logger = logging.getLogger(__name__)
 
 NUM_NAMED = 20
 # Threads that look at picture files: most of the time goes to waiting for a disk or a network.
@@ -34,7 +28,7 @@ class BadRecord(NamedTuple):
     file: str
     position: int  # in the file, from 0
     id: str | None  # None where there is no record to be read
-    kind: Literal["record", "text", "picture", "length"]
+    kind: Literal["record", "text", "placeholder", "picture", "length"]
     reason: str
 
     def __str__(self):
@@ -42,44 +36,6 @@ class BadRecord(NamedTuple):
         where = f"{os.path.basename(self.file)}[{self.position}]"
         name = where if self.id is None else f"record {self.id!r} ({where})"
         return self.reason if where in self.reason else f"{name}: {self.reason}"
-
-
-@dataclass
-class Report:
-    """What a check found. `annotations` are the records that are left, `bad` those that are not."""
-
-    annotations: Annotations
-    bad: list[BadRecord]
-    num_records: int
-    num_with_picture: int
-    num_tokens: int  # after truncation, every feature of a picture counted
-    learned_share: float  # of the tokens before truncation, those that carry a label, 0 to 1
-    num_truncated: int
-    num_other_suffix: int  # pictures found as .png or .gif where the record says .jpg
-
-    @property
-    def digest(self) -> str:
-        """A name for what was decided; ranks that disagree on it see different files."""
-        return key_of(self.num_records, self.num_tokens, *map(tuple, self.bad))
-
-    def summary(self) -> str:
-        """Return the lines that a run prints at its start."""
-        num_text = self.num_records - self.num_with_picture
-        lines = [
-            f"{self.num_records:,} records: {self.num_with_picture:,} with pictures, {num_text:,} text only",
-            f"{self.num_tokens:,} tokens, {self.learned_share:.1%} of them learned",
-        ]
-        if self.num_truncated:
-            lines.append(f"{self.num_truncated:,} records are longer than the maximum; what is behind is cut off")
-        if self.num_other_suffix:
-            lines.append(f"{self.num_other_suffix:,} pictures found under another suffix than their record says")
-        if self.bad:
-            lines.append(f"{len(self.bad):,} records left out ({_kinds(self.bad)})")
-        return "\n".join(lines)
-
-
-def _kinds(bad: list[BadRecord]) -> str:
-    return ", ".join(f"{count:,} {kind}" for kind, count in sorted(Counter(entry.kind for entry in bad).items()))
 
 
 def token_end(annotations: Annotations) -> tuple[np.ndarray, np.ndarray]:
@@ -106,16 +62,20 @@ def _length_problems(annotations: Annotations, max_length: int) -> dict[int, str
     return problems
 
 
-def _find_problems(annotations, encoder, layout, max_length, meter, num_workers) -> dict[int, tuple[str, str]]:
+def _find_problems(
+    annotations, encoder, layout, max_length, meter, num_workers, placeholder_as_text
+) -> dict[int, tuple[str, str]]:
     """Return kind and reason of every record in use that cannot be used; the tables are complete afterwards."""
     found = {}
     pictures = f"pictures-{key_of(meter.decode, meter.follow_links)}"
-    unknown = np.flatnonzero(annotations.facts("records", 1)[:, 0] < 0)
-    for i in unknown.tolist():
+    facts = annotations.record_facts()
+    for i in np.flatnonzero(facts.num_images < 0).tolist():
         try:
             annotations[i]
         except ValueError as error:
             found[i] = ("record", str(error))
+    for i in [] if placeholder_as_text else np.flatnonzero(facts.num_missing > 0).tolist():
+        found[i] = ("placeholder", missing_images(annotations[i]))
     for i, error in annotations.count_tokens(encoder, layout, num_workers).items():
         found.setdefault(i, ("text", str(error)))
     annotations.tables = annotations.tables._replace(pictures=pictures)
@@ -152,6 +112,7 @@ def check_annotations(
     decode: bool = False,
     follow_links: bool = False,
     num_workers: int = 0,
+    placeholder_as_text: bool = False,
 ) -> Report:
     """Return what the records hold, having looked at every one of them and at every picture.
 
@@ -159,10 +120,12 @@ def check_annotations(
     bad_record: `raise` refuses the data, naming the first 20 records and counting all; `skip` leaves them out and
     writes them to `ledger_path` (one JSON object a line), unless they are more than `max_bad_share` of all.
     decode: decode every picture as well, which takes as long as an epoch of loading. follow_links: see safe_path.
+    placeholder_as_text: take `<image>` in a record without images for text, counted in the report; else such a record
+    is a bad one.
     What is left depends on the data alone, so ranks agree without talking; Report.digest lets them make sure.
     """
     meter = PictureMeter(decode, follow_links)
-    problems = _find_problems(annotations, encoder, layout, max_length, meter, num_workers)
+    problems = _find_problems(annotations, encoder, layout, max_length, meter, num_workers, placeholder_as_text)
     bad = [_bad_record(annotations, i, *problem) for i, problem in problems.items()]
     _apply_policy(bad, len(annotations), bad_record, max_bad_share)
     if bad:
@@ -170,7 +133,7 @@ def check_annotations(
         annotations = annotations.select(keep)
     if ledger_path is not None:
         write_ledger(ledger_path, bad)
-    lengths = annotations.token_lengths
+    lengths, facts = annotations.token_lengths, annotations.record_facts()
     return Report(
         annotations,
         bad,
@@ -180,6 +143,10 @@ def check_annotations(
         learned_share=annotations.learned_share,
         num_truncated=int((lengths > max_length).sum()),
         num_other_suffix=_other_suffixes(annotations),
+        num_turns=facts.num_turns,
+        lengths=lengths,
+        empty_answers=facts.num_empty,
+        text_placeholders=facts.num_missing,
     )
 
 
@@ -196,7 +163,7 @@ def _apply_policy(bad: list[BadRecord], num_records: int, bad_record: str, max_b
     else:
         advice = f"That is {len(bad) / num_records:.2%}; --bad_record skip leaves out at most {max_bad_share:.2%}."
     raise DataError(
-        f"{len(bad):,} of {num_records:,} records cannot be used ({_kinds(bad)}):\n{named}{more}\n{advice}"
+        f"{len(bad):,} of {num_records:,} records cannot be used ({kinds_of(bad)}):\n{named}{more}\n{advice}"
     )
 
 
@@ -209,57 +176,3 @@ def write_ledger(path: str | os.PathLike, bad: list[BadRecord]) -> None:
         "".join(json.dumps(entry._asdict(), ensure_ascii=False) + "\n" for entry in bad), encoding="utf-8"
     )
     os.replace(draft, path)
-
-
-def main(argv=None) -> int:
-    """Check annotation files from the command line: `llava-lite check`; 0 if a run could start, else 1."""
-    import argparse
-
-    from llava_lite.companions import load_tokenizer, refuse_missing_model
-    from llava_lite.data.index import open_annotations
-
-    parser = argparse.ArgumentParser(prog="llava-lite check", description=__doc__)
-    parser.add_argument("--data_path", nargs="+", required=True, help="JSON or JSONL files, or YAML mixtures of them")
-    parser.add_argument("--image_folder", help="folder that picture paths start from")
-    parser.add_argument("--model_name_or_path", required=True, help="whose tokenizer counts the tokens")
-    parser.add_argument("--version", default="v1", help="conversation template (default v1)")
-    parser.add_argument("--model_max_length", type=int, default=2048, help="tokens of a sequence (default 2048)")
-    parser.add_argument("--num_image_tokens", type=int, default=576, help="features of a picture (default 576)")
-    parser.add_argument("--image_aspect_ratio", choices=ASPECT_RATIOS, help="anyres counts the crops of a picture")
-    parser.add_argument("--mm_patch_merge_type", choices=MERGE_TYPES, default="flat", help="how crops are joined")
-    parser.add_argument("--image_grid_pinpoints", help="resolutions of anyres (default: LLaVA-1.6's five)")
-    parser.add_argument("--image_size", type=int, default=336, help="pixels along a side of a crop (default 336)")
-    parser.add_argument("--decode", action="store_true", help="decode every picture too; slow")
-    parser.add_argument("--follow_links", action="store_true", help="allow links that lead out of the image folder")
-    parser.add_argument("--ledger", help="write the bad records to this file, one JSON object a line")
-    parser.add_argument("--num_workers", type=int, default=os.cpu_count(), help="processes that count tokens")
-    flags = parser.parse_args(argv)
-    refuse_missing_model(flags.model_name_or_path)
-    # Registers our model types, by which transformers finds the tokenizer of an earlier stage.
-    import_module("llava_lite.model")
-    encoder = RecordEncoder(load_tokenizer(flags.model_name_or_path), flags.version)
-    try:
-        report = check_annotations(
-            open_annotations(flags.data_path, flags.image_folder, num_workers=flags.num_workers),
-            encoder,
-            PictureLayout.read(
-                flags.num_image_tokens,
-                math.isqrt(flags.num_image_tokens),
-                flags.image_size,
-                flags.image_aspect_ratio,
-                flags.mm_patch_merge_type,
-                flags.image_grid_pinpoints,
-            ),
-            flags.model_max_length,
-            bad_record="skip" if flags.ledger else "raise",
-            max_bad_share=1.0,
-            ledger_path=flags.ledger,
-            decode=flags.decode,
-            follow_links=flags.follow_links,
-            num_workers=flags.num_workers,
-        )
-    except DataError as error:
-        print(error)
-        return 1
-    print(report.summary())
-    return 1 if report.bad else 0

@@ -9,16 +9,17 @@ from torch.utils.data import Dataset
 from llava_lite.anyres import PictureLayout
 from llava_lite.constants import IGNORE_INDEX
 from llava_lite.conversation import Conversation
+from llava_lite.data.cache import file_key, key_of
 from llava_lite.data.check import Report, check_annotations
 from llava_lite.data.encode import RecordEncoder, expand_image_tokens
 from llava_lite.data.feature_cache import FeatureView, StoredPicture
 from llava_lite.data.index import Annotations, open_annotations
-from llava_lite.data.picture_files import find_picture
-from llava_lite.data.records import Record
+from llava_lite.data.picture_files import find_picture, open_image
+from llava_lite.data.records import Record, missing_images
 from llava_lite.data.scan import DataError
 from llava_lite.mm_utils import truncate_example
 from llava_lite.picture_steps import OtherSteps, read_steps
-from llava_lite.pictures import ASPECT_RATIOS, PictureError, open_picture, picture_bytes, prepare_picture
+from llava_lite.pictures import ASPECT_RATIOS, PictureError, picture_bytes, prepare_picture
 from llava_lite.resize import Resize
 
 logger = logging.getLogger(__name__)
@@ -33,6 +34,7 @@ class ExampleMaker:
     layout: how a picture is prepared and becomes features. max_length: tokens of an example, features counted; text
     behind is cut. image_processor may be None where no record has pictures. picture_resize: make pictures bytes, which
     the tower normalises as its own image processor would (it must be this one); None: numbers, normalised here.
+    placeholder_as_text: take `<image>` in a record without images for text; else such a record cannot be used.
     """
 
     def __init__(
@@ -44,6 +46,7 @@ class ExampleMaker:
         max_length: int = 2048,
         mm_use_im_start_end: bool = False,
         picture_resize: Resize | None = None,
+        placeholder_as_text: bool = False,
     ):
         if layout.aspect_ratio not in ASPECT_RATIOS:
             known = ", ".join(ASPECT_RATIOS)
@@ -53,6 +56,7 @@ class ExampleMaker:
         self.layout = layout
         self.max_length = max_length
         self.picture_resize = picture_resize
+        self.placeholder_as_text = placeholder_as_text
         self.steps = _steps_of(image_processor) if picture_resize and image_processor is not None else None
 
     def example(self, record: Record, pictures: list[Image.Image | StoredPicture]) -> dict:
@@ -80,6 +84,8 @@ class ExampleMaker:
         return picture_bytes(picture, self.steps, *shape, self.picture_resize)
 
     def _encode(self, record: Record, pictures) -> tuple[list[int], list[int]]:
+        if not (record.images or self.placeholder_as_text) and (reason := missing_images(record)):
+            raise DataError(reason)
         input_ids, labels = self.encoder(record)
         lengths = [self.layout.num_tokens(picture.size) for picture in pictures]
         input_ids, labels = expand_image_tokens(input_ids, labels, lengths)
@@ -124,9 +130,17 @@ class LazySupervisedDataset(ExampleMaker, Dataset):
         mm_use_im_start_end: bool = False,
         follow_links: bool = False,
         picture_resize: Resize | None = None,
+        placeholder_as_text: bool = False,
     ):
         super().__init__(
-            tokenizer, image_processor, conv_template, layout, max_length, mm_use_im_start_end, picture_resize
+            tokenizer,
+            image_processor,
+            conv_template,
+            layout,
+            max_length,
+            mm_use_im_start_end,
+            picture_resize,
+            placeholder_as_text,
         )
         if image_processor is None and annotations.has_picture.any():
             raise ValueError(
@@ -148,13 +162,13 @@ class LazySupervisedDataset(ExampleMaker, Dataset):
             return [self[k] for k in i]
         record = self.annotations[i]
         if self.features is None:
-            return self.example(record, [self.open(record, name) for name in record.images])
+            return self.example(record, [self.open(record, image) for image in record.images])
         return {"image_features": [], **self.example(record, self.features[i])}
 
-    def open(self, record: Record, name: str) -> Image.Image:
+    def open(self, record: Record, image: str | bytes) -> Image.Image:
         """Return a picture of a record; DataError naming the record if it cannot be used."""
         try:
-            return open_picture(self.picture_path(record, name))
+            return open_image(image if isinstance(image, bytes) else self.picture_path(record, image))
         except PictureError as error:
             raise DataError(f"{record.name}: {error}") from error
 
@@ -162,6 +176,10 @@ class LazySupervisedDataset(ExampleMaker, Dataset):
     def sources(self) -> list[tuple[str, int]]:
         """The name of each file and how many of its records are used; for the card."""
         return [(file.name, len(positions)) for file, positions, _ in self.annotations.by_file()]
+
+    def picture_key(self, record: Record, image: str | bytes) -> str:
+        """Return a name for the content of a picture: its file as it is now, or its bytes."""
+        return key_of(image) if isinstance(image, bytes) else file_key(self.picture_path(record, image))
 
     def picture_path(self, record: Record, name: str) -> str:
         """Return where a picture of a record lies; PictureError if there is none."""
@@ -191,12 +209,13 @@ def open_dataset(
     cache_dir: str | None = None,
     num_workers: int = 0,
     picture_resize: Resize | None = None,
+    placeholder_as_text: bool = False,
     **policy,
 ) -> tuple[LazySupervisedDataset, Report]:
     """Return the examples of annotation files, indexed and checked, and what the check found.
 
     policy: bad_record, max_bad_share, ledger_path, decode of check_annotations. num_workers: processes that count
-    tokens the first time. picture_resize: as in ExampleMaker.
+    tokens the first time. picture_resize, placeholder_as_text: as in ExampleMaker.
     """
     annotations = open_annotations(data_path, image_folder, cache_dir, num_workers)
     encoder = RecordEncoder(tokenizer, conv_template, mm_use_im_start_end)
@@ -207,6 +226,7 @@ def open_dataset(
         max_length,
         follow_links=follow_links,
         num_workers=num_workers,
+        placeholder_as_text=placeholder_as_text,
         **policy,
     )
     dataset = LazySupervisedDataset(
@@ -220,5 +240,6 @@ def open_dataset(
         mm_use_im_start_end,
         follow_links,
         picture_resize,
+        placeholder_as_text,
     )
     return dataset, report

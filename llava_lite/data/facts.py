@@ -4,9 +4,11 @@ A table fills in only what it does not know yet, and a record that cannot be mea
 mended, it is seen at the next start. Letters: M records of a file, S slots of a table, C columns.
 """
 
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
+from itertools import chain
 from multiprocessing import get_context
 from pathlib import Path
 from typing import NamedTuple
@@ -16,6 +18,8 @@ import numpy as np
 from llava_lite.data.cache import load_array, locked, save_array
 
 CHUNK_RECORDS = 512
+# Until a worker process has imported what it needs and read a tokenizer, on a machine that is busy.
+POOL_START_S = 12.0
 
 
 class Measured(NamedTuple):
@@ -49,7 +53,8 @@ def measure_records(
 ) -> Iterator[Measured]:
     """Yield what `measure` says about the records at `positions` [n], in order and in pieces, with a progress bar.
 
-    num_workers: processes, for work of the processor; `measure` must pickle. num_threads: for waiting on a disk.
+    num_workers: processes, for work of the processor; `measure` must pickle. They are started only once it is seen
+    that the work takes longer than their start. num_threads: for waiting on a disk.
     A ValueError of `measure` is the record's problem, not the run's.
     """
     from tqdm import tqdm
@@ -77,16 +82,26 @@ class _Worker:
 
 
 def _run(file, pieces, measure, num_workers, num_threads) -> Iterator[Measured]:
+    alone = (_measure_chunk(file, piece, measure) for piece in pieces)
     if len(pieces) > 1 and num_workers > 0:
+        start_s, left = time.monotonic(), len(pieces)
+        for measured in alone:
+            yield measured
+            left -= 1
+            rest_s = left * (time.monotonic() - start_s) / (len(pieces) - left)
+            # What the processes save must be more than they need to start.
+            if left > 1 and rest_s * (1 - 1 / min(num_workers, left)) > POOL_START_S:
+                break
         # Not forked: the parent may hold threads of the tokenizer, of torch or of a device.
-        count, context = min(num_workers, len(pieces)), get_context("spawn")
-        pool = ProcessPoolExecutor(count, mp_context=context, initializer=_Worker.start, initargs=(file, measure))
-        yield from _run_in(pool, _Worker.work, pieces, 4 * count)
+        if left:
+            count, context = min(num_workers, left), get_context("spawn")
+            pool = ProcessPoolExecutor(count, mp_context=context, initializer=_Worker.start, initargs=(file, measure))
+            yield from _run_in(pool, _Worker.work, pieces[-left:], 4 * count)
     elif len(pieces) > 1 and num_threads > 0:
         pool = ThreadPoolExecutor(num_threads)
         yield from _run_in(pool, lambda piece: _measure_chunk(file, piece, measure), pieces, 4 * num_threads)
     else:
-        yield from (_measure_chunk(file, piece, measure) for piece in pieces)
+        yield from alone
 
 
 def _run_in(pool: Executor, work: Callable, pieces, max_waiting: int) -> Iterator[Measured]:
@@ -147,7 +162,7 @@ class Facts:
                 for measured in measure_records(file, unknown, measure, purpose, **pool):
                     problems.update(measured.problems)
                     if measured.rows:
-                        numbers = np.concatenate([np.asarray(row, np.int32) for row in measured.rows])
+                        numbers = np.fromiter(chain.from_iterable(measured.rows), np.int32)
                         rows[slots_of(self.starts, np.array(measured.positions))] = numbers.reshape(
                             -1, self.num_columns
                         )

@@ -1,11 +1,10 @@
 """Turn annotation files into Annotations: records by number, read from the files themselves through an index on disk.
 
 The index is one folder a file, keyed by the file's place, size and time of change. It holds byte spans, numbers of
-pictures, token counts for each tokenizer and template, picture sizes for each image folder; it is made once, and every
-process maps it into memory. Letters: N records in use, M records of a file, S pictures.
+images and turns, token counts for each tokenizer and template, image sizes for each image folder; it is made once, and
+every process maps it into memory. Letters: N records in use, M records of a file, S pictures.
 """
 
-import os
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -14,84 +13,11 @@ from typing import NamedTuple
 import numpy as np
 
 from llava_lite.anyres import PictureLayout
-from llava_lite.data.cache import cache_root, file_key, key_of, load_array, locked, save_array
-from llava_lite.data.facts import Facts, slots_of
-from llava_lite.data.records import READERS, Record, Source, open_sources, sample_positions
-from llava_lite.data.scan import DataError, placed_error
-
-# Raised when what is stored, or how it is counted, changes.
-VERSION = 1
-
-
-class IndexedFile:
-    """One annotation file with its index; records by position in the file. Pickles to two paths."""
-
-    def __init__(self, source: Source, folder: Path):
-        self.source = source
-        self.folder = folder
-        self._open()
-
-    def _open(self):
-        self.reader = READERS[self.source.kind]
-        self.name = os.path.basename(self.source.path)
-        self.spans = load_array(self.folder / "spans.npy")  # [M, 2]
-        self.file = open(self.source.path, "rb")  # noqa: SIM115 - open as long as this object lives
-
-    def __reduce__(self):
-        """Travel to a worker as two paths; the arrays are mapped again there."""
-        return type(self), (self.source, self.folder)
-
-    def __len__(self):
-        return len(self.spans)
-
-    def __getitem__(self, position: int) -> Record:
-        """Return a record; DataError with file, line and reason if it is none."""
-        start, stop = self.spans[position].tolist()
-        # pread leaves the file's position alone, which forked workers share.
-        data = os.pread(self.file.fileno(), stop - start, start)
-        where = f"{self.name}[{position}]"
-        try:
-            return self.reader.parse(data, where, self.source.image_folder)
-        except DataError:
-            raise
-        except ValueError as error:
-            raise placed_error(self.source.path, start, data, error) from None
-        except RecursionError:
-            raise DataError(f"{where} is nested too deeply to be a record.") from None
-
-    def table(self, name: str, num_columns: int, per_picture: bool = False) -> Facts:
-        """Return a table with a slot for each record, or for each picture in the image folder of this file."""
-        starts = np.arange(len(self) + 1)
-        if per_picture:
-            name += "-" + key_of(os.path.realpath(self.source.image_folder or ""))
-            starts = np.concatenate([[0], np.cumsum(np.maximum(self.num_pictures(), 0))])
-        return Facts(self.folder / f"{name}.npy", num_columns, starts)
-
-    def num_pictures(self) -> np.ndarray:
-        """Return the number of pictures of each record, [M]; -1 for what is no record."""
-        return self.table("records", 1).rows()[:, 0]
-
-
-def _count_pictures(record: Record) -> tuple[int]:
-    return (len(record.images),)
-
-
-def index_file(source: Source, root: Path, num_workers: int = 0) -> IndexedFile:
-    """Return the file with its spans and numbers of pictures, found now if they are not in the cache."""
-    folder = root / f"{Path(source.path).stem[:40]}-{key_of(VERSION, source.kind, file_key(source.path))}"
-    if not (folder / "spans.npy").exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        with locked(folder / "spans", f"index {source.path}"):
-            if not (folder / "spans.npy").exists():
-                save_array(folder / "spans.npy", READERS[source.kind].scan(source.path))
-    indexed = IndexedFile(source, folder)
-    if not len(indexed):
-        raise DataError(f"{source.path} holds no record.")
-    # Of the whole file, whatever part is in use: tables of pictures are laid out by these numbers.
-    everywhere = np.arange(len(indexed))
-    table = indexed.table("records", 1)
-    table.complete(indexed, everywhere, _count_pictures, f"reading {indexed.name}", num_workers=num_workers)
-    return indexed
+from llava_lite.data.cache import cache_root, key_of, load_array, save_array
+from llava_lite.data.facts import slots_of
+from llava_lite.data.indexed_file import IndexedFile, RecordFacts, index_file
+from llava_lite.data.records import Record
+from llava_lite.data.sources import open_sources, sample_positions
 
 
 class TokenFacts(NamedTuple):
@@ -191,10 +117,17 @@ class Annotations:
             rows[numbers] = file.table(name, num_columns).rows()[positions]
         return rows
 
+    def record_facts(self) -> RecordFacts:
+        """Return the columns [N] of what is known of each record's shape, -1 for what is no record."""
+        return RecordFacts(*self.facts("records", len(RecordFacts._fields)).T)
+
     @property
     def num_pictures(self) -> np.ndarray:
         """Number of pictures of each record, [N]; 0 for what is no record."""
-        return np.maximum(self.facts("records", 1)[:, 0], 0)
+        counts = np.empty(len(self), np.int32)
+        for file, positions, numbers in self.by_file():
+            counts[numbers] = file.num_pictures()[positions]
+        return np.maximum(counts, 0)
 
     @property
     def has_picture(self) -> np.ndarray:

@@ -1,14 +1,18 @@
 """Find a record's picture below the image folder, and tell from head and tail whether it is one.
 
-Paths in data are not trusted: none leaves the folder. What a file is, its bytes say, not its name.
+Paths in data are not trusted: none leaves the folder. What a file is, its bytes say, not its name. A picture that the
+record itself holds, as bytes, is looked at in the same way.
 """
 
+import io
 import os
+import re
 from functools import lru_cache
 from typing import NamedTuple
 
 from PIL import Image
 
+from llava_lite.bit_depth import CHECKED_MODES
 from llava_lite.pictures import MAX_PICTURE_PIXELS, PICTURE_FORMATS, PictureError, open_picture
 
 # OCR-VQA was published as links to .jpg, .png and .gif; LLaVA's annotations call them all .jpg.
@@ -74,26 +78,39 @@ def find_picture(image_folder: str | None, name: str, follow_links: bool = False
     raise PictureError(path, "there is no such file.")
 
 
-def inspect_picture(path: str, decode: bool = False) -> tuple[int, int]:
+def open_image(source: str | bytes, name: str = "in the record"):
+    """Return the image of a path, or of the bytes of a file, as open_picture does; `name` stands for the bytes."""
+    if not isinstance(source, bytes):
+        return open_picture(source)
+    try:
+        return open_picture(io.BytesIO(source))
+    except PictureError as error:
+        # Without the address of the bytes in memory, which Pillow has no other name for.
+        raise PictureError(name, re.sub(r" <_io\.BytesIO [^>]*>", "", error.reason)) from error
+
+
+def inspect_picture(source: str | bytes, decode: bool = False) -> tuple[int, int]:
     """Return width and height from the header; PictureError if the file is no picture, a bomb, or cut short.
 
-    A file whose tail holds its format's end mark counts as whole; any other is decoded to see. decode: always decode.
+    source: a path, or the bytes of a file. One whose tail holds its format's end mark counts as whole; any other is
+    decoded to see, as is one of a pixel format that may be refused. decode: always decode.
     """
     try:
         # A decompression bomb is refused by our own limit, with our own words, before anything is decoded.
-        with Image.open(path, formats=PICTURE_FORMATS) as picture:
-            (width, height), kind = picture.size, picture.format
+        file = io.BytesIO(source) if isinstance(source, bytes) else source
+        with Image.open(file, formats=PICTURE_FORMATS) as picture:
+            (width, height), kind, mode = picture.size, picture.format, picture.mode
     except Exception:
-        # open_picture finds the same fault and words it; if it finds none, the file has changed in between.
-        width, height = open_picture(path).size
+        # open_image finds the same fault and words it; if it finds none, the file has changed in between.
+        width, height = open_image(source).size
         return width, height
-    if width * height > MAX_PICTURE_PIXELS or decode or not _has_end(path, kind):
-        open_picture(path)
+    if width * height > MAX_PICTURE_PIXELS or decode or mode in CHECKED_MODES or not _has_end(source, kind):
+        open_image(source)
     return width, height
 
 
-def _has_end(path: str, kind: str) -> bool:
-    with open(path, "rb") as file:
+def _has_end(source: str | bytes, kind: str) -> bool:
+    with io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb") as file:
         size = file.seek(0, os.SEEK_END)
         if kind == "WEBP":
             file.seek(4)
@@ -115,7 +132,9 @@ class PictureMeter:
     def __call__(self, record) -> tuple[int, ...]:
         """Return 3 numbers a picture; PictureError for the first that cannot be used."""
         numbers = []
-        for name in record.images:
-            path, has_other_suffix = find_picture(record.image_folder, name, self.follow_links)
-            numbers += [*inspect_picture(path, self.decode), int(has_other_suffix)]
+        for image in record.images:
+            source, has_other_suffix = image, False
+            if isinstance(image, str):
+                source, has_other_suffix = find_picture(record.image_folder, image, self.follow_links)
+            numbers += [*inspect_picture(source, self.decode), int(has_other_suffix)]
         return tuple(numbers)

@@ -1,30 +1,34 @@
-"""Turn annotation files of several formats into Records: who says what, and about which pictures.
+"""Turn the objects of annotation files into Records: who says what, and about which images.
 
-The record is LLaVA's, `{"id", "image", "conversations": [{"from": "human" | "gpt", "value"}]}`; the YAML mixture is
-LLaVA-NeXT's. A new format is a `Reader` and one line in READERS.
+The record is LLaVA's, `{"id", "image", "conversations": [{"from": "human" | "gpt", "value"}]}`; other spellings and
+formats are read by turns.py and record_formats.py.
 """
 
 import json
 import math
-import os
-import random
-import re
-from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-import numpy as np
-
 from llava_lite.constants import DEFAULT_IMAGE_TOKEN
-from llava_lite.data.scan import DataError, scan_json, scan_lines
+from llava_lite.data.image_values import INLINE_STARTS, describe, read_images
+from llava_lite.data.record_content import read_content
+from llava_lite.data.record_keys import rewriting
+from llava_lite.data.scan import DataError
+from llava_lite.data.turns import ROLES, drop_greeting, plain_turns
 
-ROLES = ("human", "gpt")
+# A record with these keys alone is LLaVA's own: nothing in it could be read another way.
+PLAIN_KEYS = frozenset({"id", "image", "conversations", "model"})
+PLACEHOLDER_FLAG = "--placeholder_as_text"
+NOTHING: frozenset[int] = frozenset()
 
 
 class Record(NamedTuple):
-    """One conversation. `images` are paths below `image_folder`, in the order of their <image> placeholders."""
+    """One conversation and its images, in the order of their <image> placeholders.
+
+    images: paths below `image_folder`, or the content of image files that the record itself holds, as bytes.
+    """
 
     id: str
-    images: tuple[str, ...]
+    images: tuple[str | bytes, ...]
     turns: tuple[tuple[str, str], ...]  # ("human" | "gpt", text), human first, alternating
     where: str = ""  # "train.json[17]": the file and the position, counted from 0
     image_folder: str | None = None
@@ -37,10 +41,6 @@ class Record(NamedTuple):
         return f"record {self.id!r} ({self.where})"
 
 
-def _kind(value) -> str:
-    return f"{type(value).__name__} {value!r}" if not isinstance(value, (dict, list)) else type(value).__name__
-
-
 def _record_id(item: dict, where: str) -> str:
     """Return the id as a string: public files hold numbers too; a record without one is known by its place."""
     value = item.get("id")
@@ -49,199 +49,104 @@ def _record_id(item: dict, where: str) -> str:
     if isinstance(value, str):
         return value
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise DataError(f"{where}: 'id' is {_kind(value)}, expected a string or a number.")
+        raise DataError(f"{where}: 'id' is {describe(value)}, expected a string or a number.")
     return str(int(value)) if value == int(value) else str(value)
 
 
-def _images(item: dict, name: str) -> tuple[str, ...]:
-    if item.get("video") is not None:
-        raise DataError(f"{name} has a 'video'; videos are not supported. Remove the record or extract its frames.")
-    value = item.get("image")
-    if value is None:
-        return ()
-    values = value if isinstance(value, list) else [value]
-    for path in values:
-        if not isinstance(path, str) or not path:
-            raise DataError(f"{name}: 'image' holds {_kind(path)}, expected a path. Leave the key out if it has none.")
-    return tuple(values)
+def parse_record(item: dict, where: str, image_folder: str | None = None) -> Record:
+    """Return the Record of one object: LLaVA's, or one of the other formats that are read directly.
+
+    As many image placeholders as images, all of them in questions: LLaVA drops what is too much, or crashes in the
+    middle of an epoch. A record that has placeholders and no image at all is returned as it is: see missing_images.
+    Raises DataError naming the record and its place.
+    """
+    if not isinstance(item, dict):
+        raise DataError(f"{where} is {describe(item)}, expected an object with 'conversations'.")
+    record_id = _record_id(item, where)
+    name = f"record {record_id!r} ({where})"
+    # LLaVA's own records, of which there are millions, take the short way; everything else goes through read_content.
+    turns = plain_turns(item.get("conversations"), name) if item.keys() <= PLAIN_KEYS else None
+    if turns:
+        image, system, not_supervised = item.get("image"), None, NOTHING
+        is_path = type(image) is str and image and not image.startswith(INLINE_STARTS)
+        images = (image,) if is_path else read_images(image, "image", name)
+    else:
+        images, turns, system, not_supervised = _other_spelling(item, name)
+    if images:
+        _check_placeholders(turns, len(images), name)
+    return Record(record_id, images, tuple(turns), where, image_folder, system, not_supervised)
 
 
-def _text(value, name: str) -> str:
-    if not isinstance(value, str):
-        raise DataError(f"{name}: the 'value' of a turn is {_kind(value)}, expected a string.")
-    try:
-        # JSON may hold half of a surrogate pair ("\ud83d"); no tokenizer takes that.
-        _ = value.isascii() or value.encode()
-    except UnicodeEncodeError as error:
-        raise DataError(f"{name}: the text holds {value[error.start]!r}, half of a surrogate pair.") from None
-    return value
-
-
-def _turns(item: dict, name: str) -> tuple[tuple[str, str], ...]:
-    """Return the turns from the first human one on; like LLaVA, drop one that the model says before being asked."""
-    conversation = item.get("conversations")
-    if conversation == []:
-        raise DataError(f"{name}: 'conversations' is empty, expected a list of turns, the first from 'human'.")
-    if not isinstance(conversation, list):
-        raise DataError(f"{name}: 'conversations' is {_kind(conversation)}, expected a list of turns.")
-    turns = []
-    for turn in conversation:
-        if not isinstance(turn, dict):
-            raise DataError(f"{name}: a turn is {_kind(turn)}, expected an object with 'from' and 'value'.")
-        if turn.get("from") not in ROLES:
-            raise DataError(f"{name}: a turn is from {turn.get('from')!r}, expected 'human' or 'gpt'.")
-        turns.append((turn["from"], _text(turn.get("value"), name)))
-    if turns[0][0] == "gpt":
-        turns = turns[1:]
-    for position, (role, _) in enumerate(turns):
+def _other_spelling(item: dict, name: str):
+    """Return images, alternating turns, system text and unsupervised positions of a record in any known spelling."""
+    content = read_content(item, name)
+    dialogue = drop_greeting(content.dialogue)
+    for position, (role, _) in enumerate(dialogue.turns):
         if role != ROLES[position % 2]:
             raise DataError(
                 f"{name}: turn {position} is from {role!r}, expected {ROLES[position % 2]!r}: human and gpt alternate."
             )
-    if not turns:
-        raise DataError(f"{name} holds only one turn from gpt, which is dropped; nothing remains.")
-    return tuple(turns)
+    if not dialogue.turns:
+        what = "only one turn from gpt, which is dropped" if dialogue.num_dropped else "no question and no answer"
+        raise DataError(f"{name} holds {what}; nothing remains.")
+    return content.images, dialogue.turns, dialogue.system, dialogue.not_supervised
 
 
-def parse_record(item: dict, where: str, image_folder: str | None = None) -> Record:
-    """Return the Record of one LLaVA-style object.
-
-    `<image>` in a record without pictures is plain text, as in LLaVA. With pictures, marks and pictures must be as
-    many: LLaVA drops what is too much, or crashes in the middle of an epoch.
-    Raises DataError naming the record and its place.
-    """
-    if not isinstance(item, dict):
-        raise DataError(f"{where} is {_kind(item)}, expected an object with 'conversations'.")
-    record_id = _record_id(item, where)
-    name = f"record {record_id!r} ({where})"
-    images = _images(item, name)
-    turns = _turns(item, name)
-    num_marks = sum(text.count(DEFAULT_IMAGE_TOKEN) for _, text in turns)
-    if images and num_marks != len(images):
-        advice = "Remove a mark or add a picture." if num_marks > len(images) else "Add a mark or remove a picture."
+def _check_placeholders(turns, num_images: int, name: str) -> None:
+    counts = [text.count(DEFAULT_IMAGE_TOKEN) for _, text in turns]
+    if not sum(counts):
         raise DataError(
-            f"{num_marks} {DEFAULT_IMAGE_TOKEN} marks in the conversation but {len(images)} pictures in {name}. "
+            f"0 {DEFAULT_IMAGE_TOKEN} placeholders in the conversation but {num_images} images in {name}. Write one "
+            "where each image stands, remove the images, or put them in front of the first question: "
+            f"{rewriting(name, '--images_first')}"
+        )
+    if sum(counts) != num_images:
+        advice = "Remove a placeholder or add an image." if sum(counts) > num_images else (
+            "Add a placeholder or remove an image."
+        )  # fmt: skip
+        raise DataError(
+            f"{sum(counts)} {DEFAULT_IMAGE_TOKEN} placeholders in the conversation but {num_images} images in {name}. "
             f"{advice}"
         )
-    return Record(record_id, images, turns, where, image_folder)
+    if any(counts[1::2]):
+        raise DataError(
+            f"{name}: an answer holds {DEFAULT_IMAGE_TOKEN}, so that its question is asked before the image is seen. "
+            "Move it into a question."
+        )
+
+
+def num_missing_images(record: Record) -> int:
+    """Return the number of image placeholders of a record that has no image; 0 for one that has."""
+    return 0 if record.images else sum(text.count(DEFAULT_IMAGE_TOKEN) for _, text in record.turns)
+
+
+def num_empty_answers(record: Record) -> int:
+    """Return the number of supervised answers without text, of which only the end mark is learned."""
+    count = 0
+    for _, text in record.turns[1::2]:
+        if not text or text.isspace():
+            count += 1
+    if not (count and record.not_supervised):
+        return count
+    answers = range(1, len(record.turns), 2)
+    return sum(i not in record.not_supervised and not record.turns[i][1].strip() for i in answers)
+
+
+def missing_images(record: Record) -> str | None:
+    """Return why a record cannot be used that has image placeholders and no image; None for any other.
+
+    LLaVA takes these placeholders for text, and whatever the image was to show is learned blind.
+    """
+    count = num_missing_images(record)
+    if not count:
+        return None
+    return (
+        f"{count} {DEFAULT_IMAGE_TOKEN} placeholder{'s' * (count > 1)} in the conversation but no image in "
+        f"{record.name}. Name the image under 'image', or take the placeholder out of the text; if it is plain text: "
+        f"{PLACEHOLDER_FLAG} True."
+    )
 
 
 def parse_json_record(data: bytes, where: str, image_folder: str | None = None) -> Record:
     """Return the Record of one JSON object in bytes; a syntax error stays json's own, for the caller to place."""
     return parse_record(json.loads(data), where, image_folder)
-
-
-class Reader(NamedTuple):
-    """How a format is read: `scan` finds the records of a file once, `parse` reads one of them."""
-
-    scan: Callable[[str], np.ndarray]  # path -> byte spans [N, 2]
-    parse: Callable[[bytes, str, str | None], Record]  # bytes of a span, where, image folder -> Record
-
-
-READERS: dict[str, Reader] = {
-    "json": Reader(scan_json, parse_json_record),
-    "jsonl": Reader(scan_lines, parse_json_record),
-}
-MIXTURES = ("yaml", "yml")
-# Read from first to last by data/shards.py and never indexed: sets that no disk of ours holds.
-SHARD_KINDS = ("tar", "parquet")
-
-
-def is_shards(data_path: str | Sequence[str] | None) -> bool:
-    """Say whether the paths are shards, or folders of them; DataError if some are and some are not."""
-    paths = [data_path] if isinstance(data_path, (str, os.PathLike)) else list(data_path or ())
-    kinds = {
-        path.startswith("hf://") or _suffix(path) in SHARD_KINDS or os.path.isdir(path)
-        for path in map(os.fspath, paths)
-    }
-    if len(kinds) > 1:
-        raise DataError("--data_path names shards and annotation files; a run reads the one kind or the other.")
-    return kinds == {True}
-
-
-class Source(NamedTuple):
-    """A file of records, where its pictures lie, and which of its records are used."""
-
-    path: str
-    kind: str  # a key of READERS
-    image_folder: str | None = None
-    sampling: str = "all"  # all | first:N | end:N | random:N, N a number or a percentage
-
-
-def sample_positions(sampling: str, num_records: int, seed: int = 0) -> np.ndarray:
-    """Return the positions [n] that a sampling strategy keeps, in the order of the file.
-
-    `random:N` draws without replacement from a generator of its own: the same for every process. A percentage is
-    rounded up (LLaVA-NeXT). More than the file holds means all of it.
-    """
-    match = re.fullmatch(r"(first|end|random):\s*(\d+(?:\.\d+)?)\s*(%?)", sampling)
-    if sampling == "all":
-        return np.arange(num_records)
-    if not match or float(match[2]) == 0 or ("." in match[2] and not match[3]):
-        raise DataError(f"unknown sampling_strategy {sampling!r}; known: all, first:N, end:N, random:N (N or N%).")
-    share = float(match[2])
-    count = min(num_records, math.ceil(share * num_records / 100) if match[3] else int(share))
-    if match[1] == "first":
-        return np.arange(count)
-    if match[1] == "end":
-        return np.arange(num_records - count, num_records)
-    return np.sort(np.array(random.Random(seed).sample(range(num_records), count), dtype=np.int64))
-
-
-def _suffix(path: str) -> str:
-    return os.path.splitext(path)[1].lstrip(".").lower()
-
-
-def _file_source(path: str, image_folder: str | None, sampling: str = "all") -> Source:
-    kind = _suffix(path)
-    if kind in SHARD_KINDS:
-        raise DataError(f"{path}: shards are read by a training run alone, as its only --data_path.")
-    if kind not in READERS:
-        known = ", ".join([*READERS, *MIXTURES, *SHARD_KINDS])
-        raise DataError(f"{path}: unknown format {kind!r}; known: {known}.")
-    if not os.path.isfile(path):
-        raise DataError(f"{path}: no such annotation file.")
-    return Source(path, kind, image_folder, sampling)
-
-
-def _mixture_sources(path: str, image_folder: str | None) -> list[Source]:
-    """Return the files that a YAML mixture names; paths are relative to the working folder, else to the YAML."""
-    import yaml
-
-    try:
-        with open(path, encoding="utf-8-sig") as file:
-            mixture = yaml.safe_load(file)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
-    entries = mixture.get("datasets") if isinstance(mixture, dict) else None
-    if not isinstance(entries, list) or not entries:
-        raise DataError(f"{path}: expected a list `datasets` of {{json_path, sampling_strategy, image_folder}}.")
-    return [_mixture_entry(entry, path, image_folder) for entry in entries]
-
-
-def _mixture_entry(entry, mixture_path: str, image_folder: str | None) -> Source:
-    known = ("json_path", "sampling_strategy", "image_folder")
-    if not isinstance(entry, dict) or not isinstance(entry.get("json_path"), str) or set(entry) - set(known):
-        raise DataError(f"{mixture_path}: entry {entry!r} of `datasets`; expected the keys {', '.join(known)}.")
-    path = entry["json_path"]
-    beside = os.path.join(os.path.dirname(mixture_path), path)
-    sampling = str(entry.get("sampling_strategy", "all")).strip()
-    sample_positions(sampling, 1)
-    folder = entry.get("image_folder", image_folder)
-    return _file_source(beside if not os.path.exists(path) and os.path.exists(beside) else path, folder, sampling)
-
-
-def open_sources(data_path: str | Sequence[str], image_folder: str | None = None) -> list[Source]:
-    """Return the files behind one path or many; a YAML mixture stands for the files it names."""
-    paths = [data_path] if isinstance(data_path, (str, os.PathLike)) else list(data_path)
-    sources = []
-    for path in map(os.fspath, paths):
-        if _suffix(path) in MIXTURES:
-            if not os.path.isfile(path):
-                raise DataError(f"{path}: no such mixture file.")
-            sources += _mixture_sources(path, image_folder)
-        else:
-            sources.append(_file_source(path, image_folder))
-    if not sources:
-        raise DataError("no annotation file given; name one with --data_path.")
-    return sources

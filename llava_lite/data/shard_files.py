@@ -1,4 +1,4 @@
-"""Turn a shard (a WebDataset tar file or a parquet file, local or hf://) into raw records, from any place in it on.
+"""Turn a shard into raw records, from any place in it on: what a shard and a place are, and WebDataset's tar files.
 
 `datasets` reads the same files, but goes on in one only by reading it again from its start.
 """
@@ -14,10 +14,6 @@ from llava_lite.data.scan import DataError
 # Larger than any picture that is read: a broken header may claim terabytes.
 MAX_MEMBER_BYTES = 2**30
 REMOTE_BLOCK_BYTES = 2**23
-PARQUET_BATCH_ROWS = 16
-CAPTION_KEYS = ("caption", "text", "txt")
-PICTURE_COLUMNS = ("image", "images", "jpg", "jpeg", "png", "webp")
-ID_COLUMNS = ("id", "key", "__key__")
 
 
 class Shard(NamedTuple):
@@ -36,7 +32,7 @@ class Shard(NamedTuple):
 class Place(NamedTuple):
     """Where the next record of a shard begins."""
 
-    offset: int = 0  # a byte of a tar file, a row of a parquet file
+    offset: int = 0  # a byte of a tar file, a row of a table
     number: int = 0  # records before it
 
 
@@ -45,7 +41,7 @@ class RawRecord(NamedTuple):
 
     key: str
     number: int
-    parts: dict  # suffix -> bytes of a tar file, column -> value of a parquet file
+    parts: dict  # suffix -> bytes of a tar file, column -> value of a table
     after: Place
     error: DataError | None = None
 
@@ -138,54 +134,3 @@ def read_tar(shard: Shard, place: Place = START, part: int = 0, num_parts: int =
                 parts[suffix] = _content(file, header, shard.name)
         if key is not None and number % num_parts == part:
             yield RawRecord(key, number, parts, Place(end, number + 1), error)
-
-
-# Parquet files: a column of pictures, beside captions or conversations.
-
-
-def read_parquet(shard: Shard, place: Place = START, part: int = 0, num_parts: int = 1) -> Iterator[RawRecord]:
-    """Yield the rows from `place` on whose number modulo `num_parts` is `part`, in the order of the file."""
-    import pyarrow
-    from pyarrow import parquet
-
-    try:
-        with open_shard(shard.path) as file:
-            table = parquet.ParquetFile(file)
-            wanted = {*PICTURE_COLUMNS, *CAPTION_KEYS, *ID_COLUMNS, "conversations"}
-            columns = [name for name in table.schema_arrow.names if name in wanted]
-            has_captions = set(CAPTION_KEYS) & set(columns) and set(PICTURE_COLUMNS) & set(columns)
-            if "conversations" not in columns and not has_captions:
-                raise DataError(
-                    f"{shard.name} has the columns {', '.join(table.schema_arrow.names) or '(none)'}; expected "
-                    f"conversations, or one of {', '.join(CAPTION_KEYS)} beside one of {', '.join(PICTURE_COLUMNS)}."
-                )
-            row = 0
-            for group in range(table.num_row_groups):
-                num_rows = table.metadata.row_group(group).num_rows
-                if row + num_rows <= place.number:
-                    row += num_rows
-                    continue
-                for batch in table.iter_batches(PARQUET_BATCH_ROWS, row_groups=[group], columns=columns):
-                    for k in range(batch.num_rows):
-                        if row >= place.number and row % num_parts == part:
-                            yield _row(batch, k, row, shard.name)
-                        row += 1
-    except (pyarrow.ArrowException, OSError) as error:
-        # Arrow says OSError of broken pages too; that of a disk has a number, that of a network a class of its own.
-        if isinstance(error, OSError) and (type(error) is not OSError or error.errno is not None):
-            raise
-        raise DataError(f"{shard.name}: no parquet file, or a broken one ({' '.join(str(error).split())}).") from None
-
-
-def _row(batch, k: int, row: int, name: str) -> RawRecord:
-    """Return row k of a batch, which is row `row` of the file."""
-    after = Place(row + 1, row + 1)
-    try:
-        parts = {column: batch.column(column)[k].as_py() for column in batch.schema.names}
-    except UnicodeDecodeError as error:
-        return RawRecord(str(row), row, {}, after, DataError(f"{name}[{row}]: a text is not UTF-8 ({error.reason})."))
-    return RawRecord(_row_key(parts, row), row, parts, after)
-
-
-def _row_key(parts: dict, row: int) -> str:
-    return str(next((parts[name] for name in ID_COLUMNS if parts.get(name) is not None), row))

@@ -1,35 +1,25 @@
-"""Turn shards into records with their pictures in bytes: which files, what a record is, what is wrong with one."""
+"""Turn the paths that a user names into shards, and shards into raw records: which files, and in which order."""
 
 import json
+import math
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
 from typing import NamedTuple
 
-from llava_lite.constants import DEFAULT_IMAGE_TOKEN
-from llava_lite.data.records import SHARD_KINDS, Record, parse_record
+from llava_lite.data.foreign_files import foreign_file_error, refuse_foreign_directory
+from llava_lite.data.record_formats import ForeignRecord
+from llava_lite.data.records import Record
 from llava_lite.data.scan import DataError
-from llava_lite.data.shard_files import (
-    CAPTION_KEYS,
-    PICTURE_COLUMNS,
-    START,
-    Place,
-    RawRecord,
-    Shard,
-    read_parquet,
-    read_tar,
-)
+from llava_lite.data.shard_files import START, Place, RawRecord, Shard, read_tar
+from llava_lite.data.shard_records import ShardRecord, parse_files, parse_row
+from llava_lite.data.shard_tables import read_arrow, read_parquet
+from llava_lite.data.sources import SHARD_KINDS
 
 SHARD_SUFFIXES = tuple(f".{kind}" for kind in SHARD_KINDS)
-PICTURE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif")
-
-
-class ShardRecord(NamedTuple):
-    """A Record and its pictures as files in memory, in the order of their marks."""
-
-    record: Record
-    pictures: tuple[bytes, ...]
-
+# What `datasets` writes beside the rows of a directory: the files of one data set, or the names of its splits.
+STATE_FILE, SPLITS_FILE = "state.json", "dataset_dict.json"
 
 # Which files there are.
 
@@ -61,6 +51,7 @@ def find_shards(data_path: str | Sequence[str]) -> list[Shard]:
             found |= here
             absent += [] if here else [path]
         if absent:
+            refuse_foreign_directory(absent[0])
             what = "patterns have shards" if "*" in pattern and len(paths) > 1 else "shards are"
             there = "no shard is" if is_folder else f"{len(paths) - len(absent)} of {len(paths)} {what}"
             there = f"{absent[0]} is missing, {there}" if len(paths) > 1 else there
@@ -76,6 +67,9 @@ def _shards_at(path: str, is_folder: bool) -> dict[str, Shard]:
     # What is there goes before what brackets in its name would stand for.
     if "*" not in root and is_folder and files.isdir(root):
         there = files.find(root, detail=True)
+        saved = _files_of_datasets(files, root, path)
+        # Beside them lie what `map` and `filter` have kept for themselves.
+        there = {name: info for name, info in there.items() if _is_wanted(name, root, saved)}
     elif "*" not in root and files.isfile(root):
         there = {root: files.info(root)}
     else:
@@ -89,95 +83,27 @@ def _shards_at(path: str, is_folder: bool) -> dict[str, Shard]:
     return shards
 
 
-# What a record is.
-
-
-def parse_files(raw: RawRecord, where: str) -> ShardRecord:
-    """Return the record of a tar file's sample: pictures beside a txt, which is a caption, or a json."""
-    item = _json(raw.parts["json"], raw, where) if "json" in raw.parts else {}
-    names = _in_order([name for name in raw.parts if name.rsplit(".", 1)[-1] in PICTURE_SUFFIXES], item.get("image"))
-    pictures = tuple(raw.parts[name] for name in names)
-    if "txt" in raw.parts and "conversations" not in item:
-        try:
-            item = {"caption": raw.parts["txt"].decode("utf-8")}
-        except UnicodeDecodeError as error:
-            raise DataError(f"{_name(raw, where)}: the txt is not UTF-8 ({error.reason}).") from None
-    return _shard_record(item, pictures, [f"{raw.key}.{name}" for name in names], raw, where)
-
-
-def _in_order(suffixes: list[str], said) -> list[str]:
-    """Return the suffixes of a record's pictures in the order of its marks.
-
-    That of the files that the record itself names, if they are these; else by name, with numbers as numbers.
-    """
-    said = [said] if isinstance(said, str) else said if isinstance(said, list) else []
-    wanted = [str(path).rpartition("/")[2].partition(".")[2].lower() for path in said]
-    if sorted(wanted) == sorted(suffixes):
-        return wanted
-    # Words and numbers in turn, so that 10 comes behind 9.
-    return sorted(suffixes, key=lambda name: [int(p) if i % 2 else p for i, p in enumerate(re.split(r"(\d+)", name))])
-
-
-def parse_row(raw: RawRecord, where: str) -> ShardRecord:
-    """Return the record of a row: `image` or `images` beside `conversations` or a `caption`."""
-    values = next((raw.parts[name] for name in PICTURE_COLUMNS if raw.parts.get(name) is not None), [])
-    pictures = tuple(_picture_bytes(value, raw, where) for value in (values if isinstance(values, list) else [values]))
-    item = {name: raw.parts[name] for name in CAPTION_KEYS if raw.parts.get(name) is not None}
-    talk = raw.parts.get("conversations")
-    if isinstance(talk, str):
-        talk = _json(talk, raw, where, list)
-    if isinstance(talk, dict):
-        # As `datasets` once stored a list of objects: an object of lists.
-        lengths = [len(values) if isinstance(values, list) else type(values).__name__ for values in talk.values()]
-        if len(set(lengths)) != 1 or not isinstance(lengths[0], int):
-            found = ", ".join(f"{key} {length}" for key, length in zip(talk, lengths, strict=True)) or "nothing"
-            raise DataError(f"{_name(raw, where)}: the conversations are {found}; expected equally long lists.")
-        talk = [dict(zip(talk, turn, strict=True)) for turn in zip(*talk.values(), strict=True)]
-    if talk is not None:
-        item["conversations"] = talk
-    return _shard_record(item, pictures, [f"picture {k}" for k in range(len(pictures))], raw, where)
-
-
-def _picture_bytes(value, raw: RawRecord, where: str) -> bytes:
-    data = value.get("bytes") if isinstance(value, dict) else value
-    if not isinstance(data, bytes):
-        path = f"a path ({value.get('path')!r}) and no bytes" if isinstance(value, dict) else type(value).__name__
-        raise DataError(f"{_name(raw, where)}: the picture is {path}; expected its bytes in the shard.")
-    return data
-
-
-def _name(raw: RawRecord, where: str) -> str:
-    return f"record {raw.key!r} ({where})"
-
-
-def _json(data: bytes | str, raw: RawRecord, where: str, kind: type = dict):
-    try:
-        value = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{_name(raw, where)}: not JSON: {error}.") from None
-    if not isinstance(value, kind):
-        raise DataError(f"{_name(raw, where)}: the JSON holds {type(value).__name__}, expected {kind.__name__}.")
-    return value
-
-
-def _shard_record(item: dict, pictures: tuple, names: list[str], raw: RawRecord, where: str) -> ShardRecord:
-    if "conversations" in item:
-        if item.get("image") and not pictures:
-            raise DataError(f"{_name(raw, where)} names a picture, but the shard holds none for it.")
-        record_id = raw.key if item.get("id") is None else item["id"]
-        talk = {"id": record_id, "conversations": item["conversations"]}
-        return ShardRecord(parse_record(talk | ({"image": names} if names else {}), where), pictures)
-    caption = next((item[key] for key in CAPTION_KEYS if item.get(key) is not None), None)
-    if caption is None or len(pictures) != 1:
-        found = ", ".join(sorted(raw.parts)) or "nothing"
+def _files_of_datasets(files, root: str, path: str) -> set[str] | None:
+    """Return the files that save_to_disk of `datasets` wrote into a directory; None if it wrote none of it."""
+    if files.isfile(f"{root}/{SPLITS_FILE}"):
+        splits = json.loads(files.cat_file(f"{root}/{SPLITS_FILE}")).get("splits", [])
         raise DataError(
-            f"{_name(raw, where)}: {len(pictures)} pictures and {'no' if caption is None else 'a'} caption (found: "
-            f"{found}); expected a picture with a caption (txt, or `caption` in json), or `conversations`."
+            f"{path} is a dictionary of data sets of `datasets`; name one of its splits: "
+            f"{', '.join(f'{path}/{split}' for split in splits)}."
         )
-    if not isinstance(caption, str) or not caption.strip():
-        raise DataError(f"{_name(raw, where)}: the caption is empty or no text.")
-    turns = [{"from": "human", "value": DEFAULT_IMAGE_TOKEN}, {"from": "gpt", "value": caption.strip()}]
-    return ShardRecord(parse_record({"id": raw.key, "conversations": turns, "image": names}, where), pictures)
+    if not files.isfile(f"{root}/{STATE_FILE}"):
+        return None
+    listed = json.loads(files.cat_file(f"{root}/{STATE_FILE}")).get("_data_files", [])
+    return {f"{root}/{entry['filename']}" for entry in listed}
+
+
+def _is_wanted(name: str, root: str, saved: set[str] | None) -> bool:
+    if saved is not None and os.path.dirname(name) == root.rstrip("/"):
+        return name in saved
+    return not (name.endswith(".arrow") and os.path.basename(name).startswith("cache-"))
+
+
+# Reading them.
 
 
 class ShardFormat(NamedTuple):
@@ -187,7 +113,11 @@ class ShardFormat(NamedTuple):
     parse: Callable[[RawRecord, str], ShardRecord]
 
 
-SHARD_FORMATS = {"tar": ShardFormat(read_tar, parse_files), "parquet": ShardFormat(read_parquet, parse_row)}
+SHARD_FORMATS = {
+    "tar": ShardFormat(read_tar, parse_files),
+    "parquet": ShardFormat(read_parquet, parse_row),
+    "arrow": ShardFormat(read_arrow, parse_row),
+}
 
 
 def read_shard(shard: Shard, place: Place = START, part: int = 0, num_parts: int = 1) -> Iterator[RawRecord]:
@@ -206,3 +136,34 @@ def parse_shard_record(shard: Shard, raw: RawRecord) -> ShardRecord:
     if raw.error is not None:
         raise raw.error
     return SHARD_FORMATS[shard.kind].parse(raw, f"{shard.name}[{raw.number}]")
+
+
+# How many records are looked at to know whether shards hold images, of so many of the shards.
+PEEKED_RECORDS, PEEKED_SHARDS = 1000, 20
+
+
+def first_record(shards: list[Shard]) -> Record | None:
+    """Return the first record of the first shard, None if that is empty; DataError if it is none."""
+    raw = next(iter(read_shard(shards[0])), None)
+    try:
+        return None if raw is None else parse_shard_record(shards[0], raw).record
+    except ForeignRecord as error:
+        raise foreign_file_error(shards[0].path, error) from None
+
+
+def first_image(shards: list[Shard]) -> int:
+    """Return 0 if an image is among the first records of the shards, else the number of records that were looked at.
+
+    Records that cannot be read count as if they had one: what is wrong with them is said when they are used.
+    """
+    num_seen, chosen = 0, shards[:: max(1, len(shards) // PEEKED_SHARDS)]
+    for shard in chosen:
+        for raw in islice(read_shard(shard), math.ceil(PEEKED_RECORDS / len(chosen))):
+            num_seen += 1
+            try:
+                record, _ = parse_shard_record(shard, raw)
+            except DataError:
+                return 0
+            if record.images:
+                return 0
+    return num_seen

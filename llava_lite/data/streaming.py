@@ -12,9 +12,7 @@ epoch while one with a single shard is in its second, so that as many steps as a
 and read others twice; none do where the lanes divide equal shards, few where shards are many times the lanes.
 """
 
-import io
 import math
-import re
 from collections.abc import Iterator
 from itertools import islice
 from typing import NamedTuple
@@ -24,10 +22,11 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from llava_lite.data.cache import key_of
 from llava_lite.data.dataset import ExampleMaker
+from llava_lite.data.picture_files import open_image
 from llava_lite.data.scan import DataError
 from llava_lite.data.shard_files import Place, RawRecord, Shard
 from llava_lite.data.shards import parse_shard_record, read_shard
-from llava_lite.pictures import PictureError, open_picture
+from llava_lite.pictures import PictureError
 
 # The share of bad records is judged from here on: the first record of a run may be a bad one.
 LEAST_JUDGED = 1000
@@ -232,11 +231,9 @@ class StreamDataset(IterableDataset):
     def _example(self, shard: Shard, raw: RawRecord) -> dict:
         record, files = parse_shard_record(shard, raw)
         try:
-            pictures = [open_picture(io.BytesIO(data)) for data in files]
+            pictures = [open_image(data) for data in files]
         except PictureError as error:
-            # Without the address of the bytes in memory, which Pillow has no other name for.
-            reason = re.sub(r" <_io\.BytesIO [^>]*>", "", error.reason)
-            raise DataError(f"{record.name}: cannot use its picture: {reason}") from error
+            raise DataError(f"{record.name}: cannot use its picture: {error.reason}") from error
         if pictures and self.maker.image_processor is None:
             raise ValueError(f"{record.name} has a picture but there is no tower; name one with --vision_tower.")
         example = self.maker.example(record, pictures)

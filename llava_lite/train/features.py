@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from llava_lite.data.cache import cache_root, file_key, key_of
+from llava_lite.data.cache import cache_root, key_of
 from llava_lite.data.feature_cache import KEY, VERSION, FeatureStore, FeatureWriter
 from llava_lite.model.weights import gathered
 from llava_lite.resize import pass_order
@@ -187,7 +187,7 @@ def picture_keys(dataset, args) -> tuple[np.ndarray, np.ndarray]:
     with together("Look at the data with `llava-lite check`."):
         for i in share.tolist():
             record = dataset.annotations[i]
-            keys += [file_key(dataset.picture_path(record, name)).encode() for name in record.images]
+            keys += [dataset.picture_key(record, image).encode() for image in record.images]
     joined = np.zeros(starts[-1], KEY)
     for numbers, found in everyone((share, np.array(keys, KEY))):
         slots = [slot for i in numbers.tolist() for slot in range(starts[i], starts[i + 1])]

@@ -13,10 +13,11 @@ from torch.utils.data import Dataset
 
 from llava_lite import conversation as conversation_lib
 from llava_lite.constants import IGNORE_INDEX
-from llava_lite.data.picture_files import find_picture
-from llava_lite.data.records import READERS, open_sources, parse_record, sample_positions
+from llava_lite.data.picture_files import find_picture, open_image
+from llava_lite.data.records import Record, missing_images, parse_record
 from llava_lite.data.scan import DataError
-from llava_lite.pictures import PictureError, open_picture, process_images
+from llava_lite.data.sources import READERS, open_sources, sample_positions
+from llava_lite.pictures import PictureError, process_images
 from llava_lite.train.llava_preprocess import padded, preprocess, preprocess_multimodal
 
 # Words that a picture counts for in `lengths`.
@@ -29,7 +30,8 @@ class LazySupervisedDataset(Dataset):
     data_path: a file of records, or several. data_args: an object with image_folder, image_processor,
     image_aspect_ratio, is_multimodal and mm_use_im_start_end. "image" is a tensor [3, H, W], a list of them where a
     record has several; where it has none it is blank in a multimodal run. With `anyres` (data_args then has
-    image_grid_pinpoints) a picture is [crops, 3, H, W], and "image_size" is its (width, height).
+    image_grid_pinpoints) a picture is [crops, 3, H, W], and "image_size" is its (width, height). A record with image
+    placeholders and no image is refused unless data_args.placeholder_as_text is True; LLaVA takes them for text.
     The records are kept in memory, as in LLaVA; `llava_lite.data.dataset` keeps none.
     """
 
@@ -53,26 +55,41 @@ class LazySupervisedDataset(Dataset):
     @property
     def lengths(self) -> list[int]:
         """Words of each record, and some for its picture."""
-        return [abs(words) + PICTURE_WORDS * ("image" in item) for words, item in self._words()]
+        return [words + PICTURE_WORDS * has_image for words, has_image in self._words()]
 
     @property
     def modality_lengths(self) -> list[int]:
         """Words of each record, below zero for one without pictures."""
-        return [words if "image" in item else -words for words, item in self._words()]
+        return [words if has_image else -words for words, has_image in self._words()]
 
     def _words(self):
-        for item in self.list_data_dict:
-            yield sum(len(turn["value"].split()) for turn in item["conversations"]), item
+        for i in range(len(self)):
+            record = self._record(i)
+            yield sum(len(text.split()) for _, text in record.turns), bool(record.images)
+
+    def _record(self, i: int) -> Record:
+        """Return record i; DataError if it is none, or has image placeholders and no image."""
+        record = parse_record(self.list_data_dict[i], f"record {i}", self.data_args.image_folder)
+        reason = None if getattr(self.data_args, "placeholder_as_text", False) else missing_images(record)
+        if reason is not None:
+            raise DataError(reason)
+        if record.system is not None or record.not_supervised:
+            what = "a system text" if record.system is not None else "answers that are not supervised"
+            raise DataError(
+                f"{record.name} has {what}, for which LLaVA's preprocess has no place; `llava-lite train` learns such "
+                "records."
+            )
+        return record
 
     def __getitem__(self, i: int) -> dict:
         """Return an example; DataError naming the record where it cannot be used."""
-        record = parse_record(self.list_data_dict[i], f"record {i}", self.data_args.image_folder)
+        record = self._record(i)
         sources = [[{"from": speaker, "value": text} for speaker, text in record.turns]]
         if record.images:
             sources = preprocess_multimodal(sources, self.data_args)
         encoded = preprocess(sources, self.tokenizer, has_image=bool(record.images))
         example = {name: values[0] for name, values in encoded.items()}
-        shown = [self._picture(record, name) for name in record.images]
+        shown = [self._picture(record, image) for image in record.images]
         # A run without a tower has no processor, whatever is_multimodal says by default.
         processor = getattr(self.data_args, "image_processor", None)
         if not shown and self.data_args.is_multimodal and processor is not None:
@@ -84,10 +101,9 @@ class LazySupervisedDataset(Dataset):
                 example["image_size"] = sizes[0] if len(sizes) == 1 else sizes
         return example
 
-    def _picture(self, record, name) -> tuple[torch.Tensor, tuple[int, int]]:
+    def _picture(self, record, image) -> tuple[torch.Tensor, tuple[int, int]]:
         try:
-            path, _ = find_picture(record.image_folder, name)
-            picture = open_picture(path)
+            picture = open_image(image if isinstance(image, bytes) else find_picture(record.image_folder, image)[0])
             return process_images([picture], self.data_args.image_processor, self.data_args)[0], picture.size
         except PictureError as error:
             raise DataError(f"{record.name}: {error}") from error

@@ -10,7 +10,7 @@ import torch
 from llava_lite import conversation as conversation_lib
 from llava_lite.constants import IGNORE_INDEX
 from llava_lite.conversation import Rendered, SeparatorStyle, place_images
-from llava_lite.data.records import ROLES
+from llava_lite.data.turns import ROLES
 from llava_lite.mm_utils import tokenize_rendered
 
 

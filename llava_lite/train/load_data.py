@@ -14,7 +14,7 @@ def load_data(model, tokenizer, model_args, data_args, training_args):
     """Return the records to learn from and those held out (or None), every one of them checked but for shards."""
     from llava_lite.anyres import PictureLayout
     from llava_lite.data.dataset import open_dataset
-    from llava_lite.data.records import is_shards
+    from llava_lite.data.sources import is_shards
     from llava_lite.train.ranks import everyone
     from llava_lite.train.stream_run import open_stream
 
@@ -35,6 +35,7 @@ def load_data(model, tokenizer, model_args, data_args, training_args):
             num_workers=training_args.dataloader_num_workers,
             follow_links=data_args.follow_links,
             picture_resize=data_args.picture_resize,
+            placeholder_as_text=data_args.placeholder_as_text,
             bad_record=data_args.bad_record,
             max_bad_share=data_args.max_bad_share,
             ledger_path=f"{training_args.output_dir}/{ledger}" if data_args.bad_record == "skip" else None,
@@ -51,9 +52,17 @@ def load_data(model, tokenizer, model_args, data_args, training_args):
         train_set = open_stream(model, tokenizer, model_args, data_args, training_args)
     else:
         train_set = open_files(data_args.data_path, "skipped_records.jsonl")
+    eval_set = None
     if data_args.eval_data_path is not None:
-        return train_set, open_files(data_args.eval_data_path, "skipped_eval_records.jsonl")
-    return split(train_set, data_args.eval_split, training_args.seed) if data_args.eval_split else (train_set, None)
+        eval_set = open_files(data_args.eval_data_path, "skipped_eval_records.jsonl")
+    elif data_args.eval_split:
+        train_set, eval_set = split(train_set, data_args.eval_split, training_args.seed)
+    if training_args.tuning == "projector" and not is_shards(data_args.data_path) and not train_set.has_picture.any():
+        raise ValueError(
+            f"--tuning projector learns from images alone, and none of the {len(train_set):,} records that are left "
+            "has one."
+        )
+    return train_set, eval_set
 
 
 def refuse_missing(data_args):
@@ -61,8 +70,8 @@ def refuse_missing(data_args):
 
     The first rank of a node looks at shards, of which there may be many; of an address the run itself asks.
     """
-    from llava_lite.data.records import is_shards
     from llava_lite.data.shards import find_shards
+    from llava_lite.data.sources import is_shards
 
     for flag in ("data_path", "eval_data_path"):
         paths = getattr(data_args, flag)
@@ -74,6 +83,63 @@ def refuse_missing(data_args):
         missing = [path for path in paths or () if not Path(path).is_file()]
         if missing:
             raise FileNotFoundError(f"--{flag} {' '.join(missing)}: no such file.")
+
+
+def refuse_blind(data_args, training_args):
+    """Raise ValueError if a run that learns from images alone has none, before a model is loaded for it.
+
+    All annotation files are looked at (and indexed, which the run needs anyway), of shards the first records; the
+    first record of all must be one, unless bad ones are left out.
+    """
+    from llava_lite.data.index import open_annotations
+    from llava_lite.data.sources import is_shards
+
+    paths, found = data_args.data_path, None
+    if paths and is_shards(paths):
+        # Before the ranks know each other: every node looks by itself.
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            found = look_at_shards(paths, data_args, training_args.tuning)
+    elif paths and training_args.tuning == "projector":
+        num_workers = training_args.dataloader_num_workers
+        annotations = open_annotations(paths, data_args.image_folder, num_workers=num_workers)
+        found = None if annotations.has_picture.any() else without_image(annotations)
+    if found is not None:
+        raise ValueError(
+            f"{', '.join(paths)}: {found}. --tuning projector trains what turns image features into embeddings, and "
+            "nothing else; for text alone use another --tuning. `llava-lite check` looks at each record."
+        )
+
+
+def look_at_shards(paths, data_args, tuning) -> str | None:
+    """Return what is wrong if no image is among the first records and --tuning needs one."""
+    from llava_lite.data.records import missing_images
+    from llava_lite.data.shards import find_shards, first_image, first_record
+
+    shards = find_shards(paths)
+    if data_args.bad_record == "raise":
+        record = first_record(shards)
+        reason = None if record is None or data_args.placeholder_as_text else missing_images(record)
+        if reason is not None:
+            raise ValueError(reason)
+    num_seen = first_image(shards) if tuning == "projector" else 0
+    return f"none of the first {num_seen:,} records has an image" if num_seen else None
+
+
+def without_image(annotations) -> str:
+    """Return what is known about records of which none has an image, with the first that may have lost it."""
+    from llava_lite.data.records import missing_images
+
+    facts, total = annotations.record_facts(), len(annotations)
+    lost = (facts.num_images < 0) | (facts.num_missing > 0)
+    if not lost.any():
+        return f"none of {total:,} records has an image"
+    first = int(lost.argmax())
+    try:
+        reason = missing_images(annotations[first])
+    except ValueError as error:
+        reason = str(error)
+    what = "can be used" if lost.all() else "has an image"
+    return f"none of {total:,} records {what}; the first: {str(reason).rstrip('.')}"
 
 
 def split(dataset, held_out, seed):

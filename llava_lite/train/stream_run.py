@@ -6,8 +6,8 @@ from torch.utils.data import DataLoader
 
 from llava_lite.anyres import PictureLayout
 from llava_lite.data.dataset import ExampleMaker
-from llava_lite.data.records import is_shards
 from llava_lite.data.shards import find_shards
+from llava_lite.data.sources import is_shards
 from llava_lite.data.streaming import StreamCollator, StreamDataset
 from llava_lite.train.ranks import everyone
 from llava_lite.train.run_log import RunLog
@@ -64,6 +64,7 @@ def open_stream(model, tokenizer, model_args, data_args, training_args) -> Strea
         max_length=args.model_max_length,
         mm_use_im_start_end=model.config.mm_use_im_start_end,
         picture_resize=data_args.picture_resize,
+        placeholder_as_text=data_args.placeholder_as_text,
     )
     stream = StreamDataset(
         find_shards(data_args.data_path),

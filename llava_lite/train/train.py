@@ -156,10 +156,11 @@ def refuse_without_length(data_args, training_args):
 def refuse_absent(data_args, training_args):
     """Refuse records that are not there and folders that cannot be written, before a model is loaded for them."""
     from llava_lite.train.features import refuse_unusable
-    from llava_lite.train.load_data import refuse_missing
+    from llava_lite.train.load_data import refuse_blind, refuse_missing
     from llava_lite.train.offload import refuse_unusable_nvme, warn_of_old_locks
 
     refuse_missing(data_args)
+    refuse_blind(data_args, training_args)
     refuse_unusable(data_args.feature_cache)
     if training_args.uses_deepspeed:
         refuse_unusable_nvme(training_args.deepspeed_plugin.deepspeed_config)

@@ -54,7 +54,7 @@ def oddities(tmp_path, write_json):
     records = [
         record("plain", "<image>\nWhat colour is it?", "Red.", image="coco/train2017/1.jpg"),
         first_from_gpt,
-        record(33, "What does the mark <image> mean in HTML?", "Nothing: it is <img>."),
+        record(33, "What does the mark <picture> mean in HTML?", "Several files of one image."),
         record("ocr missing", "<image>\nWho wrote this?", "Nobody.", image="ocr_vqa/images/missing.jpg"),
         record("ocr png", "<image>\nWho wrote this?", "Ann.", image="ocr_vqa/images/as_png.jpg"),
         record("ocr gif", "<image>\nWho wrote this?", "Bob.", image="ocr_vqa/images/as_gif.jpg"),

@@ -6,8 +6,9 @@ from conftest import draw_picture
 from torch.utils.data import DataLoader
 
 from llava_lite.anyres import PictureLayout
+from llava_lite.commands.check import main
 from llava_lite.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
-from llava_lite.data.check import check_annotations, main
+from llava_lite.data.check import check_annotations
 from llava_lite.data.collator import DataCollatorForSupervisedDataset
 from llava_lite.data.dataset import open_dataset
 from llava_lite.data.encode import RecordEncoder

@@ -7,7 +7,7 @@ import pytest
 
 from llava_lite.anyres import PictureLayout
 from llava_lite.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
-from llava_lite.data.check import check_annotations, main
+from llava_lite.data.check import check_annotations
 from llava_lite.data.encode import RecordEncoder
 from llava_lite.data.index import open_annotations
 from llava_lite.data.scan import DataError
@@ -60,7 +60,7 @@ def test_skip_leaves_them_out_and_keeps_a_ledger(oddities, check, tmp_path):
         2,
         1,
     )
-    assert "11 records: 8 with pictures, 3 text only" in report.summary()
+    assert "11 records: 8 with images, 3 text only" in report.summary()
     assert "2 records left out (1 length, 1 picture)" in report.summary()
     # A second start, a second rank: the same bytes, the same decision.
     other = tmp_path / "other.jsonl"
@@ -95,7 +95,10 @@ def test_a_second_start_looks_at_no_picture_again(write_json, check, tmp_path, m
     Image.new("RGB", (5, 6)).save(tmp_path / "images" / "a.png")
     turns = [{"from": "human", "value": "<image><image>"}, {"from": "gpt", "value": "Yes."}]
     path = write_json(
-        [{"id": 1, "image": ["a.png", "a.png"], "conversations": turns}, {"id": 2, "conversations": turns}]
+        [
+            {"id": 1, "image": ["a.png", "a.png"], "conversations": turns},
+            {"id": 2, "conversations": [{**turns[0], "value": "Hi"}, turns[1]]},
+        ]
     )
     check(path, str(tmp_path / "images"))
     monkeypatch.setattr("llava_lite.data.picture_files.inspect_picture", None)
@@ -210,8 +213,13 @@ def test_counting_stops_and_goes_on_where_it_was(write_json, encoder, monkeypatc
     assert seen[1] == "8"
 
 
-def test_worker_processes_count_the_same_tokens(write_json, encoder, monkeypatch, tmp_path_factory):
+@pytest.mark.parametrize("start_s", [-1.0, 1e9])
+def test_worker_processes_count_the_same_tokens(write_json, encoder, monkeypatch, tmp_path_factory, start_s):
     monkeypatch.setattr("llava_lite.data.facts.CHUNK_RECORDS", 8)
+    # What a pool saves is more than its start costs, or never.
+    monkeypatch.setattr("llava_lite.data.facts.POOL_START_S", start_s)
+    if start_s > 0:
+        monkeypatch.setattr("llava_lite.data.facts.ProcessPoolExecutor", None)
     turns = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Yes."}]
     broken = {"id": 5, "conversations": turns[1:]}
     path = write_json([{"id": i, "conversations": turns * (1 + i % 3)} for i in range(40)] + [broken])
@@ -223,22 +231,3 @@ def test_worker_processes_count_the_same_tokens(write_json, encoder, monkeypatch
     assert np.array_equal(spread.token_facts(), alone.token_facts())
     assert list(problems) == [40]
     assert "nothing remains" in str(problems[40])
-
-
-def test_the_command_line_says_what_is_wrong(oddities, toy_tokenizer, tmp_path, capsys):
-    path, folder, bad = oddities
-    toy_tokenizer.save_pretrained(tmp_path / "tokenizer")
-    flags = ["--data_path", path, "--image_folder", folder, "--model_name_or_path", str(tmp_path / "tokenizer")]
-    assert main(flags) == 1
-    assert "2 of 13 records cannot be used (1 length, 1 picture):" in capsys.readouterr().out
-    assert main([*flags, "--ledger", str(tmp_path / "bad.jsonl")]) == 1
-    assert "2 records left out" in capsys.readouterr().out
-    assert [json.loads(line)["id"] for line in (tmp_path / "bad.jsonl").read_text().splitlines()] == bad
-
-
-def test_the_command_line_is_content_with_good_records(write_json, toy_tokenizer, tmp_path, capsys):
-    toy_tokenizer.save_pretrained(tmp_path / "tokenizer")
-    turns = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Yes."}]
-    path = write_json([{"id": 1, "conversations": turns}])
-    assert main(["--data_path", path, "--model_name_or_path", str(tmp_path / "tokenizer")]) == 0
-    assert capsys.readouterr().out.startswith("1 records: 0 with pictures, 1 text only")

@@ -1,6 +1,8 @@
 """Examples and batches from the oddities of the public data, against the pieces they are made of."""
 
+import base64
 import pickle
+from pathlib import Path
 
 import pytest
 import torch
@@ -80,11 +82,47 @@ def by_id(dataset, name):
     return next(dataset[i] for i in range(len(dataset)) if dataset.annotations[i].id == name)
 
 
-def test_a_mark_without_a_picture_stays_text(opened, toy_tokenizer):
-    example = by_id(opened()[0], "33")
-    assert "images" not in example
-    assert IMAGE_TOKEN_INDEX not in example["input_ids"]
-    assert "mark <image> mean" in toy_tokenizer.decode(example["input_ids"])
+def test_a_placeholder_without_an_image_is_refused_or_learned_as_plain_text(write_json, toy_tokenizer, processor):
+    turns = [{"from": "human", "value": "What does the tag <image> mean?"}, {"from": "gpt", "value": "An image."}]
+    path = write_json([{"id": "html", "conversations": turns}])
+    with pytest.raises(DataError, match=r"1 <image> placeholder in the conversation but no image in record 'html'"):
+        open_dataset(path, toy_tokenizer, processor, "v1", layout=PictureLayout(P))
+    unchecked = LazySupervisedDataset(open_annotations(path), toy_tokenizer, processor, "v1", layout=PictureLayout(P))
+    with pytest.raises(DataError, match="--placeholder_as_text True"):
+        unchecked[0]
+    options = {"layout": PictureLayout(P), "placeholder_as_text": True}
+    dataset, report = open_dataset(path, toy_tokenizer, processor, "v1", **options)
+    assert "images" not in dataset[0]
+    assert IMAGE_TOKEN_INDEX not in dataset[0]["input_ids"]
+    assert "the tag <image> mean" in toy_tokenizer.decode(dataset[0]["input_ids"])
+    assert "1 record with <image> and no image, taken as plain text" in report.summary()
+    assert "record 'html' (train.json[0])" in report.summary().splitlines()[-1]
+
+
+def test_an_image_inside_a_record_is_the_image_of_its_file(write_json, toy_tokenizer, processor, oddities):
+    data = Path(oddities[1], "gqa/images/5.jpg").read_bytes()
+    turns = [{"from": "human", "value": "<image>\nq"}, {"from": "gpt", "value": "a"}]
+    text = base64.b64encode(data).decode()
+    records = [
+        {"id": k, "image": image, "conversations": turns}
+        for k, image in enumerate(
+            ["gqa/images/5.jpg", f"data:image/jpeg;base64,{text}", text, {"bytes": text, "path": None}]
+        )
+    ]
+    options = {"layout": PictureLayout(P)}
+    dataset, report = open_dataset(
+        write_json(records, "inline.json"), toy_tokenizer, processor, "v1", oddities[1], **options
+    )
+    for k in range(4):
+        assert torch.equal(dataset[k]["images"][0], dataset[0]["images"][0])
+        assert dataset[k]["image_sizes"] == [(40, 24)]
+    assert report.annotations.picture_sizes.tolist() == [[40, 24]] * 4
+    keys = [dataset.picture_key(record, record.images[0]) for record in dataset.annotations]
+    assert len(set(keys)) == 2
+    assert keys[1] == keys[2] == keys[3]
+    broken = write_json([{**records[0], "image": base64.b64encode(data[:-200]).decode()}], "broken.json")
+    with pytest.raises(DataError, match=r"record '0' \(broken.json\[0\]\): cannot use the picture 'in the record'"):
+        open_dataset(broken, toy_tokenizer, processor, "v1", oddities[1], **options)
 
 
 def test_a_greeting_from_gpt_changes_nothing(opened):

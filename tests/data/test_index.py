@@ -10,7 +10,7 @@ import sys
 import numpy as np
 import pytest
 
-from llava_lite.data import index as index_module
+from llava_lite.data import indexed_file
 from llava_lite.data.index import open_annotations
 from llava_lite.data.records import parse_record
 from llava_lite.data.scan import DataError
@@ -88,7 +88,7 @@ def test_the_index_is_made_once_and_again_after_a_change(paths, monkeypatch):
     open_annotations(paths)
     with monkeypatch.context() as patch:
         patch.setattr(
-            index_module, "READERS", {kind: r._replace(scan=None) for kind, r in index_module.READERS.items()}
+            indexed_file, "READERS", {kind: r._replace(scan=None) for kind, r in indexed_file.READERS.items()}
         )
         assert len(open_annotations(paths)) == 700
     with open(paths[1], "a") as file:
@@ -100,6 +100,7 @@ def test_the_index_is_made_once_and_again_after_a_change(paths, monkeypatch):
 
 def test_worker_processes_measure_the_same(paths, monkeypatch, tmp_path_factory):
     monkeypatch.setattr("llava_lite.data.facts.CHUNK_RECORDS", 64)
+    monkeypatch.setattr("llava_lite.data.facts.POOL_START_S", -1.0)
     alone = open_annotations(paths).num_pictures
     monkeypatch.setenv("LLAVA_LITE_CACHE", str(tmp_path_factory.mktemp("other")))
     assert np.array_equal(open_annotations(paths, num_workers=2).num_pictures, alone)
@@ -108,12 +109,13 @@ def test_worker_processes_measure_the_same(paths, monkeypatch, tmp_path_factory)
 def test_ranks_that_start_together_build_one_index(paths, index_folder):
     code = (
         "import sys\n"
-        "from llava_lite.data import index\n"
+        "from llava_lite.data import indexed_file\n"
         "from llava_lite.data.index import open_annotations\n"
         "scans = []\n"
         "def counting(scan):\n"
         "    return lambda path: scans.append(path) or scan(path)\n"
-        "index.READERS.update({k: r._replace(scan=counting(r.scan)) for k, r in index.READERS.items()})\n"
+        "readers = indexed_file.READERS\n"
+        "readers.update({k: r._replace(scan=counting(r.scan)) for k, r in readers.items()})\n"
         "annotations = open_annotations(sys.argv[1:])\n"
         "print(len(annotations), len(scans))\n"
     )

@@ -4,8 +4,9 @@ import math
 
 import pytest
 
-from llava_lite.data.records import open_sources, parse_json_record, parse_record, sample_positions
+from llava_lite.data.records import parse_json_record, parse_record
 from llava_lite.data.scan import DataError
+from llava_lite.data.sources import open_sources, sample_positions
 
 ASK = {"from": "human", "value": "<image>\nWhat is it?"}
 ANSWER = {"from": "gpt", "value": "A dog."}
@@ -54,20 +55,20 @@ def test_a_first_turn_from_gpt_is_dropped():
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"image": ["a.jpg", "b.jpg"]}, "1 <image> marks in the conversation but 2 pictures in record '7'"),
-        ({"conversations": [{**ASK, "value": "<image><image>"}, ANSWER]}, "2 <image> marks .* but 1 pictures"),
-        ({"conversations": [{**ASK, "value": "no mark"}, ANSWER]}, "0 <image> marks .* but 1 pictures"),
+        ({"image": ["a.jpg", "b.jpg"]}, "1 <image> placeholders in the conversation but 2 images in record '7'"),
+        ({"conversations": [{**ASK, "value": "<image><image>"}, ANSWER]}, "2 <image> placeholders .* but 1 images"),
+        ({"conversations": [{**ASK, "value": "no mark"}, ANSWER]}, "0 <image> placeholders .* but 1 images"),
         ({"image": math.nan}, "'image' holds float nan"),
         ({"image": [7]}, "'image' holds int 7"),
         ({"image": ""}, "'image' holds str ''"),
-        ({"video": "a.mp4"}, "videos are not supported"),
+        ({"video": "a.mp4"}, "videos and audio are not supported"),
         ({"id": math.nan}, "'id' is float nan"),
         ({"id": ["7"]}, "'id' is list"),
         ({"id": True}, "'id' is bool True"),
         ({"conversations": []}, "expected a list of turns"),
         ({"conversations": "hello"}, "'conversations' is str 'hello'"),
         ({"conversations": ["hello"]}, "a turn is str 'hello'"),
-        ({"conversations": [{"from": "user", "value": "x"}]}, "from 'user', expected 'human' or 'gpt'"),
+        ({"conversations": [{"from": "narrator", "value": "x"}]}, "from 'narrator', expected 'human' or 'gpt'"),
         ({"conversations": [{"from": ["gpt"], "value": "x"}]}, "expected 'human' or 'gpt'"),
         ({"conversations": [{"from": "human"}]}, "the 'value' of a turn is NoneType"),
         ({"conversations": [{**ASK, "value": "\ud83d"}, ANSWER]}, "half of a surrogate pair"),

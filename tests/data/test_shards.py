@@ -22,10 +22,10 @@ from toy_shards import (
     write_parquet,
 )
 
-from llava_lite.data.records import is_shards, open_sources
 from llava_lite.data.scan import DataError
 from llava_lite.data.shard_files import Place
 from llava_lite.data.shards import find_shards, parse_shard_record, read_shard
+from llava_lite.data.sources import is_shards, open_sources
 
 LONG = "folder/" * 20 + "a_key_longer_than_the_hundred_bytes_that_a_plain_header_has_room_for"
 
@@ -148,14 +148,14 @@ def test_rows_hold_conversations_in_several_shapes(tmp_path):
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        ([("7.jpg", b"a")], r"record '7' \(a.tar\[0\]\): 1 pictures and no caption \(found: jpg\)"),
-        ([("7.txt", b"a cat")], "0 pictures and a caption"),
+        ([("7.jpg", b"a")], r"record '7' \(a.tar\[0\]\): 1 images and no caption \(found: jpg\)"),
+        ([("7.txt", b"a cat")], "0 images and a caption"),
         ([("7.jpg", b"a"), ("7.txt", b" ")], "the caption is empty"),
         ([("7.jpg", b"a"), ("7.txt", b"\xff")], "the txt is not UTF-8"),
         ([("7.jpg", b"a"), ("7.json", b"{")], "not JSON"),
         ([("7.jpg", b"a"), ("7.json", b"[]")], "the JSON holds list, expected dict"),
         ([("7.json", json.dumps({"image": "a.jpg", "conversations": talk_of(1)}).encode())], "the shard holds none"),
-        ([("7.jpg", b"a"), ("7.json", json.dumps({"conversations": talk_of(1, 2)}).encode())], "2 <image> marks"),
+        ([("7.jpg", b"a"), ("7.json", json.dumps({"conversations": talk_of(1, 2)}).encode())], "2 <image> place"),
     ],
 )
 def test_broken_record_is_named_by_shard_and_key(files, message, tmp_path):
@@ -289,7 +289,7 @@ def test_an_error_of_the_network_is_not_one_of_the_file(tmp_path, monkeypatch):
         raise NetworkError("503 Service Unavailable")
 
     shard = only(write_parquet(tmp_path / "a.parquet", [caption_row(1)]))
-    monkeypatch.setattr("llava_lite.data.shard_files.open_shard", fail)
+    monkeypatch.setattr("llava_lite.data.shard_tables.open_shard", fail)
     with pytest.raises(NetworkError):
         list(read_shard(shard))
 

@@ -153,9 +153,7 @@ def broken(folder, counts=(6, 6), bad=(2,)):
 
 def test_bad_record_stops_the_run_with_shard_and_key(tmp_path, stream):
     broken(tmp_path / "shards")
-    with pytest.raises(
-        DataError, match=r"record '000002' \(00000.tar\[2\]\): 1 pictures and no caption .*--bad_record"
-    ):
+    with pytest.raises(DataError, match=r"record '000002' \(00000.tar\[2\]\): 1 images and no caption .*--bad_record"):
         ids_of(islice(stream(batch_size=1), 12))
 
 

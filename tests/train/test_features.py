@@ -36,8 +36,8 @@ def opened(monkeypatch):
     """The files that were opened as pictures by training's data."""
     from llava_lite.data import dataset
 
-    paths, open_picture = [], dataset.open_picture
-    monkeypatch.setattr(dataset, "open_picture", lambda path: paths.append(path) or open_picture(path))
+    paths, open_image = [], dataset.open_image
+    monkeypatch.setattr(dataset, "open_image", lambda path: paths.append(path) or open_image(path))
     return paths
 
 

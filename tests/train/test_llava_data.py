@@ -107,6 +107,48 @@ def test_a_record_that_cannot_be_used_is_named(data_args, toy_tokenizer, speak, 
         dataset[5]
 
 
+@pytest.mark.parametrize(
+    ("item", "words"),
+    [
+        ({"conversations": talk_of([("human", "<image>q"), ("gpt", "a")])}, "no image in record 'r'"),
+        ({"img": "wide.png", "conversations": talk_of([("human", "<image>q"), ("gpt", "a")])}, "the key 'img'"),
+        ({"video": "a.mp4", "conversations": talk_of([("human", "q"), ("gpt", "a")])}, "videos and audio"),
+        ({"system": "S", "conversations": talk_of([("human", "q"), ("gpt", "a")])}, "has a system text, for which"),
+        ({"instruction": "i", "output": "o"}, "llava-lite data convert"),
+    ],
+)
+def test_an_image_that_nobody_would_see_is_refused(data_args, toy_tokenizer, speak, item, words):
+    speak("v1")
+    dataset = LazySupervisedDataset(data_args.data_path, toy_tokenizer, data_args)
+    dataset.list_data_dict = [{"id": "r", **item}]
+    for ask in (lambda: dataset[0], lambda: dataset.lengths, lambda: dataset.modality_lengths):
+        with pytest.raises(DataError, match=words):
+            ask()
+
+
+def test_a_placeholder_is_text_where_that_is_asked_for(data_args, toy_tokenizer, speak):
+    speak("v1")
+    data_args.placeholder_as_text = True
+    dataset = LazySupervisedDataset(data_args.data_path, toy_tokenizer, data_args)
+    dataset.list_data_dict = [{"id": "r", "conversations": talk_of([("human", "the tag <image>"), ("gpt", "a")])}]
+    assert dataset.modality_lengths == [-4]
+    assert "the tag <image>" in toy_tokenizer.decode(dataset[0]["input_ids"])
+
+
+def test_other_spellings_are_llavas_records(data_args, toy_tokenizer, speak):
+    speak("v1")
+    dataset = LazySupervisedDataset(data_args.data_path, toy_tokenizer, data_args)
+    turns = [("user", "<image>\nWhat is it?"), ("assistant", "It is red."), ("user", "And now?"),
+             ("assistant", "So it stays.")]  # fmt: skip
+    with open(f"{data_args.image_folder}/wide.png", "rb") as file:
+        image = {"bytes": file.read(), "path": None}
+    item = {"id": 0, "messages": [{"role": role, "content": text} for role, text in turns], "images": [image]}
+    dataset.list_data_dict.append(item)
+    assert dataset.lengths[-1] == dataset.lengths[0]
+    for key in ("input_ids", "labels", "image"):
+        assert torch.equal(dataset[5][key], dataset[0][key])
+
+
 def test_a_batch_is_padded_on_the_right_and_its_mask_keeps_a_padding_token_of_the_text(toy_tokenizer):
     toy_tokenizer.pad_token, toy_tokenizer.model_max_length = "<unk>", 4
     pad = toy_tokenizer.pad_token_id

@@ -146,7 +146,7 @@ def test_run_as_a_module_shows_what_trains(stage_flags, tmp_path):
         [sys.executable, "-m", "llava_lite.train.train", *flags], capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr
-    for words in ("what trains (--tuning projector)", "% of them learned", "estimated memory of a rank"):
+    for words in ("what trains (--tuning projector)", "% of them supervised", "estimated memory of a rank"):
         assert words in done.stderr
 
 

@@ -1,0 +1,1 @@
+"""The verbs of the command line: their flags, and what they print."""

@@ -1,0 +1,268 @@
+"""Turn annotation files and the flags of a run into what a check finds: `llava-lite check`."""
+
+import argparse
+import dataclasses
+import difflib
+import math
+import os
+from types import SimpleNamespace
+
+from llava_lite.anyres import MERGE_TYPES, PictureLayout
+from llava_lite.data.check import NUM_NAMED, check_annotations, write_ledger
+from llava_lite.data.check_report import kinds_of, number
+from llava_lite.data.encode import RecordEncoder
+from llava_lite.data.index import open_annotations
+from llava_lite.data.scan import DataError
+from llava_lite.flags import NO, RENAMED, TRANSLATED, WITHOUT_EFFECT, YES, open_yaml, split_flags
+from llava_lite.pictures import ASPECT_RATIOS
+
+DESCRIPTION = """Look at every record and image of a training run before any GPU time is spent.
+
+Give it the flags of the run, or the YAML file that holds them: what has no effect on the data is passed over. It says
+how many records can be used, how long they are with the features of the model's own vision tower, and what is wrong
+with each of the others. It ends with one line, `ready to train` or `not ready`, and exits with 0 or 1."""
+
+
+def yes_or_no(text: str) -> bool:
+    """Read the value of a flag as training flags are read."""
+    if text.lower() not in YES + NO:
+        raise argparse.ArgumentTypeError(f"{text!r}: True or False")
+    return text.lower() in YES
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of the flags that matter to the data."""
+    parser = argparse.ArgumentParser(
+        prog="llava-lite check",
+        usage="llava-lite check [run.yaml] --data_path FILE ... --image_folder DIR --model_name_or_path MODEL [flags]",
+        description=DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    switch = {"type": yes_or_no, "nargs": "?", "const": True, "default": False, "metavar": "True|False"}
+    data = parser.add_argument_group("data, as in `llava-lite train`")
+    data.add_argument("--data_path", metavar="FILE", nargs="+", help="JSON or JSONL files, or YAML mixtures of them")
+    data.add_argument(
+        "--eval_data_path", metavar="FILE", nargs="+", help="files of records to evaluate on, checked after the others"
+    )
+    data.add_argument("--image_folder", metavar="DIR", help="directory that image paths start from")
+    data.add_argument(
+        "--bad_record", choices=("raise", "skip"), default="raise",
+        help="skip: records that cannot be used are left out of the run, up to --max_bad_share (default raise)",
+    )  # fmt: skip
+    data.add_argument(
+        "--max_bad_share", metavar="N", type=float, default=0.01, help="largest share left out (default 0.01)"
+    )
+    data.add_argument("--follow_links", help="allow links that lead out of the image directory", **switch)
+    data.add_argument("--placeholder_as_text", help="<image> in a record without images is plain text", **switch)
+    model = parser.add_argument_group("model, as in `llava-lite train`")
+    model.add_argument(
+        "--model_name_or_path", metavar="MODEL", help="whose tokenizer and vision tower count the tokens"
+    )
+    model.add_argument(
+        "--vision_tower", metavar="TOWER", help="tower of a run that starts from a plain language model"
+    )
+    model.add_argument("--version", metavar="TEMPLATE", default="v1", help="conversation template (default v1)")
+    model.add_argument(
+        "--model_max_length", metavar="N", type=int, default=2048, help="tokens of a sequence (default 2048)"
+    )
+    model.add_argument("--image_aspect_ratio", choices=ASPECT_RATIOS, help="anyres counts the crops of an image")
+    model.add_argument("--image_grid_pinpoints", metavar="...", help="resolutions of anyres (default: the model's)")
+    model.add_argument("--mm_patch_merge_type", choices=MERGE_TYPES, help="how crops are joined; default: the model's")
+    model.add_argument("--mm_vision_select_feature", choices=("patch", "cls_patch"), help="default: the model's")
+    model.add_argument("--mm_use_im_start_end", **(switch | {"default": None}), help="default: as the model")
+    model.add_argument("--mm_use_im_patch_token", **(switch | {"default": None}), help="default: as the model")
+    model.add_argument("--tuning", metavar="...", help="projector: data without a single image are not ready")
+    model.add_argument("--cache_dir", metavar="DIR", help="where downloaded files are kept")
+    own = parser.add_argument_group("of the check alone")
+    own.add_argument("--decode", help="decode every image too; slow", **switch)
+    own.add_argument("--ledger", metavar="FILE", help="write the bad records to this file, one JSON object a line")
+    own.add_argument(
+        "--num_workers", "--dataloader_num_workers", metavar="N", type=int, default=os.cpu_count(),
+        help="processes that count tokens of large files (default: one for each CPU)",
+    )  # fmt: skip
+    own.add_argument(
+        "--num_image_tokens", metavar="N", type=int, help="features of an image, where no encoder is named"
+    )
+    own.add_argument(
+        "--image_size", metavar="N", type=int, default=336, help="then pixels along a side of a crop (default 336)"
+    )
+    return parser
+
+
+def parse_flags(argv) -> argparse.Namespace:
+    """Return the flags; those of training without effect on the data are named under `passed_over`."""
+    parser = build_parser()
+    words = [
+        word
+        for name, values in split_flags(open_yaml(argv))
+        for word in ([f"--{RENAMED.get(name, name)}"] if name else []) + values
+    ]
+    flags, rest = parser.parse_known_args(words)
+    flags.passed_over = [name for name, _ in split_flags(rest) if name]
+    known = {action.dest for action in parser._actions} | training_flags() if rest else set()
+    unknown = [name for name in flags.passed_over if name not in known]
+    if unknown or (rest[:1] and not rest[0].startswith("--")):
+        near = difflib.get_close_matches(unknown[0], known, n=1) if unknown else []
+        hint = f" Did you mean --{near[0]}?" if near else " See llava-lite check --help."
+        raise ValueError(f"unknown flag {f'--{unknown[0]}' if unknown else rest[0]!r}.{hint}")
+    for name in ("data_path", "model_name_or_path"):
+        if getattr(flags, name) is None:
+            what = "one or more files of records" if name == "data_path" else "whose tokenizer counts the tokens"
+            raise ValueError(f"--{name} is needed: {what}.")
+    if flags.image_folder is not None and not os.path.isdir(flags.image_folder):
+        raise ValueError(f"--image_folder {flags.image_folder}: there is no such directory.")
+    if "tune_mm_mlp_adapter" in flags.passed_over:
+        flags.tuning = flags.tuning or "projector"
+    return flags
+
+
+def training_flags() -> set[str]:
+    """Return the names of all flags of a training run."""
+    from llava_lite.arguments import DataArguments, ModelArguments, TrainingArguments
+
+    classes = (DataArguments, ModelArguments, TrainingArguments)
+    return {*WITHOUT_EFFECT, *TRANSLATED, "local_rank"} | {
+        field.name for one in classes for field in dataclasses.fields(one)
+    }
+
+
+def model_config(flags):
+    """Return the config of the run's model, as training would make it; None if there is neither model nor tower."""
+    from llava_lite.companions import read_json
+    from llava_lite.model import model_class_for
+    from llava_lite.model.assemble import text_fields, tower_fields
+    from llava_lite.model.builder import config_of
+
+    hub = {"cache_dir": flags.cache_dir}
+    has_model = bool(read_json(flags.model_name_or_path, "config.json", hub))
+    if not has_model and flags.vision_tower is None:
+        return None
+    config = config_of(flags.model_name_or_path, hub) if has_model else None
+    if config is None or not config.model_type.startswith("llava_"):
+        fields = tower_fields(flags.vision_tower, hub) | ({} if config is None else text_fields(config))
+        config = model_class_for("llama" if config is None else config.model_type).config_class(**fields)
+    for key in (
+        "image_aspect_ratio",
+        "image_grid_pinpoints",
+        "mm_patch_merge_type",
+        "mm_vision_select_feature",
+        "mm_use_im_start_end",
+        "mm_use_im_patch_token",
+    ):
+        if getattr(flags, key) is not None:
+            setattr(config, key, getattr(flags, key))
+    return config
+
+
+def layout_of(flags, config) -> PictureLayout | None:
+    """Return how an image becomes features; None where nothing names an encoder."""
+    if flags.num_image_tokens is None:
+        return config.picture_layout if config is not None and config.has_vision_tower else None
+    return PictureLayout.read(
+        flags.num_image_tokens,
+        math.isqrt(flags.num_image_tokens),
+        flags.image_size,
+        flags.image_aspect_ratio,
+        flags.mm_patch_merge_type or "flat",
+        flags.image_grid_pinpoints,
+    )
+
+
+def record_encoder(flags, config) -> RecordEncoder:
+    """Return what makes tokens of records, with the words that training would add to the vocabulary."""
+    from llava_lite.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_PATCH_TOKEN
+    from llava_lite.train.build import build_tokenizer
+
+    names = SimpleNamespace(model_name_or_path=flags.model_name_or_path)
+    tokenizer = build_tokenizer(
+        names, SimpleNamespace(cache_dir=flags.cache_dir, model_max_length=flags.model_max_length)
+    )
+    wraps = bool(flags.mm_use_im_start_end if config is None else config.mm_use_im_start_end)
+    has_patch = bool(flags.mm_use_im_patch_token if config is None else config.mm_use_im_patch_token)
+    words = [DEFAULT_IMAGE_PATCH_TOKEN] * has_patch + [DEFAULT_IM_START_TOKEN, DEFAULT_IM_END_TOKEN] * wraps
+    tokenizer.add_tokens(words, special_tokens=True)
+    return RecordEncoder(tokenizer, flags.version, wraps)
+
+
+def check_files(paths, flags, encoder, layout):
+    """Print what the check finds in some files, and return its report."""
+    annotations = open_annotations(paths, flags.image_folder, num_workers=flags.num_workers)
+    if layout is None and annotations.has_picture.any():
+        raise DataError(
+            f"{', '.join(paths)}: {int(annotations.has_picture.sum()):,} records have images, and "
+            f"{flags.model_name_or_path} has no vision tower, so that nobody knows how many features an image has. "
+            "Name the tower of the run with --vision_tower, or give --num_image_tokens."
+        )
+    report = check_annotations(
+        annotations,
+        encoder,
+        layout or PictureLayout(0),
+        flags.model_max_length,
+        bad_record="skip",
+        max_bad_share=1.0,
+        decode=flags.decode,
+        follow_links=flags.follow_links,
+        num_workers=flags.num_workers,
+        placeholder_as_text=flags.placeholder_as_text,
+    )
+    if report.bad:
+        total = report.num_records + len(report.bad)
+        print(f"{len(report.bad):,} of {total:,} records cannot be used ({kinds_of(report.bad)}):")
+        print("\n".join(f"  {entry}" for entry in report.bad[:NUM_NAMED]))
+        if len(report.bad) > NUM_NAMED:
+            more = "" if flags.ledger else "; --ledger FILE writes all of them"
+            print(f"  ... and {len(report.bad) - NUM_NAMED:,} more{more}")
+    print(report.summary())
+    return report
+
+
+def verdict(report, flags) -> tuple[bool, str]:
+    """Return whether a run with these flags could start, and the sentence that says so."""
+    num_bad, total = len(report.bad), report.num_records + len(report.bad)
+    if not report.num_records:
+        return False, f"not ready: none of {number(total, 'record')} can be used."
+    if flags.tuning == "projector" and not report.num_with_picture:
+        return False, "not ready: --tuning projector learns from images alone, and no record has one."
+    if not num_bad:
+        return True, f"ready to train: {'all ' * (total > 1)}{number(total, 'record')} can be used."
+    if flags.bad_record == "raise":
+        what = "record must" if num_bad == 1 else "records must"
+        return False, f"not ready: {num_bad:,} {what} be mended, or left out with --bad_record skip."
+    if num_bad > flags.max_bad_share * total:
+        return False, (
+            f"not ready: {num_bad:,} of {total:,} records ({num_bad / total:.2%}) cannot be used, and --bad_record "
+            f"skip leaves out at most {flags.max_bad_share:.2%}. Mend them, or raise --max_bad_share."
+        )
+    return True, f"ready to train: {number(report.num_records, 'record')}; {num_bad:,} left out (--bad_record skip)."
+
+
+def main(argv=None) -> int:
+    """Check the data of a run from the command line; 0 if the run could start, else 1."""
+    import sys
+
+    flags = parse_flags(sys.argv[1:] if argv is None else argv)
+    from llava_lite.companions import refuse_missing_model
+
+    refuse_missing_model(flags.model_name_or_path)
+    config = model_config(flags)
+    encoder, layout = record_encoder(flags, config), layout_of(flags, config)
+    if layout is not None:
+        length = f"{layout.num_features:,}" if not layout.is_anyres else f"up to {layout.most_tokens:,} (anyres)"
+        print(f"an image is {length} tokens; template {flags.version}, at most {flags.model_max_length:,} tokens")
+    ready, lines, bad = True, [], []
+    for paths in filter(None, (flags.data_path, flags.eval_data_path)):
+        if flags.eval_data_path:
+            print(f"{', '.join(paths)}:")
+        report = check_files(paths, flags, encoder, layout)
+        is_ready, line = verdict(report, SimpleNamespace(**vars(flags) | _of_evaluation(paths, flags)))
+        ready, lines, bad = ready and is_ready, [*lines, line], bad + report.bad
+    if flags.ledger:
+        write_ledger(flags.ledger, bad)
+    print("\n".join(lines if ready or len(lines) == 1 else [line for line in lines if line.startswith("not")]))
+    return 0 if ready else 1
+
+
+def _of_evaluation(paths, flags) -> dict:
+    # What is evaluated on may be text alone.
+    return {"tuning": None} if paths is flags.eval_data_path else {}

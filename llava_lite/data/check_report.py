@@ -1,0 +1,107 @@
+"""Turn what a check found in annotations into the lines that a run and `llava-lite check` print."""
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from llava_lite.constants import DEFAULT_IMAGE_TOKEN
+from llava_lite.data.cache import key_of
+from llava_lite.data.index import Annotations
+
+# Records that a line of the report names.
+NUM_EXAMPLES = 5
+
+
+@dataclass
+class Report:
+    """What a check found. `annotations` are the records that are left, `bad` those that are not."""
+
+    annotations: Annotations
+    bad: list
+    num_records: int
+    num_with_picture: int
+    num_tokens: int  # after truncation, every feature of a picture counted
+    learned_share: float  # of the tokens before truncation, those that carry a label, 0 to 1
+    num_truncated: int
+    num_other_suffix: int  # pictures found as .png or .gif where the record says .jpg
+    num_turns: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))  # of each record, both sides [N]
+    lengths: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))  # tokens before truncation [N]
+    empty_answers: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))  # of each record [N]
+    text_placeholders: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))  # of each record [N]
+
+    @property
+    def digest(self) -> str:
+        """A name for what was decided; ranks that disagree on it see different files."""
+        return key_of(self.num_records, self.num_tokens, *map(tuple, self.bad))
+
+    def summary(self) -> str:
+        """Return the lines that a run prints at its start."""
+        num_text = self.num_records - self.num_with_picture
+        lines = [
+            f"{number(self.num_records, 'record')}: {self.num_with_picture:,} with images, {num_text:,} text only"
+        ]
+        if self.num_records:
+            lines += [self._turns(), *self._images(), self._tokens()]
+        if self.num_truncated:
+            lines.append(
+                f"{number(self.num_truncated, 'record')} longer than --model_max_length, cut off there when trained on"
+            )
+        if self.num_other_suffix:
+            lines.append(f"{number(self.num_other_suffix, 'image')} found under another suffix than their record says")
+        if self.empty_answers.any():
+            count = int(self.empty_answers.sum())
+            lines.append(
+                f"{number(count, 'answer')} without text, of which only the end mark is learned: "
+                f"{self._named(self.empty_answers)}"
+            )
+        if self.text_placeholders.any():
+            count = int((self.text_placeholders > 0).sum())
+            lines.append(
+                f"{number(count, 'record')} with {DEFAULT_IMAGE_TOKEN} and no image, taken as plain text: "
+                f"{self._named(self.text_placeholders)}"
+            )
+        if self.bad:
+            lines.append(f"{number(len(self.bad), 'record')} left out ({kinds_of(self.bad)})")
+        return "\n".join(lines)
+
+    def _named(self, counts: np.ndarray) -> str:
+        """Return the names of the first records of which `counts` [N] is above zero."""
+        places = np.flatnonzero(counts)
+        names = ", ".join(self.annotations[i].name for i in places[:NUM_EXAMPLES].tolist())
+        return names + (f" and {len(places) - NUM_EXAMPLES:,} more" if len(places) > NUM_EXAMPLES else "")
+
+    def _turns(self) -> str:
+        median, most = int(np.median(self.num_turns)), int(self.num_turns.max())
+        return f"turns of a record, questions and answers: {median} (median), at most {most}"
+
+    def _images(self) -> list[str]:
+        sizes = self.annotations.picture_sizes
+        sizes = sizes[sizes.min(axis=1) > 0] if len(sizes) else sizes
+        if not len(sizes):
+            return []
+        areas = sizes.astype(np.int64).prod(axis=1)
+        shown = [f"{width} x {height}" for width, height in sizes[np.argsort(areas, kind="stable")].tolist()]
+        if shown[0] == shown[-1]:
+            return [f"{number(len(sizes), 'image')} of {shown[0]} pixels"]
+        return [
+            f"{number(len(sizes), 'image')} of {shown[len(shown) // 2]} pixels (median), {shown[0]} to {shown[-1]}"
+        ]
+
+    def _tokens(self) -> str:
+        half, most = np.percentile(self.lengths, (50, 95), method="lower").astype(int).tolist()
+        longest = int(self.lengths.argmax())
+        return (
+            f"{self.num_tokens:,} tokens, {self.learned_share:.1%} of them supervised; a record has {half:,} (p50), "
+            f"{most:,} (p95), at most {int(self.lengths[longest]):,}: {self.annotations[longest].name}"
+        )
+
+
+def number(count: int, noun: str) -> str:
+    """Return a count with its noun."""
+    return f"{count:,} {noun}{'s' * (count != 1)}"
+
+
+def kinds_of(bad: list) -> str:
+    """Return how many of each kind there are."""
+    return ", ".join(f"{count:,} {kind}" for kind, count in sorted(Counter(entry.kind for entry in bad).items()))

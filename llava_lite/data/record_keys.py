@@ -1,0 +1,198 @@
+"""Tell which keys of a record are read, which hold media that nobody would see, and which must not be passed over."""
+
+import os
+import re
+
+from llava_lite.data.image_values import describe
+from llava_lite.data.scan import DataError
+
+IMAGE_KEYS = ("image", "images")
+# Words of a key that say media, and words that make it a statement about media: image_id, video_length.
+IMAGE_WORDS = {"image", "img", "picture", "pic", "photo", "photograph", "screenshot", "frame", "pixel", "media"}
+IMAGE_WORDS |= {"visual"}
+SOUND_WORDS = {"video", "audio", "movie", "clip"}
+_ABOUT = """
+id size width height w h x y count num number hash phash sha md5 source license type format mode caption description
+text token ratio resolution dir directory folder root class label score tag quality date time timestamp duration length
+fps area shape has is category title alt author credit index position dataset split error status model embedding
+similarity grid aspect by
+"""
+ABOUT_WORDS = frozenset(_ABOUT.split())
+FILE_KEYS = {"file_name", "filename", "file_names", "file_path", "filepath"}
+FILE_KEYS |= {"jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff"}
+# Names of files, not sentences that end in one.
+IMAGE_FILE = re.compile(r"^\S+\.(?:jpe?g|png|webp|gif|bmp|tiff?|avif|jp2|heic)$", re.IGNORECASE)
+SOUND_FILE = re.compile(r"^\S+\.(?:mp4|avi|mov|mkv|webm|m4v|mpe?g|wav|mp3|flac|ogg|m4a)$", re.IGNORECASE)
+# Whether an answer is supervised: 0 or false, 1 or true. Of a turn they are read, of a whole record they are not.
+SUPERVISED_KEYS = ("weight", "loss", "train", "loss_scale")
+# What would change what is learned, and what each asks for.
+NOT_READ = {
+    **dict.fromkeys(("tools", "functions", "tool_calls"), "tools and functions are not supported"),
+    **dict.fromkeys(
+        ("objects", "bbox", "bboxes"),
+        "boxes and objects are not read; write them into the texts, in the coordinates that the model shall learn",
+    ),
+    **dict.fromkeys(
+        SUPERVISED_KEYS,
+        "a weight or switch of a whole record is not read; say weight 0 or loss false at an answer, or leave the "
+        "record out",
+    ),
+    **dict.fromkeys(("history", "input"), "it would be lost beside a conversation; make turns of it"),
+    "chat_template_kwargs": "arguments of a chat template for one record are not supported",
+}
+PREFERENCE_KEYS = ("chosen", "rejected", "rejected_response", "rejected_messages", "rejected_images", "kto_tag")
+
+
+def _words(key: str) -> list[str]:
+    """Return the words of a key in small letters, without numbers behind them: imagePath2 is image, path."""
+    apart = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", key)
+    words = re.split(r"[^a-z0-9]+", apart.lower())
+    return [re.sub(r"\d+$", "", word) or word for word in words if word]
+
+
+def _is_media_name(key: str, media: set[str]) -> bool:
+    # A plural is its singular's.
+    words = [{word, word.removesuffix("s")} for word in _words(key)]
+    return any(word & media for word in words) and not any(word & ABOUT_WORDS for word in words)
+
+
+def _holds(value) -> bool:
+    """Say whether a value is anything at all that could be media; numbers and switches are not."""
+    return isinstance(value, (str, bytes, dict, list)) and bool(value)
+
+
+def _first(value):
+    while isinstance(value, (list, tuple)) and value:
+        value = value[0]
+    return value
+
+
+def _looks_like(value, file_name: re.Pattern, depth: int = 3) -> bool:
+    value = _first(value)
+    if isinstance(value, dict):
+        # {"bytes", "path"}, or a column of objects that hold one.
+        return depth > 0 and any(_looks_like(one, file_name, depth - 1) for one in value.values())
+    if isinstance(value, bytes):
+        return file_name is IMAGE_FILE
+    if not isinstance(value, str):
+        return False
+    return value.startswith("data:image/" if file_name is IMAGE_FILE else ("data:video/", "data:audio/")) or bool(
+        len(value) < 500 and not value.startswith(("http://", "https://")) and file_name.search(value)
+    )
+
+
+def sound_keys(item: dict) -> list[str]:
+    """Return the keys with video or audio."""
+    return [
+        key
+        for key, value in item.items()
+        if _holds(value) and (_is_media_name(key, SOUND_WORDS) or _looks_like(value, SOUND_FILE))
+    ]
+
+
+def named_media(item: dict) -> list[str]:
+    """Return the keys, other than `image` and `images`, whose name says that they hold an image."""
+    return [
+        key
+        for key, value in item.items()
+        if key not in IMAGE_KEYS and _holds(value) and (key in FILE_KEYS or _is_media_name(key, IMAGE_WORDS))
+    ]
+
+
+def media_keys(item: dict) -> list[str]:
+    """Return the keys that hold images or other media, by name or by value, and are not read as images."""
+    known = {*sound_keys(item), *named_media(item)}
+    return [
+        key
+        for key, value in item.items()
+        if key in known or (key not in IMAGE_KEYS and _holds(value) and _looks_like(value, IMAGE_FILE))
+    ]
+
+
+def refuse_preferences(item: dict, name: str) -> None:
+    """Raise DataError for a record of chosen and rejected answers."""
+    found = [key for key in PREFERENCE_KEYS if key in item]
+    found = found or (["label"] if isinstance(item.get("label"), bool) else [])
+    if found:
+        raise DataError(
+            f"{name} has {', '.join(map(repr, found))}: preference data, of which supervised training would learn one "
+            f"side without a word. To learn the conversation alone: {rewriting(name, '--drop ' + ' '.join(found))}"
+        )
+
+
+def check_keys(item: dict, images: tuple, name: str) -> None:
+    """Refuse keys that would change what is learned, or whose images nobody would see.
+
+    item: the keys of a record that are left when its conversation and images are read, without empty ones. images:
+    those that are read. Raises DataError naming the record, the key and what to do.
+    """
+    for key, reason in NOT_READ.items():
+        if key in item and not _says_nothing(key, item[key]):
+            raise DataError(
+                f"{name} has the key {key!r} ({describe(item[key])}): {reason}. To leave the key out: "
+                f"{rewriting(name, f'--drop {key}')}"
+            )
+    sounds = sound_keys(item)
+    if sounds:
+        raise DataError(
+            f"{name} has a {sounds[0]!r}; videos and audio are not supported. Remove the record or extract its frames "
+            "as images."
+        )
+    # Beside images that are read, a file name under another key may be about them; an image itself may not.
+    found = [*named_media(item), *filter(lambda key: _is_content(item[key]), item)] if images else media_keys(item)
+    for key in found:
+        if not (images and _is_same(item[key], images)):
+            _refuse_media(key, item[key], images, name)
+
+
+def _says_nothing(key: str, value) -> bool:
+    if isinstance(value, dict):
+        return all(one in (None, "", [], {}) for one in value.values())
+    if key in SUPERVISED_KEYS:
+        return isinstance(value, (bool, int, float)) and value == 1
+    return value in ("", "[]", "{}") or value == [] or value is False
+
+
+def _is_content(value) -> bool:
+    """Say whether a value is the content of a file, and not its name."""
+    value = _first(value)
+    if isinstance(value, dict):
+        return _is_content(value.get("bytes"))
+    return (isinstance(value, bytes) and bool(value)) or (isinstance(value, str) and value.startswith("data:image/"))
+
+
+def rewriting(name: str, options: str) -> str:
+    """Return the command that rewrites the file of a record: name ends in its place, `(train.json[3])`."""
+    file, _, position = name.rpartition("(")[2].partition("[")
+    return " ".join(f"llava-lite data convert {file if position else 'FILE'} OUT.json {options}".split())
+
+
+def _is_same(value, images: tuple) -> bool:
+    """Say whether another key names the images that are read, or the addresses that they were fetched from."""
+    values = value if isinstance(value, list) else [value]
+    if all(isinstance(image, bytes) for image in images) and all(isinstance(one, str) for one in values):
+        # The names of the files that the bytes came from.
+        return len(values) == len(images)
+    return all(isinstance(one, (str, bytes)) and _names(one, images) for one in values)
+
+
+def _names(value: str | bytes, images: tuple) -> bool:
+    if isinstance(value, bytes) or value in images:
+        return value in images
+    if value.startswith(("http://", "https://")):
+        return True
+    files = [os.path.basename(image) for image in images if isinstance(image, str)]
+    return os.path.basename(value) in (*files, *(os.path.splitext(file)[0] for file in files))
+
+
+def _refuse_media(key: str, value, images: tuple, name: str) -> None:
+    shown = describe(_first(value))
+    if images:
+        raise DataError(
+            f"{name} has images under 'image' or 'images' and others under {key!r} ({shown}), which would not be "
+            f"seen. List all of them under 'images', or leave the key out: {rewriting(name, f'--drop {key}')}"
+        )
+    raise DataError(
+        f"{name} has the key {key!r} ({shown}), an image that would not be seen: images are read from 'image' or "
+        f"'images'. Rename the key, or rewrite the file: {rewriting(name, f'--image_key {key}')} (or --drop {key})"
+    )

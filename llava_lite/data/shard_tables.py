@@ -1,0 +1,119 @@
+"""Turn a shard of rows (parquet, or the Arrow files of `datasets`) into raw records, from any row on."""
+
+from collections.abc import Iterator
+
+from llava_lite.data.record_formats import ANSWER_KEYS, CAPTION_KEYS, CONVERSATION_KEYS
+from llava_lite.data.record_keys import IMAGE_KEYS, NOT_READ, PREFERENCE_KEYS, named_media, sound_keys
+from llava_lite.data.scan import DataError
+from llava_lite.data.shard_files import START, Place, RawRecord, Shard, open_shard
+
+BATCH_ROWS = 16
+PICTURE_COLUMNS = (*IMAGE_KEYS, "jpg", "jpeg", "png", "webp")
+ID_COLUMNS = ("id", "key", "__key__")
+# Sets of columns of which one must be there: what a row is made of, here or by a conversion.
+CONTENTS = (
+    *({key} for key in (*CONVERSATION_KEYS, "texts", "text_list", *PREFERENCE_KEYS)),
+    {"prompt", "completion"},
+    {"instruction", "output"},
+    {"query", "response"},
+    *({"question", key} for key in ANSWER_KEYS),
+)
+CAPTIONS = {*CAPTION_KEYS, "captions", "sentences"}
+# Columns that are read: of all others, embeddings say, no byte is.
+READ_COLUMNS = {*PICTURE_COLUMNS, *CAPTIONS, *ID_COLUMNS, *NOT_READ, "system", "label", "image_info"}
+READ_COLUMNS = READ_COLUMNS.union(*CONTENTS)
+
+
+def read_parquet(shard: Shard, place: Place = START, part: int = 0, num_parts: int = 1) -> Iterator[RawRecord]:
+    """Yield the rows from `place` on whose number modulo `num_parts` is `part`, in the order of the file."""
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        with open_shard(shard.path) as file:
+            table = parquet.ParquetFile(file)
+            columns = columns_of(table.schema_arrow, shard.name)
+            row = 0
+            for group in range(table.num_row_groups):
+                num_rows = table.metadata.row_group(group).num_rows
+                if row + num_rows <= place.number:
+                    row += num_rows
+                    continue
+                for batch in table.iter_batches(BATCH_ROWS, row_groups=[group], columns=columns):
+                    for k in range(batch.num_rows):
+                        if row >= place.number and row % num_parts == part:
+                            yield _row(batch, k, row, shard.name)
+                        row += 1
+    except (pyarrow.ArrowException, OSError) as error:
+        # Arrow says OSError of broken pages too; that of a disk has a number, that of a network a class of its own.
+        if isinstance(error, OSError) and (type(error) is not OSError or error.errno is not None):
+            raise
+        raise DataError(f"{shard.name}: no parquet file, or a broken one ({' '.join(str(error).split())}).") from None
+
+
+def read_arrow(shard: Shard, place: Place = START, part: int = 0, num_parts: int = 1) -> Iterator[RawRecord]:
+    """Yield the rows of an Arrow file of `datasets` as read_parquet does; it is mapped into memory."""
+    import pyarrow
+    from datasets import Dataset
+
+    if "://" in shard.path:
+        raise DataError(f"{shard.path}: Arrow files are read from a local disk; download the directory first.")
+    try:
+        rows = Dataset.from_file(shard.path)
+        columns = columns_of(rows.features.arrow_schema, shard.name)
+        # As stored: an image stays the bytes of its file.
+        rows = rows.select_columns(columns).with_format("arrow")
+        for start in range(place.number, len(rows), BATCH_ROWS):
+            batch = rows[start : start + BATCH_ROWS]
+            for k in range(batch.num_rows):
+                if (start + k) % num_parts == part:
+                    yield _row(batch, k, start + k, shard.name)
+    except pyarrow.ArrowException as error:
+        raise DataError(f"{shard.name}: no Arrow file, or a broken one ({' '.join(str(error).split())}).") from None
+
+
+def columns_of(schema, name: str) -> list[str]:
+    """Return the columns that are read: those with a meaning, and those that hold images under any name.
+
+    Raises DataError with the columns that there are, if a row can be no record.
+    """
+    names = set(schema.names)
+    has_caption = bool(CAPTIONS & names)
+    media = [field.name for field in schema if _may_hold_image(field)]
+    if not any(keys <= names for keys in CONTENTS) and not (has_caption and media):
+        raise DataError(
+            f"{name} has the columns {', '.join(schema.names) or '(none)'}; expected conversations, or one of "
+            f"{', '.join(CAPTION_KEYS)} beside one of {', '.join(PICTURE_COLUMNS)}."
+        )
+    return [column for column in schema.names if column in READ_COLUMNS or column in media]
+
+
+def _may_hold_image(field) -> bool:
+    """Say whether a column may hold images, by its name or, as {"bytes", "path"} or bytes, by its type."""
+    import pyarrow
+
+    # Any text will do: numbers never hold images.
+    name, kind = {field.name: "x"}, field.type
+    while hasattr(kind, "value_type"):
+        # Lists of any kind, and dictionaries of equal values.
+        kind = kind.value_type
+    if pyarrow.types.is_struct(kind):
+        return field.name in IMAGE_KEYS or any(map(_may_hold_image, kind))
+    if pyarrow.types.is_binary(kind) or pyarrow.types.is_large_binary(kind):
+        return True
+    is_text = pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)
+    return is_text and bool(field.name in IMAGE_KEYS or named_media(name) or sound_keys(name))
+
+
+def _row(batch, k: int, row: int, name: str) -> RawRecord:
+    """Return row k of a batch, which is row `row` of the file."""
+    after = Place(row + 1, row + 1)
+    try:
+        parts = {column: batch.column(column)[k].as_py() for column in batch.schema.names}
+    except UnicodeDecodeError as error:
+        return RawRecord(str(row), row, {}, after, DataError(f"{name}[{row}]: a text is not UTF-8 ({error.reason})."))
+    return RawRecord(_row_key(parts, row), row, parts, after)
+
+
+def _row_key(parts: dict, row: int) -> str:
+    return str(next((parts[name] for name in ID_COLUMNS if parts.get(name) is not None), row))

@@ -1,0 +1,174 @@
+"""`llava-lite check` as a user calls it: what it knows of the model, what it says, how it ends."""
+
+import json
+
+import pytest
+from conftest import draw_picture
+
+from llava_lite.commands.check import main, parse_flags
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory, monkeypatch):
+    """An index folder of its own for every test."""
+    monkeypatch.setenv("LLAVA_LITE_CACHE", str(tmp_path_factory.mktemp("index")))
+
+
+def record(record_id, question="q", answer="a", **more):
+    turns = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+    return {"id": record_id, "conversations": turns, **more}
+
+
+@pytest.fixture
+def check(tmp_path, toy_llm_dir, toy_tower_dir, capsys):
+    """Return a function: records, flags -> (exit status, what was printed)."""
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for k, size in enumerate([(40, 40), (60, 30), (20, 90)]):
+        draw_picture(k).resize(size).save(folder / f"{k}.png")
+    model = ["--model_name_or_path", str(toy_llm_dir("llama")), "--vision_tower", str(toy_tower_dir("clip"))]
+
+    def run(records, *flags, model=model):
+        path = tmp_path / "train.json"
+        path.write_text(json.dumps(records))
+        status = main(["--data_path", str(path), "--image_folder", str(folder), *model, *map(str, flags)])
+        return status, capsys.readouterr().out
+
+    return run
+
+
+GOOD = [record("one", "<image>\nq", image="0.png"), record("two", "<image>q " * 2, image=["1.png", "2.png"]),
+        record("talk", "q", "so " * 50)]  # fmt: skip
+
+
+def test_good_records_are_ready_with_their_lengths_sizes_and_turns(check, toy_llm_dir, toy_tower_dir):
+    status, said = check([*GOOD, record("mute", "q", " ")])
+    lines = said.splitlines()
+    assert status == 0
+    assert lines[0] == "an image is 16 tokens; template v1, at most 2,048 tokens"
+    assert lines[1] == "4 records: 2 with images, 2 text only"
+    assert lines[2] == "turns of a record, questions and answers: 2 (median), at most 2"
+    # By their areas: 1600, 1800 and 1800.
+    assert lines[3] == "3 images of 60 x 30 pixels (median), 40 x 40 to 20 x 90"
+    assert "% of them supervised; a record has" in lines[4]
+    assert "record 'talk' (train.json[2])" in lines[4]
+    assert lines[5] == "1 answer without text, of which only the end mark is learned: record 'mute' (train.json[3])"
+    assert lines[-1] == "ready to train: all 4 records can be used."
+
+
+def test_the_longest_record_and_the_percentiles_are_those_of_the_tokens(check, toy_tokenizer):
+    from llava_lite.data.encode import RecordEncoder
+    from llava_lite.data.records import parse_record
+
+    records = [record(f"r{k}", "q", "so " * k) for k in range(1, 41)]
+    encoder = RecordEncoder(toy_tokenizer, "v1")
+    lengths = sorted(len(encoder(parse_record(item, "here"))[0]) for item in records)
+    _, said = check(records)
+    (line,) = [line for line in said.splitlines() if "supervised" in line]
+    # The lower of the two in the middle, and of 40 the 38th.
+    expected = f"a record has {lengths[19]} (p50), {lengths[37]} (p95), at most {lengths[-1]}: record 'r40'"
+    assert expected in line
+    assert line.startswith(f"{sum(lengths):,} tokens")
+
+
+@pytest.mark.parametrize(("feature", "count"), [("patch", 16), ("cls_patch", 17)])
+def test_features_of_an_image_are_those_of_the_named_tower(check, feature, count):
+    _, said = check(GOOD[:1], "--mm_vision_select_feature", feature)
+    assert f"an image is {count} tokens" in said
+
+
+def test_features_of_an_image_are_those_of_the_checkpoint(check, toy_model, tmp_path, toy_tokenizer):
+    model = toy_model(image_aspect_ratio="anyres", mm_patch_merge_type="spatial_unpad",
+                      image_grid_pinpoints=[[32, 64], [64, 32], [64, 64]])  # fmt: skip
+    model.save_pretrained(tmp_path / "model")
+    toy_tokenizer.save_pretrained(tmp_path / "model")
+    status, said = check(GOOD, model=["--model_name_or_path", str(tmp_path / "model")])
+    assert status == 0
+    assert f"an image is up to {model.config.picture_layout.most_tokens} (anyres) tokens" in said
+    # 1 x 1 tiles or more: none of the three images is 16 tokens.
+    _, square = check(GOOD, "--image_aspect_ratio", "square", model=["--model_name_or_path", str(tmp_path / "model")])
+    tokens = [int(text.split(" tokens, ")[0].splitlines()[-1].replace(",", "")) for text in (said, square)]
+    sizes = [(40, 40), (60, 30), (20, 90)]
+    assert tokens[0] - tokens[1] == sum(model.config.picture_layout.num_tokens(size) - 16 for size in sizes)
+
+
+def test_images_without_a_tower_are_a_question_and_no_assumption(check, toy_llm_dir):
+    model = ["--model_name_or_path", str(toy_llm_dir("llama"))]
+    with pytest.raises(ValueError, match=r"2 records have images, and .* has no vision tower.*--vision_tower"):
+        check(GOOD, model=model)
+    status, said = check(GOOD, "--num_image_tokens", 16, model=model)
+    assert status == 0
+    assert "an image is 16 tokens" in said
+    assert check(GOOD[2:], model=model)[0] == 0
+
+
+BAD = [*GOOD, record("lost", "<image>\nq"), record("gone", "<image>\nq", image="9.png")]
+
+
+def test_bad_records_are_named_and_the_verdict_says_what_to_do(check):
+    status, said = check(BAD)
+    assert status == 1
+    assert "2 of 5 records cannot be used (1 picture, 1 placeholder):" in said
+    assert "no image in record 'lost' (train.json[3])" in said
+    assert "record 'gone' (train.json[4]): cannot use the picture" in said
+    assert said.splitlines()[-1] == "not ready: 2 records must be mended, or left out with --bad_record skip."
+
+
+def test_the_flags_that_messages_advise_are_taken(check, tmp_path):
+    status, said = check(BAD, "--bad_record", "skip")
+    assert status == 1
+    assert "2 of 5 records (40.00%) cannot be used, and --bad_record skip leaves out at most 1.00%" in said
+    status, said = check(BAD, "--bad_record", "skip", "--max_bad_share", 0.5, "--ledger", tmp_path / "bad.jsonl")
+    assert status == 0
+    assert said.splitlines()[-1] == "ready to train: 3 records; 2 left out (--bad_record skip)."
+    assert [json.loads(line)["id"] for line in (tmp_path / "bad.jsonl").read_text().splitlines()] == ["lost", "gone"]
+    status, said = check(BAD[:4], "--placeholder_as_text", "True")
+    assert status == 0
+    assert "1 record with <image> and no image, taken as plain text: record 'lost' (train.json[3])" in said
+    status, said = check(BAD[:4], "--placeholder_as_text")
+    assert status == 0
+    status, said = check([record("long", "<image>q", "so " * 3000, image="0.png")], "--model_max_length", 100)
+    assert "1 record longer than --model_max_length, cut off there" in said
+
+
+def test_a_projector_without_an_image_is_not_ready(check):
+    for flags in (["--tuning", "projector"], ["--tune_mm_mlp_adapter", "True"]):
+        status, said = check(GOOD[2:], *flags)
+        assert (status, "not ready: --tuning projector learns from images alone" in said) == (1, True)
+        assert check(GOOD, *flags)[0] == 0
+
+
+def test_the_flags_of_a_training_run_are_taken_as_they_are(check, tmp_path):
+    flags = "--deepspeed zero2.json --learning_rate 2e-5 --bf16 True --output_dir out --mm_projector_lr 1e-5"
+    flags += " --dataloader_num_workers 0 --image_aspect_ratio pad --gradient_checkpointing True --no_cuda True"
+    assert check(GOOD, *flags.split())[0] == 0
+    (tmp_path / "run.yaml").write_text("data: {data_path: [a.json], bad_record: skip}\nmodel_name_or_path: m\nlr: 3\n")
+    with pytest.raises(ValueError, match="unknown flag '--lr'"):
+        parse_flags([str(tmp_path / "run.yaml")])
+    flags = parse_flags(["--data_path", "a.json", "b.json", "--model_name_or_path", "m", "--image_tower", "t"])
+    assert (flags.data_path, flags.vision_tower) == (["a.json", "b.json"], "t")
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("--data_path a.json --model_name_or_path m --bad_records skip", "unknown flag '--bad_records'. Did you mean"),
+        ("--data_path a.json", "--model_name_or_path is needed"),
+        ("--model_name_or_path m", "--data_path is needed"),
+        ("--data_path a.json --model_name_or_path m --image_folder nowhere", "--image_folder nowhere: there is no"),
+    ],
+)
+def test_a_wrong_flag_is_said_in_a_sentence(flags, words):
+    with pytest.raises(ValueError, match=words):
+        parse_flags(flags.split())
+
+
+def test_files_to_evaluate_on_are_checked_too(check, tmp_path):
+    path = tmp_path / "eval.json"
+    path.write_text(json.dumps([record("lost", "<image>\nq")]))
+    status, said = check(GOOD, "--eval_data_path", path, "--tuning", "projector")
+    assert status == 1
+    assert said.splitlines()[-1] == "not ready: none of 1 record can be used."
+    path.write_text(json.dumps(GOOD[2:]))
+    status, said = check(GOOD, "--eval_data_path", path, "--tuning", "projector")
+    assert (status, said.count("ready to train")) == (0, 2)

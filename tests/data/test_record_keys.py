@@ -1,0 +1,216 @@
+"""No image is passed over: keys x values x kinds of files, each read or refused with the key and the record."""
+
+import json
+
+import pytest
+from conftest import draw_picture
+from toy_shards import picture_bytes, tar_files, write_parquet
+
+from llava_lite.data.index import open_annotations
+from llava_lite.data.records import missing_images, parse_record
+from llava_lite.data.scan import DataError
+from llava_lite.data.shards import find_shards, parse_shard_record, read_shard
+
+ASK, TELL = {"from": "human", "value": "<image>\nq"}, {"from": "gpt", "value": "a"}
+TURNS = [ASK, TELL]
+TEXT = [{"from": "human", "value": "q"}, TELL]
+PNG = picture_bytes(1)
+
+READ_KEYS = ["image", "images"]
+OTHER_NAMES = """
+image_path image_paths img imgs img_path picture pictures pic photo image_file image_files imageFile image_url
+image_urls image_name image1 input_image file_name filename screenshot frames pixel_values Image IMAGE image_b64
+image-path jpg png
+"""
+OTHER_KEYS = OTHER_NAMES.split()
+SOUND_KEYS = ["video", "videos", "video_path", "audio", "audios", "clip"]
+ABOUT_KEYS = {
+    "image_id": 123,
+    "image_size": [3, 4],
+    "image_width": 3,
+    "has_image": True,
+    "video_id": "x",
+    "source": "coco",
+    "url": "https://a.org/1.png",
+    "license": "CC",
+    "image_source": "coco",
+    "caption": "a remark",
+    "title": "How to open a.jpg",
+    "photo_by": "Ann",
+}
+
+
+def lines(record):
+    return (json.dumps(record) + "\n").encode()
+
+
+def first(tmp_path, kind, record):
+    """Return the record as it is read from a file of a kind; DataError if it is refused."""
+    for k in range(3):
+        draw_picture(k).save(tmp_path / f"{k}.png")
+    if kind in ("json", "jsonl", "yaml"):
+        path = tmp_path / f"a.{kind if kind != 'yaml' else 'json'}"
+        path.write_text(json.dumps([record]) if kind != "jsonl" else json.dumps(record) + "\n")
+        if kind == "yaml":
+            (tmp_path / "mix.yaml").write_text(f"datasets: [{{json_path: {path}}}]")
+            path = tmp_path / "mix.yaml"
+        found = open_annotations(str(path), str(tmp_path), cache_dir=str(tmp_path / "cache"))[0]
+    elif kind == "parquet":
+        (shard,) = find_shards(str(write_parquet(tmp_path / "a.parquet", [record])))
+        found = parse_shard_record(shard, next(iter(read_shard(shard)))).record
+    else:
+        (shard,) = find_shards(str(tar_files(tmp_path / "a.tar", [("r.json", lines(record))])))
+        found = parse_shard_record(shard, next(iter(read_shard(shard)))).record
+    reason = missing_images(found)
+    if reason is not None:
+        raise DataError(reason)
+    return found
+
+
+def value_for(kind):
+    """Return an image as a record of a kind of file holds it."""
+    return {"bytes": PNG, "path": None} if kind == "parquet" else "1.png"
+
+
+@pytest.mark.parametrize("kind", ["json", "jsonl", "yaml", "parquet"])
+@pytest.mark.parametrize("shape", ["one", "list"])
+@pytest.mark.parametrize("key", READ_KEYS)
+def test_images_under_their_own_keys_are_seen(tmp_path, kind, shape, key):
+    value = value_for(kind)
+    record = first(tmp_path, kind, {"id": "r", "conversations": TURNS, key: [value] if shape == "list" else value})
+    assert len(record.images) == 1
+    assert record.turns == (("human", "<image>\nq"), ("gpt", "a"))
+
+
+@pytest.mark.parametrize("kind", ["json", "jsonl", "yaml", "parquet", "tar"])
+@pytest.mark.parametrize("key", OTHER_KEYS)
+@pytest.mark.parametrize("turns", [TURNS, TEXT])
+def test_images_under_another_key_are_refused_with_key_and_record(tmp_path, kind, key, turns):
+    if kind == "parquet" and key in ("jpg", "png"):
+        pytest.skip("a column of images in the way of WebDataset")
+    value = value_for(kind)
+    with pytest.raises(DataError, match=r"would not be seen|no image in record 'r'|names an image") as error:
+        first(tmp_path, kind, {"id": "r", "conversations": turns, key: [value] if key.endswith("s") else value})
+    assert key in str(error.value)
+    assert "record 'r'" in str(error.value)
+
+
+@pytest.mark.parametrize("kind", ["json", "parquet", "tar"])
+@pytest.mark.parametrize("key", SOUND_KEYS)
+def test_video_and_audio_are_refused_with_or_without_placeholders(tmp_path, kind, key):
+    for turns in (TURNS, TEXT):
+        with pytest.raises(DataError, match=f"has a '{key}'; videos and audio are not supported"):
+            first(tmp_path, kind, {"id": "r", "conversations": turns, key: "a.mp4"})
+
+
+@pytest.mark.parametrize("value", [None, [], "absent"])
+@pytest.mark.parametrize("key", READ_KEYS)
+@pytest.mark.parametrize("kind", ["json", "jsonl", "yaml", "parquet", "tar"])
+def test_a_placeholder_without_an_image_is_refused(tmp_path, kind, key, value):
+    item = {"id": "r", "conversations": TURNS} | ({} if value == "absent" else {key: value})
+    with pytest.raises(DataError, match="1 <image> placeholder in the conversation but no image in record 'r'"):
+        first(tmp_path, kind, item)
+
+
+@pytest.mark.parametrize("value", ["", [""], [None], {}, 0, False, [{"bytes": None}]])
+@pytest.mark.parametrize("key", READ_KEYS)
+@pytest.mark.parametrize("turns", [TURNS, TEXT])
+def test_an_empty_image_is_refused(key, value, turns):
+    with pytest.raises(DataError, match=f"'{key}' holds"):
+        parse_record({"id": "r", "conversations": turns, key: value}, "here")
+
+
+def test_an_object_of_nothing_but_nulls_is_no_image():
+    absent = {"bytes": None, "path": None}
+    assert parse_record({"id": "r", "conversations": TEXT, "image": absent}, "here").images == ()
+    record = parse_record({"id": "r", "conversations": TURNS, "image": absent}, "here")
+    assert missing_images(record).startswith("1 <image> placeholder in the conversation but no image in record 'r'")
+
+
+@pytest.mark.parametrize("kind", ["json", "parquet", "tar"])
+@pytest.mark.parametrize(("key", "value"), ABOUT_KEYS.items())
+def test_keys_about_an_image_are_no_images(tmp_path, kind, key, value):
+    assert first(tmp_path, kind, {"id": "r", "conversations": TEXT, key: value}).images == ()
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        ({"image": "1.png", "images": ["1.png"]}, None),
+        ({"image": None, "images": ["1.png"]}, None),
+        ({"image": [], "images": "1.png"}, None),
+        ({"image": "1.png", "image_path": "1.png"}, None),
+        ({"image": "coco/1.png", "image_path": "1.png"}, None),
+        ({"image": "coco/1.png", "image_name": "1"}, None),
+        ({"image": "1.png", "image_url": "https://a.org/9.png"}, None),
+        ({"image": "1.png", "img": None, "video": [], "audios": ""}, None),
+        ({"image": "1.png", "images": ["2.png"]}, "'image' .1. and 'images' .1., and they differ"),
+        ({"image": "1.png", "images": ["1.png", "2.png"]}, "and they differ"),
+        ({"image": "1.png", "image_path": "2.png"}, "others under 'image_path'"),
+        ({"image": "1.png", "images_extra": ["2.png"]}, "others under 'images_extra'"),
+        ({"image": "1.png", "video": "a.mp4"}, "videos and audio"),
+        ({"image": "1.png", "mask": "m.png"}, None),
+        ({"image": "1.png", "mask": {"bytes": PNG, "path": None}}, "others under 'mask'"),
+        ({"image": "1.png", "mask": "data:image/png;base64,AAAA"}, "others under 'mask'"),
+    ],
+)
+def test_two_keys_at_once_agree_or_are_refused(more, words):
+    item = {"id": "r", "conversations": TURNS} | more
+    if words is None:
+        assert len(parse_record(item, "here").images) == 1
+    else:
+        with pytest.raises(DataError, match=words):
+            parse_record(item, "here")
+
+
+@pytest.mark.parametrize(
+    "where", [{"a": {"file": "1.png"}}, {"photo_of": "1.png"}, {"x": ["1.png"]}, {"x": "data:image/png;base64,"}]
+)
+def test_a_file_of_an_image_under_any_key_is_not_passed_over(where):
+    with pytest.raises(DataError, match="an image that would not be seen"):
+        parse_record({"id": "r", "conversations": TEXT} | where, "here")
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        ({"tools": [{"name": "f"}]}, "'tools' .list.: tools and functions"),
+        ({"tools": "[{}]"}, "tools and functions"),
+        ({"objects": {"ref": ["dog"], "bbox": [[1, 2, 3, 4]]}}, "boxes and objects are not read"),
+        ({"bbox": [1, 2, 3, 4]}, "boxes and objects are not read"),
+        ({"weight": 0}, "a weight or switch of a whole record"),
+        ({"weight": 0.5}, "a weight or switch of a whole record"),
+        ({"loss": False}, "a weight or switch of a whole record"),
+        ({"history": [["a", "b"]]}, "it would be lost beside a conversation"),
+        ({"input": "more"}, "it would be lost beside a conversation"),
+        ({"chat_template_kwargs": {"enable_thinking": False}}, "arguments of a chat template"),
+        ({"chosen": "a", "rejected": "b"}, "'chosen', 'rejected': preference data"),
+        ({"rejected_response": "b"}, "preference data"),
+        ({"kto_tag": True}, "preference data"),
+        ({"label": True}, "preference data"),
+        ({"messages": TEXT}, "'conversations' and 'messages'; one conversation is read"),
+        ({"instruction": "i", "output": "o"}, "could be a conversation or Alpaca"),
+        ({"prompt": "p", "completion": "c"}, "could be a conversation or prompt and completion"),
+    ],
+)
+def test_keys_that_would_change_what_is_learned_are_refused(more, words):
+    with pytest.raises(DataError, match=words) as error:
+        parse_record({"id": "r", "conversations": TEXT} | more, "here")
+    assert "record 'r' (here)" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"tools": "[]", "history": [], "input": "", "objects": {"ref": [], "bbox": []}, "weight": 1, "loss": True},
+        {"label": 3, "score": 0.5, "model": "x", "task": "vqa", "train": None, "system": "", "videos": []},
+    ],
+)
+def test_keys_that_say_nothing_are_passed_over(more):
+    assert parse_record({"id": "r", "conversations": TEXT} | more, "here").turns == (("human", "q"), ("gpt", "a"))
+
+
+def test_an_answer_with_a_placeholder_is_refused():
+    turns = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "See <image>."}]
+    with pytest.raises(DataError, match="an answer holds <image>, so that its question is asked before"):
+        parse_record({"id": "r", "image": "1.png", "conversations": turns}, "here")
