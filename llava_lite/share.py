@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import re
@@ -14,6 +13,7 @@ from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, hf_hub_downloa
 from huggingface_hub.errors import EntryNotFoundError
 from safetensors import safe_open
 
+from llava_lite.command_parser import CommandParser
 from llava_lite.hub import in_words
 
 CARD, CONFIG, ADAPTER = "README.md", "config.json", "adapter_config.json"
@@ -247,7 +247,7 @@ class ProcessorSharing:
 
 def build_parser():
     """Return the parser of `llava-lite push`."""
-    parser = argparse.ArgumentParser(prog="llava-lite push", description="Upload a finished folder to the Hub.")
+    parser = CommandParser(prog="llava-lite push", command="push", description="Upload a finished folder to the Hub.")
     parser.add_argument("folder", help="what a stage left, whole or a part")
     parser.add_argument("repo_id", help="user/name; made if it is not there")
     parser.add_argument("--private", action="store_true", default=None, help="make it private, if it is made now")

@@ -213,12 +213,11 @@ def write_ledger(path: str | os.PathLike, bad: list[BadRecord]) -> None:
 
 def main(argv=None) -> int:
     """Check annotation files from the command line: `llava-lite check`; 0 if a run could start, else 1."""
-    import argparse
-
+    from llava_lite.command_parser import CommandParser
     from llava_lite.companions import load_tokenizer, refuse_missing_model
     from llava_lite.data.index import open_annotations
 
-    parser = argparse.ArgumentParser(prog="llava-lite check", description=__doc__)
+    parser = CommandParser(prog="llava-lite check", command="check", description=__doc__)
     parser.add_argument("--data_path", nargs="+", required=True, help="JSON or JSONL files, or YAML mixtures of them")
     parser.add_argument("--image_folder", help="folder that picture paths start from")
     parser.add_argument("--model_name_or_path", required=True, help="whose tokenizer counts the tokens")

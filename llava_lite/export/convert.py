@@ -4,7 +4,6 @@
 questions about the same pictures, and gets its name only if it gives the same answers.
 """
 
-import argparse
 import gc
 import json
 from pathlib import Path
@@ -13,6 +12,7 @@ import torch
 from tokenizers import Tokenizer
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedTokenizerFast
 
+from llava_lite.command_parser import CommandParser
 from llava_lite.companions import read_json
 from llava_lite.constants import IMAGE_TOKEN_INDEX
 from llava_lite.export import witness
@@ -20,7 +20,6 @@ from llava_lite.export.checked_folder import (
     TOLERANCE,
     finish_folder,
     push,
-    refuse_absent,
     refuse_full,
     removed_on_error,
     start_folder,
@@ -30,6 +29,7 @@ from llava_lite.export.stock_processor import write_json
 from llava_lite.formats import transformers_llava as layout
 from llava_lite.hub import in_words, require_config
 from llava_lite.inference import load
+from llava_lite.model_source import check_source
 
 # Model type, width, patch and picture side of a tower -> where it comes from.
 TOWERS = {
@@ -42,8 +42,9 @@ LAYOUTS = ("transformers", "llava")
 
 def build_parser():
     """Return the parser of `llava-lite convert`."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="llava-lite convert",
+        command="convert",
         description="Write a model as transformers' LlavaForConditionalGeneration, or back, and check it.",
     )
     parser.add_argument("source", help="folder or hub id of the model")
@@ -70,7 +71,7 @@ def convert(
     is then left beside `target` under a name that says so.
     """
     source = str(source)
-    refuse_absent(source)
+    check_source(source)
     refuse_full(target)
     with in_words(source):
         # Aloud: of a file that cannot be reached, read_json says only that there is none.

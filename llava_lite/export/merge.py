@@ -4,7 +4,6 @@
 memory, in float32.
 """
 
-import argparse
 import gc
 import os
 import tempfile
@@ -13,13 +12,13 @@ from pathlib import Path
 
 import torch
 
+from llava_lite.command_parser import CommandParser
 from llava_lite.companions import find_base, read_json
 from llava_lite.export import witness
 from llava_lite.export.checked_folder import (
     TOLERANCE,
     finish_folder,
     push,
-    refuse_absent,
     refuse_full,
     removed_on_error,
     start_folder,
@@ -28,6 +27,7 @@ from llava_lite.hub import in_words
 from llava_lite.inference import load
 from llava_lite.model.builder import is_llava
 from llava_lite.model.partial import ADAPTER, ADAPTER_WEIGHTS, TRAINED, WHOLE, base_of, open_adapter
+from llava_lite.model_source import check_source
 
 CARD = "README.md"
 # What the card of an adapter says of the folder, and what is true of a whole one.
@@ -39,8 +39,9 @@ CARD_WORDS = (
 
 def build_parser():
     """Return the parser of `llava-lite merge`."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="llava-lite merge",
+        command="merge",
         description="Fold LoRA, or a folder of what was trained, into a whole model; check it.",
     )
     parser.add_argument("source", nargs="?", help="folder or hub id of what was trained")
@@ -66,7 +67,7 @@ def merge(
     is whole already, or if what was written answers otherwise; it is then left beside `target`.
     """
     source = str(source)
-    refuse_absent(source)
+    check_source(source)
     refuse_full(target)
     folder = local_folder(source)
     base = find_base_of(folder, base)

@@ -143,7 +143,7 @@ def test_whole_folder_and_full_target_are_refused_in_words(toy_model, toy_tokeni
     folder, _ = lora_folder()
     with pytest.raises(ValueError, match="is there already and not empty"):
         merge(folder, tmp_path / "model", say=str)
-    with pytest.raises(OSError, match="there is no folder"):
+    with pytest.raises(OSError, match="there is no such directory"):
         merge(tmp_path / "absent", tmp_path / "whole", say=str)
 
 

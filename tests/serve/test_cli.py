@@ -135,7 +135,7 @@ def test_chat_wants_one_model(arguments, capsys):
     [
         (["nowhere", "--conv-mode", "v9"], "unknown conversation template 'v9'"),
         (["nowhere", "--image-file", "none.jpg"], "cannot use the picture 'none.jpg': there is no such file."),
-        (["./nowhere"], "there is no folder './nowhere'."),
+        (["./nowhere"], "'./nowhere': there is no such directory."),
     ],
 )
 def test_what_is_wrong_is_said_in_a_line(arguments, words, capsys):

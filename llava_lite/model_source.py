@@ -1,0 +1,76 @@
+"""Turn the name of a model, as a person wrote it, into an early answer: it can be opened, or one sentence why not."""
+
+from __future__ import annotations
+
+import difflib
+import os
+
+from huggingface_hub import HfApi, constants, try_to_load_from_cache
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+from llava_lite.hub import CONFIG, HubError, is_offline, may_be_repository, unreachable
+
+HUB_ID = "a hub id such as lmsys/vicuna-7b-v1.5"
+
+
+def check_source(name, flag: str = "", **hub) -> None:
+    """Raise OSError at once if `name` is neither a directory of this machine nor a repository that can be asked for.
+
+    flag: what the name was given to, such as --model_name_or_path; it begins the sentence. hub: the keywords of
+    `hub_arguments`. A directory costs no request, and a repository in the cache none; any other is asked for once,
+    with the timeout of HF_HUB_ETAG_TIMEOUT, since the client's own look-ups each repeat for half a minute without
+    a network.
+    """
+    name = os.fspath(name)
+    if os.path.isdir(name):
+        return
+    said, near = f"{flag} {name!r}".lstrip(), did_you_mean(name)
+    if os.path.isfile(name):
+        raise NotADirectoryError(f"{said} is a file; give the directory that holds it, with its config.json.")
+    if is_path(name):
+        raise FileNotFoundError(f"{said}: there is no such directory.{near or f' Give the path of one, or {HUB_ID}.'}")
+    if not is_cached(name, hub):
+        reason = why_out_of_reach(name, hub)
+        if reason:
+            raise HubError(f"{said}: there is no such directory.{near} As a repository of the Hub: {reason}")
+
+
+def is_path(name: str) -> bool:
+    """Tell whether a name can only be meant as a path of this machine."""
+    return name.startswith(("/", ".", "~")) or name.count("/") > 1 or not may_be_repository(name)
+
+
+def did_you_mean(name: str) -> str:
+    """Return a sentence with what stands beside a path that is not there under a name like it; "" for nothing."""
+    expanded = os.path.expanduser(name).rstrip("/")
+    if os.path.isdir(expanded):
+        return f" Write {expanded!r}."
+    parent, last = os.path.split(expanded)
+    if not os.path.isdir(parent or "."):
+        return ""
+    near = difflib.get_close_matches(last, os.listdir(parent or "."), n=2)
+    return f" Did you mean {' or '.join(repr(os.path.join(parent, one)) for one in near)}?" if near else ""
+
+
+def is_cached(name: str, hub: dict) -> bool:
+    """Tell whether the cache knows the config.json of a repository, or that it has none."""
+    if hub.get("force_download"):
+        return False
+    path = os.path.join(hub.get("subfolder") or "", CONFIG)
+    found = try_to_load_from_cache(name, path, cache_dir=hub.get("cache_dir"), revision=hub.get("revision"))
+    return found is not None
+
+
+def why_out_of_reach(name: str, hub: dict) -> str | None:
+    """Return the sentence for a Hub that cannot be reached; None where it answers, whatever the answer."""
+    if is_offline(hub):
+        return unreachable(None, name, None, hub)
+    try:
+        HfApi(token=hub.get("token")).model_info(name, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+    except (HfHubHTTPError, HFValidationError):
+        # The Hub is there; what it refuses is told by whoever asks for the files.
+        return None
+    except Exception as error:
+        # No answer; of which kind depends on the HTTP client, another one in each major version of huggingface_hub.
+        return unreachable(error, name, None, hub)
+    return None
