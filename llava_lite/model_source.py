@@ -10,16 +10,16 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from llava_lite.hub import CONFIG, HubError, is_offline, may_be_repository, unreachable
 
-HUB_ID = "a hub id such as lmsys/vicuna-7b-v1.5"
+LANGUAGE_MODEL, VISION_TOWER = "lmsys/vicuna-7b-v1.5", "openai/clip-vit-large-patch14-336"
 
 
-def check_source(name, flag: str = "", **hub) -> None:
+def check_source(name, flag: str = "", example: str = LANGUAGE_MODEL, **hub) -> None:
     """Raise OSError at once if `name` is neither a directory of this machine nor a repository that can be asked for.
 
-    flag: what the name was given to, such as --model_name_or_path; it begins the sentence. hub: the keywords of
-    `hub_arguments`. A directory costs no request, and a repository in the cache none; any other is asked for once,
-    with the timeout of HF_HUB_ETAG_TIMEOUT, since the client's own look-ups each repeat for half a minute without
-    a network.
+    flag: what the name was given to, such as --model_name_or_path; it begins the sentence. example: a hub id of the
+    kind that is wanted. hub: the keywords of `hub_arguments`. A directory costs no request, and a repository in the
+    cache none; any other is asked for once, with the timeout of HF_HUB_ETAG_TIMEOUT, since the client's own look-ups
+    each repeat for half a minute without a network.
     """
     name = os.fspath(name)
     if os.path.isdir(name):
@@ -28,7 +28,8 @@ def check_source(name, flag: str = "", **hub) -> None:
     if os.path.isfile(name):
         raise NotADirectoryError(f"{said} is a file; give the directory that holds it, with its config.json.")
     if is_path(name):
-        raise FileNotFoundError(f"{said}: there is no such directory.{near or f' Give the path of one, or {HUB_ID}.'}")
+        advice = near or f" Give the path of one, or a hub id such as {example}."
+        raise FileNotFoundError(f"{said}: there is no such directory.{advice}")
     if not is_cached(name, hub):
         reason = why_out_of_reach(name, hub)
         if reason:

@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 
 from llava_lite.flags import open_yaml, split_flags
-from llava_lite.model_source import check_source, did_you_mean
+from llava_lite.model_source import VISION_TOWER, check_source, did_you_mean
 
 NEEDED = {
     "model_name_or_path": "a language model, or the output of an earlier stage",
@@ -29,11 +29,25 @@ def check_paths(model_args, data_args, training_args) -> None:
     hub = {"cache_dir": training_args.cache_dir}
     check_source(model_args.model_name_or_path, "--model_name_or_path", **hub)
     if model_args.vision_tower is not None:
-        check_source(model_args.vision_tower, "--vision_tower", **hub)
+        check_tower(model_args.vision_tower, hub)
     check_projector(model_args.pretrain_mm_mlp_adapter)
     check_image_folder(data_args.image_folder)
     check_output(training_args.output_dir)
     check_resume(training_args.resume_from_checkpoint, training_args.output_dir)
+
+
+def check_tower(name: str, hub: dict) -> None:
+    """Raise an error if the vision tower is not there, or is a model of another kind; only its config is read."""
+    from llava_lite.model.configuration import load_vision_config
+    from llava_lite.model.vision_tower import TOWERS
+
+    check_source(name, "--vision_tower", VISION_TOWER, **hub)
+    kind = load_vision_config(name, **hub).model_type
+    if kind not in TOWERS:
+        raise ValueError(
+            f"--vision_tower {name!r} is no vision tower (model_type {kind!r}); known: {', '.join(sorted(TOWERS))}, "
+            f"such as {VISION_TOWER}."
+        )
 
 
 def check_projector(path: str | None) -> None:
