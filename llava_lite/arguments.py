@@ -16,6 +16,7 @@ from typing import Literal
 
 import transformers
 
+from llava_lite.commands.words import bare, unknown_flags, words_left
 from llava_lite.contradictions import (
     check_data,
     check_loggers,
@@ -28,7 +29,6 @@ from llava_lite.contradictions import (
 )
 from llava_lite.deepspeed_files import deepspeed_advice
 from llava_lite.flag_help import FlagParser
-from llava_lite.flag_words import bare, unknown_flags, words_left
 from llava_lite.flags import machine_has, open_yaml, split_flags, translate
 
 logger = logging.getLogger(__name__)
@@ -313,29 +313,31 @@ def build_parser():
     )
 
 
-def refuse_unknown(words, known):
+def refuse_unknown(command, words, known):
     """Raise ValueError for the flags of a command line that are none, each with the one that is meant."""
     unknown = [f"--{name}" for name, _ in split_flags(words) if name and name not in known]
     if unknown:
-        raise ValueError(unknown_flags("train", unknown, [f"--{name}" for name in known]))
+        raise ValueError(unknown_flags(command, unknown, [f"--{name}" for name in known]))
 
 
-def parse_args(argv):
+def parse_args(argv, command="train"):
     """Return (model_args, data_args, training_args) from flags, or from a YAML file and flags that override it.
 
-    Flags of LLaVA, MoE-LLaVA and transformers 4 are translated. Raises ValueError for an unknown flag and for flags
-    that contradict each other.
+    Flags of LLaVA, MoE-LLaVA and transformers 4 are translated. command: the verb, for its messages. Raises ValueError
+    for an unknown flag and for flags that contradict each other.
     """
     argv = open_yaml(argv)
     parser = build_parser()
     known = {action.dest for action in parser._actions}
     words = translate(argv, known)
-    refuse_unknown(words, known | {bare(flag) for action in parser._actions for flag in action.option_strings})
+    refuse_unknown(
+        command, words, known | {bare(flag) for action in parser._actions for flag in action.option_strings}
+    )
     model_args, data_args, training_args, left = parser.parse_args_into_dataclasses(
         words, return_remaining_strings=True, look_for_args_file=False
     )
     if left:
-        raise ValueError(words_left("train", left))
+        raise ValueError(words_left(command, left))
     fold_tuning(model_args, training_args)
     settle_packing(model_args, training_args)
     check_together(model_args, data_args, training_args)

@@ -6,9 +6,11 @@ import sys
 from importlib import import_module
 
 from llava_lite import __version__
-from llava_lite.command_parser import in_flags, sentence_of
-from llava_lite.main_flags import asks_for_help, main_page
+from llava_lite.commands.parser import in_flags, sentence_of
+from llava_lite.commands.train import asks_for_help, main_page
 
+# Verbs whose flags can be read, and wrong ones answered, before torch is imported for what they do.
+PARSERS = {verb: f"llava_lite.commands.{verb}" for verb in ("chat", "convert", "merge", "plan", "push")}
 # Verb -> (module whose main(argv) does it, what it does).
 VERBS = {
     "train": ("llava_lite.train.train", "run a training stage; flags as in scripts/v1_5, or a YAML file"),
@@ -79,6 +81,11 @@ def main(argv=None):
 
 def run(verb, arguments):
     """Import and call what does a verb; an error of it is one sentence."""
+    own_parser = import_module(PARSERS[verb]).build_parser() if verb in PARSERS else None
+    if verb == "plan":
+        own_parser.parse_known_args(arguments)
+    elif own_parser is not None:
+        own_parser.parse_args(arguments)
     module = import_module(VERBS[verb][0])
     if verb == "train":
         # An error in the middle of a run is told with all that leads to it.
@@ -86,7 +93,6 @@ def run(verb, arguments):
     try:
         return module.main(arguments)
     except (ValueError, OSError, ImportError) as error:
-        own_parser = module.build_parser() if hasattr(module, "build_parser") else None
         print(f"llava-lite {verb}: {in_flags(sentence_of(error), own_parser)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

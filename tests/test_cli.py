@@ -74,8 +74,22 @@ def test_flags_after_the_verb_are_the_verbs_own(monkeypatch):
     module = type(sys)("listener")
     module.main = got.extend
     monkeypatch.setattr(cli, "import_module", lambda name: module)
-    cli.main(["chat", "some/model", "--image-file", "a.jpg", "--help-me"])
+    cli.main(["check", "some/model", "--image-file", "a.jpg", "--help-me"])
     assert got == ["some/model", "--image-file", "a.jpg", "--help-me"]
+
+
+@pytest.mark.parametrize("verb", cli.PARSERS)
+def test_flags_are_read_before_torch_is_imported(verb):
+    code = (
+        "import sys\nfrom llava_lite.cli import main\n"
+        "try:\n    main(sys.argv[1:])\nfinally:\n"
+        "    print(sorted({'torch', 'transformers', 'numpy', 'PIL'} & set(sys.modules)))"
+    )
+    wrong = "--bandwidth=no" if verb == "plan" else "--xyzzy"
+    for word, status in (("--help", 0), (wrong, 2)):
+        command = [sys.executable, "-c", code, verb, word]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        assert (done.returncode, done.stdout.splitlines()[-1]) == (status, "[]")
 
 
 @pytest.mark.parametrize(

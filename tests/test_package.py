@@ -19,6 +19,7 @@ FILES = sorted((ROOT / "llava_lite").rglob("*.py"))
 FLOORS = {
     "__init__": 0,
     "alias": 0,
+    "commands": 0,
     "constants": 0,
     "formats": 0,
     "data": 2,

@@ -213,7 +213,7 @@ def write_ledger(path: str | os.PathLike, bad: list[BadRecord]) -> None:
 
 def main(argv=None) -> int:
     """Check annotation files from the command line: `llava-lite check`; 0 if a run could start, else 1."""
-    from llava_lite.command_parser import CommandParser
+    from llava_lite.commands.parser import CommandParser
     from llava_lite.companions import load_tokenizer, refuse_missing_model
     from llava_lite.data.index import open_annotations
 

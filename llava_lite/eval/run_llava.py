@@ -3,7 +3,7 @@
 import io
 import urllib.request
 
-from llava_lite.command_parser import CommandParser
+from llava_lite.commands.parser import CommandParser
 from llava_lite.constants import DEFAULT_IMAGE_TOKEN, IMAGE_PLACEHOLDER
 from llava_lite.inference import load, reply
 from llava_lite.mm_utils import get_model_name_from_path, open_picture

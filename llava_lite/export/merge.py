@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from llava_lite.command_parser import CommandParser
+from llava_lite.commands.merge import build_parser
 from llava_lite.companions import find_base, read_json
 from llava_lite.export import witness
 from llava_lite.export.checked_folder import (
@@ -35,27 +35,6 @@ CARD_WORDS = (
     ("base_model_relation: adapter", "base_model_relation: finetune"),
     ("this folder holds what was trained; the base is opened with it", "this folder holds the whole model"),
 )
-
-
-def build_parser():
-    """Return the parser of `llava-lite merge`."""
-    parser = CommandParser(
-        prog="llava-lite merge",
-        command="merge",
-        description="Fold LoRA, or a folder of what was trained, into a whole model; check it.",
-    )
-    parser.add_argument("source", nargs="?", help="folder or hub id of what was trained")
-    parser.add_argument("target", nargs="?", help="folder to write, which must be new or empty")
-    parser.add_argument("--model-path", help="the source, as in LLaVA")
-    parser.add_argument("--model-base", dest="base", help="the base model (default: the one that the source names)")
-    parser.add_argument("--save-model-path", help="the target, as in LLaVA")
-    parser.add_argument("--dtype", help="float32, bfloat16 or float16 (default: as the base is stored)")
-    parser.add_argument(
-        "--tolerance", type=float, default=TOLERANCE, help="largest logit difference in float32 (default: 1e-3)"
-    )
-    parser.add_argument("--max-shard-size", default="5GB", help="largest file of weights (default: 5GB)")
-    parser.add_argument("--push-to-hub", metavar="USER/NAME", help="upload the folder once it has passed the check")
-    return parser
 
 
 def merge(

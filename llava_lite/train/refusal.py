@@ -4,7 +4,7 @@ import os
 import sys
 from contextlib import contextmanager
 
-from llava_lite.command_parser import sentence_of
+from llava_lite.commands.parser import sentence_of
 
 TRACEBACK = "LLAVA_LITE_TRACEBACK"
 FOR_PEOPLE = (ValueError, OSError, ImportError)

@@ -12,8 +12,8 @@ from typing import NamedTuple
 from transformers import set_seed
 
 from llava_lite.arguments import parse_args
+from llava_lite.commands.train import asks_for_help, main_page
 from llava_lite.flag_help import full_page
-from llava_lite.main_flags import asks_for_help, main_page
 from llava_lite.train.build import (
     add_experts,
     build_model,

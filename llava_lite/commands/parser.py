@@ -4,7 +4,7 @@ import argparse
 import re
 import sys
 
-from llava_lite.flag_words import unknown_flags, words_left
+from llava_lite.commands.words import unknown_flags, words_left
 
 # A keyword of Python in a message: local_files_only=True, model_base=..., base='user/base'.
 _KEYWORD = re.compile(r"\b([a-z][a-z0-9_]*)=(True\b|'[^']*'|\.\.\.)?")
@@ -13,7 +13,7 @@ _KEYWORD = re.compile(r"\b([a-z][a-z0-9_]*)=(True\b|'[^']*'|\.\.\.)?")
 class CommandParser(argparse.ArgumentParser):
     """Reads the flags of one command.
 
-    command: its key in flag_words.OURS. A flag is known by its whole name only, `--model` is never `--model-path`;
+    command: its key in words.OURS. A flag is known by its whole name only, `--model` is never `--model-path`;
     dashes and underscores in a name are the same. Wrong flags end the process with status 2, as argparse does.
     """
 

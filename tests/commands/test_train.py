@@ -9,7 +9,7 @@ import pytest
 
 from llava_lite.arguments import DataArguments, ModelArguments, TrainingArguments
 from llava_lite.cli import main
-from llava_lite.main_flags import MAIN_FLAGS, asks_for_help, main_page
+from llava_lite.commands.train import MAIN_FLAGS, asks_for_help, main_page
 
 FLAGS = [(flag.split()[0].lstrip("-"), words) for flags in MAIN_FLAGS.values() for flag, words in flags]
 FIELDS = {f.name: f for cls in (ModelArguments, DataArguments, TrainingArguments) for f in dataclasses.fields(cls)}

@@ -2,7 +2,7 @@
 
 import pytest
 
-from llava_lite.command_parser import CommandParser, in_flags, sentence_of
+from llava_lite.commands.parser import CommandParser, in_flags, sentence_of
 
 
 @pytest.fixture

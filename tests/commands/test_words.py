@@ -7,7 +7,7 @@ import pytest
 
 from llava_lite.arguments import build_parser
 from llava_lite.cli import VERBS
-from llava_lite.flag_words import OURS, meant_by, unknown_flags, words_left
+from llava_lite.commands.words import OURS, meant_by, unknown_flags, words_left
 
 # Command -> (flag that somebody writes, what is answered).
 ANSWERS = {
