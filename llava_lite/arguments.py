@@ -313,26 +313,25 @@ def build_parser():
     )
 
 
-def refuse_unknown(command, words, known):
+def refuse_unknown(command, words, known, more_flags=()):
     """Raise ValueError for the flags of a command line that are none, each with the one that is meant."""
     unknown = [f"--{name}" for name, _ in split_flags(words) if name and name not in known]
     if unknown:
-        raise ValueError(unknown_flags(command, unknown, [f"--{name}" for name in known]))
+        raise ValueError(unknown_flags(command, unknown, [*(f"--{name}" for name in known), *more_flags]))
 
 
-def parse_args(argv, command="train"):
+def parse_args(argv, command="train", more_flags=()):
     """Return (model_args, data_args, training_args) from flags, or from a YAML file and flags that override it.
 
-    Flags of LLaVA, MoE-LLaVA and transformers 4 are translated. command: the verb, for its messages. Raises ValueError
-    for an unknown flag and for flags that contradict each other.
+    Flags of LLaVA, MoE-LLaVA and transformers 4 are translated. command: the verb, for its messages; more_flags:
+    those that it has read itself. Raises ValueError for an unknown flag and for flags that contradict each other.
     """
     argv = open_yaml(argv)
     parser = build_parser()
     known = {action.dest for action in parser._actions}
     words = translate(argv, known)
-    refuse_unknown(
-        command, words, known | {bare(flag) for action in parser._actions for flag in action.option_strings}
-    )
+    spelled = {bare(flag) for action in parser._actions for flag in action.option_strings}
+    refuse_unknown(command, words, known | spelled, more_flags)
     model_args, data_args, training_args, left = parser.parse_args_into_dataclasses(
         words, return_remaining_strings=True, look_for_args_file=False
     )

@@ -10,6 +10,14 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from llava_lite.hub import CONFIG, HubError, is_offline, may_be_repository, unreachable
 
+# What somebody who opened a repository has fetched of it, at least one: of a tower perhaps its weights alone.
+FETCHED = (
+    CONFIG,
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "preprocessor_config.json",
+    "pytorch_model.bin",
+)
 LANGUAGE_MODEL, VISION_TOWER = "lmsys/vicuna-7b-v1.5", "openai/clip-vit-large-patch14-336"
 
 
@@ -36,6 +44,15 @@ def check_source(name, flag: str = "", example: str = LANGUAGE_MODEL, **hub) -> 
             raise HubError(f"{said}: there is no such directory.{near} As a repository of the Hub: {reason}")
 
 
+def check_directory(path: str | None, flag: str) -> None:
+    """Raise OSError if what a flag names is no directory of this machine; None passes."""
+    if path is None or os.path.isdir(path):
+        return
+    if os.path.exists(path):
+        raise NotADirectoryError(f"{flag} {path!r} is a file; give a directory.")
+    raise FileNotFoundError(f"{flag} {path!r}: there is no such directory.{did_you_mean(path)}")
+
+
 def is_path(name: str) -> bool:
     """Tell whether a name can only be meant as a path of this machine."""
     return name.startswith(("/", ".", "~")) or name.count("/") > 1 or not may_be_repository(name)
@@ -54,12 +71,12 @@ def did_you_mean(name: str) -> str:
 
 
 def is_cached(name: str, hub: dict) -> bool:
-    """Tell whether the cache knows the config.json of a repository, or that it has none."""
+    """Tell whether the cache knows a file of a repository, or that it has none of that name."""
     if hub.get("force_download"):
         return False
-    path = os.path.join(hub.get("subfolder") or "", CONFIG)
-    found = try_to_load_from_cache(name, path, cache_dir=hub.get("cache_dir"), revision=hub.get("revision"))
-    return found is not None
+    where = {key: hub.get(key) for key in ("cache_dir", "revision")}
+    paths = [os.path.join(hub.get("subfolder") or "", file) for file in FETCHED]
+    return any(try_to_load_from_cache(name, path, **where) is not None for path in paths)
 
 
 def why_out_of_reach(name: str, hub: dict) -> str | None:

@@ -15,6 +15,7 @@ from safetensors import safe_open
 
 from llava_lite.commands.push import build_parser
 from llava_lite.hub import in_words
+from llava_lite.model_source import check_directory
 
 CARD, CONFIG, ADAPTER = "README.md", "config.json", "adapter_config.json"
 # Everything else in a training folder (optimizer, trainer state, ledgers with paths, logs) stays at home.
@@ -93,7 +94,8 @@ def push_folder(
 
 def files_to_share(folder: Path) -> list[str]:
     """Return the names of the files of a folder that are for everybody, none from folders inside it."""
-    found = sorted(path.name for path in folder.glob("*") if path.is_file()) if folder.is_dir() else []
+    check_directory(str(folder), "the directory to upload,")
+    found = sorted(path.name for path in folder.glob("*") if path.is_file())
     names = [name for name in found if any(fnmatch(name, pattern) for pattern in PUBLISHED)]
     if not names:
         raise ValueError(f"{str(folder)!r} holds nothing to upload: no config.json, no weights, no tokenizer.")

@@ -53,7 +53,8 @@ class CommandParser(argparse.ArgumentParser):
 
     def error(self, message):
         """End the process with one sentence and where to read on."""
-        self.exit(2, f"{self.prog}: {message} `{self.prog} --help` lists the flags.\n")
+        ended = message if message.endswith((".", "?")) else f"{message}."
+        self.exit(2, f"{self.prog}: {ended} `{self.prog} --help` lists the flags.\n")
 
 
 def in_flags(message: str, parser: CommandParser | None) -> str:

@@ -8,7 +8,7 @@ def build_parser():
     parser = CommandParser(
         prog="llava-lite push", command="push", description="Upload a finished directory to the Hub."
     )
-    parser.add_argument("directory", help="what a stage left, whole or a part")
+    parser.add_argument("folder", metavar="directory", help="what a stage left, whole or a part")
     parser.add_argument("repo_id", help="user/name; made if it is not there")
     parser.add_argument("--private", action="store_true", default=None, help="make it private, if it is made now")
     parser.add_argument("--revision", help="branch, made if it is not there (default: main)")

@@ -216,6 +216,7 @@ def main(argv=None) -> int:
     from llava_lite.commands.parser import CommandParser
     from llava_lite.companions import load_tokenizer, refuse_missing_model
     from llava_lite.data.index import open_annotations
+    from llava_lite.model_source import check_directory
 
     parser = CommandParser(prog="llava-lite check", command="check", description=__doc__)
     parser.add_argument("--data_path", nargs="+", required=True, help="JSON or JSONL files, or YAML mixtures of them")
@@ -234,6 +235,7 @@ def main(argv=None) -> int:
     parser.add_argument("--num_workers", type=int, default=os.cpu_count(), help="processes that count tokens")
     flags = parser.parse_args(argv)
     refuse_missing_model(flags.model_name_or_path)
+    check_directory(flags.image_folder, "--image_folder")
     # Registers our model types, by which transformers finds the tokenizer of an earlier stage.
     import_module("llava_lite.model")
     encoder = RecordEncoder(load_tokenizer(flags.model_name_or_path), flags.version)

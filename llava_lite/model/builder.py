@@ -94,7 +94,10 @@ def base_named(model_path, model_base, hub):
         reach_config(model_path, hub)
     named = read_json(model_path, "config.json", hub).get("base_model_name_or_path")
     base = model_base or base_of(model_path, named, hub)
-    return base and find_base(str(base), model_path)
+    base = base and find_base(str(base), model_path)
+    if base is not None:
+        check_source(base, "base", **everywhere(hub))
+    return base
 
 
 def read_config(model_path, base, customized_config, overwrite_config, hub):

@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 
 from llava_lite.flags import open_yaml, split_flags
-from llava_lite.model_source import VISION_TOWER, check_source, did_you_mean
+from llava_lite.model_source import VISION_TOWER, check_directory, check_source, did_you_mean
 
 NEEDED = {
     "model_name_or_path": "a language model, or the output of an earlier stage",
@@ -31,7 +31,7 @@ def check_paths(model_args, data_args, training_args) -> None:
     if model_args.vision_tower is not None:
         check_tower(model_args.vision_tower, hub)
     check_projector(model_args.pretrain_mm_mlp_adapter)
-    check_image_folder(data_args.image_folder)
+    check_directory(data_args.image_folder, "--image_folder")
     check_output(training_args.output_dir)
     check_resume(training_args.resume_from_checkpoint, training_args.output_dir)
 
@@ -63,15 +63,6 @@ def check_projector(path: str | None) -> None:
         f"--pretrain_mm_mlp_adapter {path!r}: there is no such file.{did_you_mean(path)} Stage 1 writes "
         "mm_projector.bin into its --output_dir."
     )
-
-
-def check_image_folder(path: str | None) -> None:
-    """Raise OSError if the directory of the images is not there."""
-    if path is None or os.path.isdir(path):
-        return
-    if os.path.exists(path):
-        raise NotADirectoryError(f"--image_folder {path!r} is a file; give the directory where the image paths start.")
-    raise FileNotFoundError(f"--image_folder {path!r}: there is no such directory.{did_you_mean(path)}")
 
 
 def check_output(path: str) -> None:

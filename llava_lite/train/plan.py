@@ -151,9 +151,10 @@ def main(argv=None):
     from llava_lite.train.memory import GIB, USABLE_SHARE, fewest_checkpointed
 
     argv = list(sys.argv[1:] if argv is None else argv)
-    options, flags = build_parser().parse_known_args(argv)
+    own = build_parser()
+    options, flags = own.parse_known_args(argv)
     os.environ.setdefault("ACCELERATE_USE_CPU", "true")
-    model_args, data_args, args = parse_args(flags + of_a_device(flags), command="plan")
+    model_args, data_args, args = parse_args(flags + of_a_device(flags), command="plan", more_flags=own.flags.values())
     # Kept from parse_args, which knows of one rank only.
     model_args.ep_size = options.ep_size
     check_expert_parallel(model_args, args, options.num_devices)

@@ -38,8 +38,8 @@ def test_dashes_and_underscores_are_the_same(parser):
         (["m", "--image", "a.png"], "unknown flag --image: write --image-file."),
         (["m", "-i", "a.png"], "unknown flag -i."),
         (["m", "a.png"], "'a.png' belongs to no flag. Put quotes around a value with blanks."),
-        (["m", "--max-new-tokens", "x"], "argument --max_new_tokens: invalid int value: 'x'"),
-        (["m", "--max-new-tokens"], "argument --max_new_tokens: expected one argument"),
+        (["m", "--max-new-tokens", "x"], "argument --max_new_tokens: invalid int value: 'x'."),
+        (["m", "--max-new-tokens"], "argument --max_new_tokens: expected one argument."),
     ],
 )
 def test_what_is_wrong_is_one_sentence(words, answer, parser, capsys):

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from llava_lite.train.inputs import check_enough_records, check_image_folder, check_needed, check_output
+from llava_lite.train.inputs import check_enough_records, check_needed, check_output
 from llava_lite.train.train import main, train
 
 
@@ -48,7 +48,7 @@ GONE = ": there is no such directory."
         ("--vision_tower", "./clip", f"{GONE} Give the path of one, or a hub id such as openai/clip"),
         ("--vision_tower", "llama", " is no vision tower (model_type 'llama'); known: clip_vision_model,"),
         ("--image_folder", "imges", f"{GONE} Did you mean 'images'?"),
-        ("--image_folder", "notes.txt", " is a file; give the directory where the image"),
+        ("--image_folder", "notes.txt", " is a file; give a directory."),
         ("--pretrain_mm_mlp_adapter", "stage1", " is a directory; give the file: 'stage1/mm_projector.bin'."),
         ("--pretrain_mm_mlp_adapter", "empty", ": this directory holds no mm_projector.bin."),
         ("--pretrain_mm_mlp_adapter", "stage1/mm_proj.bin", ": there is no such file. Did you mean 'stage1/mm_proj"),
@@ -94,7 +94,6 @@ def test_output_that_cannot_be_written_is_told(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "access", lambda *args: False)
     with pytest.raises(PermissionError, match=f"'{tmp_path}' does not allow it"):
         check_output(str(tmp_path / "a/b"))
-    check_image_folder(None)
 
 
 def sizes(num_ranks=1, train=4, evaluation=4, packing="samples", drop=True):
