@@ -23,18 +23,12 @@ from llava_lite.export.checked_folder import (
     removed_on_error,
     start_folder,
 )
+from llava_lite.export.merged_card import CARD, merged_card
 from llava_lite.hub import in_words
 from llava_lite.inference import load
 from llava_lite.model.builder import is_llava
 from llava_lite.model.partial import ADAPTER, ADAPTER_WEIGHTS, TRAINED, WHOLE, base_of, open_adapter
 from llava_lite.model_source import check_source
-
-CARD = "README.md"
-# What the card of an adapter says of the folder, and what is true of a whole one.
-CARD_WORDS = (
-    ("base_model_relation: adapter", "base_model_relation: finetune"),
-    ("this folder holds what was trained; the base is opened with it", "this folder holds the whole model"),
-)
 
 
 def merge(
@@ -66,12 +60,16 @@ def merge(
     unchecked = start_folder(target)
     round_to(model, dtype)
     with removed_on_error(unchecked):
-        write_whole(model, processor, folder, unchecked, max_shard_size)
+        write_whole(model, processor, unchecked, max_shard_size)
     # The rounding to the written dtype is part of what is expected.
     expected = witness.answers(model.float(), batches, processor.image_token_index)
+    config = model.config
     del model
     gc.collect()
     gap = finish_folder(target, expected, answers_of(unchecked), tolerance, say)
+    adapter = read_json(folder, ADAPTER, {})
+    card = merged_card(Path(target).name, source, folder, base, config, adapter, gap.report())
+    (Path(target) / CARD).write_text(card, encoding="utf-8")
     if push_to_hub is not None:
         say(push(target, push_to_hub))
     return gap
@@ -136,19 +134,13 @@ def sees(model) -> bool:
     return is_llava(model.config) and model.config.has_vision_tower
 
 
-def write_whole(model, processor, source, folder, max_shard_size):
-    """Write every weight with tokenizer, processor and the card of the source."""
+def write_whole(model, processor, folder, max_shard_size):
+    """Write every weight with tokenizer and processor."""
     if is_llava(model.config):
         model.config.base_model_name_or_path = None
         model.config.conv_template = processor.conv_template
     model.save_pretrained(folder, max_shard_size=max_shard_size)
     processor.save_pretrained(folder)
-    card = source / CARD
-    if card.is_file():
-        text = card.read_text(encoding="utf-8")
-        for partial, whole in CARD_WORDS:
-            text = text.replace(partial, whole)
-        (folder / CARD).write_text(text, encoding="utf-8")
 
 
 def answers_of(folder):
