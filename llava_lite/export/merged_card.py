@@ -14,8 +14,8 @@ def merged_card(name: str, source: str, folder, base: str, config, adapter: dict
     """Return the text of README.md for a merged model.
 
     name: of its directory. source, base: path or hub id of what was trained, and of what it stood on; folder: where
-    the former lies. config: of the merged model. adapter: adapter_config.json of the source, {} where it holds no LoRA. checked: how
-    its answers compare with those of the parts.
+    the former lies. config: of the merged model. adapter: adapter_config.json of the source, {} where it holds no
+    LoRA. checked: how its answers compare with those of the parts.
     """
     metadata, sections = read_card(Path(folder) / CARD)
     sees = getattr(config, "has_vision_tower", False)
