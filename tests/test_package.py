@@ -21,6 +21,7 @@ FLOORS = {
     "alias": 0,
     "commands": 0,
     "constants": 0,
+    "without_cuda": 0,
     "formats": 0,
     "data": 2,
     "model": 2,
@@ -110,7 +111,7 @@ def test_loading_needs_nine_packages_and_training_three_more():
     reads_vocabularies = {"tokenizers", "sentencepiece", "protobuf"}
     assert names[""] == {"torch", "transformers", "safetensors", "pillow", "einops", "numpy"} | reads_vocabularies
     assert {"accelerate", "deepspeed", "datasets"} <= names["train"]
-    assert {"train", "peft", "quant", "serve", "flash", "dev"} <= set(names)
+    assert {"train", "peft", "quant", "serve", "flash", "llava", "dev"} <= set(names)
 
 
 @pytest.mark.parametrize("constraints", ["constraints.txt", "constraints-5.17.txt"])

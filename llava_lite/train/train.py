@@ -6,6 +6,7 @@ import os
 import sys
 import warnings
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,6 +15,7 @@ from transformers import set_seed
 from llava_lite.arguments import parse_args
 from llava_lite.commands.train import asks_for_help, main_page
 from llava_lite.flag_help import full_page
+from llava_lite.flags import machine_has
 from llava_lite.train.build import (
     add_experts,
     build_model,
@@ -78,8 +80,19 @@ def train(attn_implementation=None, argv=None):
         attn_implementation, argv = None, attn_implementation
     argv = sys.argv[1:] if argv is None else argv
     if attn_implementation is not None and "--attn_implementation" not in argv:
-        argv = [*argv, "--attn_implementation", attn_implementation]
+        argv = [*argv, "--attn_implementation", installed_attention(attn_implementation)]
     return run(prepare(argv))
+
+
+def installed_attention(name):
+    """Return an attention kernel that a program asks for, or auto where it is flash-attn and that is not here.
+
+    LLaVA's train_mem.py asks for it whatever the machine.
+    """
+    if name != "flash_attention_2" or (find_spec("flash_attn") is not None and machine_has("fp16")):
+        return name
+    logger.warning("flash-attn is not installed, or there is no GPU for it: the attention is chosen for the device.")
+    return "auto"
 
 
 class Stage(NamedTuple):
