@@ -91,7 +91,7 @@ class ProgressCallback(TrainerCallback):
         """
         try:
             yield
-        except BaseException as error:
+        except (Exception, KeyboardInterrupt) as error:
             self.hand_back()
             if self.trainer.args.dataloader_persistent_workers:
                 # Those end with their loader.
