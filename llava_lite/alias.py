@@ -10,19 +10,30 @@ leads to `llava_lite.model.moellava_builder`, which keeps MoE-LLaVA's word.
 
 import sys
 import warnings
+from contextlib import contextmanager
 from importlib import import_module
 from importlib.machinery import ModuleSpec
-from importlib.util import find_spec
-from os.path import abspath, dirname, isfile
+from importlib.util import find_spec, spec_from_file_location
+from os.path import abspath, dirname, isfile, join, sep
 
 PACKAGE = "llava_lite"
 NAMES = ("llava", "moellava")
+# What LLaVA's programs import and this package does not need -> what brings it.
+OF_LLAVA = dict.fromkeys(("shortuuid", "requests", "pandas"), "'llava-lite[llava]'")
+OF_LLAVA |= {name: name for name in ("fastapi", "uvicorn", "openai", "ray", "editdistance", "pycocoevalcap", "httpx")}
+OF_LLAVA |= {"gradio": "'llava-lite[serve]'", "peft": "'llava-lite[peft]'", "deepspeed": "'llava-lite[train]'"}
 # Modules that an other name finds elsewhere than at the same place.
 ELSEWHERE = {"moellava.model.builder": "llava_lite.model.moellava_builder"}
 
 
 class OtherNames:
-    """Answers imports of "<name>.rest" with the module llava_lite.rest, wherever <name> is this package."""
+    """Answers imports of "<name>.rest" with the module llava_lite.rest, wherever <name> is this package.
+
+    beside: the directory of a copy of LLaVA whose program runs: modules that this package lacks, such as scorers,
+    come from there.
+    """
+
+    beside = None
 
     def find_spec(self, fullname, path=None, target=None):
         """Return a spec that this object loads, None for modules of others and for those that do not exist."""
@@ -30,9 +41,14 @@ class OtherNames:
         if top == PACKAGE or not rest or sys.modules.get(top) is not sys.modules.get(PACKAGE):
             return None
         own = own_name(fullname)
-        found = sys.modules[own].__spec__ if own in sys.modules else find_spec(own)
+        try:
+            found = sys.modules[own].__spec__ if own in sys.modules else find_spec(own)
+        except ModuleNotFoundError:
+            # A parent that only LLaVA has.
+            found = None
         if found is None:
-            return None
+            file = self.beside and f"{join(self.beside, *fullname.split('.'))}.py"
+            return spec_from_file_location(fullname, file) if file and isfile(file) else None
         return ModuleSpec(fullname, self, is_package=found.submodule_search_locations is not None)
 
     def create_module(self, spec):
@@ -98,21 +114,85 @@ def main(argv=None):
         prog="python -m llava_lite.alias",
         usage="%(prog)s SCRIPT [argument ...] | -m MODULE [argument ...]",
         description="Run a program written for LLaVA or MoE-LLaVA, unchanged, on llava_lite.",
+        epilog="A MODULE that llava_lite has is its own; any other is looked for as a file below this directory.",
+        allow_abbrev=False,
     )
     parser.add_argument("-m", dest="module", action="store_true", help="SCRIPT is the name of a module")
     parser.add_argument("script", metavar="SCRIPT", help="file to run")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...", help="arguments of the program")
     options = parser.parse_args(argv)
-    if not options.module and not isfile(options.script):
-        parser.error(f"there is no file {options.script!r}.")
+    script, is_module = options.script, options.module
     install()
-    sys.argv[:] = [options.script, *options.arguments]
-    if options.module:
-        runpy.run_module(options.script, run_name="__main__", alter_sys=True)
+    if is_module:
+        script, is_module = _module_or_file(script)
+    if not is_module and not isfile(script):
+        what = f"there is no module {options.script!r}, and" if options.module else "there is"
+        parser.exit(2, f"{parser.prog}: {what} no file {script!r}.\n")
+    sys.argv[:] = [script, *options.arguments]
+    with _device(), _told_what_to_install():
+        if is_module:
+            runpy.run_module(script, run_name="__main__", alter_sys=True)
+            return
+        # As Python does for a script: its folder comes first, in place of that of this module.
+        sys.path[0] = dirname(abspath(script))
+        _FINDER.beside = _checkout_of(script)
+        runpy.run_path(script, run_name="__main__")
+
+
+def _module_or_file(name):
+    """Return (module, True) for one that Python finds, by its name in this package, else (its file here, False)."""
+    file = f"{name.replace('.', '/')}.py"
+    try:
+        found = find_spec(name)
+    except ModuleNotFoundError:
+        found = None
+    if found is None:
+        return file, False
+    if isfile(file) and name.partition(".")[0] in NAMES:
+        print(f"{name} is that of {PACKAGE}; for the file, leave out -m: {file}", file=sys.stderr)
+    # By its own name, it has a file, which some libraries ask of every module.
+    return own_name(name) if name.partition(".")[0] in NAMES else name, True
+
+
+def _checkout_of(script):
+    """Return the directory that holds the `llava` or `moellava` which a script is part of, None if it is of none."""
+    parts = abspath(script).split(sep)
+    for i in range(len(parts) - 2, 0, -1):
+        if parts[i] in NAMES:
+            return sep.join(parts[:i])
+    return None
+
+
+@contextmanager
+def _device():
+    """Let a program that sends tensors to CUDA run on a machine without it, and say so."""
+    from importlib.util import find_spec as installed
+
+    if installed("torch") is None:
+        yield
         return
-    # As Python does for a script: its folder comes first, in place of that of this module.
-    sys.path[0] = dirname(abspath(options.script))
-    runpy.run_path(options.script, run_name="__main__")
+    import torch
+
+    if torch.cuda.is_available():
+        yield
+        return
+    from llava_lite.without_cuda import CudaOnCpu
+
+    print(f"{PACKAGE}.alias: no CUDA device here; what the program sends to one stays on the CPU.", file=sys.stderr)
+    with CudaOnCpu():
+        yield
+
+
+@contextmanager
+def _told_what_to_install():
+    """End the process with a sentence if a program imports what LLaVA's installation brings and ours does not."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        top = (error.name or "").partition(".")[0]
+        if top not in OF_LLAVA:
+            raise
+        sys.exit(f"{PACKAGE}.alias: the program imports {error.name!r}: pip install {OF_LLAVA[top]}")
 
 
 if __name__ == "__main__":

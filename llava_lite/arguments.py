@@ -6,7 +6,6 @@ where all scripts agree, and those of the two `train.py` where they do not.
 
 # ruff: noqa: RUF009 - `knob` returns a dataclass field.
 import dataclasses
-import difflib
 import json
 import logging
 import os
@@ -17,6 +16,7 @@ from typing import Literal
 
 import transformers
 
+from llava_lite.commands.words import bare, unknown_flags, words_left
 from llava_lite.contradictions import (
     check_data,
     check_loggers,
@@ -27,8 +27,9 @@ from llava_lite.contradictions import (
     settle_packing,
     without_effect,
 )
+from llava_lite.deepspeed_files import deepspeed_advice
 from llava_lite.flag_help import FlagParser
-from llava_lite.flags import machine_has, open_yaml, translate
+from llava_lite.flags import machine_has, open_yaml, split_flags, translate
 
 logger = logging.getLogger(__name__)
 
@@ -294,36 +295,52 @@ def read_deepspeed(config):
         return {}
     if isinstance(config, dict):
         return config
-    if config.lstrip().startswith("{"):
-        return json.loads(config)
-    if not Path(config).is_file():
-        raise ValueError(
-            f"--deepspeed {config}: there is no such file. Give a DeepSpeed JSON such as zero2.json or zero3.json, "
-            "from the folder that the run starts in."
-        )
-    return json.loads(Path(config).read_text(encoding="utf-8"))
+    is_text = config.lstrip().startswith("{")
+    if not is_text and not Path(config).is_file():
+        raise ValueError(f"--deepspeed {config}: there is no such file. {deepspeed_advice()}")
+    try:
+        found = json.loads(config if is_text else Path(config).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"--deepspeed {config} is no JSON ({error}). {deepspeed_advice()}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"--deepspeed {config} holds a {type(found).__name__} and no fields. {deepspeed_advice()}")
+    return found
 
 
-def parse_args(argv):
+def build_parser():
+    """Return the parser of every flag; none may be abbreviated."""
+    return FlagParser(
+        (ModelArguments, DataArguments, TrainingArguments),
+        prog="llava-lite train",
+        allow_abbrev=False,
+        usage="llava-lite train [run.yaml] [--flag value ...]",
+    )
+
+
+def refuse_unknown(command, words, known, more_flags=()):
+    """Raise ValueError for the flags of a command line that are none, each with the one that is meant."""
+    unknown = [f"--{name}" for name, _ in split_flags(words) if name and name not in known]
+    if unknown:
+        raise ValueError(unknown_flags(command, unknown, [*(f"--{name}" for name in known), *more_flags]))
+
+
+def parse_args(argv, command="train", more_flags=()):
     """Return (model_args, data_args, training_args) from flags, or from a YAML file and flags that override it.
 
-    Flags of LLaVA, MoE-LLaVA and transformers 4 are translated. Raises ValueError for an unknown flag and for flags
-    that contradict each other.
+    Flags of LLaVA, MoE-LLaVA and transformers 4 are translated. command: the verb, for its messages; more_flags:
+    those that it has read itself. Raises ValueError for an unknown flag and for flags that contradict each other.
     """
     argv = open_yaml(argv)
-    # The usage is one line: that of 250 flags would hide the error below it.
-    parser = FlagParser(
-        (ModelArguments, DataArguments, TrainingArguments),
-        allow_abbrev=False,
-        usage="%(prog)s [run.yaml] [--flag value ...]; --help lists the flags",
-    )
+    parser = build_parser()
     known = {action.dest for action in parser._actions}
-    model_args, data_args, training_args, unknown = parser.parse_args_into_dataclasses(
-        translate(argv, known), return_remaining_strings=True, look_for_args_file=False
+    words = translate(argv, known)
+    spelled = {bare(flag) for action in parser._actions for flag in action.option_strings}
+    refuse_unknown(command, words, known | spelled, more_flags)
+    model_args, data_args, training_args, left = parser.parse_args_into_dataclasses(
+        words, return_remaining_strings=True, look_for_args_file=False
     )
-    if unknown:
-        near = difflib.get_close_matches(unknown[0].lstrip("-").replace("-", "_"), known, n=1)
-        raise ValueError(f"unknown flag {unknown[0]!r}." + (f" Did you mean --{near[0]}?" if near else " See --help."))
+    if left:
+        raise ValueError(words_left(command, left))
     fold_tuning(model_args, training_args)
     settle_packing(model_args, training_args)
     check_together(model_args, data_args, training_args)

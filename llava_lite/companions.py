@@ -11,6 +11,7 @@ from transformers.utils import PROCESSOR_NAME, cached_file, logging
 from llava_lite.formats import arcade100k
 from llava_lite.hub import everywhere, in_words
 from llava_lite.mm_utils import load_image_processor
+from llava_lite.model_source import check_source
 
 logger = logging.get_logger(__name__)
 
@@ -34,34 +35,31 @@ VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", arcade100k.FI
 
 
 def template_of(config, tokenizer=None):
-    """Return the name of the prompt format that a checkpoint was trained with, or that of its decoder's recipe."""
+    """Return the name of the prompt format that a checkpoint was trained with, or that of its decoder's recipe.
+
+    A model that LLaVA never trained, plain or of transformers, is asked in its tokenizer's own chat template where
+    there is one, as an instruct model has; a base model has none and gets the recipe's.
+    """
     stored = getattr(config, "conv_template", None)
     if stored is not None:
         return stored
-    if getattr(config, "image_token_index", -200) >= 0 and getattr(tokenizer, "chat_template", None) is not None:
-        # A picture has an id of the vocabulary: a model of transformers, which is asked as its own template says.
+    has_own = getattr(tokenizer, "chat_template", None) is not None
+    is_plain = not hasattr(config, "has_vision_tower")
+    # An image placeholder with an id of the vocabulary: a LLaVA of transformers.
+    if has_own and (is_plain or getattr(config, "image_token_index", -200) >= 0):
         return "chat"
     decoder = config.model_type.removeprefix("moe_").removeprefix("llava_lite_").removeprefix("llava_")
-    has_own = getattr(tokenizer, "chat_template", None) is not None
     guess = TEMPLATE_OF_DECODER.get(decoder, "chat" if has_own else "v1")
     guess = "v1" if guess == "chat" and not has_own else guess
     logger.info(f"config.json names no conv_template; a {config.model_type} model is asked in the format {guess!r}.")
     return guess
 
 
-def refuse_missing_model(name):
-    """Raise ValueError if no model is named, or what can only be meant as a folder and is none.
-
-    The Hub's client would call a folder that is not there a bad id.
-    """
+def refuse_missing_model(name, **hub):
+    """Raise ValueError if no model is named, OSError if the one that is named can be found nowhere."""
     if name is None:
         raise ValueError("--model_name_or_path is needed: a language model, or the output of an earlier stage.")
-    is_path = name.startswith(("/", ".", "~")) or name.count("/") > 1
-    if is_path and not os.path.isdir(name):
-        raise ValueError(
-            f"--model_name_or_path {name!r}: there is no such folder. Give the output folder of an earlier stage, the "
-            "folder of a language model, or a hub id such as lmsys/vicuna-7b-v1.5."
-        )
+    check_source(name, "--model_name_or_path", **hub)
 
 
 def load_tokenizer(name, base=None, **hub):

@@ -21,6 +21,22 @@ MOE_SETTINGS = (
     "moe_count_padding",
 )
 CAPACITY_FLAGS = ("capacity_factor", "eval_capacity_factor", "min_capacity")
+AT_LEAST_ONE = (
+    "per_device_train_batch_size",
+    "per_device_eval_batch_size",
+    "gradient_accumulation_steps",
+    "model_max_length",
+    "lora_r",
+)
+NOT_NEGATIVE = (
+    "learning_rate",
+    "mm_projector_lr",
+    "mm_vision_tower_lr",
+    "weight_decay",
+    "warmup_steps",
+    "max_grad_norm",
+    "dataloader_num_workers",
+)
 LORA_FLAGS = ("lora_r", "lora_alpha", "lora_dropout", "lora_bias", "lora_vision_tower")
 
 
@@ -137,7 +153,8 @@ def check_data(args):
     refuse(
         not 0 <= args.max_bad_share <= 1, f"--max_bad_share {args.max_bad_share}: give a share of the records, 0 to 1."
     )
-    refuse(args.eval_split < 0, f"--eval_split {args.eval_split}: give a share below 1 or a number of records.")
+    is_split = 0 <= args.eval_split < 1 or args.eval_split == int(args.eval_split) > 0
+    refuse(not is_split, f"--eval_split {args.eval_split}: give a share below 1 or a number of records.")
     refuse_pair(
         args.eval_data_path is not None and args.eval_split > 0, "eval_data_path", f"eval_split {args.eval_split}"
     )
@@ -145,8 +162,7 @@ def check_data(args):
 
 def check_training(args):
     """Raise ValueError for what contradicts itself in TrainingArguments."""
-    for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
-        refuse(getattr(args, name) < 1, f"--{name} {getattr(args, name)}: at least 1.")
+    check_numbers(args)
     refuse_pair(bool(args.bf16) and args.fp16, "bf16 True", "fp16 True")
     refuse_pair(
         args.tuning == "projector" and args.freeze_mm_mlp_adapter, "tuning projector", "freeze_mm_mlp_adapter True"
@@ -169,6 +185,27 @@ def check_training(args):
         args.mm_vision_tower_lr is not None and not (args.unfreeze_mm_vision_tower or args.lora_vision_tower),
         f"--mm_vision_tower_lr {args.mm_vision_tower_lr} needs --unfreeze_mm_vision_tower True.",
     )
+
+
+def check_numbers(args):
+    """Raise ValueError for numbers of TrainingArguments that no run can have."""
+    for name in AT_LEAST_ONE:
+        refuse(getattr(args, name) < 1, f"--{name} {getattr(args, name)}: at least 1.")
+    for name in NOT_NEGATIVE:
+        value = getattr(args, name)
+        refuse(value is not None and value < 0, f"--{name} {value}: at least 0.")
+    refuse(
+        args.max_steps <= 0 and args.num_train_epochs <= 0,
+        f"--num_train_epochs {args.num_train_epochs:g}: more than 0, or give --max_steps.",
+    )
+    refuse(not 0 <= args.lora_dropout < 1, f"--lora_dropout {args.lora_dropout}: a share, 0 or more and below 1.")
+    refuse(args.max_steps == 0 or args.max_steps < -1, f"--max_steps {args.max_steps}: at least 1, or leave it out.")
+    for kind in ("logging", "save"):
+        strategy, steps = getattr(args, f"{kind}_strategy"), getattr(args, f"{kind}_steps")
+        refuse(
+            getattr(strategy, "value", strategy) == "steps" and steps <= 0,
+            f"--{kind}_steps {steps:g}: more than 0; --{kind}_strategy no turns it off.",
+        )
 
 
 def check_loggers(names):

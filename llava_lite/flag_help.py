@@ -35,6 +35,10 @@ def metavar(action):
 class FlagParser(HfArgumentParser):
     """Reads dataclasses from flags, as transformers does; its help has a section for each, inherited fields last."""
 
+    def error(self, message):
+        """Raise ValueError, as all that is wrong with flags does."""
+        raise ValueError(f"{message.rstrip('.')}. `llava-lite train --help all` lists every flag.")
+
     def format_help(self):
         """Return the page."""
         page = FlagHelp(self.prog)
@@ -47,6 +51,13 @@ class FlagParser(HfArgumentParser):
             page.add_arguments([actions[name] for name in names if name in actions])
             page.end_section()
         return page.format_help()
+
+
+def full_page() -> str:
+    """Return the help page of `llava-lite train` with every flag."""
+    from llava_lite.arguments import build_parser
+
+    return build_parser().format_help()
 
 
 def sections(dataclass_types):

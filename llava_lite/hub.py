@@ -111,12 +111,12 @@ def address_of(error) -> tuple[str | None, str | None]:
 def no_repository(error, repo: str, file, hub: dict) -> str:
     """Say that a repository does not exist, or is hidden."""
     there = f"{constants.ENDPOINT}/{repo}"
-    found = f"{repo!r} is no folder here, and the Hub shows no repository of that name ({there})"
+    found = f"{repo!r} is no directory here, and the Hub shows no repository of that name ({there})"
     if has_token(hub):
         return f"{found} to the owner of your token. Check the spelling; if it is private, ask its owner for access."
     return (
-        f"{found}. Check the spelling; if it is private, log in with `hf auth login`, or give token=, as somebody who "
-        "may see it."
+        f"{found}. Check the spelling; if it is private, log in with `hf auth login`, or set HF_TOKEN, as somebody "
+        "who may see it."
     )
 
 
@@ -125,7 +125,7 @@ def gated(error, repo: str, file, hub: dict) -> str:
     there = f"{constants.ENDPOINT}/{repo}"
     if has_token(hub):
         return f"{repo!r} is gated, and the owner of your token has no access yet. Ask on {there}, then try again."
-    return f"{repo!r} is gated: accept its terms on {there}, then log in with `hf auth login`, or give token=."
+    return f"{repo!r} is gated: accept its terms on {there}, then log in with `hf auth login`, or set HF_TOKEN."
 
 
 def no_revision(error, repo: str, file, hub: dict) -> str:
@@ -150,7 +150,7 @@ def refused(error, repo: str, file, hub: dict) -> str:
     says = f" The Hub says: {error.server_message}" if getattr(error, "server_message", None) else ""
     if status == 401 and not has_token(hub):
         return (
-            f"the Hub asks who you are before it does this to {repo!r}: log in with `hf auth login`, or give token=."
+            f"the Hub asks who you are before it does this to {repo!r}: log in with `hf auth login`, or set HF_TOKEN."
         )
     if status == 401:
         return (
@@ -183,7 +183,7 @@ def unreachable(error, repo: str, file, hub: dict) -> str:
     return (
         f"{repo!r} is not in the cache, and the Hub at {constants.ENDPOINT} cannot be reached "
         f"({type(reason).__name__}: {str(reason).splitlines()[0] if str(reason) else 'no more is known'}). Check the "
-        "network and its proxy, or give the path of a folder that holds the model."
+        "network and its proxy, or give the path of a directory that holds the model."
     )
 
 

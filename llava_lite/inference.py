@@ -127,6 +127,7 @@ def prepare(processor, questions, images, conv_template=None, history=None):
     if not questions:
         raise ValueError("no question; give one or more.")
     groups = [as_list(pictures) for pictures in images]
+    check_sees(processor, any(groups))
     talks = [
         [*(earlier or []), (place_marks(question, earlier, len(pictures)), None)]
         for question, pictures, earlier in zip(questions, groups, history, strict=True)
@@ -138,6 +139,15 @@ def prepare(processor, questions, images, conv_template=None, history=None):
         add_special_tokens=prompts[0].add_special_tokens,
     )
     return inputs, end_mark(processor, conv_template)
+
+
+def check_sees(processor, has_images):
+    """Raise ValueError for images that are shown to a model without a vision tower."""
+    if has_images and processor.image_processor is None:
+        raise ValueError(
+            f"{processor.tokenizer.name_or_path!r} has no vision tower: it reads text alone. Ask it without images, "
+            "or open a LLaVA model."
+        )
 
 
 def place_marks(question, history, num_pictures):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import re
@@ -14,7 +13,9 @@ from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, hf_hub_downloa
 from huggingface_hub.errors import EntryNotFoundError
 from safetensors import safe_open
 
+from llava_lite.commands.push import build_parser
 from llava_lite.hub import in_words
+from llava_lite.model_source import check_directory
 
 CARD, CONFIG, ADAPTER = "README.md", "config.json", "adapter_config.json"
 # Everything else in a training folder (optimizer, trainer state, ledgers with paths, logs) stays at home.
@@ -93,7 +94,8 @@ def push_folder(
 
 def files_to_share(folder: Path) -> list[str]:
     """Return the names of the files of a folder that are for everybody, none from folders inside it."""
-    found = sorted(path.name for path in folder.glob("*") if path.is_file()) if folder.is_dir() else []
+    check_directory(str(folder), "the directory to upload,")
+    found = sorted(path.name for path in folder.glob("*") if path.is_file())
     names = [name for name in found if any(fnmatch(name, pattern) for pattern in PUBLISHED)]
     if not names:
         raise ValueError(f"{str(folder)!r} holds nothing to upload: no config.json, no weights, no tokenizer.")
@@ -243,21 +245,6 @@ class ProcessorSharing:
                 revision=revision,
                 create_pr=create_pr,
             )
-
-
-def build_parser():
-    """Return the parser of `llava-lite push`."""
-    parser = argparse.ArgumentParser(prog="llava-lite push", description="Upload a finished folder to the Hub.")
-    parser.add_argument("folder", help="what a stage left, whole or a part")
-    parser.add_argument("repo_id", help="user/name; made if it is not there")
-    parser.add_argument("--private", action="store_true", default=None, help="make it private, if it is made now")
-    parser.add_argument("--revision", help="branch, made if it is not there (default: main)")
-    parser.add_argument("--create-pr", action="store_true", help="open a pull request")
-    parser.add_argument("--commit-message", default="Upload model", help="what the commit says")
-    parser.add_argument("--base", help="hub id to name as the base of a part, in place of a folder of this machine")
-    parser.add_argument("--tower", help="hub id to name as its vision tower, in place of a folder of this machine")
-    parser.add_argument("--path-in-repo", default="", help="folder of the repository to upload to")
-    return parser
 
 
 def main(argv=None):

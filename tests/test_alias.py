@@ -3,9 +3,11 @@
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import torch
 
 import llava_lite
 
@@ -133,3 +135,75 @@ def test_missing_script_is_said_in_a_line():
     assert done.returncode == 2
     assert "there is no file 'nowhere.py'." in done.stderr
     assert "RuntimeWarning" not in done.stderr
+
+
+def start(*arguments, cwd, path=()):
+    """Return the finished process of `python -m llava_lite.alias` in a directory."""
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(PACKAGE.parent), *map(str, path)]), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "llava_lite.alias", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, cwd=cwd, env=env)
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    """A copy of LLaVA: a scorer with a helper of its own, an evaluator, and a file that this package has too."""
+    files = {
+        "llava/__init__.py": "raise AssertionError('this is the other LLaVA')",
+        "llava/eval/helper.py": "from llava.constants import IGNORE_INDEX\nSCORE = IGNORE_INDEX",
+        "llava/eval/scorer.py": "from llava.eval.helper import SCORE\nprint('score', SCORE)",
+        "llava/eval/asks.py": (
+            "import sys, torch\nfrom llava.mm_utils import get_model_name_from_path\n"
+            "print(get_model_name_from_path('a/b'), torch.ones(2).half().cuda().sum().item(), sys.argv)"
+        ),
+        "llava/serve/cli.py": "print('their chat')",
+        "llava/eval/needs.py": "import shortuuid_of_nobody",
+        "llava/eval/wants.py": "import shortuuid",
+        "llava/serve/controller.py": "import uvicorn",
+    }
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text + "\n", encoding="utf-8")
+    return tmp_path
+
+
+@pytest.mark.parametrize("words", [["llava/eval/scorer.py"], ["-m", "llava.eval.scorer"]])
+def test_scorer_of_llava_finds_the_modules_that_only_llava_has(words, checkout):
+    done = start(*words, cwd=checkout)
+    assert (done.returncode, done.stdout) == (0, "score -100\n"), done.stderr
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there .cuda() is what it says")
+@pytest.mark.parametrize("words", [["llava/eval/asks.py"], ["-m", "llava.eval.asks"]])
+def test_program_that_sends_tensors_to_cuda_runs_without_it_and_it_is_said(words, checkout):
+    done = start(*words, "--x", cwd=checkout)
+    assert (done.returncode, done.stdout) == (0, "b 2.0 ['llava/eval/asks.py', '--x']\n"), done.stderr
+    assert "no CUDA device here; what the program sends to one stays on the CPU." in done.stderr
+
+
+def test_module_that_both_have_is_that_of_this_package_and_it_is_said(checkout):
+    done = start("-m", "llava.serve.cli", "--help", cwd=checkout)
+    assert "usage: llava-lite chat" in done.stdout
+    assert "llava.serve.cli is that of llava_lite; for the file, leave out -m: llava/serve/cli.py" in done.stderr
+    assert start("llava/serve/cli.py", cwd=checkout).stdout == "their chat\n"
+
+
+def test_module_that_nobody_has_is_said_in_a_line(checkout):
+    done = start("-m", "llava.eval.nothing", cwd=checkout)
+    assert done.returncode == 2
+    assert "there is no module 'llava.eval.nothing', and no file 'llava/eval/nothing.py'." in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("file", "package", "words"),
+    [
+        ("llava/eval/wants.py", "shortuuid", "imports 'shortuuid': pip install 'llava-lite[llava]'"),
+        ("llava/serve/controller.py", "uvicorn", "imports 'uvicorn': pip install uvicorn"),
+    ],
+)
+def test_package_that_llava_needs_is_named_with_what_brings_it(file, package, words, checkout):
+    if find_spec(package) is not None:
+        pytest.skip(f"{package} is installed")
+    done = start(file, cwd=checkout)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == f"llava_lite.alias: the program {words}"
+    assert "Traceback" in start("llava/eval/needs.py", cwd=checkout).stderr

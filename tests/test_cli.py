@@ -37,10 +37,36 @@ def test_command_answers_without_torch(arguments):
         assert "VERB" in done.stderr
 
 
-def test_unknown_verb_is_answered_with_the_known_ones(capsys):
-    with pytest.raises(SystemExit):
-        cli.main(["serve"])
-    assert "train" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("word", "answer"),
+    [
+        ("trian", "Did you mean `llava-lite train`?"),
+        ("finetune", "Did you mean `llava-lite train`?"),
+        ("infer", "Did you mean `llava-lite chat`?"),
+        ("export", "Did you mean `llava-lite convert`?"),
+        ("upload", "Did you mean `llava-lite push`?"),
+        ("eval", "`python -m llava_lite.eval.run_llava` asks a model one question"),
+        ("xyzzy", "Known: train, check, data, plan, chat, convert, push, merge."),
+    ],
+)
+def test_unknown_verb_is_answered_with_the_one_that_is_meant(word, answer, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main([word])
+    said = capsys.readouterr().err
+    assert stopped.value.code == cli.EXIT_USAGE
+    assert said.startswith(f"llava-lite: there is no verb '{word}'. ")
+    assert answer in said
+
+
+def test_other_words_for_a_verb_lead_to_verbs_that_exist():
+    assert set(cli.OTHER_VERBS) <= set(cli.VERBS)
+
+
+def test_help_is_a_verb_too(capsys):
+    assert cli.main(["help", "train"]) == 0
+    assert "--model_name_or_path MODEL" in capsys.readouterr().out
+    assert cli.main(["help"]) == 0
+    assert all(f"  {verb}" in capsys.readouterr().out for verb in list(cli.VERBS)[:1])
 
 
 def test_flags_after_the_verb_are_the_verbs_own(monkeypatch):
@@ -48,22 +74,22 @@ def test_flags_after_the_verb_are_the_verbs_own(monkeypatch):
     module = type(sys)("listener")
     module.main = got.extend
     monkeypatch.setattr(cli, "import_module", lambda name: module)
-    cli.main(["chat", "some/model", "--image-file", "a.jpg", "--help-me"])
+    cli.main(["check", "some/model", "--image-file", "a.jpg", "--help-me"])
     assert got == ["some/model", "--image-file", "a.jpg", "--help-me"]
 
 
-def test_train_says_how_the_same_flags_run_on_all_devices(monkeypatch, capsys):
-    module = type(sys)("training")
-    module.main = lambda arguments: None
-    monkeypatch.setattr(cli, "import_module", lambda name: module)
-    monkeypatch.delenv(cli.LAUNCHED, raising=False)
-    cli.main(["train", "--output_dir", "my run", "--bf16", "True"])
-    assert "deepspeed --module llava_lite.train.train --deepspeed zero2.json" in capsys.readouterr().err
-    monkeypatch.setenv(cli.LAUNCHED, "2")
-    cli.main(["train", "--output_dir", "x"])
-    assert capsys.readouterr().err == ""
-    assert "--output_dir 'my run'" in cli.launch_hint(["--output_dir", "my run"])
-    assert cli.launch_hint(["run.yaml", "--seed", "1"]).endswith(" llava_lite.train.train run.yaml --seed 1")
+@pytest.mark.parametrize("verb", cli.PARSERS)
+def test_flags_are_read_before_torch_is_imported(verb):
+    code = (
+        "import sys\nfrom llava_lite.cli import main\n"
+        "try:\n    main(sys.argv[1:])\nfinally:\n"
+        "    print(sorted({'torch', 'transformers', 'numpy', 'PIL'} & set(sys.modules)))"
+    )
+    wrong = "--bandwidth=no" if verb == "plan" else "--xyzzy"
+    for word, status in (("--help", 0), (wrong, 2)):
+        command = [sys.executable, "-c", code, verb, word]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        assert (done.returncode, done.stdout.splitlines()[-1]) == (status, "[]")
 
 
 @pytest.mark.parametrize(
@@ -73,7 +99,7 @@ def test_train_says_how_the_same_flags_run_on_all_devices(monkeypatch, capsys):
         (["plan", "--tuning", "lora", "--moe_enable", "True"], "llava-lite plan: --tuning lora and --moe_enable True"),
         (
             ["check", "--data_path", "a.json", "--model_name_or_path", "./nowhere"],
-            "llava-lite check: --model_name_or_path './nowhere': there is no such folder.",
+            "llava-lite check: --model_name_or_path './nowhere': there is no such directory.",
         ),
     ],
 )

@@ -93,13 +93,13 @@ def test_nobody_is_told_to_log_in(hub, told):
         words, causes = said[name]
         repo = {"typo": "tester/opne", "folder": "no_such_folder"}.get(name, "tester/secret")
         assert words.startswith(
-            f"'{repo}' is no folder here, and the Hub shows no repository of that name ({hub}/{repo})"
+            f"'{repo}' is no directory here, and the Hub shows no repository of that name ({hub}/{repo})"
         )
         assert "`hf auth login`" in words
         assert "RepositoryNotFoundError" in causes
     assert said["gated"][0] == (
         f"'tester/gated-digits' is gated: accept its terms on {hub}/tester/gated-digits, then log in with "
-        "`hf auth login`, or give token=."
+        "`hf auth login`, or set HF_TOKEN."
     )
     assert "GatedRepoError" in said["gated"][1]
     assert "does not take the token for 'tester/secret': it is mistyped, or has expired" in said["token"][0]
@@ -186,7 +186,7 @@ def test_command_line_says_it_in_one_line(uploads, hub, homes):
         sys.exit(main(["chat", "tester/secret", "--device", "cpu"]))
         """
     errors = run_client(hub, homes / "nobody", code, token=None, start="", succeeds=False)
-    assert errors.splitlines()[-1].startswith("llava-lite chat: 'tester/secret' is no folder here")
+    assert errors.splitlines()[-1].startswith("llava-lite chat: 'tester/secret' is no directory here")
     assert "Traceback" not in errors
 
 

@@ -186,9 +186,11 @@ def test_optimizer_ledgers_and_folders_stay_at_home(tmp_path):
     for name in [*published, *private]:
         (tmp_path / name).write_text("{}")
     (tmp_path / "checkpoint-5").mkdir()
-    (tmp_path / "checkpoint-5" / "trained.safetensors").write_text("")
+    (tmp_path / "checkpoint-5" / "notes.txt").write_text("")
     assert files_to_share(tmp_path) == published
     with pytest.raises(ValueError, match="holds nothing to upload"):
+        files_to_share(tmp_path / "checkpoint-5")
+    with pytest.raises(OSError, match=r"/gone': there is no such directory\."):
         files_to_share(tmp_path / "gone")
 
 

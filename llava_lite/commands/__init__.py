@@ -1,1 +1,1 @@
-"""The verbs of the command line: their flags, and what they print."""
+"""The flags of each verb of `llava-lite`, apart from what the verb does, so that reading them imports no torch."""

@@ -2,12 +2,13 @@
 
 import argparse
 import dataclasses
-import difflib
 import math
 import os
 from types import SimpleNamespace
 
 from llava_lite.anyres import MERGE_TYPES, PictureLayout
+from llava_lite.commands.parser import CommandParser
+from llava_lite.commands.words import meant_by, unknown_flags, words_left
 from llava_lite.data.check import NUM_NAMED, check_annotations, write_ledger
 from llava_lite.data.check_report import kinds_of, number
 from llava_lite.data.encode import RecordEncoder
@@ -30,14 +31,14 @@ def yes_or_no(text: str) -> bool:
     return text.lower() in YES
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> CommandParser:
     """Return the parser of the flags that matter to the data."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="llava-lite check",
+        command="check",
         usage="llava-lite check [run.yaml] --data_path FILE ... --image_folder DIR --model_name_or_path MODEL [flags]",
         description=DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     switch = {"type": yes_or_no, "nargs": "?", "const": True, "default": False, "metavar": "True|False"}
     data = parser.add_argument_group("data, as in `llava-lite train`")
@@ -101,11 +102,18 @@ def parse_flags(argv) -> argparse.Namespace:
     flags, rest = parser.parse_known_args(words)
     flags.passed_over = [name for name, _ in split_flags(rest) if name]
     known = {action.dest for action in parser._actions} | training_flags() if rest else set()
-    unknown = [name for name in flags.passed_over if name not in known]
-    if unknown or (rest[:1] and not rest[0].startswith("--")):
-        near = difflib.get_close_matches(unknown[0], known, n=1) if unknown else []
-        hint = f" Did you mean --{near[0]}?" if near else " See llava-lite check --help."
-        raise ValueError(f"unknown flag {f'--{unknown[0]}' if unknown else rest[0]!r}.{hint}")
+    unknown = [f"--{name}" for name in flags.passed_over if name not in known]
+    if unknown:
+        names = [*parser.flags.values(), *(f"--{name}" for name in known)]
+        # What `check` has no flag for may be one of the run's.
+        parser.error(
+            " ".join(
+                unknown_flags("check" if meant_by("check", flag, names) else "train", [flag], names)
+                for flag in dict.fromkeys(unknown)
+            )
+        )
+    if rest[:1] and not rest[0].startswith("--"):
+        parser.error(words_left("check", rest))
     for name in ("data_path", "model_name_or_path"):
         if getattr(flags, name) is None:
             what = "one or more files of records" if name == "data_path" else "whose tokenizer counts the tokens"

@@ -2,8 +2,10 @@
 
 import argparse
 import shlex
+import sys
 
 from llava_lite.commands.check import yes_or_no
+from llava_lite.commands.parser import CommandParser
 from llava_lite.data.convert import convert
 from llava_lite.data.converters.base import ANSWER_CHOICES, Options
 
@@ -26,13 +28,11 @@ EXAMPLES = """examples:
   llava-lite data convert saved_by_datasets/ out.json"""
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """Return the parser of `llava-lite data`."""
-    parser = argparse.ArgumentParser(prog="llava-lite data", description="Work on data sets.")
-    verbs = parser.add_subparsers(dest="verb", required=True, metavar="convert")
-    one = verbs.add_parser(
-        "convert",
-        help="rewrite records of another format",
+def build_parser() -> CommandParser:
+    """Return the parser of `llava-lite data convert`."""
+    one = CommandParser(
+        prog="llava-lite data convert",
+        command="data",
         description=DESCRIPTION,
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -77,13 +77,18 @@ def build_parser() -> argparse.ArgumentParser:
         default="raise",
         help="skip: exit with 0 although records were left out (default raise: 1)",
     )
-    return parser
+    return one
 
 
 def main(argv=None) -> int:
     """Run `llava-lite data`; 0 if all records were written, else 1."""
-    flags = vars(build_parser().parse_args(argv))
-    flags.pop("verb")
+    words = list(sys.argv[1:] if argv is None else argv)
+    parser = build_parser()
+    if words[:1] != ["convert"]:
+        if words[:1] in (["--help"], ["-h"]):
+            parser.parse_args(["--help"])
+        parser.exit(2, "llava-lite data: one thing can be done: llava-lite data convert IN OUT.json\n")
+    flags = vars(parser.parse_args(words[1:]))
     source, out, image_out = flags.pop("source"), flags.pop("out"), flags.pop("image_out")
     placeholder_as_text, bad_record = flags.pop("placeholder_as_text"), flags.pop("bad_record")
     written = convert(source, out, Options(**flags), image_out, placeholder_as_text)

@@ -1,9 +1,9 @@
 """Turn a question about pictures into a printed answer: LLaVA's first example (names and flags of run_llava.py)."""
 
-import argparse
 import io
 import urllib.request
 
+from llava_lite.commands.parser import CommandParser
 from llava_lite.constants import DEFAULT_IMAGE_TOKEN, IMAGE_PLACEHOLDER
 from llava_lite.inference import load, reply
 from llava_lite.mm_utils import get_model_name_from_path, open_picture
@@ -75,7 +75,7 @@ def load_images(image_files):
 
 def build_parser():
     """Return the parser of `python -m llava_lite.eval.run_llava`, with LLaVA's flags and defaults."""
-    parser = argparse.ArgumentParser(prog="python -m llava_lite.eval.run_llava", description="Ask about pictures.")
+    parser = CommandParser(prog="python -m llava_lite.eval.run_llava", command="eval", description="Ask about images.")
     parser.add_argument("--model-path", required=True, help="folder or hub id of the model")
     parser.add_argument("--model-base", help="base of a folder that holds only what was trained")
     parser.add_argument("--image-file", required=True, help="pictures: files and addresses, joined by --sep")

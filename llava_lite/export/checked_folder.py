@@ -12,12 +12,6 @@ from llava_lite.hub import in_words
 TOLERANCE = 1e-3
 
 
-def refuse_absent(source):
-    """Raise OSError if the source can only be meant as a folder and is none."""
-    if not Path(source).is_dir() and (source.startswith(("/", ".", "~")) or source.count("/") > 1):
-        raise OSError(f"there is no folder {source!r}.")
-
-
 def refuse_full(target):
     """Raise ValueError if the target is anything but a new or empty folder."""
     path = Path(target)

@@ -4,7 +4,6 @@
 questions about the same pictures, and gets its name only if it gives the same answers.
 """
 
-import argparse
 import gc
 import json
 from pathlib import Path
@@ -13,6 +12,7 @@ import torch
 from tokenizers import Tokenizer
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedTokenizerFast
 
+from llava_lite.commands.convert import build_parser
 from llava_lite.companions import read_json
 from llava_lite.constants import IMAGE_TOKEN_INDEX
 from llava_lite.export import witness
@@ -20,7 +20,6 @@ from llava_lite.export.checked_folder import (
     TOLERANCE,
     finish_folder,
     push,
-    refuse_absent,
     refuse_full,
     removed_on_error,
     start_folder,
@@ -30,6 +29,7 @@ from llava_lite.export.stock_processor import write_json
 from llava_lite.formats import transformers_llava as layout
 from llava_lite.hub import in_words, require_config
 from llava_lite.inference import load
+from llava_lite.model_source import check_source
 
 # Model type, width, patch and picture side of a tower -> where it comes from.
 TOWERS = {
@@ -37,27 +37,6 @@ TOWERS = {
     ("clip_vision_model", 1024, 14, 336): "openai/clip-vit-large-patch14-336",
     ("siglip_vision_model", 1152, 14, 384): "google/siglip-so400m-patch14-384",
 }
-LAYOUTS = ("transformers", "llava")
-
-
-def build_parser():
-    """Return the parser of `llava-lite convert`."""
-    parser = argparse.ArgumentParser(
-        prog="llava-lite convert",
-        description="Write a model as transformers' LlavaForConditionalGeneration, or back, and check it.",
-    )
-    parser.add_argument("source", help="folder or hub id of the model")
-    parser.add_argument("target", help="folder to write, which must be new or empty")
-    parser.add_argument(
-        "--to", choices=LAYOUTS, help="layout to write (default: transformers, llava for a model of transformers)"
-    )
-    parser.add_argument("--dtype", help="float32, bfloat16 or float16 (default: as the model is stored)")
-    parser.add_argument(
-        "--tolerance", type=float, default=TOLERANCE, help="largest logit difference in float32 (default: 1e-3)"
-    )
-    parser.add_argument("--max-shard-size", default="5GB", help="largest file of weights (default: 5GB)")
-    parser.add_argument("--push-to-hub", metavar="USER/NAME", help="upload the folder once it has passed the check")
-    return parser
 
 
 def convert(
@@ -70,7 +49,7 @@ def convert(
     is then left beside `target` under a name that says so.
     """
     source = str(source)
-    refuse_absent(source)
+    check_source(source)
     refuse_full(target)
     with in_words(source):
         # Aloud: of a file that cannot be reached, read_json says only that there is none.

@@ -4,7 +4,6 @@
 memory, in float32.
 """
 
-import argparse
 import gc
 import os
 import tempfile
@@ -13,48 +12,23 @@ from pathlib import Path
 
 import torch
 
+from llava_lite.commands.merge import build_parser
 from llava_lite.companions import find_base, read_json
 from llava_lite.export import witness
 from llava_lite.export.checked_folder import (
     TOLERANCE,
     finish_folder,
     push,
-    refuse_absent,
     refuse_full,
     removed_on_error,
     start_folder,
 )
+from llava_lite.export.merged_card import CARD, merged_card
 from llava_lite.hub import in_words
 from llava_lite.inference import load
 from llava_lite.model.builder import is_llava
 from llava_lite.model.partial import ADAPTER, ADAPTER_WEIGHTS, TRAINED, WHOLE, base_of, open_adapter
-
-CARD = "README.md"
-# What the card of an adapter says of the folder, and what is true of a whole one.
-CARD_WORDS = (
-    ("base_model_relation: adapter", "base_model_relation: finetune"),
-    ("this folder holds what was trained; the base is opened with it", "this folder holds the whole model"),
-)
-
-
-def build_parser():
-    """Return the parser of `llava-lite merge`."""
-    parser = argparse.ArgumentParser(
-        prog="llava-lite merge",
-        description="Fold LoRA, or a folder of what was trained, into a whole model; check it.",
-    )
-    parser.add_argument("source", nargs="?", help="folder or hub id of what was trained")
-    parser.add_argument("target", nargs="?", help="folder to write, which must be new or empty")
-    parser.add_argument("--model-path", help="the source, as in LLaVA")
-    parser.add_argument("--model-base", dest="base", help="the base model (default: the one that the source names)")
-    parser.add_argument("--save-model-path", help="the target, as in LLaVA")
-    parser.add_argument("--dtype", help="float32, bfloat16 or float16 (default: as the base is stored)")
-    parser.add_argument(
-        "--tolerance", type=float, default=TOLERANCE, help="largest logit difference in float32 (default: 1e-3)"
-    )
-    parser.add_argument("--max-shard-size", default="5GB", help="largest file of weights (default: 5GB)")
-    parser.add_argument("--push-to-hub", metavar="USER/NAME", help="upload the folder once it has passed the check")
-    return parser
+from llava_lite.model_source import check_source
 
 
 def merge(
@@ -66,7 +40,7 @@ def merge(
     is whole already, or if what was written answers otherwise; it is then left beside `target`.
     """
     source = str(source)
-    refuse_absent(source)
+    check_source(source)
     refuse_full(target)
     folder = local_folder(source)
     base = find_base_of(folder, base)
@@ -86,12 +60,16 @@ def merge(
     unchecked = start_folder(target)
     round_to(model, dtype)
     with removed_on_error(unchecked):
-        write_whole(model, processor, folder, unchecked, max_shard_size)
+        write_whole(model, processor, unchecked, max_shard_size)
     # The rounding to the written dtype is part of what is expected.
     expected = witness.answers(model.float(), batches, processor.image_token_index)
+    config = model.config
     del model
     gc.collect()
     gap = finish_folder(target, expected, answers_of(unchecked), tolerance, say)
+    adapter = read_json(folder, ADAPTER, {})
+    card = merged_card(Path(target).name, source, folder, base, config, adapter, gap.report())
+    (Path(target) / CARD).write_text(card, encoding="utf-8")
     if push_to_hub is not None:
         say(push(target, push_to_hub))
     return gap
@@ -156,19 +134,13 @@ def sees(model) -> bool:
     return is_llava(model.config) and model.config.has_vision_tower
 
 
-def write_whole(model, processor, source, folder, max_shard_size):
-    """Write every weight with tokenizer, processor and the card of the source."""
+def write_whole(model, processor, folder, max_shard_size):
+    """Write every weight with tokenizer and processor."""
     if is_llava(model.config):
         model.config.base_model_name_or_path = None
         model.config.conv_template = processor.conv_template
     model.save_pretrained(folder, max_shard_size=max_shard_size)
     processor.save_pretrained(folder)
-    card = source / CARD
-    if card.is_file():
-        text = card.read_text(encoding="utf-8")
-        for partial, whole in CARD_WORDS:
-            text = text.replace(partial, whole)
-        (folder / CARD).write_text(text, encoding="utf-8")
 
 
 def answers_of(folder):

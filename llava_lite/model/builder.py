@@ -16,10 +16,11 @@ from llava_lite.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, D
 from llava_lite.formats import foreign_format, moe_llava
 from llava_lite.hub import everywhere, hub_arguments, in_words, reach_config, require_config
 from llava_lite.model import BACKBONES, model_class_for
-from llava_lite.model.attention import choose_attention
+from llava_lite.model.architectures import check_generates, check_model_type
 from llava_lite.model.loading import KEPT_WHOLE, own_accounting, strays
 from llava_lite.model.partial import base_of, merge_adapter, refuse_lost_parts, refuse_strays
 from llava_lite.model.weight_files import broken_files_in_words
+from llava_lite.model_source import check_source
 
 logger = logging.getLogger(__name__)
 
@@ -88,11 +89,15 @@ def load_pretrained_model(
 def base_named(model_path, model_base, hub):
     """Return the base that a checkpoint stands on: the one given, else the one it names; None for a whole model."""
     if isinstance(model_path, (str, Path)):
-        _check_folder(str(model_path))
+        check_source(model_path, **hub)
+        _check_folder(model_path)
         reach_config(model_path, hub)
     named = read_json(model_path, "config.json", hub).get("base_model_name_or_path")
     base = model_base or base_of(model_path, named, hub)
-    return base and find_base(str(base), model_path)
+    base = base and find_base(str(base), model_path)
+    if base is not None:
+        check_source(base, "base", **everywhere(hub))
+    return base
 
 
 def read_config(model_path, base, customized_config, overwrite_config, hub):
@@ -127,6 +132,7 @@ def config_of(name, hub):
                 f"{str(name)!r} is a LLaVA on a decoder that is not known here (model_type {found!r}); "
                 f"known: {', '.join(sorted(BACKBONES))}, and what other systems call these."
             )
+        check_model_type(name, fields)
         return AutoConfig.from_pretrained(name, **hub)
     fields = foreign.config_from(fields)
     config = model_class_for(fields["model_type"]).config_class.from_dict(fields)
@@ -145,7 +151,10 @@ def _load_model(model_path, base, config, arguments, hub):
         # By class: transformers' Auto class would open the base that a LoRA folder names and forget the folder.
         return model_class_for(config.model_type).from_pretrained(model_path, config=config, **arguments)
     if base is None:
-        arguments["attn_implementation"] = choose_attention(arguments.get("attn_implementation"))
+        check_generates(model_path, config)
+        if arguments.get("attn_implementation") == "auto":
+            # What is best for a decoder of transformers' own, transformers knows; some have no sdpa.
+            del arguments["attn_implementation"]
         return open_plain(model_path, config, arguments, hub)
     refuse_lost_parts(model_path, hub)
     arguments = {name: value for name, value in arguments.items() if name not in hub} | everywhere(hub)
@@ -222,13 +231,9 @@ def context_len(config):
 
 
 def _check_folder(name):
-    """Refuse a folder that lacks what makes it a checkpoint, with what it lacks; a hub id passes."""
+    """Raise OSError for a directory that lacks what makes it a checkpoint, with what it lacks; a hub id passes."""
     path = Path(name)
-    if not path.is_dir():
-        if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
-            raise OSError(f"there is no folder {name!r}.")
-        return
-    if (path / "config.json").is_file() or (path / "adapter_config.json").is_file():
+    if not path.is_dir() or (path / "config.json").is_file() or (path / "adapter_config.json").is_file():
         return
     steps = sorted(path.glob("checkpoint-*/config.json"))
     hint = f"; a checkpoint of it is {str(steps[-1].parent)!r}" if steps else ""

@@ -10,6 +10,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from llava_lite.anyres import PictureLayout
 from llava_lite.formats import foreign_format
 from llava_lite.hub import in_words
+from llava_lite.model_source import VISION_TOWER, check_source
 
 # Of a tower's tokens: the patches; these and the CLS token, where there is one; all but the first, whatever that is.
 # The last is for MoE-LLaVA's 384 px checkpoints: it takes SigLIP's first patch for a CLS token and drops it.
@@ -147,12 +148,13 @@ def resolve_vision_config(config) -> PreTrainedConfig:
 @lru_cache(maxsize=16)
 def load_vision_config(name: str, **hub) -> PreTrainedConfig:
     """Read the config of a tower by hub id or path; of a picture-and-text model the vision part."""
+    check_source(name, "vision tower", VISION_TOWER, **hub)
     try:
         with in_words(name, **hub):
             config = AutoConfig.from_pretrained(name, **hub)
     except (OSError, ValueError) as error:
         raise OSError(
             f"vision tower {name!r} could not be read ({str(error).splitlines()[0]}). Give a hub id such as "
-            "openai/clip-vit-large-patch14-336 or a folder with config.json, preprocessor_config.json and weights."
+            "openai/clip-vit-large-patch14-336, or a directory with config.json, preprocessor_config.json and weights."
         ) from error
     return getattr(config, "vision_config", config)

@@ -22,6 +22,7 @@ from llava_lite.model.configuration import load_vision_config, own_fields
 from llava_lite.model.partial import base_of, refuse_strays, take_trained
 from llava_lite.model.products import take_faster_products
 from llava_lite.model.weight_files import broken_files_in_words, find_file, read_checkpoint
+from llava_lite.model_source import VISION_TOWER, check_source
 
 logger = logging.getLogger(__name__)
 
@@ -90,6 +91,8 @@ class LoadingMixin:
         state_dict = read_foreign(path, hub)
         if config.has_vision_tower and config.vision_config is None:
             config.vision_config = find_vision_config(config.mm_vision_tower, path, hub, state_dict)
+        if config.has_vision_tower and not tower_is_inside:
+            check_tower(config.mm_vision_tower, path, hub, state_dict)
         takes_any_shape = kwargs.pop("ignore_mismatched_sizes", False)
         kwargs["ignore_mismatched_sizes"] = True
         with own_accounting(), broken_files_in_words(path, hub):
@@ -240,6 +243,17 @@ def find_vision_config(name: str, path, hub: dict, state_dict: dict | None = Non
             raise
         logger.warning("vision tower %r cannot be found (%s); its weights are taken from the checkpoint.", name, error)
         return clip_config_from_shapes(inside)
+
+
+def check_tower(name: str, path, hub: dict, state_dict: dict | None) -> None:
+    """Raise OSError, before weights are read, for a tower that is not there and not in the checkpoint either."""
+    try:
+        check_source(name, "vision tower", VISION_TOWER, **everywhere(hub))
+    except OSError as error:
+        if not any(key.startswith(TOWER) for key in shapes_of(path, hub, state_dict)):
+            raise OSError(
+                f"{error} The checkpoint holds no weights of it; config.json names it as mm_vision_tower."
+            ) from error
 
 
 def settle_tower(model, tower_in_checkpoint: bool, hub: dict) -> None:

@@ -1,35 +1,20 @@
-"""Turn lines typed in a terminal into a conversation with a model about a picture (flags of LLaVA's serve.cli)."""
+"""Turn lines typed in a terminal into a conversation with a model about images (flags of LLaVA's serve.cli)."""
 
-import argparse
+import contextlib
 import sys
+from importlib import import_module
 
+import torch
+
+from llava_lite.commands.chat import build_parser
+from llava_lite.commands.parser import in_flags, sentence_of
 from llava_lite.conversation import SeparatorStyle, get_template
 from llava_lite.inference import load, place_marks, stream
 from llava_lite.messages import upright_picture
 from llava_lite.model.image_cache import ImageFeatureCache
+from llava_lite.serve.typed import Talk, is_command, obey
 
-INTRODUCTION = "Ask about the picture, or anything; an empty line ends the chat."
-
-
-def build_parser():
-    """Return the parser of `llava-lite chat` and `python -m llava_lite.serve.cli`."""
-    parser = argparse.ArgumentParser(prog="llava-lite chat", description="Talk to a model in the terminal.")
-    parser.add_argument("model", nargs="?", help="folder or hub id of the model")
-    parser.add_argument("--model-path", help="the same, as in LLaVA")
-    parser.add_argument("--model-base", help="base of a folder that holds only what was trained")
-    parser.add_argument("--image-file", action="append", default=[], help="picture to talk about; may be repeated")
-    parser.add_argument("--device", help="cuda, cuda:1, cpu (default: the GPU where there is one)")
-    parser.add_argument("--conv-mode", help="prompt format (default: the one that trained the model)")
-    parser.add_argument("--temperature", type=float, default=0.2, help="0 for the likeliest answer (default: 0.2)")
-    parser.add_argument("--max-new-tokens", type=int, default=512, help="longest answer (default: 512)")
-    parser.add_argument("--load-8bit", action="store_true", help="quantise to 8 bit (bitsandbytes)")
-    parser.add_argument("--load-4bit", action="store_true", help="quantise to 4 bit (bitsandbytes)")
-    parser.add_argument("--revision", help="branch, tag or commit of the repository (default: main)")
-    parser.add_argument("--subfolder", help="folder of the repository that holds the model")
-    parser.add_argument("--cache-dir", help="where downloads are kept (default: the Hub client's own cache)")
-    parser.add_argument("--local-files-only", action="store_true", help="open what is in the cache, ask no Hub")
-    parser.add_argument("--debug", action="store_true", help="show the prompt and the answer as the model sees them")
-    return parser
+INTRODUCTION = "Type a question; {images}/help lists the commands, an empty line ends the chat."
 
 
 def where_in_hub(options):
@@ -39,32 +24,52 @@ def where_in_hub(options):
 
 
 def chat(model, processor, pictures, ask, say, conv_template=None, debug=False, **generation):
-    """Hold a conversation until an empty line; return it as (question, answer) pairs.
+    """Hold a conversation until an empty line or /exit; return it as (question, answer) pairs.
 
-    ask: takes the prompt string and returns the user's line. say: takes a piece of text to show. The pictures go with
-    the first question. Answers are kept without end marks: the format writes them anew each turn.
+    ask: takes the prompt string and returns the user's line. say: takes a piece of text to show. The images go with
+    the first question, and those of /image with the next. Answers are kept without end marks: the format writes them
+    again each turn.
     """
     user, assistant = role_names(conv_template or processor.conv_template)
-    history = []
-    while question := ask(f"{user}: ").strip():
+    talk = Talk(images=list(pictures))
+    while (line := ask(f"{user}: ")).strip():
+        if is_command(line):
+            if not obey(line, talk, say, processor.image_processor is not None):
+                break
+            continue
         try:
-            question = place_marks(question, history, len(pictures))
+            question = place_marks(line.strip(), talk.history, len(talk.images))
+            if debug:
+                prompt = processor.render([*talk.history, (question, None)], conv_template).text
+                say(f"{prompt!r}\n")
+            pieces = stream(model, processor, question, talk.images, conv_template, talk.history, **generation)
+            say(f"{assistant}: ")
+            answer = show_answer(pieces, say)
         except ValueError as error:
             say(f"{error}\n")
             continue
+        except torch.OutOfMemoryError:
+            say("\nThe device has no memory left for this conversation; /clear begins a shorter one.\n")
+            continue
+        if answer:
+            talk.history.append((question, answer))
         if debug:
-            prompt = processor.render([*history, (question, None)], conv_template).text
-            say(f"{prompt!r}\n")
-        say(f"{assistant}: ")
-        pieces = []
-        for piece in stream(model, processor, question, pictures, conv_template, history, **generation):
-            pieces.append(piece)
+            say(f"{answer!r}\n")
+    return talk.history
+
+
+def show_answer(pieces, say) -> str:
+    """Show an answer piece by piece and return it; Ctrl-C ends it where it is."""
+    shown, remark = [], None
+    try:
+        for piece in pieces:
+            shown.append(piece)
             say(piece)
-        say("\n")
-        history.append((question, "".join(pieces)))
-        if debug:
-            say(f"{history[-1][1]!r}\n")
-    return history
+    except KeyboardInterrupt:
+        remark = " [stopped]"
+    # The conversation goes on without an empty answer, for which few formats have a place.
+    say(f"{remark or ('' if shown else '[no answer]')}\n")
+    return "".join(shown)
 
 
 def load_image(image_file):
@@ -89,22 +94,17 @@ def main(argv=None):
     path = options.model or options.model_path
     if path is None or (options.model and options.model_path):
         parser.error("name one model: llava-lite chat MODEL, or --model-path MODEL.")
+    if options.temperature < 0 or options.max_new_tokens < 1:
+        parser.error("--temperature is 0 or more, --max-new-tokens at least 1.")
     try:
-        if options.conv_mode is not None:
-            get_template(options.conv_mode)
-        # Before the model: a wrong path shows at once, not after minutes of loading.
-        pictures = [upright_picture(path) for path in options.image_file]
-        model, processor = load(
-            path,
-            device=options.device,
-            model_base=options.model_base,
-            load_8bit=options.load_8bit,
-            load_4bit=options.load_4bit,
-            **where_in_hub(options),
-        )
+        model, processor, pictures = open_all(path, options)
     except (OSError, ValueError, ImportError) as error:
-        parser.exit(1, f"{parser.prog}: {error}\n")
-    _say(f"{INTRODUCTION}\n")
+        parser.exit(1, f"{parser.prog}: {in_flags(sentence_of(error), parser)}\n")
+    sees = processor.image_processor is not None
+    _say(INTRODUCTION.format(images="/image FILE shows an image, " if sees else "") + "\n")
+    # Arrow keys and earlier lines, where Python was built with it.
+    with contextlib.suppress(ImportError):
+        import_module("readline")
     chat(
         model,
         processor,
@@ -118,6 +118,46 @@ def main(argv=None):
         # Every turn reads the conversation from its beginning, images included.
         image_cache=ImageFeatureCache(),
     )
+
+
+def open_all(path, options):
+    """Return (model, processor, images) that the options name; what is wrong shows before minutes of loading."""
+    hub = where_in_hub(options)
+    check_device(options.device)
+    if options.conv_mode is not None:
+        get_template(options.conv_mode)
+    pictures = [upright_picture(file) for file in options.image_file]
+    if pictures:
+        refuse_without_tower(path, options.model_base, hub)
+    model, processor = load(
+        path,
+        device=options.device,
+        model_base=options.model_base,
+        load_8bit=options.load_8bit,
+        load_4bit=options.load_4bit,
+        **hub,
+    )
+    return model, processor, pictures
+
+
+def check_device(name):
+    """Raise ValueError for a device that torch does not know, or that this machine has fewer of."""
+    try:
+        device = None if name is None else torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"--device {name}: give cuda, cuda:1 or cpu.") from error
+    found = torch.cuda.device_count()
+    if device is not None and device.type == "cuda" and (device.index or 0) >= found > 0:
+        raise ValueError(f"--device {name}: this machine has {found} CUDA devices, cuda:0 to cuda:{found - 1}.")
+
+
+def refuse_without_tower(path, model_base, hub):
+    """Raise ValueError if a model that is to be shown images sees none; only its config is read."""
+    from llava_lite.model.builder import base_named, read_config
+
+    config = read_config(path, base_named(path, model_base, hub), None, None, hub)
+    if not getattr(config, "has_vision_tower", False):
+        raise ValueError(f"{path!r} has no vision tower: it reads text alone. Chat without --image-file.")
 
 
 def options_of(args, parser):

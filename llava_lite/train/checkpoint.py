@@ -77,7 +77,8 @@ class CheckpointMixin:
         """Train; a checkpoint is verified and compared with this run before anything is loaded."""
         path = find_checkpoint(self.args.output_dir, resume_from_checkpoint or False, self.args.should_save)
         self.refuse_unfit(path)
-        return super().train(resume_from_checkpoint=path, **kwargs)
+        with self.progress.workers_ended():
+            return super().train(resume_from_checkpoint=path, **kwargs)
 
     def refuse_unfit(self, path) -> None:
         """Raise ValueError if a checkpoint, where there is one, is of another run or lacks what a run goes on with."""

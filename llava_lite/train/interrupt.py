@@ -5,6 +5,8 @@ from __future__ import annotations
 import signal
 import threading
 import time
+import traceback
+from contextlib import contextmanager
 
 import torch
 from transformers import TrainerCallback
@@ -78,6 +80,31 @@ class ProgressCallback(TrainerCallback):
 
     def on_train_end(self, args, state, control, **kwargs):
         """Hand SIGTERM back to whoever had it."""
+        self.hand_back()
+
+    @contextmanager
+    def workers_ended(self):
+        """Let the loader's workers end if training ends with an error.
+
+        They inherit that SIGTERM is blocked, with which Python would end them when it exits, and wait for them: a run
+        that failed would never return. They end with the loader's iterator, which the frames of the error hold.
+        """
+        try:
+            yield
+        except (Exception, KeyboardInterrupt) as error:
+            self.hand_back()
+            if self.trainer.args.dataloader_persistent_workers:
+                # Those end with their loader.
+                self.trainer.callback_handler.train_dataloader = None
+                self.trainer.accelerator.free_memory()
+            cause = error
+            while cause is not None:
+                traceback.clear_frames(cause.__traceback__)
+                cause = cause.__cause__ or cause.__context__
+            raise
+
+    def hand_back(self) -> None:
+        """Let SIGTERM end this process again."""
         if self._handler is not None:
             signal.signal(signal.SIGTERM, self._handler)
             signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})

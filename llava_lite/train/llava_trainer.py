@@ -26,6 +26,7 @@ from llava_lite.train.llava_state import get_mm_adapter_state_maybe_zero_3, mayb
 from llava_lite.train.plots import draw_plots
 from llava_lite.train.pushing import PushingMixin
 from llava_lite.train.run_log import RunLog, TrainingBar
+from llava_lite.train.schedule import FollowFlags
 from llava_lite.train.stream_run import StreamMixin
 from llava_lite.train.throughput import Meter, has_pictures, peak_flops, step_flops
 from llava_lite.train.tuning import compute_dtype, parameter_groups
@@ -94,6 +95,8 @@ class LLaVATrainer(StreamMixin, CheckpointMixin, EvaluationMixin, PushingMixin, 
         if self.pop_callback(ProgressCallback) is not None:
             self.add_callback(TrainingBar)
         self.add_callback(RunEvents(self))
+        self.follow_flags = FollowFlags()
+        self.add_callback(self.follow_flags)
 
     @cached_property
     def meter(self):
@@ -137,6 +140,12 @@ class LLaVATrainer(StreamMixin, CheckpointMixin, EvaluationMixin, PushingMixin, 
                 return super().create_optimizer(model)
             self.optimizer = optimizer_class([group.for_optimizer() for group in self.groups], **kwargs)
         return self.optimizer
+
+    def create_scheduler(self, num_training_steps, optimizer=None):
+        """Return the schedule of the rate; what the flags say is remembered before a checkpoint is read over it."""
+        scheduler = super().create_scheduler(num_training_steps, optimizer)
+        self.follow_flags.note(self.optimizer, scheduler)
+        return scheduler
 
     def _get_train_sampler(self, train_dataset=None):
         """Return the sampler of packs, or the one that keeps lengths and modalities together; else the stock one."""

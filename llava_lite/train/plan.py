@@ -1,10 +1,10 @@
 """Estimate what a run needs of each device, from shapes alone: memory, tokens and optimizer steps."""
 
-import argparse
 import math
 import os
 import sys
 
+from llava_lite.commands.plan import build_parser
 from llava_lite.train.memory import (
     estimate_memory,
     gib,
@@ -129,21 +129,6 @@ def traffic_lines(model, args, options, num_tokens):
     )
 
 
-def above_zero(kind, most=math.inf):
-    """Return a reader of numbers above 0 and up to `most`, for a flag; with others a plan divides, or lies."""
-
-    def read(text):
-        number = kind(text)
-        if not 0 < number <= most:
-            raise argparse.ArgumentTypeError(
-                f"{text}: give more than 0" + (f", at most {most}" if most < math.inf else "")
-            )
-        return number
-
-    read.__name__ = kind.__name__
-    return read
-
-
 def of_a_device(flags):
     """Return the flags by which a machine without a device plans for those that have bfloat16, if `flags` let it."""
     from llava_lite.flags import machine_has, open_yaml
@@ -166,42 +151,10 @@ def main(argv=None):
     from llava_lite.train.memory import GIB, USABLE_SHARE, fewest_checkpointed
 
     argv = list(sys.argv[1:] if argv is None else argv)
-    own = argparse.ArgumentParser(prog="llava-lite plan", add_help=False, allow_abbrev=False)
-    own.add_argument(
-        "--num_devices", "--num-devices", type=above_zero(int), default=1, metavar="N", help="ranks (default: 1)"
-    )
-    own.add_argument(
-        "--ep_size", "--ep-size", type=above_zero(int), default=1, help="of them, those that share experts"
-    )
-    own.add_argument(
-        "--device_memory", "--device-memory", type=above_zero(float), default=80, metavar="GIB",
-        help="memory of a device, for --gradient_checkpointing auto (default: 80)",
-    )  # fmt: skip
-    own.add_argument(
-        "--num_records", "--num-records", type=above_zero(int), help="records of a pass: print its hours too"
-    )
-    own.add_argument(
-        "--record_tokens", "--record-tokens", type=above_zero(float), default=786, help="of one, its picture included"
-    )
-    own.add_argument(
-        "--mfu",
-        type=above_zero(float, 1),
-        default=Cluster.mfu,
-        help="utilisation that you expect (default: %(default)s)",
-    )
-    own.add_argument(
-        "--peak_tflops", "--peak-tflops", type=above_zero(float), default=Cluster.peak_flops / 1e12, help="of a device"
-    )
-    own.add_argument(
-        "--bandwidth", type=above_zero(float), metavar="GB_S",
-        help=f"that a device sends at (default: {Cluster.node_bandwidth / 1e9:.0f} in a node of "
-        f"{Cluster.devices_a_node}, {Cluster.network_bandwidth / 1e9:.0f} out of it)",
-    )  # fmt: skip
+    own = build_parser()
     options, flags = own.parse_known_args(argv)
-    if {"-h", "--help"} & set(flags):
-        print(f"{own.format_help()}\nand the flags of `llava-lite train`, which follow.\n")
     os.environ.setdefault("ACCELERATE_USE_CPU", "true")
-    model_args, data_args, args = parse_args(flags + of_a_device(flags))
+    model_args, data_args, args = parse_args(flags + of_a_device(flags), command="plan", more_flags=own.flags.values())
     # Kept from parse_args, which knows of one rank only.
     model_args.ep_size = options.ep_size
     check_expert_parallel(model_args, args, options.num_devices)

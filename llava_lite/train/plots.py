@@ -49,12 +49,52 @@ def series(lines, key):
     return [step for step, _ in pairs], [value for _, value in pairs]
 
 
-def smooth(values, weight=0.9):
-    """Return the running mean of a curve, each value with `weight` on what came before (bias corrected)."""
-    means, total, mass = [], 0.0, 0.0
+def window_of(num_values):
+    """Return how many values a smoothed curve averages, an odd number: one of a short run, 1 in 25 of a long one."""
+    return 1 + 2 * round(num_values / 50)
+
+
+def smooth(values, window):
+    """Return the mean of the `window` values around each value.
+
+    Near the start, where a loss falls steeply, as many from either side as there are before it; at the end those
+    before it alone. A mean of earlier values only would lag behind the curve.
+    """
+    sums, half = [0.0], window // 2
     for value in values:
-        total, mass = weight * total + (1 - weight) * value, weight * mass + (1 - weight)
-        means.append(total / mass)
+        sums.append(sums[-1] + value)
+    means = []
+    for i in range(len(values)):
+        before = min(half, i)
+        after = min(before, len(values) - 1 - i)
+        means.append((sums[i + 1 + after] - sums[i - before]) / (before + 1 + after))
+    return means
+
+
+def needs_log_axis(values):
+    """Tell whether a curve falls so far that its end would lie on the axis: to a tenth or less, and above zero."""
+    return bool(values) and min(values) > 0 and max(values) >= 10 * min(values)
+
+
+def use_log_axis(axis):
+    """Give a curve a logarithmic axis with plain numbers: 0.3, not 3 x 10^-1."""
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+
+    axis.set_yscale("log", nonpositive="mask")
+    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axis.yaxis.set_minor_formatter(NullFormatter())
+
+
+def draw_curve(axis, steps, values, label):
+    """Draw what was logged, and its mean over a window where there is enough to average."""
+    window = window_of(len(values))
+    means = smooth(values, window)
+    if window > 1:
+        axis.plot(steps, values, color="0.8", linewidth=0.8, label="each log")
+        axis.plot(steps, means, label=f"{label}, mean of {window}")
+    else:
+        axis.plot(steps, values, "o-", markersize=4, label=label)
     return means
 
 
@@ -63,16 +103,23 @@ def draw_loss(lines, path):
     has_balance = any("moe_loss" in line for line in lines)
     figure, axes = new_figure(1, 2 if has_balance else 1, 12 if has_balance else 7, 4)
     steps, losses = series(lines, "lm_loss" if has_balance else "loss")
-    axes[0].plot(steps, losses, color="0.75", label="each log")
-    axes[0].plot(steps, smooth(losses), label="running mean")
+    means = draw_curve(axes[0], steps, losses, "training")
     eval_steps, eval_losses = series(lines, "eval_loss")
     if eval_steps:
-        axes[0].plot(eval_steps, eval_losses, "o-", label="evaluation")
+        axes[0].plot(eval_steps, eval_losses, "o-", color="C1", markersize=4, label="evaluation")
     axes[0].set(xlabel="step", ylabel="cross-entropy a token")
+    if needs_log_axis(means + eval_losses):
+        use_log_axis(axes[0])
     axes[0].legend()
     if has_balance:
-        axes[1].plot(*series(lines, "moe_loss"))
+        draw_curve(axes[1], *series(lines, "moe_loss"), "balance loss")
         axes[1].set(xlabel="step", ylabel="balance loss, weighted, all layers")
+        axes[1].legend()
+    for axis in axes:
+        axis.grid(color="0.92")
+        # Steps are whole.
+        axis.xaxis.get_major_locator().set_params(integer=True)
+        axis.set_axisbelow(True)
     figure.savefig(path, dpi=120)
     return path
 
@@ -86,7 +133,8 @@ def draw_expert_load(lines, path):
     figure, axes = new_figure(rows, columns, 3.2 * columns, 2.6 * rows)
     for axis, layer in zip(axes, layers, strict=False):
         loads = [(step, report[layer]["load"]) for step, report in reports if layer in report]
-        curves = zip(*(smooth(curve) for curve in zip(*(load for _, load in loads), strict=True)), strict=True)
+        window = window_of(len(loads))
+        curves = zip(*(smooth(curve, window) for curve in zip(*(load for _, load in loads), strict=True)), strict=True)
         shares = list(zip(*curves, strict=True))
         axis.stackplot([step for step, _ in loads], shares, labels=[f"expert {i}" for i in range(len(shares))])
         axis.set(title=f"layer {layer}", ylim=(0, 1), xlabel="step", ylabel="share of choices")

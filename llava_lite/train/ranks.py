@@ -26,7 +26,10 @@ def raise_together(error: Exception | None, kind: type[Exception], advice: str) 
         return
     # A single process has no ranks to tell apart, and what is raised there says its kind.
     found = reports[0][1] if len(reports) == 1 else "; ".join(failed)
-    raise kind(f"{found.rstrip('.')}. {advice}") from error
+    failure = kind(f"{found.rstrip('.')}. {advice}")
+    # See refusal.py: every rank raises the same sentence.
+    failure.told_by_first_of = "RANK"
+    raise failure from error
 
 
 def leave() -> None:

@@ -4,7 +4,22 @@ import os
 import sys
 from contextlib import contextmanager
 
+from llava_lite.commands.parser import sentence_of
+
 TRACEBACK = "LLAVA_LITE_TRACEBACK"
+FOR_PEOPLE = (ValueError, OSError, ImportError)
+# An attribute of an error: the variable that counts the ranks among which only the first tells it.
+TOLD_BY_FIRST_OF = "told_by_first_of"
+
+
+@contextmanager
+def same_for_the_node():
+    """Mark an error raised inside as one that every rank of a node meets alike, so that its first rank tells it."""
+    try:
+        yield
+    except FOR_PEOPLE as error:
+        setattr(error, TOLD_BY_FIRST_OF, "LOCAL_RANK")
+        raise
 
 
 @contextmanager
@@ -16,17 +31,11 @@ def told_in_a_line():
     """
     try:
         yield
-    except (ValueError, OSError, ImportError) as error:
+    except FOR_PEOPLE as error:
         if os.environ.get(TRACEBACK, "0") not in ("", "0"):
             raise
         rank = os.environ.get("RANK", "0")
-        # One write: the lines of several ranks do not mix.
-        sys.stderr.write(f"llava-lite train{'' if rank == '0' else f' (rank {rank})'}: {said(error)}\n")
+        if os.environ.get(getattr(error, TOLD_BY_FIRST_OF, ""), "0") == "0":
+            # One write: the lines of several ranks do not mix.
+            sys.stderr.write(f"llava-lite train{'' if rank == '0' else f' (rank {rank})'}: {sentence_of(error)}\n")
         sys.exit(1)
-
-
-def said(error) -> str:
-    """Return the words of an error; one that names a file only by its number is told with the file."""
-    if isinstance(error, OSError) and error.filename is not None:
-        return f"{str(error.filename)!r}: {error.strerror}."
-    return str(error) or type(error).__name__

@@ -78,6 +78,13 @@ def refuse_other_run(path: str, steps: Mapping, schedule: Mapping) -> None:
             f"{path} cannot be resumed exactly: {'; '.join(different)}. Start this run as that one was started "
             "(ranks, batch, accumulation, DeepSpeed stage, data, --tuning), or choose a new --output_dir."
         )
+    decays = [bool(settings.get("weight_decay")) for settings in (manifest["schedule"], schedule)]
+    if decays[0] != decays[1]:
+        raise ValueError(
+            f"{path} cannot be resumed: --weight_decay was {manifest['schedule'].get('weight_decay')}, is "
+            f"{schedule.get('weight_decay')}, and the optimizer was saved {'with' if decays[0] else 'without'} groups "
+            "of weights that decay. Take the old value, or choose a new --output_dir."
+        )
     if different := differences(manifest["schedule"], schedule):
         logger.warning("%s goes on otherwise than it began: %s.", path, "; ".join(different))
 

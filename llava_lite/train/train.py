@@ -6,12 +6,16 @@ import os
 import sys
 import warnings
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
 from transformers import set_seed
 
 from llava_lite.arguments import parse_args
+from llava_lite.commands.train import asks_for_help, main_page
+from llava_lite.flag_help import full_page
+from llava_lite.flags import machine_has
 from llava_lite.train.build import (
     add_experts,
     build_model,
@@ -21,10 +25,13 @@ from llava_lite.train.build import (
     share_out_experts,
     take_plain_paths,
 )
+from llava_lite.train.ending import begin_anew, finished_before, summary
+from llava_lite.train.inputs import check_enough_records, check_needed, check_paths
+from llava_lite.train.launching import launch_hint
 from llava_lite.train.load_data import load_data
 from llava_lite.train.pushing import refuse_unshareable
 from llava_lite.train.ranks import leave
-from llava_lite.train.refusal import told_in_a_line
+from llava_lite.train.refusal import same_for_the_node, told_in_a_line
 from llava_lite.train.tuning import choose_what_trains, compute_dtype, describe, settle_dtypes
 
 # By its full name: as `python -m` starts it, __name__ is "__main__" and the table of what trains would go unseen.
@@ -73,8 +80,19 @@ def train(attn_implementation=None, argv=None):
         attn_implementation, argv = None, attn_implementation
     argv = sys.argv[1:] if argv is None else argv
     if attn_implementation is not None and "--attn_implementation" not in argv:
-        argv = [*argv, "--attn_implementation", attn_implementation]
+        argv = [*argv, "--attn_implementation", installed_attention(attn_implementation)]
     return run(prepare(argv))
+
+
+def installed_attention(name):
+    """Return an attention kernel that a program asks for, or auto where it is flash-attn and that is not here.
+
+    LLaVA's train_mem.py asks for it whatever the machine.
+    """
+    if name != "flash_attention_2" or (find_spec("flash_attn") is not None and machine_has("fp16")):
+        return name
+    logger.warning("flash-attn is not installed, or there is no GPU for it: the attention is chosen for the device.")
+    return "auto"
 
 
 class Stage(NamedTuple):
@@ -89,12 +107,27 @@ class Stage(NamedTuple):
 
 def prepare(argv=None):
     """Return the stage that the flags describe, ready for its first step."""
+    return build_stage(*read_flags(argv))
+
+
+def read_flags(argv=None):
+    """Return (model_args, data_args, training_args); raise what can be seen to be wrong before anything is loaded."""
     start_logging()
-    model_args, data_args, training_args = parse_args(sys.argv[1:] if argv is None else argv)
-    refuse_unshareable(model_args, training_args)
-    refuse_without_length(data_args, training_args)
-    refuse_absent(data_args, training_args)
+    argv = sys.argv[1:] if argv is None else argv
+    with same_for_the_node():
+        model_args, data_args, training_args = parse_args(argv)
+        check_needed(argv)
+        refuse_unshareable(model_args, training_args)
+        refuse_without_length(data_args, training_args)
+        check_paths(model_args, data_args, training_args)
+        refuse_absent(data_args, training_args)
+    use_one_device(argv, training_args)
     join_ranks(training_args)
+    return model_args, data_args, training_args
+
+
+def build_stage(model_args, data_args, training_args):
+    """Return the stage: tokenizer, model, records and trainer, and the checkpoint that it goes on from."""
     set_seed(training_args.seed)
     tokenizer = build_tokenizer(model_args, training_args)
     model = build_model(model_args, data_args, training_args)
@@ -105,6 +138,7 @@ def prepare(argv=None):
     model = choose_what_trains(model, model_args, training_args)
     settle_dtypes(model, training_args)
     train_set, eval_set = load_data(model, tokenizer, model_args, data_args, training_args)
+    check_enough_records(train_set, eval_set, training_args)
     logger.info("what trains (--tuning %s):\n%s", training_args.tuning, describe(model, training_args))
     checkpoint_as_needed(model, train_set, model_args, training_args)
     log_plan(model, train_set, model_args, training_args)
@@ -118,17 +152,34 @@ def prepare(argv=None):
 
 def run(stage):
     """Train from the start or from the checkpoint, save, and return the trainer."""
-    stage.trainer.train(resume_from_checkpoint=stage.checkpoint)
-    save(stage.trainer, stage.tokenizer, stage.model_args, stage.data_args)
-    if stage.trainer.args.push_to_hub:
-        stage.trainer.push_to_hub()
-    return stage.trainer
+    trainer = stage.trainer
+    begin_anew(trainer.args, stage.checkpoint)
+    result = trainer.train(resume_from_checkpoint=stage.checkpoint)
+    whole = save(trainer, stage.tokenizer, stage.model_args, stage.data_args)
+    if trainer.args.push_to_hub:
+        trainer.push_to_hub()
+    logger.info("%s", summary(trainer, result, whole))
+    return trainer
 
 
 def main(argv=None):
-    """Train a stage; for the command line and the launchers, where a refusal is one line."""
+    """Train a stage; for the command line and the launchers, where a refusal is one line.
+
+    A run that its output directory holds already, complete, is left alone: only `train` would replace it.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    if asks_for_help(argv):
+        print(main_page() if asks_for_help(argv) == "main" else full_page(), end="")
+        return
     with told_in_a_line():
-        stage = prepare(argv)
+        flags = read_flags(argv)
+        done = finished_before(flags[-1])
+        stage = build_stage(*flags) if done is None else None
+    if stage is None:
+        logger.info("%s", done)
+        if flags[-1].world_size > 1:
+            leave()
+        return
     accelerator = run(stage).accelerator
     # A rank that leaves while another still uses what they share may end that one with an abort.
     accelerator.wait_for_everyone()
@@ -165,6 +216,13 @@ def refuse_absent(data_args, training_args):
     if training_args.uses_deepspeed:
         refuse_unusable_nvme(training_args.deepspeed_plugin.deepspeed_config)
         warn_of_old_locks()
+
+
+def use_one_device(argv, training_args):
+    """Keep this process to one device, and say how the same flags run on all that are there."""
+    if training_args.n_gpu > 1:
+        logger.warning("%s", launch_hint(argv, training_args.n_gpu))
+        training_args._n_gpu = 1
 
 
 def join_ranks(training_args):
@@ -238,7 +296,7 @@ def checkpoint_to_resume(training_args):
 
 
 def save(trainer, tokenizer, model_args, data_args):
-    """Write the final folder: weights, config, tokenizer, image processor, card."""
+    """Write the final directory: weights, config, tokenizer, image processor, card; return whether it holds all."""
     from llava_lite.processing import LlavaLiteProcessor
     from llava_lite.train.card import card_of_run
     from llava_lite.train.final import save_final
@@ -264,6 +322,7 @@ def save(trainer, tokenizer, model_args, data_args):
         card=card_of_run(trainer, model_args, data_args, whole),
         is_writer=args.should_save,
     )
+    return whole
 
 
 if __name__ == "__main__":

@@ -32,7 +32,9 @@ def check(tmp_path, toy_llm_dir, toy_tower_dir, capsys):
         path = tmp_path / "train.json"
         path.write_text(json.dumps(records))
         status = main(["--data_path", str(path), "--image_folder", str(folder), *model, *map(str, flags)])
-        return status, capsys.readouterr().out
+        # Without a GPU DeepSpeed says so where it is first imported.
+        printed = capsys.readouterr().out.splitlines(keepends=True)
+        return status, "".join(line for line in printed if "real_accelerator" not in line)
 
     return run
 
@@ -138,13 +140,14 @@ def test_a_projector_without_an_image_is_not_ready(check):
         assert check(GOOD, *flags)[0] == 0
 
 
-def test_the_flags_of_a_training_run_are_taken_as_they_are(check, tmp_path):
+def test_the_flags_of_a_training_run_are_taken_as_they_are(check, tmp_path, capsys):
     flags = "--deepspeed zero2.json --learning_rate 2e-5 --bf16 True --output_dir out --mm_projector_lr 1e-5"
     flags += " --dataloader_num_workers 0 --image_aspect_ratio pad --gradient_checkpointing True --no_cuda True"
     assert check(GOOD, *flags.split())[0] == 0
     (tmp_path / "run.yaml").write_text("data: {data_path: [a.json], bad_record: skip}\nmodel_name_or_path: m\nlr: 3\n")
-    with pytest.raises(ValueError, match="unknown flag '--lr'"):
+    with pytest.raises(SystemExit):
         parse_flags([str(tmp_path / "run.yaml")])
+    assert "unknown flag --lr: write --learning_rate." in capsys.readouterr().err
     flags = parse_flags(["--data_path", "a.json", "b.json", "--model_name_or_path", "m", "--image_tower", "t"])
     assert (flags.data_path, flags.vision_tower) == (["a.json", "b.json"], "t")
 
@@ -152,7 +155,6 @@ def test_the_flags_of_a_training_run_are_taken_as_they_are(check, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        ("--data_path a.json --model_name_or_path m --bad_records skip", "unknown flag '--bad_records'. Did you mean"),
         ("--data_path a.json", "--model_name_or_path is needed"),
         ("--model_name_or_path m", "--data_path is needed"),
         ("--data_path a.json --model_name_or_path m --image_folder nowhere", "--image_folder nowhere: there is no"),
@@ -161,6 +163,21 @@ def test_the_flags_of_a_training_run_are_taken_as_they_are(check, tmp_path):
 def test_a_wrong_flag_is_said_in_a_sentence(flags, words):
     with pytest.raises(ValueError, match=words):
         parse_flags(flags.split())
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("--bad_records skip", "unknown flag --bad_records: write --bad_record."),
+        ("--epochs 3", "unknown flag --epochs: write --num_train_epochs."),
+        ("--data x.json", "unknown flag --data: write --data_path."),
+    ],
+)
+def test_an_unknown_flag_is_answered_with_the_one_that_is_meant(flags, words, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        parse_flags(["--data_path", "a.json", "--model_name_or_path", "m", *flags.split()])
+    assert stopped.value.code == 2
+    assert words in capsys.readouterr().err
 
 
 def test_files_to_evaluate_on_are_checked_too(check, tmp_path):

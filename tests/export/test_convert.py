@@ -318,7 +318,7 @@ def test_wrong_folders_are_refused_in_words(whole_folder, toy_llm_dir, tmp_path)
     (tmp_path / "full" / "notes.txt").write_text("mine")
     with pytest.raises(ValueError, match="is there already and not empty"):
         convert(source, tmp_path / "full", say=str)
-    with pytest.raises(OSError, match="there is no folder"):
+    with pytest.raises(OSError, match="there is no such directory"):
         convert(tmp_path / "absent", tmp_path / "new", say=str)
     with pytest.raises(ValueError, match="a plain llama and no LLaVA model"):
         convert(toy_llm_dir("llama"), tmp_path / "new", say=str)

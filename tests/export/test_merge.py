@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 
 from llava_lite.export import witness
@@ -124,6 +125,72 @@ def test_folder_of_a_trained_connector_becomes_whole(toy_model, toy_llm_dir, tmp
     assert all(torch.equal(found[name], wanted[name]) for name in wanted)
 
 
+CARD_OF_THE_RUN = """---
+library_name: llava-lite
+license: llama2
+base_model: lmsys/vicuna-7b-v1.5
+base_model_relation: adapter
+datasets:
+- liuhaotian/LLaVA-Instruct-150K
+tags: [llava, lora]
+---
+
+# lora
+
+- this folder holds what was trained; the base is opened with it
+
+## Use
+
+    model, processor = load("lora")
+
+![loss](loss.png)
+
+## Losses
+
+| step | loss |
+
+## Versions
+
+| torch | 1 |
+"""
+
+
+def test_card_is_that_of_the_merged_model(lora_folder, toy_llm_dir, tmp_path):
+    folder, _ = lora_folder()
+    (folder / "README.md").write_text(CARD_OF_THE_RUN)
+    merge(folder, tmp_path / "whole", say=str)
+    text = (tmp_path / "whole" / "README.md").read_text()
+    _, front, body = text.split("---\n", 2)
+    assert yaml.safe_load(front) == {
+        "library_name": "llava-lite",
+        "pipeline_tag": "image-text-to-text",
+        "tags": ["llava", "multimodal", "merged"],
+        "license": "llama2",
+        "datasets": ["liuhaotian/LLaVA-Instruct-150K"],
+        "base_model": "lmsys/vicuna-7b-v1.5",
+        "base_model_relation": "finetune",
+    }
+    assert body.startswith("\n# whole\n")
+    assert f"`lora` and its base `{toy_llm_dir('llama').name}` as one model, written by `llava-lite merge`." in body
+    assert f"- merged: LoRA of rank {RANK}, alpha {ALPHA}\n" in body
+    assert "beside its parts: prompt ids equal; largest pixel difference 0; largest logit difference 0;" in body
+    assert 'load("whole")' in body
+    assert "## How `lora` was trained\n\n### Losses\n\n| step | loss |\n" in body
+    for stale in ("loss.png", 'load("lora")', "holds what was trained", "Versions", str(tmp_path)):
+        assert stale not in text
+
+
+def test_card_of_parts_without_a_card_says_what_was_merged(toy_model, toy_llm_dir, tmp_path):
+    folder = tmp_path / "stage1"
+    folder.mkdir()
+    torch.save(projector_of(toy_model()), folder / "mm_projector.bin")
+    (folder / "config.json").write_text(json.dumps(partial_config(toy_model(), str(toy_llm_dir("llama")))))
+    merge(folder, tmp_path / "whole", say=str)
+    text = (tmp_path / "whole" / "README.md").read_text()
+    assert "- merged: the weights that were trained\n" in text
+    assert "was trained\n\n###" not in text
+
+
 def test_half_precision_rounds_once_after_folding(lora_folder, tmp_path):
     folder, wanted = lora_folder()
     gap = merge(folder, tmp_path / "whole", dtype="bfloat16", say=str)
@@ -143,7 +210,7 @@ def test_whole_folder_and_full_target_are_refused_in_words(toy_model, toy_tokeni
     folder, _ = lora_folder()
     with pytest.raises(ValueError, match="is there already and not empty"):
         merge(folder, tmp_path / "model", say=str)
-    with pytest.raises(OSError, match="there is no folder"):
+    with pytest.raises(OSError, match="there is no such directory"):
         merge(tmp_path / "absent", tmp_path / "whole", say=str)
 
 

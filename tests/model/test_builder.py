@@ -339,7 +339,7 @@ def test_a_model_is_spread_as_a_map_says(layout, toy_model, toy_tokenizer, toy_t
 
 
 def test_folder_that_is_no_checkpoint_says_so(tmp_path):
-    with pytest.raises(OSError, match="there is no folder"):
+    with pytest.raises(OSError, match="there is no such directory"):
         load_pretrained_model(tmp_path / "absent", device="cpu")
     (tmp_path / "run" / "checkpoint-7").mkdir(parents=True)
     (tmp_path / "run" / "checkpoint-7" / "config.json").write_text("{}")

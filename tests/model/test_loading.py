@@ -102,8 +102,27 @@ def test_a_tower_that_cannot_be_found_is_read_off_the_checkpoint_with_a_warning(
 
 
 def test_a_tower_that_is_nowhere_is_an_error_that_says_what_to_do(toy_llm_dir, tmp_path):
-    with pytest.raises(OSError, match=r"vision tower 'no/such-tower' could not be read.*Give a hub id"):
+    with pytest.raises(OSError, match=r"^vision tower 'no/such-tower': there is no such directory\."):
         assemble(str(toy_llm_dir()), "no/such-tower")
+
+
+def test_a_tower_that_is_gone_is_told_before_weights_are_read(toy_model, toy_llm_dir, tmp_path, capfd):
+    write_partial(toy_model(), tmp_path / "part", toy_llm_dir(), ["mm_projector"])
+    gone = str(tmp_path / "clip")
+    edit_config(tmp_path / "part", mm_vision_tower=gone)
+    capfd.readouterr()
+    with pytest.raises(
+        OSError, match=rf"^vision tower '{gone}': there is no such directory\..*names it as mm_vision_tower"
+    ):
+        LlavaLlamaForCausalLM.from_pretrained(tmp_path / "part")
+    assert "Loading weights" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["siglip", "dinov2"])
+def test_a_tower_of_another_kind_is_no_copy_of_the_own_one(kind, toy_model, toy_llm_dir, toy_tower_dir, tmp_path):
+    write_partial(toy_model(), tmp_path / "part", toy_llm_dir(), ["mm_projector"])
+    with pytest.raises(ValueError, match=r"is not the CLIPVisionModel that the model was made for: \d+ weights are"):
+        assemble(str(tmp_path / "part"), str(toy_tower_dir(kind)))
 
 
 def write_partial(model, folder, base, names):

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 from PIL import Image
 
-from llava_lite.inference import reply
+from llava_lite.inference import load, reply
 from llava_lite.mm_utils import load_image_processor
 from llava_lite.processing import LlavaLiteProcessor
 from llava_lite.serve import cli
@@ -74,6 +74,53 @@ def test_control_c_ends_the_chat_as_an_empty_line_does(monkeypatch):
     assert cli._ask("USER: ") == ""
 
 
+def test_control_c_stops_an_answer_and_the_chat_goes_on(toy_pair, monkeypatch):
+    model, processor = toy_pair
+    shown = io.StringIO()
+
+    def interrupted(*args, **kwargs):
+        yield "The square "
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cli, "stream", interrupted)
+        history = cli.chat(model, processor, [], typed("What?", "And?", ""), shown.write)
+    assert history == [("What?", "The square "), ("And?", "The square ")]
+    assert shown.getvalue().count("ASSISTANT: The square  [stopped]\n") == 2
+
+
+def test_image_that_is_shown_later_goes_with_the_next_question(toy_pair, checkpoint):
+    model, processor = toy_pair
+    shown = io.StringIO()
+    lines = typed("Hello!", f"/image {checkpoint}/a.png", "How many?", "/exit", "never")
+    asked = {"temperature": 0.0, "max_new_tokens": 6}
+    history = cli.chat(model, processor, [], lines, shown.write, **asked)
+    assert [question for question, _ in history] == ["Hello!", "<image>\nHow many?"]
+    said = reply(model, processor, "How many?", PICTURE, history=history[:1], **asked)
+    assert history[1][1] == said
+    assert "An image (40 x 30) for the next question." in shown.getvalue()
+
+
+def test_no_answer_is_told_and_not_kept(toy_pair, monkeypatch):
+    shown = io.StringIO()
+    monkeypatch.setattr(cli, "stream", lambda *args, **kwargs: iter(()))
+    assert cli.chat(*toy_pair, [], typed("What?", ""), shown.write) == []
+    assert shown.getvalue() == "ASSISTANT: [no answer]\n"
+
+
+def test_clear_begins_the_conversation_again(toy_pair, checkpoint):
+    model, processor = toy_pair
+    lines = typed("What colour?", "/clear", "How many?", "")
+    history = cli.chat(model, processor, [PICTURE], lines, lambda text: None, temperature=0.0, max_new_tokens=4)
+    assert history == [("How many?", reply(model, processor, "How many?", max_new_tokens=4))]
+
+
+def test_blank_before_a_slash_leads_to_the_model(toy_pair):
+    model, processor = toy_pair
+    history = cli.chat(model, processor, [], typed(" /help", ""), lambda text: None, max_new_tokens=3)
+    assert [question for question, _ in history] == ["/help"]
+
+
 def test_debug_shows_the_prompt_as_the_model_sees_it(toy_pair):
     model, processor = toy_pair
     shown = io.StringIO()
@@ -134,8 +181,10 @@ def test_chat_wants_one_model(arguments, capsys):
     ("arguments", "words"),
     [
         (["nowhere", "--conv-mode", "v9"], "unknown conversation template 'v9'"),
+        (["nowhere", "--device", "gpu"], "--device gpu: give cuda, cuda:1 or cpu."),
+        (["nowhere", "--device", "0"], "--device 0: give cuda, cuda:1 or cpu."),
         (["nowhere", "--image-file", "none.jpg"], "cannot use the picture 'none.jpg': there is no such file."),
-        (["./nowhere"], "there is no folder './nowhere'."),
+        (["./nowhere"], "'./nowhere': there is no such directory."),
     ],
 )
 def test_what_is_wrong_is_said_in_a_line(arguments, words, capsys):
@@ -161,3 +210,48 @@ def test_chat_runs_in_a_terminal(checkpoint, toy_pair):
     assert done.returncode == 0, done.stderr[-2000:]
     answer = reply(model, processor, "What colour?", picture, max_new_tokens=6)
     assert done.stdout.rstrip().endswith(f"USER: ASSISTANT: {answer}\nUSER:")
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--temperature", "-1"], "--temperature is 0 or more"),
+        (["--max-new-tokens", "0"], "--max-new-tokens at least 1"),
+        (["--image", "a.png"], "unknown flag --image: write --image-file."),
+        (["a.png"], "'a.png' belongs to no flag."),
+    ],
+)
+def test_wrong_flags_are_told_in_a_line(flags, words, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["nowhere", *flags])
+    said = capsys.readouterr().err
+    assert stopped.value.code == 2
+    assert words in said
+    assert len(said.splitlines()) == 1
+
+
+def test_keywords_of_python_are_told_as_flags(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["user/name", "--local-files-only"])
+    assert "or run without --local-files-only." in capsys.readouterr().err
+
+
+def test_image_for_a_model_without_a_tower_is_refused_before_its_weights_are_read(toy_llm_dir, checkpoint, capsys):
+    with pytest.raises(SystemExit):
+        cli.main([str(toy_llm_dir()), "--image-file", str(checkpoint / "a.png"), "--device", "cpu"])
+    shown = capsys.readouterr().err
+    assert "has no vision tower: it reads text alone. Chat without --image-file." in shown
+    assert "Loading weights" not in shown
+
+
+def test_chat_with_a_plain_language_model(toy_llm_dir, monkeypatch, capsys):
+    lines = iter(["Hello!", "/image a.png", ""])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
+    cli.main([str(toy_llm_dir("mistral")), "--device", "cpu", "--max-new-tokens", "4", "--temperature", "0"])
+    shown = capsys.readouterr().out
+    answer = reply(*load(str(toy_llm_dir("mistral")), device="cpu"), "Hello!", max_new_tokens=4)
+    assert shown.splitlines() == [
+        "Type a question; /help lists the commands, an empty line ends the chat.",
+        f"USER: ASSISTANT: {answer}".removeprefix("USER: "),
+        "This model has no vision tower: it reads text alone.",
+    ]

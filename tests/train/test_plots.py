@@ -8,7 +8,15 @@ import pytest
 from PIL import Image
 
 from llava_lite.train import plots
-from llava_lite.train.plots import draw_plots, series, smooth
+from llava_lite.train.plots import (
+    draw_plots,
+    needs_log_axis,
+    new_figure,
+    series,
+    smooth,
+    use_log_axis,
+    window_of,
+)
 
 
 def write(folder, lines):
@@ -32,10 +40,56 @@ def test_nothing_logged_draws_nothing(tmp_path):
     assert draw_plots(tmp_path) == []
 
 
-def test_running_mean_of_a_constant_is_the_constant():
-    assert smooth([2.0, 2.0, 2.0]) == pytest.approx([2.0, 2.0, 2.0])
-    # 0.1 * 0 * 0.9 + 0.1 * 1 over 0.1 * 0.9 + 0.1.
-    assert smooth([0.0, 1.0]) == pytest.approx([0.0, 1 / 1.9])
+@pytest.mark.parametrize(("num_values", "window"), [(1, 1), (5, 1), (24, 1), (50, 3), (500, 21), (5000, 201)])
+def test_window_of_the_mean_grows_with_the_run(num_values, window):
+    assert window_of(num_values) == window
+
+
+def test_mean_around_a_value_is_that_of_its_neighbours():
+    assert smooth([3.0, 5.0, 1.0], 1) == [3.0, 5.0, 1.0]
+    # Nothing stands before the first; nothing behind the last.
+    assert smooth([1.0, 2.0, 6.0, 4.0], 3) == [1.0, 3.0, 4.0, 5.0]
+    # Two from either side where there are two before; one at the second value.
+    assert smooth([0.0, 6.0, 3.0, 1.0, 5.0], 5) == [0.0, 3.0, 3.0, 15 / 4, 9 / 3]
+    assert smooth([2.0] * 9, 5) == [2.0] * 9
+    assert smooth([], 3) == []
+
+
+@pytest.mark.parametrize(
+    ("values", "is_log"),
+    [
+        ([7.0, 0.7], True),
+        ([7.0, 0.71], False),
+        ([2.5, 0.9], False),
+        ([7.0, 0.0], False),
+        ([7.0, -0.1], False),
+        ([], False),
+    ],
+)
+def test_axis_is_logarithmic_where_a_curve_would_lie_on_it(values, is_log):
+    assert needs_log_axis(values) == is_log
+
+
+@pytest.mark.parametrize("num_steps", [1, 5, 50, 5000])
+@pytest.mark.parametrize("end", [3.0, 0.01])
+def test_runs_of_any_length_are_drawn(num_steps, end, tmp_path):
+    experts = {"0": {"load": [0.5, 0.5]}}
+    lines = [
+        {"step": i, "loss": 3.1, "lm_loss": 7 + (end - 7) * i / num_steps, "moe_loss": 0.1, "experts": experts}
+        for i in range(1, num_steps + 1)
+    ]
+    write(tmp_path, [*lines, {"step": num_steps, "eval_loss": end}])
+    assert draw_plots(tmp_path) == [tmp_path / "loss.png", tmp_path / "expert_load.png"]
+
+
+def test_axes_of_a_log_plot_bear_plain_numbers(tmp_path):
+    figure, (axis,) = new_figure(1, 1, 7, 4)
+    axis.plot([1, 2, 3], [7.0, 1.0, 0.05])
+    use_log_axis(axis)
+    figure.savefig(tmp_path / "x.png")
+    shown = [label.get_text() for label in axis.get_yticklabels()]
+    assert {"0.05", "0.1", "0.2", "0.5", "1", "2", "5"} <= set(shown)
+    assert not [label for label in shown if "10^" in label]
 
 
 def test_series_leaves_out_what_is_no_number():

@@ -22,7 +22,7 @@ def test_wrong_folder_is_one_line_and_no_traceback(stage_flags, tmp_path, capfd)
     shown = capfd.readouterr().err
     assert end.value.code == 1
     assert "Traceback" not in shown
-    (line,) = [line for line in shown.splitlines() if "no such folder" in line]
+    (line,) = [line for line in shown.splitlines() if "no such directory" in line]
     assert line.startswith("llava-lite train: --model_name_or_path './no/such/model'")
 
 

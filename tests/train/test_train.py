@@ -96,19 +96,20 @@ def test_missing_picture_is_named_before_the_first_step(stage_flags, mixed_data,
     assert not (tmp_path / "out/metrics.jsonl").exists()
 
 
-def test_model_and_data_must_be_named(stage_flags, tmp_path):
-    with pytest.raises(ValueError, match="--model_name_or_path is needed"):
+def test_model_data_and_output_must_be_named(stage_flags, tmp_path):
+    with pytest.raises(ValueError, match=r"--model_name_or_path \(.*\) and --data_path \(.*\) are needed"):
         train(["--output_dir", str(tmp_path), "--use_cpu", "True"])
     flags = stage_flags("full", tmp_path / "out")
-    at = flags.index("--data_path")
-    with pytest.raises(ValueError, match="--data_path is needed"):
-        train(flags[:at] + flags[at + 2 :])
+    for flag in ("--data_path", "--output_dir"):
+        at = flags.index(flag)
+        with pytest.raises(ValueError, match=rf"^{flag} \(.*\) is needed"):
+            train(flags[:at] + flags[at + 2 :])
 
 
 @pytest.mark.parametrize("name", ["./checkpoints/gone", "/nowhere/vicuna", "a/b/c"])
 def test_a_folder_that_is_not_there_is_named(name, stage_flags, mixed_data, tmp_path):
     flags = stage_flags("full", tmp_path / "out", data=mixed_data, model=name)
-    with pytest.raises(ValueError, match=f"--model_name_or_path '{name}': there is no such folder"):
+    with pytest.raises(OSError, match=f"--model_name_or_path '{name}': there is no such directory"):
         train(flags)
 
 

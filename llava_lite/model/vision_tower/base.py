@@ -20,6 +20,24 @@ from llava_lite.picture_steps import PictureSteps, read_steps
 UNREAD = re.compile(r"\.vision_model\.(post_layernorm|layernorm|head|pooler)\.|mask_token")
 
 
+def open_tower(tower_class, name: str, config, **kwargs):
+    """Return a tower of transformers from its own checkpoint; ValueError if that lacks weights of it."""
+    # Here, since it is read while the package of models is.
+    from llava_lite.model.loading import own_accounting
+
+    with own_accounting():
+        tower, info = tower_class.from_pretrained(
+            name, config=config, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
+        )
+    wrong = sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])})
+    if wrong:
+        raise ValueError(
+            f"{str(name)!r} is not the {tower_class.__name__} that the model was made for: {len(wrong)} weights are "
+            f"missing or of another shape, such as {wrong[:3]}. Name the tower that it was trained with."
+        )
+    return tower
+
+
 class NamedEncoder(nn.Module):
     """Hold the encoder as `vision_model`, so that weights carry LLaVA's names on every transformers version."""
 
@@ -123,7 +141,7 @@ class VisionTower(nn.Module, ABC):
     def load_pretrained(self, name: str | None = None, **kwargs) -> None:
         """Fill the weights from the tower's own checkpoint, by hub id or path."""
         name = name or self.vision_tower_name
-        stock = self.pretrained_class.from_pretrained(name, config=self.config, **kwargs)
+        stock = open_tower(self.pretrained_class, name, self.config, **kwargs)
         load_into(self.encoder, full_state_dict(stock), f"weights of vision tower {name!r}")
 
     @cached_property

@@ -1,0 +1,78 @@
+"""Turn the words behind a command into options; a wrong one is answered in a sentence, without a page of usage."""
+
+import argparse
+import re
+import sys
+
+from llava_lite.commands.words import unknown_flags, words_left
+
+# A keyword of Python in a message: local_files_only=True, model_base=..., base='user/base'.
+_KEYWORD = re.compile(r"\b([a-z][a-z0-9_]*)=(True\b|'[^']*'|\.\.\.)?")
+
+
+class CommandParser(argparse.ArgumentParser):
+    """Reads the flags of one command.
+
+    command: its key in words.OURS. A flag is known by its whole name only, `--model` is never `--model-path`;
+    dashes and underscores in a name are the same. Wrong flags end the process with status 2, as argparse does.
+    """
+
+    def __init__(self, *args, command: str, **kwargs):
+        self.command, self.flags = command, {}
+        super().__init__(*args, allow_abbrev=False, **kwargs)
+
+    def add_argument(self, *args, **kwargs):
+        """Declare a flag or a word, and remember how it is spelled."""
+        action = super().add_argument(*args, **kwargs)
+        self.flags |= {flag.replace("_", "-"): flag for flag in action.option_strings}
+        return action
+
+    def parse_args(self, args=None, namespace=None):
+        """Return the options; unknown flags are told before anything that is missing because of them."""
+        words = [self.as_declared(word) for word in (sys.argv[1:] if args is None else args)]
+        unknown = [word for word in words if self.looks_unknown(word)]
+        if unknown:
+            self.error(unknown_flags(self.command, unknown, self.flags.values()))
+        options, left = self.parse_known_args(words, namespace)
+        if left:
+            self.error(words_left(self.command, left))
+        return options
+
+    def as_declared(self, word: str) -> str:
+        """Return a word with the name of a flag spelled as it was declared."""
+        name, equals, value = word.partition("=")
+        return f"{self.flags[name.replace('_', '-')]}{equals}{value}" if self.is_known(word) else word
+
+    def is_known(self, word: str) -> bool:
+        """Tell whether a word names a flag of this command."""
+        return word.partition("=")[0].replace("_", "-") in self.flags
+
+    def looks_unknown(self, word: str) -> bool:
+        """Tell whether a word is meant as a flag and is none: a dash and a letter, and no blanks."""
+        return re.match(r"--?[A-Za-z][\w-]*(=|$)", word) is not None and not self.is_known(word)
+
+    def error(self, message):
+        """End the process with one sentence and where to read on."""
+        ended = message if message.endswith((".", "?")) else f"{message}."
+        self.exit(2, f"{self.prog}: {ended} `{self.prog} --help` lists the flags.\n")
+
+
+def in_flags(message: str, parser: CommandParser | None) -> str:
+    """Return a message with the Python keywords that it names written as the flags of a command, where it has them."""
+    if parser is None:
+        return message
+
+    def as_flag(found):
+        flag = parser.flags.get(f"--{found[1].replace('_', '-')}")
+        if flag is None:
+            return found[0]
+        return flag if found[2] in (None, "True") else f"{flag} {found[2].strip(chr(39))}"
+
+    return _KEYWORD.sub(as_flag, message)
+
+
+def sentence_of(error: BaseException) -> str:
+    """Return the words of an error; one that names a file only by its number is told with the file."""
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{str(error.filename)!r}: {error.strerror}."
+    return str(error) or type(error).__name__

@@ -1,0 +1,178 @@
+"""Turn a finished run into the lines that end it, and a finished run that is started again into a sentence."""
+
+from __future__ import annotations
+
+import json
+import logging
+import resource
+import shlex
+import shutil
+import sys
+from pathlib import Path
+
+import torch
+
+from llava_lite.train import manifest as paper
+from llava_lite.train.ranks import everyone
+from llava_lite.train.trained_weights import PROJECTOR
+
+logger = logging.getLogger(__name__)
+
+STATE = "trainer_state.json"
+# Flags that say how long a run is; they are compared with how long it was.
+LENGTHS = ("num_train_epochs", "max_steps")
+GIB = 2**30
+
+
+def chat_command(folder) -> str:
+    """Return the command that talks to a model, as it can be typed where the run was started."""
+    program = "llava-lite" if shutil.which("llava-lite") else f"{shlex.quote(sys.executable)} -m llava_lite.cli"
+    return f"{program} chat {shlex.quote(str(folder))}"
+
+
+def peak_memory_gib(device) -> float:
+    """Return the most memory that any rank has held so far: of its GPU, or of its process on a CPU."""
+    if device.type == "cuda":
+        peak_bytes = torch.cuda.max_memory_allocated(device)
+    else:
+        # Kilobytes on Linux, bytes on macOS.
+        peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return max(everyone(peak_bytes)) / GIB
+
+
+def summary(trainer, result, whole: bool) -> str:
+    """Return the lines that end a run; all ranks must call it.
+
+    result: what `trainer.train` returned. whole: the directory holds every weight.
+    """
+    args, log = trainer.args, trainer.state.log_history
+    memory, folder = peak_memory_gib(args.device), Path(args.output_dir)
+    sees = trainer.unwrapped.config.has_vision_tower
+    plots = [path.name for path in sorted(folder.glob("*.png"))]
+    rows = {
+        "model": f"{folder} ({'all weights' if whole else 'what was trained; its base is opened with it'})",
+        "loss": loss_line(log, result.training_loss),
+        "evaluation": evaluation_line(log),
+        "time": time_line(result.metrics.get("train_runtime", 0)),
+        "memory": f"{memory:.1f} GiB at most {'of a GPU' if args.device.type == 'cuda' else 'in a process'}",
+        "plots": ", ".join(str(folder / name) for name in plots),
+        "chat": chat_command(folder) + (" (/image FILE shows it an image)" if sees else ""),
+        "stage 2": f"--pretrain_mm_mlp_adapter {folder / PROJECTOR}" if args.tuning == "projector" else "",
+    }
+    steps, epochs = trainer.state.global_step, trainer.state.epoch or 0
+    head = f"finished: {count(steps, 'step')}, {count(round(epochs, 2), 'epoch')}"
+    return "\n".join([head, *(f"  {name:<12}{words}" for name, words in rows.items() if words)])
+
+
+def count(number, noun: str) -> str:
+    """Return a number with its noun: 1 step, 1,200 steps."""
+    return f"{number:,g} {noun}{'s' * (number != 1)}" if number < 1e6 else f"{number:,} {noun}s"
+
+
+def loss_line(log, mean) -> str:
+    """Return where the loss began and ended, each the mean of a tenth of the log, and its mean over the run."""
+    losses = losses_of(log)
+    if not losses:
+        return f"{mean:.4f} in the mean; no step was logged (--logging_steps)"
+    tenth = max(1, len(losses) // 10)
+    first, last = sum(losses[:tenth]) / tenth, sum(losses[-tenth:]) / tenth
+    of_several = f" (means of the last and first {tenth:,} logs)" if tenth > 1 else ""
+    return f"{last:.4f} at the end, {first:.4f} at the start{of_several}"
+
+
+def losses_of(log) -> list[float]:
+    """Return the losses of a log that are numbers."""
+    return [line["loss"] for line in log if isinstance(line.get("loss"), (int, float))]
+
+
+def time_line(seconds: float) -> str:
+    """Return a time in the unit that a person would say it in."""
+    if seconds < 100:
+        return f"{seconds:.0f} seconds"
+    return f"{seconds / 60:.1f} minutes" if seconds < 7200 else f"{seconds / 3600:.1f} hours"
+
+
+def evaluation_line(log) -> str:
+    """Return the last loss of an evaluation, and the best where that was another; "" without any."""
+    found = [(line["eval_loss"], line["step"]) for line in log if isinstance(line.get("eval_loss"), (int, float))]
+    if not found:
+        return ""
+    best = min(found)
+    better = f", best {best[0]:.4f} at step {best[1]:,}" if best[0] < found[-1][0] else ""
+    return f"loss {found[-1][0]:.4f}{better}"
+
+
+def finished_before(args) -> str | None:
+    """Return the sentence for an output directory that holds a complete run; None where there is something to train.
+
+    All ranks must call it; those that write look. A run is complete if it left its model and the state of its last
+    step, and the flags ask for no step more, and for no other steps as far as its last checkpoint tells.
+    """
+    wanted = str(args.resume_from_checkpoint).lower()
+    looks = args.should_save and wanted in ("none", "true")
+    found = everyone((looks, read_complete(args) if looks else None))
+    answers = [state for looked, state in found if looked]
+    if not answers or not all(answers):
+        return None
+    return already_finished(args, answers[0])
+
+
+def read_complete(args) -> dict | None:
+    """Return the state of a complete run of as many steps as the flags ask for, None if there is none."""
+    folder = Path(args.output_dir)
+    if not (folder / STATE).is_file() or not (folder / "config.json").is_file():
+        return None
+    try:
+        state = json.loads((folder / STATE).read_text(encoding="utf-8"))
+    except ValueError:
+        return None
+    steps, epochs = state.get("global_step") or 0, state.get("epoch") or 0
+    if not steps or steps < state.get("max_steps", 0):
+        return None
+    # Half a step of tolerance: the last epoch of packs may be a little short of a whole one.
+    enough = steps >= args.max_steps if args.max_steps > 0 else epochs + epochs / steps / 2 >= args.num_train_epochs
+    return state if enough and not asks_for_other_steps(args) else None
+
+
+def asks_for_other_steps(args) -> bool:
+    """Tell whether the newest checkpoint was written under other flags; without one nobody knows."""
+    checkpoints = paper.checkpoints_in(args.output_dir)
+    if not checkpoints:
+        return False
+    try:
+        manifest = paper.read_manifest(checkpoints[0])
+    except ValueError:
+        # Told by whoever looks for a checkpoint to go on from.
+        return True
+    before = manifest["steps"] | manifest["schedule"]
+    known = {name: value for name, value in before.items() if hasattr(args, name) and name not in LENGTHS}
+    return any(getattr(args, name) != value for name, value in known.items())
+
+
+def already_finished(args, state: dict) -> str:
+    """Return what a finished run is told when it is started again."""
+    folder, losses = args.output_dir, losses_of(state.get("log_history", ()))
+    done = f"{count(state['global_step'], 'step')}, {count(round(state['epoch'], 2), 'epoch')}"
+    done += f", last loss {losses[-1]:.4f}" if losses else ""
+    if any(Path(folder).glob("checkpoint-*")):
+        by_steps = args.max_steps > 0
+        more = f"--max_steps {2 * args.max_steps}" if by_steps else f"--num_train_epochs {args.num_train_epochs + 1:g}"
+        goes_on = f"{more}, for example"
+    else:
+        goes_on = f"--model_name_or_path {shlex.quote(folder)} and another --output_dir, since no checkpoint is left"
+    return (
+        f"{folder} holds a finished run ({done}): nothing was trained.\n"
+        f"  to train on:     {goes_on}\n"
+        "  to train anew:   another --output_dir, or --resume_from_checkpoint False, which replaces the model\n"
+        f"  to talk to it:   {chat_command(folder)}"
+    )
+
+
+def begin_anew(args, checkpoint) -> None:
+    """Take the mark of a complete run away from the directory that a run is about to train in."""
+    folder = Path(args.output_dir)
+    if not args.should_save or not (folder / STATE).is_file():
+        return
+    if checkpoint is False:
+        logger.warning("%s holds a finished run; its model is replaced when this run has ended.", folder)
+    (folder / STATE).unlink()

@@ -1,0 +1,107 @@
+"""Turn the paths and sizes among a run's flags into one early sentence where something is missing."""
+
+import difflib
+import os
+from pathlib import Path
+
+from llava_lite.flags import open_yaml, split_flags
+from llava_lite.model_source import VISION_TOWER, check_directory, check_source, did_you_mean
+
+NEEDED = {
+    "model_name_or_path": "a language model, or the output of an earlier stage",
+    "data_path": "one or more files of records",
+    "output_dir": "the directory for checkpoints and the finished model",
+}
+
+
+def check_needed(argv) -> None:
+    """Raise ValueError naming every flag that a run needs and a command line, or its YAML file, does not have."""
+    given = {name for name, values in split_flags(open_yaml(argv)) if values}
+    missing = [f"--{name} ({words})" for name, words in NEEDED.items() if name not in given]
+    if missing:
+        verb = "is" if len(missing) == 1 else "are"
+        listed = " and ".join(filter(None, [", ".join(missing[:-1]), missing[-1]]))
+        raise ValueError(f"{listed} {verb} needed. `llava-lite train --help` shows the main flags.")
+
+
+def check_paths(model_args, data_args, training_args) -> None:
+    """Raise OSError or ValueError for the first path of a run that leads nowhere, before anything is loaded for it."""
+    hub = {"cache_dir": training_args.cache_dir}
+    check_source(model_args.model_name_or_path, "--model_name_or_path", **hub)
+    if model_args.vision_tower is not None:
+        check_tower(model_args.vision_tower, hub)
+    check_projector(model_args.pretrain_mm_mlp_adapter)
+    check_directory(data_args.image_folder, "--image_folder")
+    check_output(training_args.output_dir)
+    check_resume(training_args.resume_from_checkpoint, training_args.output_dir)
+
+
+def check_tower(name: str, hub: dict) -> None:
+    """Raise an error if the vision tower is not there, or is a model of another kind; only its config is read."""
+    from llava_lite.model.configuration import load_vision_config
+    from llava_lite.model.vision_tower import TOWERS
+
+    check_source(name, "--vision_tower", VISION_TOWER, **hub)
+    kind = load_vision_config(name, **hub).model_type
+    if kind not in TOWERS:
+        raise ValueError(
+            f"--vision_tower {name!r} is no vision tower (model_type {kind!r}); known: {', '.join(sorted(TOWERS))}, "
+            f"such as {VISION_TOWER}."
+        )
+
+
+def check_projector(path: str | None) -> None:
+    """Raise OSError if the file of connector weights is not there, with the file that a directory holds."""
+    if path is None or os.path.isfile(path):
+        return
+    inside = os.path.join(path, "mm_projector.bin")
+    if os.path.isfile(inside):
+        raise IsADirectoryError(f"--pretrain_mm_mlp_adapter {path!r} is a directory; give the file: {inside!r}.")
+    if os.path.isdir(path):
+        raise FileNotFoundError(f"--pretrain_mm_mlp_adapter {path!r}: this directory holds no mm_projector.bin.")
+    raise FileNotFoundError(
+        f"--pretrain_mm_mlp_adapter {path!r}: there is no such file.{did_you_mean(path)} Stage 1 writes "
+        "mm_projector.bin into its --output_dir."
+    )
+
+
+def check_output(path: str) -> None:
+    """Raise OSError if nothing can be written to the output directory."""
+    nearest = Path(path)
+    if nearest.exists() and not nearest.is_dir():
+        raise NotADirectoryError(f"--output_dir {path!r} is a file; give a directory.")
+    while not nearest.exists():
+        nearest = nearest.parent
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+        raise PermissionError(f"--output_dir {path!r} cannot be written: {str(nearest)!r} does not allow it.")
+
+
+def check_resume(wanted, output_dir: str) -> None:
+    """Raise OSError if the checkpoint to go on from is named and is not there, with those that are."""
+    if not isinstance(wanted, str) or wanted.lower() in ("true", "false") or os.path.isdir(wanted):
+        return
+    there = sorted(str(path) for path in Path(output_dir).glob("checkpoint-*"))
+    near = difflib.get_close_matches(wanted, there, n=1) or there[-1:]
+    hint = f" There is {near[0]!r}." if near else f" {output_dir!r} holds no checkpoint."
+    raise FileNotFoundError(f"--resume_from_checkpoint {wanted!r}: there is no such directory.{hint}")
+
+
+def check_enough_records(train_set, eval_set, args) -> None:
+    """Raise ValueError if --dataloader_drop_last leaves no micro-batch for every rank, to train or to evaluate on."""
+    if not args.dataloader_drop_last:
+        return
+    for what, dataset, batch in (
+        ("train", train_set, args.per_device_train_batch_size),
+        ("evaluate", eval_set, args.per_device_eval_batch_size),
+    ):
+        # Of shards the number is not known; of packs, see PackSampler.
+        if dataset is None or not hasattr(dataset, "__len__") or (what == "train" and args.packing == "tokens"):
+            continue
+        wanted = batch * args.world_size
+        if len(dataset) < wanted:
+            flag = f"--per_device_{'train' if what == 'train' else 'eval'}_batch_size"
+            raise ValueError(
+                f"--dataloader_drop_last True leaves nothing to {what} on: {len(dataset)} records are fewer than the "
+                f"{wanted} of one batch ({args.world_size} rank{'s' * (args.world_size > 1)} x {flag} {batch}). Drop "
+                "the flag, or take a smaller batch."
+            )

@@ -1,0 +1,167 @@
+"""Language models that LLaVA never trained: asked as their own chat template says, and refused in a sentence."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from conftest import BACKBONE_TYPES, build_tokenizer
+from PIL import Image
+from transformers import (
+    AutoModelForCausalLM,
+    BertConfig,
+    BertForMaskedLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+from llava_lite import ImageFeatureCache, load, reply, stream
+
+# As instruct models have one, and unlike any template of LLaVA's.
+OWN = (
+    "{{ bos_token }}{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}"
+    "{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}\n{% endfor %}"
+    "{% if add_generation_prompt %}[assistant] {% endif %}"
+)
+# Without one: the recipe of the decoder, else Vicuna's.
+OF_BASE = {
+    "llama": "v1",
+    "mistral": "mistral_instruct",
+    "phi": "phi",
+    "qwen2": "qwen",
+    "qwen3": "v1",
+    "stablelm": "stablelm",
+}
+OTHERS = ("gemma2", "gpt2")
+SHAPE = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+
+
+def other_model(kind, num_words):
+    """Return a model of transformers of a decoder that LLaVA has no recipe for, or that is none."""
+    torch.manual_seed(4)
+    if kind == "gemma2":
+        return Gemma2ForCausalLM(Gemma2Config(vocab_size=num_words, num_key_value_heads=2, head_dim=8, **SHAPE))
+    if kind == "gpt2":
+        return GPT2LMHeadModel(GPT2Config(vocab_size=num_words, n_embd=32, n_layer=2, n_head=4))
+    if kind == "bert":
+        return BertForMaskedLM(BertConfig(vocab_size=num_words, **SHAPE))
+    return T5ForConditionalGeneration(T5Config(vocab_size=num_words, d_model=32, d_ff=64, num_layers=2, num_heads=4))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, toy_llm_dir):
+    """Return a function: decoder, own chat template or not -> the directory of a stock model."""
+    built = {}
+
+    def make(kind, is_instruct=False):
+        if (kind, is_instruct) not in built:
+            path = tmp_path_factory.mktemp(kind)
+            tokenizer = build_tokenizer("llama")
+            if kind in BACKBONE_TYPES:
+                shutil.copytree(toy_llm_dir(kind), path, dirs_exist_ok=True)
+            else:
+                other_model(kind, len(tokenizer)).save_pretrained(path)
+            tokenizer.chat_template = OWN if is_instruct else None
+            tokenizer.save_pretrained(path)
+            built[kind, is_instruct] = path
+        return built[kind, is_instruct]
+
+    return make
+
+
+def answer_of_transformers(path, messages):
+    """Return what transformers alone answers to messages, greedily."""
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(path)
+    model = AutoModelForCausalLM.from_pretrained(path)
+    inputs = tokenizer.apply_chat_template(
+        messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+    )
+    tokens = model.generate(**inputs, do_sample=False, max_new_tokens=8, eos_token_id=tokenizer.eos_token_id)
+    return tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+
+
+@pytest.mark.parametrize("kind", BACKBONE_TYPES + OTHERS)
+def test_instruct_model_is_asked_in_its_own_template(kind, folder):
+    path = folder(kind, True)
+    model, processor = load(path, device="cpu")
+    assert processor.conv_template == "chat"
+    first = reply(model, processor, "Hello!", max_new_tokens=8)
+    asked = [{"role": "user", "content": "Hello!"}]
+    assert first == answer_of_transformers(path, asked)
+    history = [("Hello!", "There are three.")]
+    asked += [{"role": "assistant", "content": "There are three."}, {"role": "user", "content": "How many?"}]
+    second = reply(model, processor, "How many?", history=history, max_new_tokens=8)
+    assert second == answer_of_transformers(path, asked)
+    cache = ImageFeatureCache()
+    assert "".join(stream(model, processor, "Hello!", max_new_tokens=8, image_cache=cache)) == first
+
+
+@pytest.mark.parametrize("kind", BACKBONE_TYPES + OTHERS)
+def test_base_model_is_asked_in_the_recipe_of_its_decoder(kind, folder):
+    model, processor = load(folder(kind), device="cpu")
+    assert processor.conv_template == OF_BASE.get(kind, "v1")
+    assert reply(model, processor, "Hello!", max_new_tokens=4) == "".join(
+        stream(model, processor, "Hello!", max_new_tokens=4)
+    )
+
+
+@pytest.mark.parametrize("is_instruct", [False, True])
+def test_image_for_a_plain_model_is_one_sentence(is_instruct, folder):
+    path = folder("llama", is_instruct)
+    model, processor = load(path, device="cpu")
+    picture = Image.new("RGB", (8, 8))
+    words = rf"^'{path}' has no vision tower: it reads text alone\."
+    with pytest.raises(ValueError, match=words):
+        reply(model, processor, "What?", images=picture)
+    with pytest.raises(ValueError, match=words):
+        reply(model, processor, ["What?", "And?"], images=[None, [picture]])
+    with pytest.raises(ValueError, match=words):
+        next(stream(model, processor, "What?", images=picture))
+
+
+def write_config(path, **fields):
+    build_tokenizer("llama").save_pretrained(path)
+    (path / "config.json").write_text(json.dumps(fields))
+    return path
+
+
+REMOTE = {"auto_map": {"AutoConfig": "configuration_x.X", "AutoModelForCausalLM": "modeling_x.Y"}}
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"model_type": "foobar"}, "has the model_type 'foobar', which transformers .* does not know"),
+        ({"hidden_size": 32}, "names no model_type"),
+        ({"model_type": "qwen", **REMOTE}, r"\(model_type 'qwen'\) is opened by Python code of its own"),
+        ({"model_type": "qwen2_vl"}, r"is no language model that goes on with a text \(model_type 'qwen2_vl'\)"),
+        ({"model_type": "clip_vision_model"}, "is no language model"),
+        ({"model_type": "llava_mpt"}, "is a LLaVA on a decoder that is not known here"),
+    ],
+)
+def test_what_cannot_be_opened_is_one_sentence(fields, words, tmp_path, monkeypatch):
+    monkeypatch.setattr("builtins.input", lambda *args: pytest.fail("somebody was asked whether to run code"))
+    with pytest.raises(ValueError, match=words) as refused:
+        load(write_config(tmp_path / "model", **fields), device="cpu")
+    assert len(str(refused.value)) < 300
+    assert len(str(refused.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(("kind", "what"), [("bert", "BertForMaskedLM"), ("t5", "model_type 't5'")])
+def test_model_that_writes_no_text_is_refused_before_its_weights_are_read(kind, what, folder, capfd):
+    with pytest.raises(ValueError, match=rf"is no language model that goes on with a text \({what}\)"):
+        load(folder(kind), device="cpu")
+    assert "Loading weights" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "t5"])
+def test_training_on_another_decoder_names_those_that_are_known(kind, folder):
+    from llava_lite.model.assemble import assemble
+
+    with pytest.raises(ValueError, match=f"unknown language model of model_type '{kind}'; known: llama, mistral"):
+        assemble(str(folder(kind)))

@@ -1,0 +1,24 @@
+"""A run that ends with an error ends: its loader's workers, which SIGTERM cannot end, do not hold it."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("persistent", ["False", "True"])
+def test_run_that_fails_with_workers_returns_with_its_error(persistent, stage_flags, tmp_path):
+    flags = ["--learning_rate", "1e30", "--max_steps", "6", "--dataloader_num_workers", "2"]
+    flags = stage_flags("full", tmp_path / "out", *flags, "--dataloader_persistent_workers", persistent)
+    # Without the fix it never returns.
+    done = subprocess.run(
+        [sys.executable, "-m", "llava_lite.train.train", *flags],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 1
+    assert "NonFiniteError: step" in done.stderr.splitlines()[-1]
