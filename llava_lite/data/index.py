@@ -102,6 +102,9 @@ class TokenFacts(NamedTuple):
     first_learned: np.ndarray | int  # position of the first learned token, or text_len
     pictures_before: np.ndarray | int  # pictures in front of it
     last_picture: np.ndarray | int  # position of the last picture, or -1
+    num_empty: np.ndarray | int  # answers without a word
+    num_special: np.ndarray | int  # special tokens that are spelled in its texts
+    num_reasoned: np.ndarray | int  # answers with reasoning in front, ended by </think>
 
 
 class Tables(NamedTuple):

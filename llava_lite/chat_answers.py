@@ -1,0 +1,232 @@
+"""Turn a conversation into the text of a chat template and the characters of it that are answers.
+
+A conversation is written twice, once with made-up words for its answers. What stands around those must be what the
+template's format says, and the true text must be the same with the answers in their places; so what an answer holds
+cannot move a span. Blanks around an answer go where the template takes them away.
+"""
+
+from collections.abc import Sequence
+from datetime import datetime
+from threading import RLock
+from typing import NamedTuple
+from weakref import WeakKeyDictionary
+
+from llava_lite.chat_format import THINK_END, ChatFormat, Edge, analyse, stand_in, word
+from llava_lite.chat_marks import words_of
+from llava_lite.chat_template import Form, Unfit, Writer, choose_form, dated, split_at, template_text, today
+from llava_lite.constants import DEFAULT_IMAGE_TOKEN
+
+# What was found out about templates, for each tokenizer.
+_KNOWN: WeakKeyDictionary = WeakKeyDictionary()
+_LOCK = RLock()
+# Formats kept for a tokenizer: those of yesterday's dates are of no use.
+_MOST_KNOWN = 32
+
+
+class Written(NamedTuple):
+    """A conversation in its template's words; answers: [start, end) of each answer with its end mark."""
+
+    text: str
+    answers: tuple[tuple[int, int], ...]
+
+
+class Chat:
+    """A tokenizer's chat template with the choices of a run.
+
+    moment: the time that its dates are of, None for today. thinks: whether prompts ask for reasoning. end_mark: ends
+    the answers of a template that writes no end mark.
+    """
+
+    def __init__(self, tokenizer, moment: datetime | None = None, thinks=False, end_mark: str | None = None):
+        self.tokenizer, self.thinks, self.end_mark = tokenizer, thinks, end_mark
+        self.template = dated(template_text(tokenizer), moment or today())
+
+    @property
+    def form(self) -> Form:
+        """How the template takes contents."""
+        return self._known("form", lambda: choose_form(self.tokenizer, self.template))
+
+    def writer(self, thinks: bool) -> Writer:
+        """Return what writes messages."""
+        return Writer(self.tokenizer, self.template, self.form, thinks)
+
+    def format(self, thinks: bool = False) -> ChatFormat:
+        """Return the format of conversations whose last answer is plain, or has reasoning; Unfit if there is none."""
+        tokenizer = self.tokenizer
+        key = (thinks, self.end_mark, len(tokenizer), tokenizer.eos_token, tokenizer.bos_token)
+
+        def find():
+            try:
+                return analyse(self.writer(thinks), words_of(tokenizer), self.end_mark)
+            except Unfit as error:
+                return str(error)
+
+        found = self._known(key, find)
+        if isinstance(found, str):
+            raise Unfit(found)
+        return found
+
+    @property
+    def added(self) -> str:
+        """What the prompt for an answer holds beyond the template's own prompt; "" where answers cannot be told."""
+        try:
+            return self.format(self.thinks).last.added
+        except Unfit:
+            return ""
+
+    def _known(self, key, find):
+        """Return what is known of the template under a key, found out now if it never was."""
+        with _LOCK:
+            known = _KNOWN.setdefault(self.tokenizer, {})
+            if len(known) > _MOST_KNOWN:
+                known.clear()
+            if (self.template, key) not in known:
+                known[self.template, key] = find()
+            return known[self.template, key]
+
+    def write(self, system: str, messages: Sequence[tuple[str, str]], is_strict: bool = True) -> Written:
+        """Return a conversation with its answers; Unfit with the reason where they cannot be told.
+
+        system: text, or "" for what the template says itself. messages: (role, text), user and assistant in turns.
+        is_strict: False leaves out the answers that cannot be told.
+        """
+        told, answers = _with_roles(system, messages), [text for _, text in messages[1::2]]
+        write = self.writer(any(THINK_END in answer for answer in answers))
+        written = write(told)
+        try:
+            form = self.format(write.thinks)
+            edges = _edges(form, system, len(messages))
+            pieces, words = _pieces(write, told, answers)
+            _expect_texts(pieces, [text for _, text in messages[::2]])
+            for i, edge in enumerate(edges):
+                _expect_edge(pieces[i], pieces[i + 1], edge, i)
+            if len(messages) % 2 == 0 and pieces[-1] != form.tail:
+                raise Unfit(f"writes {pieces[-1]!r} behind the last answer, expected {form.tail!r}")
+            return _marked(written, _places(written, pieces, answers, words), edges)
+        except Unfit:
+            if is_strict:
+                raise
+            return Written(written, ())
+
+    def prompt(self, system: str, messages: Sequence[tuple[str, str]]) -> Written:
+        """Return a conversation that ends with the prompt for an answer; Unfit if the template loses the system text.
+
+        Its answers are left out where they cannot be told: nobody learns them.
+        """
+        told, answers = _with_roles(system, messages), [text for _, text in messages[1::2]]
+        write = self.writer(self.thinks)
+        written = write(told, is_open=True) + self.added
+        if system.strip() and system.strip() not in written:
+            raise Unfit("leaves out the system text. Put it into the first question")
+        if not answers:
+            return Written(written, ())
+        try:
+            edge = self.format(self.thinks).inner
+            if isinstance(edge, str):
+                raise Unfit(edge)
+            pieces, words = _pieces(write, told, answers, is_open=True)
+            pieces[-1] += self.added
+            return _marked(written, _places(written, pieces, answers, words), [edge] * len(answers))
+        except Unfit:
+            # Earlier answers must then carry the mark that they were trained with.
+            if self.end_mark is not None:
+                raise
+            return Written(written, ())
+
+
+def _edges(form: ChatFormat, system: str, num_messages: int) -> list[Edge]:
+    """Return what stands around each answer; Unfit where the template cannot have such a conversation."""
+    if system and form.no_system:
+        raise Unfit(f"{form.no_system}. Put the system text into the first question, or leave it out")
+    edges = [form.inner] * (num_messages // 2)
+    if num_messages % 2 == 0:
+        edges[-1] = form.last
+    for edge in edges:
+        if isinstance(edge, str):
+            raise Unfit(f"{edge}. Give records of one question and one answer")
+    return edges
+
+
+def _with_roles(system, messages) -> list[tuple[str, str]]:
+    told = [(("user", "assistant")[i % 2], text) for i, (_, text) in enumerate(messages)]
+    return [("system", system), *told] if system else told
+
+
+def _pieces(write: Writer, told, answers, is_open=False) -> tuple[list[str], list[str]]:
+    """Return what stands around the answers of a conversation, and the words that took their places."""
+    suffix = "zqj"
+    while any(suffix in text for _, text in told):
+        suffix += "q"
+    words = [stand_in(answer, word("answer", i, suffix)) for i, answer in enumerate(answers)]
+    stand_ins = iter(words)
+    written = write([(role, next(stand_ins) if role == "assistant" else text) for role, text in told], is_open=is_open)
+    pieces = split_at(written, words)
+    if pieces is None:
+        lost = next((i for i, text in enumerate(words) if written.count(text) != 1), 0)
+        what = "reasoning" if THINK_END in answers[lost] else "text"
+        raise Unfit(f"does not keep the {what} of answer {lost + 1} as it is given")
+    return pieces, words
+
+
+def _expect_texts(pieces, questions) -> None:
+    """Raise Unfit if a question is not all there; images have places of their own."""
+    for i, (piece, question) in enumerate(zip(pieces, questions, strict=False)):
+        for text in question.split(DEFAULT_IMAGE_TOKEN):
+            if text.strip() not in piece:
+                raise Unfit(f"changes the text of question {i + 1}")
+
+
+def _expect_edge(piece: str, behind: str, edge: Edge, i: int) -> None:
+    """Raise Unfit if what stands around an answer is not what the format says."""
+    if not piece.endswith(edge.before):
+        raise Unfit(f"writes {piece[-len(edge.before) - 10 :]!r} in front of answer {i + 1}, expected {edge.before!r}")
+    if not edge.is_missing and not behind.startswith(edge.end):
+        raise Unfit(f"writes {behind[: len(edge.end) + 10]!r} behind answer {i + 1}, expected {edge.end!r}")
+
+
+def _places(text: str, pieces, answers, words) -> list[tuple[int, int]]:
+    """Return [start, end) of each answer in a text; Unfit if anything else than the answers differs from `pieces`."""
+    at, places = 0, []
+    for i, answer in enumerate(answers):
+        start = at + len(pieces[i])
+        found = next((own for own in _spellings(answer) if text.startswith(own + pieces[i + 1], start)), None)
+        if not text.startswith(pieces[i], at) or found is None:
+            seen = text[start : start + len(answer) + 20]
+            raise Unfit(f"writes answer {i + 1} in another way than it is given: {seen!r} for {answer!r}")
+        at = start + len(found)
+        places.append((start, at))
+    if at + len(pieces[-1]) != len(text):
+        raise Unfit(f"writes {text[at:]!r} behind the last answer, expected {pieces[-1]!r}")
+    return places
+
+
+def _spellings(answer: str) -> list[str]:
+    """Return the ways in which a template may write an answer: as given, without blanks, its reasoning apart."""
+    ways = [answer, answer.strip(), answer.strip("\n"), answer.lstrip("\n"), answer.rstrip(), answer.lstrip()]
+    opening, start, rest = answer.partition("<think>")
+    reasoning, end, said = rest.partition(THINK_END)
+    if start and end and not opening.strip():
+        block = f"<think>\n{reasoning.strip()}\n{THINK_END}\n\n"
+        ways += [block + said.lstrip("\n"), block + said.strip()]
+    return ways
+
+
+def _marked(text: str, places, edges) -> Written:
+    """Return the text with what it lacks of prompts and end marks, and the span of each answer with its end mark."""
+    parts, spans, at, length = [], [], 0, 0
+    for i, ((start, end), edge) in enumerate(zip(places, edges, strict=True)):
+        begins = text.startswith(edge.extra, start, end)
+        if not begins and not edge.is_closed:
+            raise Unfit(
+                f"ends its prompt for an answer with {edge.extra!r}, which answer {i + 1} does not begin with: "
+                f"{text[start : min(end, start + 20)]!r}"
+            )
+        before = text[at:start] + (edge.extra if edge.is_closed else "")
+        own = len(edge.extra) if begins and not edge.is_closed else 0
+        answer = text[start:end] + (edge.end if edge.is_missing else text[end : end + len(edge.end)])
+        first = length + len(before) + (own or -edge.lead)
+        length += len(before) + len(answer)
+        spans.append((first, length))
+        parts += [before, answer]
+        at = end if edge.is_missing else end + len(edge.end)
+    return Written("".join([*parts, text[at:]]), tuple(spans))

@@ -1,0 +1,59 @@
+"""Find the tokenizer's special tokens that are spelled in a text, and let them be text there.
+
+A tokenizer turns `</s>` in a question into the token that ends an answer. To keep it text, it is put between two
+characters of nobody's language before a template writes it, so that its place is known whatever the template does.
+"""
+
+import re
+from typing import NamedTuple
+
+from llava_lite.chat_marks import pattern_of
+from llava_lite.constants import DEFAULT_IMAGE_TOKEN
+
+# Unicode's private use area.
+_PRIVATE = range(0xE000, 0xF8FF)
+
+
+def special_words(tokenizer, also=()) -> re.Pattern:
+    """Return what finds special tokens in a text, and the words of `also`.
+
+    `<image>` is not among them: whether it is an image or text is decided by the record.
+    """
+    known = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    return pattern_of({word for word in (*known, *also) if word.strip()} - {DEFAULT_IMAGE_TOKEN})
+
+
+class Fence(NamedTuple):
+    """The two characters around a special token that is to be text."""
+
+    opening: str
+    closing: str
+
+    @classmethod
+    def around(cls, texts) -> "Fence":
+        """Return two characters that stand in none of the texts."""
+        used = set().union(*texts)
+        free = (chr(code) for code in _PRIVATE if chr(code) not in used)
+        return cls(next(free), next(free))
+
+    def put(self, text: str, words: re.Pattern) -> str:
+        """Return a text with each of the words between the two characters."""
+        return words.sub(lambda match: self.opening + match[0] + self.closing, text)
+
+    def take(self, text: str, spans) -> tuple[str, list[tuple[int, int]], list[tuple[int, int]]]:
+        """Return the text without the two characters, `spans` of it moved along, and where the words stand.
+
+        ValueError where the two are not a pair any more.
+        """
+        found = list(re.finditer(f"[{self.opening}{self.closing}]", text))
+        marks = [match[0] for match in found]
+        if marks != [self.opening, self.closing] * (len(marks) // 2):
+            raise ValueError("the template takes a special token in a text apart, so it cannot be kept as text.")
+        at = [match.start() - i for i, match in enumerate(found)]
+
+        def moved(place):
+            return place - sum(match.start() < place for match in found)
+
+        bare = text.replace(self.opening, "").replace(self.closing, "")
+        spans = [(moved(start), moved(end)) for start, end in spans]
+        return bare, spans, list(zip(at[::2], at[1::2], strict=True))
