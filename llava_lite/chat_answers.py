@@ -5,6 +5,7 @@ template's format says, and the true text must be the same with the answers in t
 cannot move a span. Blanks around an answer go where the template takes them away.
 """
 
+import json
 from collections.abc import Sequence
 from datetime import datetime
 from threading import RLock
@@ -102,7 +103,10 @@ class Chat:
                 _expect_edge(pieces[i], pieces[i + 1], edge, i)
             if len(messages) % 2 == 0 and pieces[-1] != form.tail:
                 raise Unfit(f"writes {pieces[-1]!r} behind the last answer, expected {form.tail!r}")
-            return _marked(written, _places(written, pieces, answers, words), edges)
+            places = _places(written, pieces, answers, words)
+            if edges and edges[-1] is form.last:
+                _expect_prompt(write(told[:-1], is_open=True), written, places[-1][0], form.last)
+            return _marked(written, places, edges)
         except Unfit:
             if is_strict:
                 raise
@@ -132,6 +136,24 @@ class Chat:
             if self.end_mark is not None:
                 raise
             return Written(written, ())
+
+
+def own_template(tokenizer, enable_thinking: bool = False, end_mark: str | None = None) -> str:
+    """Return the Jinja text of a tokenizer's chat template with the prompts that training used, for other readers.
+
+    Where its own are those, it is the text itself: asking for no reasoning is said unless the caller says otherwise,
+    and what the prompt lacks is put behind it.
+    """
+    template = template_text(tokenizer)
+    added = Chat(tokenizer, thinks=enable_thinking, end_mark=end_mark).added
+    if added:
+        words = json.dumps(added, ensure_ascii=False)
+        # Jinja drops the last line break of a template.
+        template = template.removesuffix("\n") + f"{{%+ if add_generation_prompt %}}{{{{ {words} }}}}{{% endif %}}"
+    if "enable_thinking" not in template:
+        return template
+    value = str(enable_thinking).lower()
+    return f"{{% if enable_thinking is not defined %}}{{% set enable_thinking = {value} %}}{{% endif %}}\n{template}"
 
 
 def _edges(form: ChatFormat, system: str, num_messages: int) -> list[Edge]:
@@ -182,6 +204,18 @@ def _expect_edge(piece: str, behind: str, edge: Edge, i: int) -> None:
         raise Unfit(f"writes {piece[-len(edge.before) - 10 :]!r} in front of answer {i + 1}, expected {edge.before!r}")
     if not edge.is_missing and not behind.startswith(edge.end):
         raise Unfit(f"writes {behind[: len(edge.end) + 10]!r} behind answer {i + 1}, expected {edge.end!r}")
+
+
+def _expect_prompt(prompt: str, text: str, start: int, edge: Edge) -> None:
+    """Raise Unfit if the prompt for the last answer, which begins at `start`, is not what stands before it."""
+    asked, trained = prompt + edge.added, text[: start - edge.lead] + edge.extra
+    if asked != trained:
+        pairs = enumerate(zip(asked, trained, strict=False))
+        at = next((i for i, (one, other) in pairs if one != other), min(len(asked), len(trained)))
+        raise Unfit(
+            f"asks for the last answer with {asked[at : at + 40]!r} where {trained[at : at + 40]!r} stands before the "
+            "answer itself, so it would be asked otherwise than it is trained"
+        )
 
 
 def _places(text: str, pieces, answers, words) -> list[tuple[int, int]]:

@@ -15,8 +15,6 @@ from llava_lite.chat_template import Unfit, Writer, split_at
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 # Where reasoning ends in an answer, as Qwen3 and most others write it.
 THINK_END = "</think>"
-# What they write where there is none: never an answer's own.
-_NO_REASONING = re.compile(r"\s*<think>\s*</think>\s*")
 _SYSTEM = "systemzqj"
 
 
@@ -103,6 +101,8 @@ def analyse(write: Writer, words: re.Pattern, end_mark: str | None = None) -> Ch
         )
     last = _edge(before, prompt, ends.last, ends.is_open and not tail.startswith(ends.last), learned and learned[-1])
     last = _with_learned_end(last, learned and learned[-1], words)
+    if thinks and THINK_END in last.added:
+        raise Unfit(f"writes {last.added!r} in front of an answer that brings its own reasoning")
     last = last._replace(is_closed=bool(last.extra) and not thinks and _is_closed(last.extra, write))
     inner = no_history or _inner_edge(closed[-1], prompt + last.added, ends, learned, words)
     no_system = _why_no_system(write, closed, opened)
@@ -176,11 +176,12 @@ def _edge(before, prompt, end, is_missing, learned) -> Edge:
         raise Unfit(f"prompts for an answer with {prompt!r} but writes {before!r} in front of one")
     gap = before[len(prompt) :]
     # What a {% generation %} block holds in front of an answer is the model's to write.
-    own = learned[0] if learned is not None and not _NO_REASONING.fullmatch(gap) else ""
+    own = learned[0] if learned is not None and THINK_END not in gap else ""
     if not gap.strip() or (own.strip() and not gap[: max(0, len(gap) - len(own))].strip()):
         return Edge(before, len(gap), "", "", end, is_missing)
-    # The rest is the template's. A blank at its end is the answer's, with which many tokenizers join it.
-    added = gap if _NO_REASONING.fullmatch(gap) else gap.rstrip(" ")
+    # The rest is the template's, such as an empty block of reasoning. A blank at its end is the answer's, with which
+    # many tokenizers join it.
+    added = gap.rstrip(" ")
     return Edge(before, len(gap) - len(added), added, "", end, is_missing)
 
 
@@ -202,7 +203,7 @@ def _inner_edge(longest: Glue, prompt, ends: Ends, learned, words) -> Edge | str
         edge = _edge(before, prompt, ends.inner, not between.startswith(ends.inner), learned and learned[0])
     except Unfit as error:
         return str(error)
-    if edge.added and not _NO_REASONING.fullmatch(edge.added):
+    if edge.added and THINK_END not in edge.added:
         return f"writes {before!r} in front of an answer that another question follows, and {prompt!r} before the last"
     # Earlier answers lose what the prompt opened for them, as Qwen3's do the empty block of reasoning.
     return _with_learned_end(edge._replace(extra=""), learned and learned[0], words)

@@ -208,5 +208,5 @@ def dated(template: str, moment: datetime) -> str:
         return template
     formats = {single or double for single, double in found}
     # Jinja prefers a variable of the template to the function of the same name. The line break is the block's own.
-    dates = json.dumps({form: moment.strftime(form) for form in sorted(formats)})
+    dates = json.dumps({form: moment.strftime(form) for form in sorted(formats)}, ensure_ascii=False)
     return "{% set strftime_now = " + dates + ".get %}\n" + template

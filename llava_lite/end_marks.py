@@ -37,6 +37,14 @@ def end_mark_of(template: Conversation, tokenizer) -> EndMark:
     return EndMark(texts[0].strip() if texts else "", tuple(dict.fromkeys(ids)))
 
 
+def end_mark_of_config(config, tokenizer) -> EndMark:
+    """Return the end mark of the prompt format that a config names, with what it chose beside; none without one."""
+    if config.conv_template is None:
+        return EndMark("")
+    chosen = {key: getattr(config, key) for key in ("enable_thinking", "chat_end_mark")}
+    return end_mark_of(get_template(config.conv_template, **chosen), tokenizer)
+
+
 def mark_text(template: Conversation) -> str:
     """Return the text of a named template's end mark, without blanks around it; a line break alone is one."""
     mark = template.sep2 if template.sep2 is not None else template.sep
@@ -109,10 +117,25 @@ def _fits(name, tokenizer) -> bool:
     return template.sep_style not in _TEXT_STYLES and one_token(mark_text(template), tokenizer) is not None
 
 
-def add_end_ids(generation_config, tokenizer, ids) -> None:
-    """Add ids to those that end an answer in a generation config, with the tokenizer's own end of text."""
+def end_ids(generation_config, tokenizer, ids=()) -> list[int]:
+    """Return the ids that end an answer: those of a generation config, the tokenizer's end of text, and `ids`."""
     own = generation_config.eos_token_id
     own = list(own) if isinstance(own, (list, tuple)) else [own]
-    every = [token for token in dict.fromkeys([*own, tokenizer.eos_token_id, *ids]) if token is not None]
-    if every:
-        generation_config.eos_token_id = every if len(every) > 1 else every[0]
+    return [token for token in dict.fromkeys([*own, tokenizer.eos_token_id, *ids]) if token is not None]
+
+
+def stop_arguments(mark: EndMark, ends: list[int], tokenizer) -> dict:
+    """Return the keywords of `generate` that stop at an end mark, and at the ids of `ends` as before."""
+    token = one_token(mark.text, tokenizer)
+    ids = mark.ids or (() if token is None else (token,))
+    arguments = {"eos_token_id": sorted({*ends, *ids})}
+    if mark.text and not ids:
+        arguments |= {"stop_strings": [mark.text], "tokenizer": tokenizer}
+    return arguments
+
+
+def add_end_mark(generation_config, mark: EndMark, tokenizer) -> None:
+    """Let a generation config end an answer at an end mark, beside where it ended one before."""
+    ends = end_ids(generation_config, tokenizer, mark.ids)
+    if ends:
+        generation_config.eos_token_id = ends if len(ends) > 1 else ends[0]

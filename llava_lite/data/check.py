@@ -13,12 +13,15 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from llava_lite.anyres import MERGE_TYPES, PictureLayout
+from llava_lite.conversation import get_template
 from llava_lite.data.cache import key_of
 from llava_lite.data.encode import RecordEncoder
 from llava_lite.data.facts import slots_of
 from llava_lite.data.index import Annotations
 from llava_lite.data.picture_files import PictureMeter
 from llava_lite.data.scan import DataError
+from llava_lite.data.text_counts import TextCounts, count_texts
+from llava_lite.end_marks import refuse_unfit
 from llava_lite.pictures import ASPECT_RATIOS
 
 logger = logging.getLogger(__name__)
@@ -56,6 +59,7 @@ class Report:
     learned_share: float  # of the tokens before truncation, those that carry a label, 0 to 1
     num_truncated: int
     num_other_suffix: int  # pictures found as .png or .gif where the record says .jpg
+    texts: TextCounts = TextCounts()  # noqa: RUF009 - a tuple does not change
 
     @property
     def digest(self) -> str:
@@ -73,6 +77,7 @@ class Report:
             lines.append(f"{self.num_truncated:,} records are longer than the maximum; what is behind is cut off")
         if self.num_other_suffix:
             lines.append(f"{self.num_other_suffix:,} pictures found under another suffix than their record says")
+        lines += self.texts.lines()
         if self.bad:
             lines.append(f"{len(self.bad):,} records left out ({_kinds(self.bad)})")
         return "\n".join(lines)
@@ -180,6 +185,7 @@ def check_annotations(
         learned_share=annotations.learned_share,
         num_truncated=int((lengths > max_length).sum()),
         num_other_suffix=_other_suffixes(annotations),
+        texts=count_texts(annotations, encoder.template.options.special_tokens_in_text),
     )
 
 
@@ -223,6 +229,13 @@ def main(argv=None) -> int:
     parser.add_argument("--image_folder", help="folder that picture paths start from")
     parser.add_argument("--model_name_or_path", required=True, help="whose tokenizer counts the tokens")
     parser.add_argument("--version", default="v1", help="conversation template (default v1)")
+    parser.add_argument("--chat_end_mark", help="with --version chat: token that ends answers, where it writes none")
+    parser.add_argument(
+        "--special_tokens_in_text",
+        choices=("token", "text"),
+        default="token",
+        help="what a special token spelled in a question or an answer is (default token)",
+    )
     parser.add_argument("--model_max_length", type=int, default=2048, help="tokens of a sequence (default 2048)")
     parser.add_argument("--num_image_tokens", type=int, default=576, help="features of a picture (default 576)")
     parser.add_argument("--image_aspect_ratio", choices=ASPECT_RATIOS, help="anyres counts the crops of a picture")
@@ -237,8 +250,12 @@ def main(argv=None) -> int:
     refuse_missing_model(flags.model_name_or_path)
     # Registers our model types, by which transformers finds the tokenizer of an earlier stage.
     import_module("llava_lite.model")
-    encoder = RecordEncoder(load_tokenizer(flags.model_name_or_path), flags.version)
+    tokenizer = load_tokenizer(flags.model_name_or_path)
+    choices = {"chat_end_mark": flags.chat_end_mark, "special_tokens_in_text": flags.special_tokens_in_text}
+    template = get_template(flags.version, **choices)
     try:
+        refuse_unfit(template, tokenizer, flags.version)
+        encoder = RecordEncoder(tokenizer, template)
         report = check_annotations(
             open_annotations(flags.data_path, flags.image_folder, num_workers=flags.num_workers),
             encoder,
@@ -258,7 +275,7 @@ def main(argv=None) -> int:
             follow_links=flags.follow_links,
             num_workers=flags.num_workers,
         )
-    except DataError as error:
+    except ValueError as error:
         print(error)
         return 1
     print(report.summary())

@@ -88,7 +88,7 @@ class RecordEncoder:
             last_picture=pictures[-1] if pictures else -1,
             num_empty=sum(not answer.strip() for answer in answers),
             num_special=sum(len(self.special_words.findall(text)) for text in texts),
-            num_reasoned=sum(THINK_END in answer for answer in answers),
+            is_reasoned=int(bool(answers) and THINK_END in answers[-1]),
         )
 
     @property

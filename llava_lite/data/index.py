@@ -104,7 +104,7 @@ class TokenFacts(NamedTuple):
     last_picture: np.ndarray | int  # position of the last picture, or -1
     num_empty: np.ndarray | int  # answers without a word
     num_special: np.ndarray | int  # special tokens that are spelled in its texts
-    num_reasoned: np.ndarray | int  # answers with reasoning in front, ended by </think>
+    is_reasoned: np.ndarray | int  # 1 if its last answer has reasoning in front, ended by </think>
 
 
 class Tables(NamedTuple):

@@ -21,13 +21,14 @@ def load_data(model, tokenizer, model_args, data_args, training_args):
     if data_args.data_path is None:
         raise ValueError("--data_path is needed: one or more files of records.")
     tower = model.get_vision_tower()
+    template = template_of_run(model_args, data_args)
 
     def open_files(paths, ledger):
         dataset, report = open_dataset(
             paths,
             tokenizer,
             None if tower is None else tower.image_processor,
-            model_args.version,
+            template,
             image_folder=data_args.image_folder,
             layout=PictureLayout(0) if tower is None else model.config.picture_layout,
             max_length=training_args.model_max_length,
@@ -45,15 +46,45 @@ def load_data(model, tokenizer, model_args, data_args, training_args):
             first = f"; the first: {report.bad[0]}" if report.bad else ""
             raise ValueError(f"{', '.join(paths)}: none of {len(report.bad):,} records can be used{first}.")
         logger.info("%s:\n%s", ", ".join(paths), report.summary())
-        return dataset
+        return dataset, report
 
     if is_shards(data_args.data_path):
         train_set = open_stream(model, tokenizer, model_args, data_args, training_args)
     else:
-        train_set = open_files(data_args.data_path, "skipped_records.jsonl")
+        train_set, report = open_files(data_args.data_path, "skipped_records.jsonl")
+        model.config.enable_thinking = asks_for_reasoning(report, model_args)
     if data_args.eval_data_path is not None:
-        return train_set, open_files(data_args.eval_data_path, "skipped_eval_records.jsonl")
+        return train_set, open_files(data_args.eval_data_path, "skipped_eval_records.jsonl")[0]
     return split(train_set, data_args.eval_split, training_args.seed) if data_args.eval_split else (train_set, None)
+
+
+def template_of_run(model_args, data_args):
+    """Return the conversation template of a run with what its flags choose."""
+    from llava_lite.conversation import get_template
+
+    return get_template(
+        model_args.version,
+        enable_thinking=bool(model_args.enable_thinking),
+        chat_end_mark=model_args.chat_end_mark,
+        special_tokens_in_text=data_args.special_tokens_in_text,
+    )
+
+
+def asks_for_reasoning(report, model_args) -> bool:
+    """Return whether the trained model is asked for reasoning: as a flag says, else if all records have some."""
+    if model_args.version != "chat" or model_args.enable_thinking is not None:
+        return bool(model_args.enable_thinking)
+    num_reasoned = report.texts.num_reasoned
+    asks = num_reasoned == report.num_records > 0
+    if num_reasoned:
+        logger.info(
+            "%d of %d records have reasoning in their answers; the trained model is asked with enable_thinking=%s "
+            "(--enable_thinking says otherwise)",
+            num_reasoned,
+            report.num_records,
+            asks,
+        )
+    return asks
 
 
 def refuse_missing(data_args):

@@ -12,6 +12,7 @@ from typing import NamedTuple
 from transformers import set_seed
 
 from llava_lite.arguments import parse_args
+from llava_lite.end_marks import add_end_mark, end_mark_of, refuse_unfit
 from llava_lite.train.build import (
     add_experts,
     build_model,
@@ -21,7 +22,7 @@ from llava_lite.train.build import (
     share_out_experts,
     take_plain_paths,
 )
-from llava_lite.train.load_data import load_data
+from llava_lite.train.load_data import load_data, template_of_run
 from llava_lite.train.pushing import refuse_unshareable
 from llava_lite.train.ranks import leave
 from llava_lite.train.refusal import told_in_a_line
@@ -97,8 +98,11 @@ def prepare(argv=None):
     join_ranks(training_args)
     set_seed(training_args.seed)
     tokenizer = build_tokenizer(model_args, training_args)
+    template = template_of_run(model_args, data_args)
+    refuse_unfit(template, tokenizer, model_args.version)
     model = build_model(model_args, data_args, training_args)
     fit_vocabulary(model, tokenizer)
+    add_end_mark(model.generation_config, end_mark_of(template, tokenizer), tokenizer)
     add_experts(model, model_args, training_args)
     take_plain_paths(model, model_args)
     gather_experts_together(model)
