@@ -8,20 +8,14 @@ cannot move a span. Blanks around an answer go where the template takes them awa
 import json
 from collections.abc import Sequence
 from datetime import datetime
-from threading import RLock
+from functools import partial
 from typing import NamedTuple
-from weakref import WeakKeyDictionary
 
 from llava_lite.chat_format import THINK_END, ChatFormat, Edge, analyse, stand_in, word
 from llava_lite.chat_marks import words_of
 from llava_lite.chat_template import Form, Unfit, Writer, choose_form, dated, split_at, template_text, today
 from llava_lite.constants import DEFAULT_IMAGE_TOKEN
-
-# What was found out about templates, for each tokenizer.
-_KNOWN: WeakKeyDictionary = WeakKeyDictionary()
-_LOCK = RLock()
-# Formats kept for a tokenizer: those of yesterday's dates are of no use.
-_MOST_KNOWN = 32
+from llava_lite.tokenizer_facts import remembered
 
 
 class Written(NamedTuple):
@@ -45,7 +39,8 @@ class Chat:
     @property
     def form(self) -> Form:
         """How the template takes contents."""
-        return self._known("form", lambda: choose_form(self.tokenizer, self.template))
+        find = partial(choose_form, self.tokenizer, self.template)
+        return remembered(self.tokenizer, ("form", self.template), find)
 
     def writer(self, thinks: bool) -> Writer:
         """Return what writes messages."""
@@ -53,19 +48,29 @@ class Chat:
 
     def format(self, thinks: bool = False) -> ChatFormat:
         """Return the format of conversations whose last answer is plain, or has reasoning; Unfit if there is none."""
-        tokenizer = self.tokenizer
-        key = (thinks, self.end_mark, len(tokenizer), tokenizer.eos_token, tokenizer.bos_token)
 
         def find():
             try:
-                return analyse(self.writer(thinks), words_of(tokenizer), self.end_mark)
+                return analyse(self.writer(thinks), words_of(self.tokenizer), self.end_mark)
             except Unfit as error:
                 return str(error)
 
-        found = self._known(key, find)
+        found = remembered(self.tokenizer, ("format", self.template, thinks, self.end_mark), find)
         if isinstance(found, str):
             raise Unfit(found)
         return found
+
+    @property
+    def end_marks(self) -> list[str]:
+        """The end marks of plain answers and of those with reasoning, the last one's first; [] where none is known."""
+        marks = []
+        for thinks in (self.thinks, not self.thinks):
+            try:
+                form = self.format(thinks)
+            except Unfit:
+                continue
+            marks += [edge.end for edge in (form.last, form.inner) if not isinstance(edge, str)]
+        return marks
 
     @property
     def added(self) -> str:
@@ -74,16 +79,6 @@ class Chat:
             return self.format(self.thinks).last.added
         except Unfit:
             return ""
-
-    def _known(self, key, find):
-        """Return what is known of the template under a key, found out now if it never was."""
-        with _LOCK:
-            known = _KNOWN.setdefault(self.tokenizer, {})
-            if len(known) > _MOST_KNOWN:
-                known.clear()
-            if (self.template, key) not in known:
-                known[self.template, key] = find()
-            return known[self.template, key]
 
     def write(self, system: str, messages: Sequence[tuple[str, str]], is_strict: bool = True) -> Written:
         """Return a conversation with its answers; Unfit with the reason where they cannot be told.
@@ -120,7 +115,7 @@ class Chat:
         told, answers = _with_roles(system, messages), [text for _, text in messages[1::2]]
         write = self.writer(self.thinks)
         written = write(told, is_open=True) + self.added
-        if system.strip() and system.strip() not in written:
+        if system.strip() and system.strip().splitlines()[0] not in written:
             raise Unfit("leaves out the system text. Put it into the first question")
         if not answers:
             return Written(written, ())

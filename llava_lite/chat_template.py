@@ -197,6 +197,7 @@ def _first_moment(_day) -> datetime:
     return datetime.now()
 
 
+@lru_cache(maxsize=16)
 def dated(template: str, moment: datetime) -> str:
     """Return a template that writes the dates of `moment`, whenever it is rendered.
 

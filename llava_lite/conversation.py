@@ -100,11 +100,18 @@ class Conversation:
             return self._rendered(tokenizer)
         if tokenizer is None:
             raise ValueError("special_tokens_in_text='text' needs the tokenizer; call render(tokenizer).")
-        words = special_words(tokenizer)
+        words = self.special_words(tokenizer)
         fence = Fence.around([self.system, *(text or "" for _, text in self._texts())])
         rendered = self._fenced(fence, words)._rendered(tokenizer)
         text, answers, literals = fence.take(rendered.text, rendered.answers)
         return rendered._replace(text=text, answers=tuple(answers), literals=tuple(literals))
+
+    def special_words(self, tokenizer):
+        """Return what finds special tokens in a text: the tokenizer's, and the end mark of the template."""
+        if self.sep_style is not SeparatorStyle.CHAT:
+            return special_words(tokenizer, (self.sep2 or self.sep,))
+        chat = Chat(tokenizer, self.options.moment, self.options.enable_thinking, self.options.chat_end_mark)
+        return special_words(tokenizer, tuple(mark.strip() for mark in chat.end_marks))
 
     def _fenced(self, fence, words) -> "Conversation":
         """Return a copy with the special tokens of its contents fenced; the template's own words stay."""

@@ -24,15 +24,7 @@ def end_mark_of(template: Conversation, tokenizer) -> EndMark:
         token = None if template.sep_style in _TEXT_STYLES else one_token(text, tokenizer)
         return EndMark(text, () if token is None else (token,))
     options = template.options
-    chat = Chat(tokenizer, options.moment, options.enable_thinking, options.chat_end_mark)
-    texts = []
-    for thinks in (options.enable_thinking, not options.enable_thinking):
-        try:
-            form = chat.format(thinks)
-        except Unfit:
-            continue
-        edges = [form.last] if isinstance(form.inner, str) else [form.last, form.inner]
-        texts += [edge.end for edge in edges]
+    texts = Chat(tokenizer, options.moment, options.enable_thinking, options.chat_end_mark).end_marks
     ids = [last_id(text, tokenizer) for text in texts]
     return EndMark(texts[0].strip() if texts else "", tuple(dict.fromkeys(ids)))
 

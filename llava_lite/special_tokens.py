@@ -8,19 +8,32 @@ import re
 from typing import NamedTuple
 
 from llava_lite.chat_marks import pattern_of
-from llava_lite.constants import DEFAULT_IMAGE_TOKEN
+from llava_lite.constants import (
+    DEFAULT_IM_END_TOKEN,
+    DEFAULT_IM_START_TOKEN,
+    DEFAULT_IMAGE_PATCH_TOKEN,
+    DEFAULT_IMAGE_TOKEN,
+)
+from llava_lite.tokenizer_facts import remembered
 
+# What stands for an image or around one: there by the record's images, not by its words.
+_OF_IMAGES = {DEFAULT_IMAGE_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IM_END_TOKEN, DEFAULT_IMAGE_PATCH_TOKEN}
 # Unicode's private use area.
 _PRIVATE = range(0xE000, 0xF8FF)
 
 
 def special_words(tokenizer, also=()) -> re.Pattern:
-    """Return what finds special tokens in a text, and the words of `also`.
+    """Return what finds special tokens in a text, and those of the words `also` that are tokens at all.
 
     `<image>` is not among them: whether it is an image or text is decided by the record.
     """
-    known = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
-    return pattern_of({word for word in (*known, *also) if word.strip()} - {DEFAULT_IMAGE_TOKEN})
+
+    def find():
+        tokens = tokenizer.added_tokens_decoder.values()
+        known = {token.content for token in tokens if token.special or token.content in also}
+        return pattern_of({word for word in known if word.strip()} - _OF_IMAGES)
+
+    return remembered(tokenizer, ("special", *also), find)
 
 
 class Fence(NamedTuple):

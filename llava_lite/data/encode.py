@@ -12,7 +12,6 @@ from llava_lite.data.index import TokenFacts
 from llava_lite.data.records import Record
 from llava_lite.data.scan import DataError
 from llava_lite.mm_utils import tokenize_rendered
-from llava_lite.special_tokens import special_words
 
 # Raised when the same record may give other ids or labels than before.
 VERSION = 2
@@ -48,7 +47,6 @@ class RecordEncoder:
         options = template.options._replace(moment=template.options.moment or today())
         self.tokenizer, self.template = tokenizer, replace(template, options=options)
         self.mm_use_im_start_end = mm_use_im_start_end
-        self.special_words = special_words(tokenizer)
 
     def __call__(self, record: Record) -> tuple[list[int], list[int]]:
         """Return ids and labels [T], one IMAGE_TOKEN_INDEX a picture; DataError naming a record that does not fit."""
@@ -80,6 +78,7 @@ class RecordEncoder:
         pictures = [i for i, token in enumerate(ids) if token == IMAGE_TOKEN_INDEX]
         answers = [text for _, text in record.turns[1::2]]
         texts = [record.system or "", *(text for _, text in record.turns)]
+        special = self.template.special_words(self.tokenizer)
         return TokenFacts(
             text_len=len(ids),
             num_learned=len(learned),
@@ -87,7 +86,7 @@ class RecordEncoder:
             pictures_before=sum(i < first for i in pictures),
             last_picture=pictures[-1] if pictures else -1,
             num_empty=sum(not answer.strip() for answer in answers),
-            num_special=sum(len(self.special_words.findall(text)) for text in texts),
+            num_special=sum(len(special.findall(text)) for text in texts),
             is_reasoned=int(bool(answers) and THINK_END in answers[-1]),
         )
 
