@@ -61,8 +61,9 @@ def find_ends(head, prompt, between, tail, words: re.Pattern, eos: str | None, b
     if shared:
         mark = "".join(shared)
         return Ends(inner.blank + mark, last.blank + mark)
-    known = "".join((head, prompt, between or ""))
-    if last.tokens[0] != eos and (not only_closes or last.tokens[0] in words.findall(known)):
+    # A token that only the last answer has must be an end by itself: no role mark, and nothing that stands elsewhere.
+    elsewhere = openers if between is None else set(words.findall("".join((head, prompt, between))))
+    if last.tokens[0] != eos and (not only_closes or last.tokens[0] in elsewhere):
         return Ends(None, None, reason=_no_mark(between, tail, openers))
     of_inner = None if inner is None or inner.tokens[0] in openers else inner.blank + inner.tokens[0]
     return Ends(of_inner, last.blank + last.tokens[0])
