@@ -165,7 +165,7 @@ def _expect_same(closed: list[Glue], opened: list[Glue]) -> None:
     for where, texts in seen.items():
         other = next((text for text in texts if text != texts[0]), None)
         if other is not None:
-            raise Unfit(f"writes {texts[0]!r} or {other!r} {where}, so its answers cannot be told by their place")
+            raise Unfit(f"writes {texts[0]!r} or {other!r} {where}, so an answer cannot be found by its place")
 
 
 def _edge(before, prompt, end, is_missing, learned) -> Edge:

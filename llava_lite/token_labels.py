@@ -132,7 +132,7 @@ def _expect_text(ids, spans, rendered, tokenizer) -> None:
     """Raise ValueError if a special token that is to be text is a token all the same: one of a single letter."""
     if not rendered.literals:
         return
-    special = set(tokenizer.all_special_ids)
+    special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
     places = [span for token, span in zip(ids, spans, strict=True) if token in special]
     for start, end in rendered.literals:
         if any(first < end and last > start for first, last in places):

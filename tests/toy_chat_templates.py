@@ -734,7 +734,7 @@ CASES = {
     "the turns are counted": Case(
         "{{ messages | length }}" + CHATML_LOOP + CHATML_PROMPT,
         IM,
-        refused="so its answers cannot be told by their place",
+        refused="so an answer cannot be found by its place",
     ),
     "answers are left out": Case(
         "{% for m in messages if m['role'] == 'user' %}{{ m['content'] }}{% endfor %}{{ eos_token }}",
