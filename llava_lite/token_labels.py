@@ -132,11 +132,12 @@ def _expect_text(ids, spans, rendered, tokenizer) -> None:
     """Raise ValueError if a special token that is to be text is a token all the same: one of a single letter."""
     if not rendered.literals:
         return
-    special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
-    places = [span for token, span in zip(ids, spans, strict=True) if token in special]
+    tokens = tokenizer.added_tokens_decoder
     for start, end in rendered.literals:
-        if any(first < end and last > start for first, last in places):
+        word = rendered.text[start:end]
+        inside = [token for token, (first, last) in zip(ids, spans, strict=True) if first < end and last > start]
+        if any(token in tokens and tokens[token].special and tokens[token].content in word for token in inside):
             raise ValueError(
-                f"the special token {rendered.text[start:end]!r} in a text cannot be encoded as text by this "
-                "tokenizer; take it out of the text, or let it be the token: --special_tokens_in_text token."
+                f"the special token {word!r} in a text cannot be encoded as text by this tokenizer; take it out of "
+                "the text, or let it be the token: --special_tokens_in_text token."
             )
