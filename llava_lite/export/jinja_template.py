@@ -111,7 +111,7 @@ def write_jinja(conv_template, use_im_start_end=False, own=None, blank_after_pic
     is_chat = template.sep_style is SeparatorStyle.CHAT
     if is_chat and own is None:
         raise ValueError("the format 'chat' is the tokenizer's own chat template, and this tokenizer has none.")
-    if is_chat and takes_images(own) and not blank_after_picture and end_mark is None:
+    if is_chat and takes_images(own) and not blank_after_picture:
         return own
     body = "" if is_chat else _STYLES[template.sep_style]
     if is_chat:

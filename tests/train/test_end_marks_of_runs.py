@@ -17,7 +17,7 @@ QWEN3 = CASES["qwen3: an empty block of reasoning before the last answer"]
 
 @pytest.fixture
 def llm_with(toy_llm_dir, toy_tokenizer, tmp_path):
-    """Return a function: chat template -> folder of a toy language model whose tokenizer has it and ChatML's tokens."""
+    """Return a function: chat template -> (folder of a toy language model that has it, the id of `<|im_end|>`)."""
     from transformers import AutoModelForCausalLM
 
     def make(chat_template=CHATML, model_type="llama"):
@@ -45,7 +45,7 @@ def test_end_mark_of_the_template_is_in_every_folder_that_is_written(stage_flags
     flags = stage_flags(tuning, run, "--mm_projector_type", "mlp2x_gelu", "--max_steps", 1, model=llm)
     train([*flags, "--version", "mpt"])
     assert ends(run) == [2, mark]
-    model, processor = load(run, device="cpu")
+    model, _ = load(run, device="cpu")
     assert model.generation_config.eos_token_id == [2, mark]
     model.save_pretrained(tmp_path / "again")
     assert ends(tmp_path / "again") == [2, mark]
