@@ -133,6 +133,12 @@ class Chat:
             return Written(written, ())
 
 
+def prompts_differ(tokenizer) -> bool:
+    """Tell whether a chat template asks in another way for an answer with reasoning than for one without."""
+    chat = Chat(tokenizer)
+    return len({chat.writer(thinks)([("user", word("ask", 0))], is_open=True) for thinks in (False, True)}) > 1
+
+
 def own_template(tokenizer, enable_thinking: bool = False, end_mark: str | None = None) -> str:
     """Return the Jinja text of a tokenizer's chat template with the prompts that training used, for other readers.
 

@@ -52,7 +52,7 @@ def load_data(model, tokenizer, model_args, data_args, training_args):
         train_set = open_stream(model, tokenizer, model_args, data_args, training_args)
     else:
         train_set, report = open_files(data_args.data_path, "skipped_records.jsonl")
-        model.config.enable_thinking = asks_for_reasoning(report, model_args)
+        model.config.enable_thinking = asks_for_reasoning(report, tokenizer, model_args)
     if data_args.eval_data_path is not None:
         return train_set, open_files(data_args.eval_data_path, "skipped_eval_records.jsonl")[0]
     return split(train_set, data_args.eval_split, training_args.seed) if data_args.eval_split else (train_set, None)
@@ -70,19 +70,26 @@ def template_of_run(model_args, data_args):
     )
 
 
-def asks_for_reasoning(report, model_args) -> bool:
-    """Return whether the trained model is asked for reasoning: as a flag says, else if all records have some."""
-    if model_args.version != "chat" or model_args.enable_thinking is not None:
-        return bool(model_args.enable_thinking)
-    num_reasoned = report.texts.num_reasoned
-    asks = num_reasoned == report.num_records > 0
-    if num_reasoned:
-        logger.info(
-            "%d of %d records have reasoning in their answers; the trained model is asked with enable_thinking=%s "
-            "(--enable_thinking says otherwise)",
-            num_reasoned,
-            report.num_records,
-            asks,
+def asks_for_reasoning(report, tokenizer, model_args) -> bool:
+    """Return whether the trained model is asked for reasoning: as a flag says, else if all records have some.
+
+    Records of the other kind are trained behind the other prompt, which is said.
+    """
+    from llava_lite.chat_answers import prompts_differ
+
+    if model_args.version != "chat":
+        return False
+    num_reasoned, num_records = report.texts.num_reasoned, report.num_records
+    asks = num_reasoned == num_records > 0 if model_args.enable_thinking is None else model_args.enable_thinking
+    num_others = num_records - num_reasoned if asks else num_reasoned
+    if num_others and prompts_differ(tokenizer):
+        logger.warning(
+            "%d of %d records have %s in their last answer, and the model will be asked for %s (--enable_thinking "
+            "chooses; afterwards processor.enable_thinking = %s asks as these records were trained)",
+            num_others,
+            num_records,
+            *(("no reasoning", "reasoning") if asks else ("reasoning", "none")),
+            not asks,
         )
     return asks
 
