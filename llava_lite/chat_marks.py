@@ -1,6 +1,7 @@
-"""Find the end mark of an answer in what a chat template writes behind it.
+"""Find the end mark of an answer in the text that a chat template writes after it.
 
-An end mark is one token of the tokenizer, or several in a row, behind nothing but blanks: `<|im_end|>`, ` </s>`.
+An end mark is one added token of the tokenizer, or several in a row; only whitespace may be before it: `<|im_end|>`,
+` </s>`.
 """
 
 import re
@@ -8,9 +9,10 @@ from typing import NamedTuple
 
 
 class Ends(NamedTuple):
-    """The end marks that a template writes: of an answer with a question behind it, and of the last one.
+    """The end marks that a template writes: of an answer with a question after it, and of the last answer.
 
-    None where it writes none. is_open: the last one lacks it and gets that of the others. reason: why there is none.
+    None where it writes none. is_open: the last answer lacks its end mark and gets that of the others. reason: why
+    there is none.
     """
 
     inner: str | None
@@ -20,7 +22,7 @@ class Ends(NamedTuple):
 
 
 class _Run(NamedTuple):
-    """A text that begins with tokens: the blanks in front, the tokens in a row, what follows them."""
+    """A text that starts with tokens: the whitespace before them, the tokens in a row, the text after them."""
 
     blank: str
     tokens: tuple[str, ...]
@@ -28,30 +30,30 @@ class _Run(NamedTuple):
 
 
 def words_of(tokenizer) -> re.Pattern:
-    """Return what finds the added tokens of a tokenizer in a text, the longest first; blanks are no marks."""
+    """Return a pattern for the added tokens of a tokenizer except whitespace, the longest first."""
     words = {token.content for token in tokenizer.added_tokens_decoder.values() if token.content.strip()}
     return pattern_of(words)
 
 
 def pattern_of(words) -> re.Pattern:
-    """Return what finds any of some words, the longest first; nothing if there are none."""
+    """Return a pattern for any of some words, the longest first; it matches nothing if there are none."""
     return re.compile("|".join(map(re.escape, sorted(words, key=lambda word: (-len(word), word)))) or "(?!)")
 
 
 def find_ends(head, prompt, between, tail, words: re.Pattern, eos: str | None, bos: str | None) -> Ends:
-    """Return the end marks in the glue of a template.
+    """Return the end marks in the fixed text of a template.
 
-    head: what stands before the first question, a system text included. prompt: behind a question that waits for its
-    answer. between: between an answer and the next question, None if there can be none. tail: behind the last answer.
-    words: finds tokens.
+    head: the text before the first question, with a system text if possible. prompt: the text after a question whose
+    answer is open. between: the text between an answer and the next question, None if there can be none. tail: the
+    text after the last answer. words: pattern for tokens.
     """
     openers = _openers(head, words, eos) | ({bos} - {eos, None})
     inner, last = _run_of(between or "", words), _run_of(tail, words)
     if not tail.strip():
-        # The others have it, or none has.
+        # Either the other answers have an end mark, or none has.
         mark = None if inner is None else _mark(inner, openers)
         return Ends(mark, mark, mark is not None, "" if mark else _no_mark(between, tail, openers))
-    # What closes a conversation opens nothing, unless the header of another answer is always written behind it.
+    # Text after the last answer starts no turn, unless the template always writes the header of another answer.
     header = _shared(_split(tail, words)[::-1], _split(prompt, words)[::-1])
     only_closes = not words.sub("", tail).strip() and not "".join(header).strip()
     if last is None or (not only_closes and last.tokens[0] in openers):
@@ -61,7 +63,7 @@ def find_ends(head, prompt, between, tail, words: re.Pattern, eos: str | None, b
     if shared:
         mark = "".join(shared)
         return Ends(inner.blank + mark, last.blank + mark)
-    # A token that only the last answer has must be an end by itself: no role mark, and nothing that stands elsewhere.
+    # A token after the last answer alone must be EOS or used for nothing else: it could be a role header.
     elsewhere = openers if between is None else set(words.findall("".join((head, prompt, between))))
     if last.tokens[0] != eos and (not only_closes or last.tokens[0] in elsewhere):
         return Ends(None, None, reason=_no_mark(between, tail, openers))
@@ -70,7 +72,7 @@ def find_ends(head, prompt, between, tail, words: re.Pattern, eos: str | None, b
 
 
 def _openers(head: str, words: re.Pattern, eos: str | None) -> set[str]:
-    """Return the tokens that begin a conversation or a turn: those before all text, and the last before a question."""
+    """Return the tokens that start a conversation or a turn: those before any text, and the last before a question."""
     run, found = _run_of(head, words), words.findall(head)
     leading = set(run.tokens) if run is not None else set()
     while run is not None and (run := _run_of(run.rest, words)) is not None:
@@ -79,7 +81,7 @@ def _openers(head: str, words: re.Pattern, eos: str | None) -> set[str]:
 
 
 def _run_of(text: str, words: re.Pattern) -> _Run | None:
-    """Return the tokens that a text begins with, None if it begins with anything else."""
+    """Return the tokens that a text starts with, None if it starts with anything else."""
     blank = text[: len(text) - len(text.lstrip())]
     tokens, at = [], len(blank)
     while match := words.match(text, at):
@@ -89,7 +91,7 @@ def _run_of(text: str, words: re.Pattern) -> _Run | None:
 
 
 def _split(text: str, words: re.Pattern) -> list[str]:
-    """Return a text as its tokens and what lies between them."""
+    """Return a text as its tokens and the text between them."""
     return [piece for piece in re.split(f"({words.pattern})", text) if piece]
 
 
@@ -99,19 +101,19 @@ def _mark(run: _Run, openers) -> str | None:
 
 
 def _before(tokens, openers) -> list[str]:
-    """Return the tokens up to the first that opens something."""
+    """Return the tokens up to the first that starts a turn."""
     return list(tokens[: next((i for i, token in enumerate(tokens) if token in openers), len(tokens))])
 
 
 def _shared(one, other):
-    """Return what two texts, or two tuples, begin with."""
+    """Return the common beginning of two sequences."""
     pairs = enumerate(zip(one, other, strict=False))
     return one[: next((i for i, (a, b) in pairs if a != b), min(len(one), len(other)))]
 
 
 def _no_mark(between, tail, openers) -> str:
-    behind = f"{tail!r} behind the last answer"
+    after = f"{tail!r} after the last answer"
     if between is not None:
-        behind = f"{between!r} behind an answer and {behind}"
-    known = f" ({', '.join(map(repr, sorted(openers)))} begins a turn)" if openers else ""
-    return f"it writes {behind}, which is no end mark that this tokenizer has as a token{known}"
+        after = f"{between!r} after an answer and {after}"
+    known = f" ({', '.join(map(repr, sorted(openers)))} starts a turn)" if openers else ""
+    return f"it writes {after}, which starts with no end mark that is a token of this tokenizer{known}"

@@ -12,18 +12,18 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from llava_lite.constants import DEFAULT_IMAGE_TOKEN
 
 ROLES = ("user", "assistant")
-# Special tokens that a template may name.
+# Special tokens that a template may use.
 _TOKENS = dict.fromkeys(("bos_token", "eos_token", "unk_token", "pad_token"), "")
-# A call of the one function that tells a template the time, with the format that it asks for.
+# A call of the function for the current time, with a literal format.
 _DATE_CALL = re.compile(r"""strftime_now\(\s*(?:'([^'\\]*)'|"([^"\\]*)")\s*\)""")
-# How a list that was printed instead of read looks in front of its text.
+# The text before the content of a part, if a template prints the list instead of reading it.
 _PRINTED = re.compile(r"""["']text["']\s*:\s*["']$""")
-# Words that no template holds; none of them is a part of another.
+# Words that are in no template; none of them is part of another.
 _PROBE_ASK, _PROBE_ANSWER, _PROBE_SYSTEM = "askzqj0", "answerzqj0", "systemzqj0"
 
 
 class Unfit(ValueError):
-    """What a chat template does that does not fit: the end of a sentence that begins with "the chat template"."""
+    """A chat template cannot be used; the reason is the end of a sentence that starts with "the chat template"."""
 
 
 class Form(NamedTuple):
@@ -45,8 +45,8 @@ class Form(NamedTuple):
 
 _EVERYONE, _USER = frozenset({"system", *ROLES}), frozenset({"user"})
 TEXT = Form()
-# The first that fits is taken. Of a template that reads parts but writes an image in its own way (Qwen2-VL), or not at
-# all (Granite), the text is taken: there `<image>` stays what it is.
+# The first that fits is used. For a template that reads parts but writes an image as other tokens (Qwen2-VL), or not
+# at all (Granite), that is text, in which `<image>` stays as it is.
 _FORMS = (Form(_EVERYONE, True), Form(_USER, True), TEXT, Form(_EVERYONE), Form(_USER))
 
 
@@ -89,7 +89,7 @@ class Writer:
 
     def blocks(self, messages) -> list[str]:
         """Return what each `{% generation %}` block holds of (role, text) messages."""
-        # A text of its own: transformers keeps what it tracks on the compiled template, which others may be using.
+        # A different text, since transformers stores these spans in the compiled template, which other threads use.
         template = "{# blocks #}\n" + self.template
         try:
             texts, spans = render_jinja_template(
@@ -115,22 +115,22 @@ def in_words(error: Exception) -> str:
 
 def choose_form(tokenizer, template) -> Form:
     """Return how a template takes contents: the first form in which it writes every text once and in order."""
-    told = [("user", _PROBE_ASK), ("assistant", _PROBE_ANSWER)]
-    shown = [("user", f"{DEFAULT_IMAGE_TOKEN}\n{_PROBE_ASK}"), told[1]]
+    asked = [("user", _PROBE_ASK), ("assistant", _PROBE_ANSWER)]
+    shown = [("user", f"{DEFAULT_IMAGE_TOKEN}\n{_PROBE_ASK}"), asked[1]]
     for form in _FORMS:
         write = Writer(tokenizer, template, form)
-        if not _reads(write, shown if form.images else told, form.images):
+        if not _reads(write, shown if form.images else asked, form.images):
             continue
-        # Some read parts of everyone but the system.
+        # Some templates take parts from users and assistants, and a text from the system.
         others = form._replace(in_parts=form.in_parts - {"system"})
-        system = [("system", _PROBE_SYSTEM), *told]
+        system = [("system", _PROBE_SYSTEM), *asked]
         changes = not _reads(write, system) and _reads(Writer(tokenizer, template, others), system)
         return others if changes else form
     return TEXT
 
 
 def _reads(write: Writer, messages, num_images=0) -> bool:
-    """Tell whether all texts of some messages are written once, in order and as texts, and so many images."""
+    """Tell whether a template writes the texts of some messages once and in order, and so many images."""
     try:
         written = write(messages)
     except Unfit:
@@ -179,16 +179,16 @@ def takes_images(template) -> bool:
 
 def parts_of(text) -> list[dict]:
     """Return a text as a message's parts: one for every image placeholder, without the line break that follows it."""
-    first, *behind = text.split(DEFAULT_IMAGE_TOKEN)
-    parts = [{"type": "text", "text": first}] if first or not behind else []
-    for words in behind:
+    first, *others = text.split(DEFAULT_IMAGE_TOKEN)
+    parts = [{"type": "text", "text": first}] if first or not others else []
+    for words in others:
         words = words.removeprefix("\n")
         parts += [{"type": "image"}, *([{"type": "text", "text": words}] if words else [])]
     return parts
 
 
 def today() -> datetime:
-    """Return the moment at which this process first asked today, so that what is written in a day is written alike."""
+    """Return the moment of the first call in this process today, so that dates do not change during a day."""
     return _first_moment(date.today())
 
 
@@ -199,7 +199,7 @@ def _first_moment(_day) -> datetime:
 
 @lru_cache(maxsize=16)
 def dated(template: str, moment: datetime) -> str:
-    """Return a template that writes the dates of `moment`, whenever it is rendered.
+    """Return a template that writes the dates of `moment` whenever it is rendered.
 
     Templates with today's date would change within a run, and between two renderings of one conversation. One that
     makes up its format as it goes keeps its clock.
@@ -208,6 +208,6 @@ def dated(template: str, moment: datetime) -> str:
     if not found or len(found) != template.count("strftime_now("):
         return template
     formats = {single or double for single, double in found}
-    # Jinja prefers a variable of the template to the function of the same name. The line break is the block's own.
+    # A variable of a template hides the function of the same name. Jinja drops the line break after the block.
     dates = json.dumps({form: moment.strftime(form) for form in sorted(formats)}, ensure_ascii=False)
     return "{% set strftime_now = " + dates + ".get %}\n" + template

@@ -18,7 +18,7 @@ class EndMark(NamedTuple):
 
 
 def end_mark_of(template: Conversation, tokenizer) -> EndMark:
-    """Return the end mark of a template; ids: of a chat template those behind earlier answers too."""
+    """Return the end mark of a template; ids: of a chat template those after earlier answers too."""
     if template.sep_style is not SeparatorStyle.CHAT:
         text = mark_text(template)
         token = None if template.sep_style in _TEXT_STYLES else one_token(text, tokenizer)
@@ -45,7 +45,7 @@ def mark_text(template: Conversation) -> str:
 
 
 def one_token(text: str, tokenizer) -> int | None:
-    """Return the id of a text that is one token of a tokenizer behind other text too, None if it is none."""
+    """Return the id of a text that is one token of a tokenizer after other text too, None if it is none."""
     if not text:
         return None
     last = tokenizer.encode(f"a{text}", add_special_tokens=False)[-1]
@@ -53,14 +53,14 @@ def one_token(text: str, tokenizer) -> int | None:
 
 
 def last_id(text: str, tokenizer) -> int:
-    """Return the id of the token that a mark of tokens ends with; a line break behind it stops nothing."""
+    """Return the id of the token that a mark of tokens ends with; a line break after it stops nothing."""
     return tokenizer.encode(text.strip(), add_special_tokens=False)[-1]
 
 
 def refuse_unfit(template: Conversation, tokenizer, name: str) -> None:
-    """Raise ValueError if answers of a template cannot end for a tokenizer; the message lists what fits.
+    """Raise ValueError if the end mark of a template is not one token of a tokenizer; the message lists what fits.
 
-    name: of the template, for the message. A chat template fits if plain answers or those with reasoning can be told.
+    name: of the template, for the message. A chat template fits if answers with or without reasoning can be located.
     """
     if template.sep_style is SeparatorStyle.CHAT:
         reason = _why_no_chat(template, tokenizer)
@@ -78,7 +78,7 @@ def refuse_unfit(template: Conversation, tokenizer, name: str) -> None:
 
 
 def _why_no_chat(template: Conversation, tokenizer) -> str | None:
-    """Return why no answer can be told in a tokenizer's chat template, None if it can."""
+    """Return why no answer can be located in a tokenizer's chat template, None if it can."""
     options = template.options
     if options.chat_end_mark is not None and one_token(options.chat_end_mark, tokenizer) is None:
         return f"--chat_end_mark {options.chat_end_mark} is no token of this tokenizer"

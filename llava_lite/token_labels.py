@@ -62,7 +62,7 @@ def _chunks(text, has_image):
 
 
 def _cuts(rendered, tokenizer, has_image) -> set[int]:
-    """Return where the text is cut so that what spells a token stays text: behind the first letter of each."""
+    """Return where the text is cut so that what spells a token stays text: after the first letter of each."""
     cuts = {start + 1 for start, _ in rendered.literals}
     if not has_image and DEFAULT_IMAGE_TOKEN in rendered.text and DEFAULT_IMAGE_TOKEN in tokenizer.get_added_vocab():
         at = rendered.text.find(DEFAULT_IMAGE_TOKEN)
@@ -86,7 +86,7 @@ def _tokens(chunk, start, tokenizer, cuts) -> tuple[list[int], list[tuple[int, i
 def _encode(text, tokenizer, continues=False) -> tuple[list[int], list[tuple[int, int]]]:
     """Return the ids of a text and the characters of each; continues: it follows other text.
 
-    At the beginning of a text SentencePiece puts a blank, which is none of the text; behind a line break it puts none.
+    At the beginning of a text SentencePiece puts a blank, which is none of the text; after a line break it puts none.
     """
     if continues:
         line = tokenizer("\n", add_special_tokens=False)["input_ids"]

@@ -60,7 +60,7 @@ def test_chat_is_refused_once_where_its_template_tells_no_answers(toy_tokenizer_
     with pytest.raises(ValueError, match="--version chat: the template 'chat' needs a tokenizer with a chat template"):
         refuse_unfit(get_template("chat"), toy_tokenizer_for("gpt2"), "chat")
     tokenizer.chat_template = CASES["solar: no end mark at all"].template
-    with pytest.raises(ValueError, match=r"shows no end of an answer: .*--chat_end_mark <\|im_end\|>.*Templates that"):
+    with pytest.raises(ValueError, match=r"has no end mark: .*--chat_end_mark <\|im_end\|>.*Templates that"):
         refuse_unfit(get_template("chat"), tokenizer, "chat")
     refuse_unfit(get_template("chat", chat_end_mark="<|endoftext|>"), tokenizer, "chat")
     with pytest.raises(ValueError, match="--chat_end_mark </s> is no token of this tokenizer"):

@@ -2,7 +2,7 @@
 
 A case says, for questions Q and answers A, what is supervised of an answer that another question follows (`inner`),
 of the last one (`last`), and what stands before the answer to a single question "Q1" (`prompt`). A case with a
-`refused` says why answers cannot be told in it.
+`refused` says why its answers cannot be located.
 """
 
 from typing import NamedTuple
@@ -16,14 +16,14 @@ class Case(NamedTuple):
     inner: str = ""
     last: str = ""
     prompt: str = ""
-    refused: str = ""  # a part of the reason why no plain answer can be told
+    refused: str = ""  # a part of the reason why no plain answer can be located
     no_system: str = ""  # a part of the reason why a system text is refused
     system: str = ""  # how the system text "S1" begins the conversation, where it is kept
     one_turn: str = ""  # a part of the reason why there can be one question alone
     strips: bool = False
     eos: str = "</s>"
     bos: str | None = None
-    reasoning: str = ""  # what is supervised of REASONING in the last turn, where it can be told
+    reasoning: str = ""  # what is supervised of REASONING in the last turn, where it can be located
 
 
 REASONING = "<think>\nHm.\n</think>\n\nA1"
@@ -253,7 +253,7 @@ CASES = {
     "chatml": Case(CHATML_LOOP + CHATML_PROMPT, IM, **CHATML, reasoning=f"{REASONING}<|im_end|>"),
     "chatml, eos is another token": Case(CHATML_LOOP + CHATML_PROMPT, IM, **CHATML, eos="<|endoftext|>"),
     "chatml, the header always open": Case(CHATML_LOOP + "{{ '<|im_start|>assistant\n' }}", IM, **CHATML),
-    "chatml, eos behind the last answer": Case(
+    "chatml, eos after the last answer": Case(
         CHATML_LOOP
         + "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% else %}{{ '<|endoftext|>' }}{% endif %}",
         IM,
@@ -335,7 +335,7 @@ CASES = {
     "qwq: the prompt opens reasoning that answers lack": Case(
         CHATML_LOOP + "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n<think>\n' }}{% endif %}",
         (*IM, "<think>", "</think>"),
-        refused="ends its prompt for an answer with '<think>\\n', which answer 1 does not begin with",
+        refused="ends its generation prompt with '<think>\\n', and answer 1 does not start with it",
         reasoning=REASONING.removeprefix("<think>\n") + "<|im_end|>",
     ),
     "phi3, first: no system text, the header with the question": Case(
@@ -353,7 +353,7 @@ CASES = {
         eos="<|endoftext|>",
         bos="<s>",
     ),
-    "phi3.5: eos behind the last answer": Case(
+    "phi3.5: eos after the last answer": Case(
         """\
 {%- for m in messages -%}{{- '<|' + m['role'] + '|>\n' + m['content'] + '<|end|>\n' -}}{%- endfor -%}
 {{- '<|assistant|>\n' if add_generation_prompt else eos_token -}}""",
@@ -364,7 +364,7 @@ CASES = {
         system="<|system|>\nS1<|end|>\n",
         eos="<|endoftext|>",
     ),
-    "phi4-mini: eos right behind the last end mark": Case(
+    "phi4-mini: eos right after the last end mark": Case(
         """\
 {%- for m in messages -%}{{- '<|' + m['role'] + '|>' + m['content'] + '<|end|>' -}}{%- endfor -%}
 {{- '<|assistant|>' if add_generation_prompt else eos_token -}}""",
@@ -521,7 +521,7 @@ CASES = {
 {%- endfor -%}
 {{- '### Assistant:\n' if add_generation_prompt else '' -}}""",
         ("<s>", "</s>"),
-        refused="shows no end of an answer",
+        refused="has no end mark",
         bos="<s>",
     ),
     "minicpm: no end mark, marks that are no tokens": Case(
@@ -530,7 +530,7 @@ CASES = {
 {{- '<用户>' + m['content'] | trim + '<AI>' if m['role'] == 'user' else m['content'] | trim -}}
 {%- endfor -%}""",
         ("<s>", "</s>"),
-        refused="shows no end of an answer",
+        refused="has no end mark",
         bos="<s>",
     ),
     "glm4: the next role mark ends an answer": Case(
@@ -539,14 +539,14 @@ CASES = {
 {%- for m in messages if m['content'] -%}{{- '<|' + m['role'] + '|>\n' + m['content'] -}}{%- endfor -%}
 {{- '<|assistant|>' if add_generation_prompt else '' -}}""",
         GLM,
-        refused="begins a turn",
+        refused="starts a turn",
         eos="<|endoftext|>",
     ),
     "glm-edge: an open header behind every conversation": Case(
         """\
 {%- for m in messages -%}{{- '<|' + m['role'] + '|>\n' + m['content'] -}}{%- endfor -%}{{- '<|assistant|>' -}}""",
         GLM,
-        refused="shows no end of an answer",
+        refused="has no end mark",
         eos="<|endoftext|>",
     ),
     "nemotron-mini: one token begins every turn": Case(
@@ -557,7 +557,7 @@ CASES = {
 {%- endfor -%}
 {{- '<extra_id_1>Assistant\n' -}}""",
         ("<extra_id_0>", "<extra_id_1>", "</s>"),
-        refused="begins a turn",
+        refused="starts a turn",
     ),
     "deepseek v2": Case(
         """\
@@ -690,7 +690,7 @@ CASES = {
 {%- endfor -%}
 {{- 'ASSISTANT:' if add_generation_prompt else '' -}}""",
         ("<s>", "</s>"),
-        refused="shows no end of an answer",
+        refused="has no end mark",
         bos="<s>",
     ),
     "gpt-oss: a channel before an answer, another end mark behind the last": Case(
@@ -708,7 +708,7 @@ CASES = {
         system="<|start|>system<|message|>S1<|end|>",
         eos="<|return|>",
     ),
-    "alpaca: eos behind the last answer alone": Case(
+    "alpaca: eos after the last answer alone": Case(
         """\
 {%- for m in messages -%}
 {{- '### ' + ('Response' if m['role'] == 'assistant' else 'Instruction') + ':\n' + m['content'] + '\n\n' -}}
@@ -717,7 +717,7 @@ CASES = {
         ("<s>", "</s>"),
         last="A\n\n</s>",
         prompt="### Instruction:\nQ1\n\n### Response:\n",
-        one_turn="another question follows, and no end mark",
+        one_turn="another question follows, without an end mark",
         system="### Instruction:\nS1\n\n",
         bos="<s>",
     ),
@@ -734,7 +734,7 @@ CASES = {
     "the turns are counted": Case(
         "{{ messages | length }}" + CHATML_LOOP + CHATML_PROMPT,
         IM,
-        refused="so an answer cannot be found by its place",
+        refused="so an answer cannot be found by its position",
     ),
     "answers are left out": Case(
         "{% for m in messages if m['role'] == 'user' %}{{ m['content'] }}{% endfor %}{{ eos_token }}",

@@ -85,7 +85,7 @@ def test_jinja_of_a_chat_template_asks_as_training_did(toy_tokenizer_for, name, 
     tokenizer.add_special_tokens({"eos_token": case.eos} | ({"bos_token": case.bos} if case.bos else {}))
     tokenizer.add_tokens(list(case.tokens), special_tokens=True)
     tokenizer.chat_template = case.template
-    mark = case.eos if "shows no end" in case.refused or "begins a turn" in case.refused else None
+    mark = case.eos if "shows no end" in case.refused or "starts a turn" in case.refused else None
     processor = LlavaLiteProcessor(None, tokenizer, conv_template="chat", chat_end_mark=mark)
     jinja = write_jinja("chat", own=own_template(tokenizer, end_mark=mark), end_mark=mark)
     said = [("Q1", "one"), ("Q2", None)][-num_turns:]
