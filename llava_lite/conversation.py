@@ -42,12 +42,12 @@ class Rendered(NamedTuple):
 
 
 class PromptOptions(NamedTuple):
-    """What a run or a checkpoint has chosen about its prompts, under the names of config.json.
+    """The options of a run or a checkpoint about prompts, under their names in config.json.
 
     enable_thinking: whether a chat template asks for reasoning (Qwen3). chat_end_mark: token that ends the answers of
     a chat template that writes no end mark. special_tokens_in_text: a special token spelled in a question or an answer
     becomes that token, as in LLaVA, or is encoded as text. moment: what chat templates with a date write, None for
-    today. is_strict: refuse a conversation whose answers cannot be told; False leaves out their spans.
+    today. is_strict: refuse a conversation whose answers cannot be located; False leaves out their spans.
     """
 
     enable_thinking: bool = False
@@ -107,17 +107,17 @@ class Conversation:
         return rendered._replace(text=text, answers=tuple(answers), literals=tuple(literals))
 
     def special_words(self, tokenizer):
-        """Return what finds special tokens in a text: the tokenizer's, and the end mark of the template."""
+        """Return a pattern for special tokens in a text: the tokenizer's, and the end mark of the template."""
         if self.sep_style is not SeparatorStyle.CHAT:
             return special_words(tokenizer, (self.sep2 or self.sep,))
         chat = Chat(tokenizer, self.options.moment, self.options.enable_thinking, self.options.chat_end_mark)
         return special_words(tokenizer, tuple(mark.strip() for mark in chat.end_marks))
 
     def _fenced(self, fence, words) -> "Conversation":
-        """Return a copy with the special tokens of its contents fenced; the template's own words stay."""
+        """Return a copy with the special tokens of its contents fenced; the template's own text stays as it is."""
         messages = [[role, text and fence.put(text, words)] for role, text in self._texts()]
         opening, newline, system = self.system.partition("\n")
-        if not opening.startswith("<|"):
+        if self.sep_style is not SeparatorStyle.MPT:
             opening, newline, system = "", "", self.system
         return replace(self, messages=messages, system=opening + newline + fence.put(system, words))
 

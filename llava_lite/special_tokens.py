@@ -1,7 +1,7 @@
-"""Find the tokenizer's special tokens that are spelled in a text, and let them be text there.
+"""Find the tokenizer's special tokens that are spelled in a text, and encode them as text.
 
 A tokenizer turns `</s>` in a question into the token that ends an answer. To keep it text, it is put between two
-characters of nobody's language before a template writes it, so that its place is known whatever the template does.
+private-use characters before a template renders it, so that its position is known whatever the template does.
 """
 
 import re
@@ -16,35 +16,36 @@ from llava_lite.constants import (
 )
 from llava_lite.tokenizer_facts import remembered
 
-# What stands for an image or around one: there by the record's images, not by its words.
-_OF_IMAGES = {DEFAULT_IMAGE_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IM_END_TOKEN, DEFAULT_IMAGE_PATCH_TOKEN}
+# Placeholders of images and the words around them depend on a record's images; reasoning tags are meant as tokens.
+_KEPT = {DEFAULT_IMAGE_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IM_END_TOKEN, DEFAULT_IMAGE_PATCH_TOKEN}
+_KEPT |= {"<think>", "</think>"}
 # Unicode's private use area.
 _PRIVATE = range(0xE000, 0xF8FF)
 
 
 def special_words(tokenizer, also=()) -> re.Pattern:
-    """Return what finds special tokens in a text, and those of the words `also` that are tokens at all.
+    """Return a pattern for special tokens in a text, and for those of the words `also` that are tokens at all.
 
-    `<image>` is not among them: whether it is an image or text is decided by the record.
+    `<image>` and `<think>` are not among them.
     """
 
     def find():
         tokens = tokenizer.added_tokens_decoder.values()
         known = {token.content for token in tokens if token.special or token.content in also}
-        return pattern_of({word for word in known if word.strip()} - _OF_IMAGES)
+        return pattern_of({word for word in known if word.strip()} - _KEPT)
 
     return remembered(tokenizer, ("special", *also), find)
 
 
 class Fence(NamedTuple):
-    """The two characters around a special token that is to be text."""
+    """The two characters around a special token that is kept as text."""
 
     opening: str
     closing: str
 
     @classmethod
     def around(cls, texts) -> "Fence":
-        """Return two characters that stand in none of the texts."""
+        """Return two private-use characters that are in none of the texts."""
         used = set().union(*texts)
         free = (chr(code) for code in _PRIVATE if chr(code) not in used)
         return cls(next(free), next(free))
@@ -54,14 +55,14 @@ class Fence(NamedTuple):
         return words.sub(lambda match: self.opening + match[0] + self.closing, text)
 
     def take(self, text: str, spans) -> tuple[str, list[tuple[int, int]], list[tuple[int, int]]]:
-        """Return the text without the two characters, `spans` of it moved along, and where the words stand.
+        """Return the text without the two characters, its `spans` moved accordingly, and the spans of the words.
 
-        ValueError where the two are not a pair any more.
+        ValueError if the two characters are no longer in pairs.
         """
         found = list(re.finditer(f"[{self.opening}{self.closing}]", text))
         marks = [match[0] for match in found]
         if marks != [self.opening, self.closing] * (len(marks) // 2):
-            raise ValueError("the template takes a special token in a text apart, so it cannot be kept as text.")
+            raise ValueError("the template changes a special token in a text, so it cannot be kept as text.")
         at = [match.start() - i for i, match in enumerate(found)]
 
         def moved(place):

@@ -66,7 +66,8 @@ def test_words_that_are_no_special_tokens_stay_tokens(tokenizer_for):
     tokenizer.add_tokens([AddedToken("<think>", special=False), AddedToken("</think>", special=False)])
     words = special_words(tokenizer)
     assert words.findall("<think> </s> <|im_end|> <image>") == ["</s>", "<|im_end|>"]
-    assert special_words(tokenizer, ("<think>", "no token")).findall("<think> no token") == ["<think>"]
+    tokenizer.add_tokens([AddedToken("[end]", special=False)])
+    assert special_words(tokenizer, ("[end]", "no token")).findall("[end] no token <think>") == ["[end]"]
     ids, _ = encode(tokenizer, "chat", "text", (("human", "Q"), ("gpt", "<think>\nHm.\n</think>\n\n</s>")))
     assert tokenizer.convert_tokens_to_ids("<think>") in ids
     assert tokenizer.convert_tokens_to_ids("</s>") not in ids
@@ -85,11 +86,13 @@ def test_image_placeholders_and_their_frames_stay_what_they_are(tokenizer_for):
 def test_a_system_text_is_encoded_as_text_and_its_opening_is_not(tokenizer_for):
     tokenizer = tokenizer_for("qwen")
     for name in ("mpt", "chat"):
-        template = get_template(name, special_tokens_in_text="text").with_turns(TURNS[2:], "Say </s>.")
+        template = get_template(name, special_tokens_in_text="text").with_turns(TURNS[2:], "<|im_end|> or </s>.")
         ids, _ = tokenize_rendered(template.render(tokenizer), tokenizer, False)
         assert ids[0] == tokenizer.convert_tokens_to_ids("<|im_start|>")
         assert tokenizer.convert_tokens_to_ids("</s>") not in ids
-        assert tokenizer.decode(ids).startswith("<|im_start|>system\nSay </s>.<|im_end|>")
+        # Those of the system turn, of the question and of the answer.
+        assert ids.count(tokenizer.convert_tokens_to_ids("<|im_end|>")) == 3
+        assert tokenizer.decode(ids).startswith("<|im_start|>system\n<|im_end|> or </s>.<|im_end|>")
 
 
 def test_a_question_is_read_as_in_training(tokenizer_for):
@@ -123,7 +126,7 @@ def test_fences_are_characters_that_no_text_has(tokenizer_for):
     assert fence == ("\ue001", "\ue003")
     text = fence.put("a</s>b", special_words(tokenizer_for("llama")))
     assert fence.take(text, [(0, len(text))]) == ("a</s>b", [(0, 6)], [(1, 5)])
-    with pytest.raises(ValueError, match="takes a special token in a text apart"):
+    with pytest.raises(ValueError, match="changes a special token in a text"):
         fence.take("\ue001</s>", ())
     with pytest.raises(ValueError, match="needs the tokenizer"):
         get_template("v1", special_tokens_in_text="text").with_turns(TURNS).render()

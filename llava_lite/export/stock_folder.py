@@ -44,6 +44,11 @@ def write_stock(source, folder, dtype=None, max_shard_size="5GB"):
     write_processor(written, folder)
     notes += more + write_generation_config(model, processor, tokenizer, folder)
     notes += connector_note(fields)
+    if processor.special_tokens_in_text == "text":
+        notes.append(
+            "Special tokens that are spelled in a question were trained as text; the processor of transformers reads "
+            "them as tokens."
+        )
     (Path(folder) / "README.md").write_text(card(source, fields, notes), encoding="utf-8")
     # What `--to llava` needs to give back the same weights and the same tokenizer.
     config[layout.RECORD]["vocabulary"] = {
