@@ -76,7 +76,8 @@ class RecordEncoder:
         learned = [i for i, label in enumerate(labels) if label != IGNORE_INDEX]
         first = learned[0] if learned else len(ids)
         pictures = [i for i, token in enumerate(ids) if token == IMAGE_TOKEN_INDEX]
-        answers = [text for _, text in record.turns[1::2]]
+        supervised = [i for i in range(1, len(record.turns), 2) if i not in record.not_supervised]
+        answers = [record.turns[i][1] for i in supervised]
         texts = [record.system or "", *(text for _, text in record.turns)]
         special = self.template.special_words(self.tokenizer)
         return TokenFacts(
