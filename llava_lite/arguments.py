@@ -60,6 +60,18 @@ class ModelArguments:
 
     model_name_or_path: str | None = knob(None, "Hub id or folder of a language model or of an earlier stage.")
     version: str = knob("v1", "Conversation template: plain in stage 1, v1 after it; chat is the tokenizer's own.")
+    chat_end_mark: str | None = knob(
+        None,
+        "With --version chat: a token that ends every answer, for chat templates that write none (GLM-4, SOLAR, "
+        "MiniCPM), such as the tokenizer's end of text.",
+    )
+    enable_thinking: bool | None = knob(
+        None,
+        "With --version chat: whether the trained model is asked for reasoning (Qwen3); default: if all records have "
+        "some in their answers, <think>...</think>.",
+        nargs="?",
+        const=True,
+    )
     vision_tower: str | None = knob(None, "Hub id or folder of a CLIP, SigLIP or DINOv2 tower (alias image_tower).")
     mm_vision_select_layer: int | None = knob(None, "Layer of the tower that is read; default: the model's, else -2.")
     mm_vision_select_feature: Literal["patch", "cls_patch"] | None = knob(
@@ -139,6 +151,10 @@ class DataArguments:
         "JSON or JSONL files of LLaVA's records or messages, or YAML mixtures of them; or shards with images inside "
         "(WebDataset .tar, .parquet, a directory saved by `datasets`): paths, globs, {00000..00331}, "
         "hf://datasets/user/name. Shards need --max_steps. Other formats: llava-lite data convert.",
+    )
+    special_tokens_in_text: Literal["token", "text"] = knob(
+        "token",
+        "What a special token spelled in a question or an answer is: the token, as in LLaVA, or text like any other.",
     )
     shuffle_window: int = knob(512, "Records of a shard that are shuffled together, and held in memory, a worker.")
     image_folder: str | None = knob(None, "Folder that the records' picture paths start from.")

@@ -116,6 +116,12 @@ def check_model(args):
     from llava_lite.conversation import get_template
 
     get_template(args.version)
+    for flag in ("chat_end_mark", "enable_thinking"):
+        refuse(
+            getattr(args, flag) is not None and args.version != "chat",
+            f"--{flag} {getattr(args, flag)} is of the tokenizer's own chat template and --version is {args.version}; "
+            "drop one, or say --version chat.",
+        )
     least = min(args.num_experts or [4])
     refuse(
         not 1 <= args.top_k_experts <= least,

@@ -1,17 +1,21 @@
-"""Turn a conversation into a prompt and the character spans of the answers that are learned."""
+"""Turn a conversation into a prompt and the character spans of the answers that are supervised."""
 
 import base64
 import io
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from datetime import datetime
+from typing import Literal, NamedTuple
 
-from llava_lite.chat_template import takes_parts, write_chat
+from llava_lite.chat_answers import Chat, Written
+from llava_lite.chat_template import Unfit, takes_parts
 from llava_lite.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_TOKEN
+from llava_lite.special_tokens import Fence, special_words
 from llava_lite.templates import TEMPLATES, SeparatorStyle
 
 __all__ = [
     "Conversation",
+    "PromptOptions",
     "Rendered",
     "SeparatorStyle",
     "conv_templates",
@@ -22,15 +26,38 @@ __all__ = [
 
 
 class Rendered(NamedTuple):
-    """A prompt and what of it is learned.
+    """A prompt and what of it is supervised.
 
     answers: [start, end) character spans of `text`: each answer with its end mark.
     add_special_tokens: False where `text` already holds all of them, as a chat template writes it.
+    literals: [start, end) of special tokens that are text and no tokens.
+    cuts_prompts: no token may reach into an answer, so that what stands before it is tokenised as the prompt is alone.
     """
 
     text: str
     answers: tuple[tuple[int, int], ...]
     add_special_tokens: bool = True
+    literals: tuple[tuple[int, int], ...] = ()
+    cuts_prompts: bool = False
+
+
+class PromptOptions(NamedTuple):
+    """The options of a run or a checkpoint about prompts, under their names in config.json.
+
+    enable_thinking: whether a chat template asks for reasoning (Qwen3). chat_end_mark: token that ends the answers of
+    a chat template that writes no end mark. special_tokens_in_text: a special token spelled in a question or an answer
+    becomes that token, as in LLaVA, or is encoded as text. moment: what chat templates with a date write, None for
+    today. is_strict: refuse a conversation whose answers cannot be located; False leaves out their spans.
+    """
+
+    enable_thinking: bool = False
+    chat_end_mark: str | None = None
+    special_tokens_in_text: Literal["token", "text"] = "token"
+    moment: datetime | None = None
+    is_strict: bool = True
+
+
+DEFAULT_OPTIONS = PromptOptions()
 
 
 @dataclass
@@ -51,6 +78,7 @@ class Conversation:
     sep2: str | None = None
     version: str = "Unknown"
     skip_next: bool = False
+    options: PromptOptions = DEFAULT_OPTIONS
 
     def get_prompt(self) -> str:
         """Return the prompt as LLaVA writes it: an empty message is an open one, and `plain` keeps the instruction."""
@@ -65,12 +93,40 @@ class Conversation:
 
         A span starts right after the words that ask for the answer (`ASSISTANT:`, without the blank) and ends after
         the end mark (`</s>`), so that the prompt of an open turn is exactly what stands before a span. `plain` keeps
-        of a question only its pictures: stage 1 learns captions. tokenizer: needed by the template `chat` alone.
+        of a question only its images: stage 1 learns captions. tokenizer: needed by the template `chat`, and to keep
+        special tokens as text. Raises ValueError where a chat template does not fit the conversation.
         """
+        if self.options.special_tokens_in_text == "token":
+            return self._rendered(tokenizer)
+        if tokenizer is None:
+            raise ValueError("special_tokens_in_text='text' needs the tokenizer; call render(tokenizer).")
+        words = self.special_words(tokenizer)
+        fence = Fence.around([self.system, *(text or "" for _, text in self._texts())])
+        rendered = self._fenced(fence, words)._rendered(tokenizer)
+        text, answers, literals = fence.take(rendered.text, rendered.answers)
+        return rendered._replace(text=text, answers=tuple(answers), literals=tuple(literals))
+
+    def special_words(self, tokenizer):
+        """Return a pattern for special tokens in a text: the tokenizer's, and the end mark of the template."""
+        if self.sep_style is not SeparatorStyle.CHAT:
+            return special_words(tokenizer, (self.sep2 or self.sep,))
+        chat = Chat(tokenizer, self.options.moment, self.options.enable_thinking, self.options.chat_end_mark)
+        return special_words(tokenizer, tuple(mark.strip() for mark in chat.end_marks))
+
+    def _fenced(self, fence, words) -> "Conversation":
+        """Return a copy with the special tokens of its contents fenced; the template's own text stays as it is."""
+        messages = [[role, text and fence.put(text, words)] for role, text in self._texts()]
+        opening, newline, system = self.system.partition("\n")
+        if self.sep_style is not SeparatorStyle.MPT:
+            opening, newline, system = "", "", self.system
+        return replace(self, messages=messages, system=opening + newline + fence.put(system, words))
+
+    def _rendered(self, tokenizer) -> Rendered:
         if self.sep_style is SeparatorStyle.CHAT:
-            text, spans = write_chat(self.system, self._texts(), tokenizer)
+            text, spans = self._chat(tokenizer)
             # What a model that sees is asked goes through a processor, which puts BOS in front if it is not there.
-            return Rendered(text, spans, add_special_tokens=takes_parts(tokenizer.get_chat_template()))
+            has_bos = not takes_parts(tokenizer.get_chat_template())
+            return Rendered(text, spans, add_special_tokens=not has_bos, cuts_prompts=True)
         text, answers = "", []
         for piece, is_learned in self._pieces(self._texts()):
             if is_learned:
@@ -82,6 +138,17 @@ class Conversation:
                 "marks. Show a picture, or choose another template (--version, --conv-mode)."
             )
         return Rendered(text, tuple(answers))
+
+    def _chat(self, tokenizer) -> Written:
+        """Return the conversation by the tokenizer's own chat template."""
+        options, messages = self.options, self._texts()
+        chat = Chat(tokenizer, options.moment, options.enable_thinking, options.chat_end_mark)
+        try:
+            if messages and messages[-1][1] is None:
+                return chat.prompt(self.system, messages[:-1])
+            return chat.write(self.system, messages, options.is_strict)
+        except Unfit as reason:
+            raise ValueError(f"the chat template of {tokenizer.name_or_path!r} {reason}.") from reason
 
     def with_turns(self, turns, system: str | None = None) -> "Conversation":
         """Return a copy that holds `turns` alone: ("human" | "gpt", text) pairs, or None as the last text.
@@ -257,8 +324,11 @@ conv_templates = {name: Conversation(**fields) for name, fields in TEMPLATES.ite
 default_conversation = conv_templates["vicuna_v1"]
 
 
-def get_template(name) -> Conversation:
-    """Return a fresh copy of the template; ValueError with the known names if there is none."""
+def get_template(name, **options) -> Conversation:
+    """Return a fresh copy of the template; ValueError with the known names if there is none.
+
+    options: fields of PromptOptions.
+    """
     if name not in conv_templates:
         raise ValueError(f"unknown conversation template {name!r}; known: {', '.join(conv_templates)}.")
-    return conv_templates[name].copy()
+    return replace(conv_templates[name].copy(), options=PromptOptions(**options))

@@ -9,11 +9,9 @@ import torch
 from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
 
 from llava_lite.constants import DEFAULT_IMAGE_TOKEN
+from llava_lite.end_marks import EndMark, end_ids, end_mark_of, stop_arguments
 from llava_lite.messages import as_list
 from llava_lite.processing import LlavaLiteProcessor
-
-# No answer holds this, so what follows it in a rendered answer is the format's end mark.
-_PROBE = "\u2603"
 
 
 def load(model_path, device=None, dtype=None, model_base=None, **kwargs):
@@ -71,7 +69,7 @@ def reply(
     inputs, mark = prepare(processor, question, images, conv_template, history)
     generation = _generation_arguments(model, processor, mark, temperature, num_beams, generate_kwargs)
     tokens = _generate(model, inputs, image_cache, max_new_tokens=max_new_tokens, **generation)
-    answers = [_without_mark(text, mark) for text in processor.batch_decode(tokens, skip_special_tokens=True)]
+    answers = [_without_mark(text, mark.text) for text in processor.batch_decode(tokens, skip_special_tokens=True)]
     return answers[0] if alone else answers
 
 
@@ -108,7 +106,7 @@ def stream(
     thread = Thread(target=work, name="answering", daemon=True)
     thread.start()
     try:
-        yield from _pieces_without_mark(streamer, mark)
+        yield from _pieces_without_mark(streamer, mark.text)
     finally:
         stop.set()
         thread.join()
@@ -117,7 +115,7 @@ def stream(
 
 
 def prepare(processor, questions, images, conv_template=None, history=None):
-    """Return (inputs of the model, end mark of an answer) for B questions, each with its pictures and its history."""
+    """Return (inputs of the model, EndMark of an answer) for B questions, each with its pictures and its history."""
     history = [None] * len(questions) if history is None else history
     if not len(questions) == len(images) == len(history):
         raise ValueError(
@@ -133,12 +131,8 @@ def prepare(processor, questions, images, conv_template=None, history=None):
         for question, pictures, earlier in zip(questions, groups, history, strict=True)
     ]
     prompts = [processor.render(turns, conv_template) for turns in talks]
-    inputs = processor(
-        images=groups,
-        text=[prompt.text for prompt in prompts],
-        add_special_tokens=prompts[0].add_special_tokens,
-    )
-    return inputs, end_mark(processor, conv_template)
+    inputs = processor(images=groups, text=prompts)
+    return inputs, _end_mark(processor, conv_template)
 
 
 def check_sees(processor, has_images):
@@ -169,11 +163,11 @@ def place_marks(question, history, num_pictures):
 
 def end_mark(processor, conv_template=None):
     """Return the text that the prompt format puts after an answer, such as `</s>` or `###`; it may be empty."""
-    rendered = processor.render([(_PROBE, _PROBE)], conv_template)
-    start, end = rendered.answers[-1]
-    mark = rendered.text[start:end].partition(_PROBE)[2]
-    # A blank alone ends nothing: every other word begins with one. A line break ends a caption.
-    return mark.strip() or mark.strip(" ")
+    return _end_mark(processor, conv_template).text
+
+
+def _end_mark(processor, conv_template=None) -> EndMark:
+    return end_mark_of(processor.template(conv_template), processor.tokenizer)
 
 
 def _generation_arguments(model, processor, mark, temperature, num_beams, extra):
@@ -181,15 +175,8 @@ def _generation_arguments(model, processor, mark, temperature, num_beams, extra)
     arguments = {"num_beams": num_beams, "pad_token_id": processor.pad_token_id, "do_sample": temperature > 0}
     if temperature > 0:
         arguments["temperature"] = temperature
-    ends = model.generation_config.eos_token_id
-    ends = set(ends) if isinstance(ends, (list, tuple)) else {ends}
-    ends = (ends | {processor.tokenizer.eos_token_id}) - {None}
-    ids = processor.tokenizer.encode(mark, add_special_tokens=False) if mark else []
-    if len(ids) == 1 and processor.tokenizer.decode(ids) == mark:
-        ends.add(ids[0])
-    elif mark:
-        arguments |= {"stop_strings": [mark], "tokenizer": processor.tokenizer}
-    return arguments | {"eos_token_id": sorted(ends)} | extra
+    ends = end_ids(model.generation_config, processor.tokenizer)
+    return arguments | stop_arguments(mark, ends, processor.tokenizer) | extra
 
 
 def _generate(model, inputs, image_cache=None, **arguments):

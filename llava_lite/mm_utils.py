@@ -1,4 +1,4 @@
-"""Turn a rendered conversation into token ids and labels; the picture functions of pictures.py under LLaVA's names."""
+"""Turn prompts into token ids; the picture functions of pictures.py under LLaVA's names."""
 
 from itertools import accumulate
 
@@ -11,7 +11,7 @@ from llava_lite.anyres import (
     resize_and_pad_image,
     select_best_resolution,
 )
-from llava_lite.constants import DEFAULT_IMAGE_TOKEN, IGNORE_INDEX, IMAGE_TOKEN_INDEX
+from llava_lite.constants import DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
 from llava_lite.pictures import (
     PictureError,
     expand2square,
@@ -23,6 +23,7 @@ from llava_lite.pictures import (
     process_images,
     to_rgb,
 )
+from llava_lite.token_labels import bos_of, tokenize_rendered
 
 __all__ = [
     "KeywordsStoppingCriteria",
@@ -58,83 +59,8 @@ def tokenizer_image_token(prompt, tokenizer, image_token_index=IMAGE_TOKEN_INDEX
         if i:
             ids.append(image_token_index)
         ids.extend(tokenizer(chunk, add_special_tokens=False, verbose=False)["input_ids"])
-    ids = _bos(tokenizer) + ids
+    ids = bos_of(tokenizer) + ids
     return ids if return_tensors is None else torch.tensor(ids, dtype=torch.long)
-
-
-def tokenize_rendered(rendered, tokenizer, has_image) -> tuple[list[int], list[int]]:
-    """Return the ids and labels [T] of a rendered conversation; with an open last turn the ids are the prompt.
-
-    A token is learned if one of its characters lies in an answer; no second tokenisation has to agree with the first.
-    has_image: each `<image>` becomes one IMAGE_TOKEN_INDEX, which is never learned; False: it is text like any other.
-    """
-    if not tokenizer.is_fast:
-        raise ValueError(
-            f"{type(tokenizer).__name__} does not tell which characters a token comes from, which the labels need. "
-            "Load it with AutoTokenizer and use_fast=True, or convert it to a tokenizer.json first."
-        )
-    ids, labels = [], []
-    for start, chunk in _chunks(rendered.text, tokenizer, has_image):
-        if chunk is None:
-            ids.append(IMAGE_TOKEN_INDEX)
-            labels.append(IGNORE_INDEX)
-            continue
-        encoded = tokenizer(chunk, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-        spans = [(start + begin, start + end) for begin, end in encoded["offset_mapping"]]
-        ids.extend(encoded["input_ids"])
-        labels.extend(_labels(encoded["input_ids"], spans, rendered.answers))
-    if rendered.add_special_tokens:
-        # An answer may begin with the letters of BOS; a prompt that does so was written by a template.
-        is_answer = labels[:1] != [IGNORE_INDEX]
-        bos = _bos(tokenizer) if is_answer else _missing_bos(ids, tokenizer)
-        ids, labels = bos + ids, [IGNORE_INDEX] * len(bos) + labels
-    return ids, labels
-
-
-def _bos(tokenizer) -> list[int]:
-    """Return BOS if the tokenizer begins with it, else nothing."""
-    bos = tokenizer.bos_token_id
-    return [bos] if bos is not None and tokenizer("")["input_ids"][:1] == [bos] else []
-
-
-def _missing_bos(ids, tokenizer) -> list[int]:
-    """Return the BOS that is still to be put in front; a chat template may have written it as text."""
-    bos = _bos(tokenizer)
-    return [] if ids[:1] == bos else bos
-
-
-def _chunks(text, tokenizer, has_image):
-    """Yield (where it starts, text), and (where, None) for a picture, in order."""
-    # A tokenizer may know "<image>" as a token; without a picture the word is cut in two, so that it stays text.
-    is_word = not has_image and DEFAULT_IMAGE_TOKEN in tokenizer.get_added_vocab()
-    start = 0
-    while has_image or is_word:
-        at = text.find(DEFAULT_IMAGE_TOKEN, start)
-        if at < 0:
-            break
-        cut = at + 1 if is_word else at
-        yield start, text[start:cut]
-        if has_image:
-            yield at, None
-        start = cut if is_word else at + len(DEFAULT_IMAGE_TOKEN)
-    yield start, text[start:]
-
-
-def _labels(ids, spans, answers) -> list[int]:
-    labels = [IGNORE_INDEX] * len(ids)
-    # Both spans and answers go from left to right, so one walk is enough.
-    answers = iter(answers)
-    answer = next(answers, None)
-    for i, (start, end) in enumerate(spans):
-        # A blank that the tokenizer puts in itself has no width; it belongs to the character that it stands before.
-        end = max(end, start + 1)
-        while answer is not None and answer[1] <= start:
-            answer = next(answers, None)
-        if answer is None:
-            break
-        if end > answer[0]:
-            labels[i] = ids[i]
-    return labels
 
 
 def truncate_example(input_ids, labels, max_length, num_image_tokens=None, image_token_index=IMAGE_TOKEN_INDEX):

@@ -12,7 +12,8 @@ from transformers import BatchFeature, ProcessorMixin
 from transformers.utils import PROCESSOR_NAME
 
 from llava_lite.anyres import PictureLayout
-from llava_lite.chat_template import takes_parts
+from llava_lite.chat_answers import own_template
+from llava_lite.chat_template import takes_images
 from llava_lite.companions import image_processor_of, load_tokenizer, read_json, template_of
 from llava_lite.constants import DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
 from llava_lite.conversation import Rendered, get_template, place_images
@@ -26,6 +27,8 @@ from llava_lite.share import ProcessorSharing
 # What a processor saves of its own, beside its parts.
 SETTINGS = ("conv_template", "image_aspect_ratio", "num_image_tokens", "image_token_index", "use_im_start_end")
 SETTINGS += ("image_grid_pinpoints", "mm_patch_merge_type")
+# Fields of PromptOptions that a checkpoint keeps.
+PROMPT_SETTINGS = ("enable_thinking", "chat_end_mark", "special_tokens_in_text")
 
 # What the Auto classes and pipelines hand to processor and model alike, and no processor needs.
 OF_OTHERS = ("_from_auto", "_from_pipeline", "_commit_hash", "trust_remote_code", "code_revision", "config")
@@ -38,7 +41,8 @@ class LlavaLiteProcessor(ProcessorSharing, ProcessorMixin):
     conv_template: key of `conv_templates`. num_image_tokens: features of one picture, or of one crop of it if
     image_aspect_ratio is `anyres`; image_grid_pinpoints and mm_patch_merge_type then say how many crops there are and
     how their features are joined. image_token_index: the id that stands for one feature, -200 or the id of `<image>`
-    in the vocabulary. image_processor: None for a text-only model.
+    in the vocabulary. image_processor: None for a text-only model. enable_thinking, chat_end_mark,
+    special_tokens_in_text: as in PromptOptions.
     """
 
     def __init__(
@@ -53,6 +57,9 @@ class LlavaLiteProcessor(ProcessorSharing, ProcessorMixin):
         chat_template=None,
         image_grid_pinpoints=None,
         mm_patch_merge_type="flat",
+        enable_thinking=False,
+        chat_end_mark=None,
+        special_tokens_in_text="token",
     ):
         get_template(conv_template)
         self.conv_template = conv_template
@@ -62,6 +69,9 @@ class LlavaLiteProcessor(ProcessorSharing, ProcessorMixin):
         self.use_im_start_end = use_im_start_end
         self.image_grid_pinpoints = image_grid_pinpoints
         self.mm_patch_merge_type = mm_patch_merge_type
+        self.enable_thinking = enable_thinking
+        self.chat_end_mark = chat_end_mark
+        self.special_tokens_in_text = special_tokens_in_text
         self.image_token = DEFAULT_IMAGE_TOKEN
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
 
@@ -89,7 +99,7 @@ class LlavaLiteProcessor(ProcessorSharing, ProcessorMixin):
         if self.conv_template != "chat" or self.image_token_index < 0 or template is None:
             return False
         known = self.tokenizer.get_added_vocab().get(DEFAULT_IMAGE_TOKEN)
-        return known == self.image_token_index and takes_parts(self.tokenizer.get_chat_template())
+        return known == self.image_token_index and takes_images(self.tokenizer.get_chat_template())
 
     @property
     def model_input_names(self):
@@ -123,6 +133,7 @@ class LlavaLiteProcessor(ProcessorSharing, ProcessorMixin):
             chat_template=getattr(tokenizer, "chat_template", None),
             image_grid_pinpoints=getattr(config, "image_grid_pinpoints", None),
             mm_patch_merge_type=getattr(config, "mm_patch_merge_type", "flat"),
+            **{key: getattr(config, key) for key in PROMPT_SETTINGS if hasattr(config, key)},
         )
 
     @classmethod
@@ -144,7 +155,7 @@ class LlavaLiteProcessor(ProcessorSharing, ProcessorMixin):
         tokenizer = load_tokenizer(name, config, **hub)
         processor = cls.from_config(config, tokenizer, image_processor_of(name, config, **hub))
         saved = read_json(name, PROCESSOR_NAME, hub)
-        for key in SETTINGS:
+        for key in (*SETTINGS, *PROMPT_SETTINGS):
             setattr(processor, key, kwargs.pop(key, saved.get(key, getattr(processor, key))))
         for key, value in kwargs.items():
             part = next(
@@ -187,7 +198,8 @@ class LlavaLiteProcessor(ProcessorSharing, ProcessorMixin):
         Under `anyres` pixel_values are [N, n, 3, H, W], filled up with zeros to the most crops that a picture has, and
         image_sizes [N, 2] are the widths and heights of the pictures.
 
-        text: a prompt or a list of B. images: a picture, all pictures in the order of their marks, or one list a text;
+        text: a prompt or a list of B, as texts or as `render` returns them, which decides on special tokens. images: a
+        picture, all pictures in the order of their marks, or one list a text;
         a picture is a PIL image, a path or the bytes of a file, turned upright as its EXIF says. Every `<image>`
         becomes as many placeholders as its picture has features. Rows are padded on the left, which `generate` needs,
         to the longest or (padding="max_length") to max_length; truncation cuts ends off at max_length.
@@ -199,11 +211,10 @@ class LlavaLiteProcessor(ProcessorSharing, ProcessorMixin):
             raise ValueError("the processor needs a text; for pictures alone use processor.image_processor.")
         if return_tensors not in ("pt", None):
             raise ValueError(f"the processor returns torch tensors: return_tensors='pt', not {return_tensors!r}.")
-        texts = [text] if isinstance(text, str) else list(text)
-        pictures = pictures_of_each(images, texts)
-        rows = [
-            self._token_ids(prompt, group, add_special_tokens) for prompt, group in zip(texts, pictures, strict=True)
-        ]
+        texts = [text] if isinstance(text, (str, Rendered)) else list(text)
+        prompts = [one if isinstance(one, Rendered) else Rendered(one, (), add_special_tokens) for one in texts]
+        pictures = pictures_of_each(images, [prompt.text for prompt in prompts])
+        rows = [self._token_ids(prompt, group) for prompt, group in zip(prompts, pictures, strict=True)]
         if truncation and max_length is not None:
             rows = [cut_row(row, max_length, self.image_token_index) for row in rows]
         length = padded_len(rows, padding, max_length, pad_to_multiple_of)
@@ -213,15 +224,16 @@ class LlavaLiteProcessor(ProcessorSharing, ProcessorMixin):
             batch |= self._pixels(upright)
         return BatchFeature(batch)
 
-    def _token_ids(self, prompt, pictures, add_special_tokens):
-        """Return the ids of one prompt, each mark already as long as the features of its picture."""
-        if self.asks_as_transformers:
+    def _token_ids(self, prompt, pictures):
+        """Return the ids of one Rendered, each mark already as long as the features of its picture."""
+        if self.asks_as_transformers and not prompt.literals:
             bos = self.tokenizer.bos_token
-            is_there = bos is not None and prompt.startswith(bos)
-            ids = self.tokenizer(prompt, add_special_tokens=add_special_tokens and not is_there)["input_ids"]
+            is_there = bos is not None and prompt.text.startswith(bos)
+            with_bos = prompt.add_special_tokens and not is_there
+            ids = self.tokenizer(prompt.text, add_special_tokens=with_bos)["input_ids"]
             ids = [IMAGE_TOKEN_INDEX if one == self.image_token_index else one for one in ids]
         else:
-            ids, _ = tokenize_rendered(Rendered(prompt, (), add_special_tokens), self.tokenizer, bool(pictures))
+            ids, _ = tokenize_rendered(prompt, self.tokenizer, bool(pictures))
         if pictures and self.image_processor is None:
             raise ValueError(f"{len(pictures)} pictures for a model that has no vision tower.")
         lengths = iter([self.picture_layout.num_tokens(picture.size) for picture in pictures])
@@ -237,6 +249,11 @@ class LlavaLiteProcessor(ProcessorSharing, ProcessorMixin):
         pixels = torch.nn.utils.rnn.pad_sequence(list(prepared), batch_first=True)  # [N, n, 3, H, W]
         return {"pixel_values": pixels, "image_sizes": sizes}
 
+    def template(self, conv_template=None):
+        """Return the prompt format, by default the checkpoint's own, with the choices that it was trained with."""
+        options = {key: getattr(self, key) for key in PROMPT_SETTINGS}
+        return get_template(conv_template or self.conv_template, **options, is_strict=False)
+
     def render(self, turns, conv_template=None, system=None, open_turn=True):
         """Return a conversation as the prompt that its format makes of it, a `Rendered`, marks placed as in training.
 
@@ -244,7 +261,7 @@ class LlavaLiteProcessor(ProcessorSharing, ProcessorMixin):
         conv_template: another format than the checkpoint's own. system: replaces the format's system text. open_turn:
         False ends with the last question, without the words that ask the model for its answer.
         """
-        template = get_template(conv_template or self.conv_template)
+        template = self.template(conv_template)
         spoken = [turn for question, answer in turns for turn in (("human", question), ("gpt", answer))]
         if not open_turn and spoken[-1][1] is None:
             spoken.pop()
@@ -273,7 +290,8 @@ class LlavaLiteProcessor(ProcessorSharing, ProcessorMixin):
         # The pipeline hands it over with the rest; the parent would give it to `__call__`.
         kwargs.pop("streamer", None)
         if chat_template is None and self.asks_as_transformers:
-            chat_template, conversation = self.tokenizer.get_chat_template(), in_parts(conversation)
+            chat_template = own_template(self.tokenizer, self.enable_thinking, self.chat_end_mark)
+            conversation = in_parts(conversation)
         if chat_template is not None:
             return super().apply_chat_template(
                 conversation,
@@ -294,8 +312,10 @@ class LlavaLiteProcessor(ProcessorSharing, ProcessorMixin):
         texts = [prompt.text for prompt in prompts]
         if not tokenize:
             return texts if many else texts[0]
-        options = {"add_special_tokens": prompts[0].add_special_tokens} | (processor_kwargs or {})
-        inputs = self(images=[pictures for *_, pictures in talks], text=texts, **options)
+        processor_kwargs = dict(processor_kwargs or {})
+        with_bos = processor_kwargs.pop("add_special_tokens", prompts[0].add_special_tokens)
+        prompts = [prompt._replace(add_special_tokens=with_bos) for prompt in prompts]
+        inputs = self(images=[pictures for *_, pictures in talks], text=prompts, **processor_kwargs)
         return inputs if return_dict else inputs["input_ids"]
 
     def _prompt(self, turns, system, continue_final, open_turn):
@@ -304,9 +324,16 @@ class LlavaLiteProcessor(ProcessorSharing, ProcessorMixin):
         answer = turns[-1][1]
         if answer is None or not continue_final:
             return rendered
+        if not rendered.answers:
+            raise ValueError(
+                "the chat template writes the last answer in a way of its own, so it cannot be gone on with "
+                "(continue_final_message)."
+            )
         start, end = rendered.answers[-1]
+        # Some templates take the blanks around an answer away.
+        answer = answer if answer in rendered.text[start:end] else answer.strip()
         said = rendered.text.index(answer, start, end) + len(answer)
-        return Rendered(rendered.text[:said], (), rendered.add_special_tokens)
+        return rendered._replace(text=rendered.text[:said], answers=rendered.answers[:-1])
 
     def decode(self, token_ids, skip_special_tokens=False, **kwargs):
         """Return the text of one row of ids, or a list for many; placeholders of pictures are left out."""

@@ -273,11 +273,13 @@ def test_chat_leaves_an_open_turn_for_the_answer_and_says_the_system_text(toy_to
     assert learned(rendered) == ["A1<|im_end|>"]
 
 
-def test_chat_finds_the_answers_where_the_template_writes_the_last_one_otherwise(toy_tokenizer_for):
+def test_an_empty_block_of_reasoning_that_a_template_writes_belongs_to_the_prompt(toy_tokenizer_for):
     tokenizer = toy_tokenizer_for("qwen")
     tokenizer.chat_template = THINKING
     rendered = get_template("chat").with_turns(TALK).render(tokenizer)
-    assert learned(rendered) == ["A1<|im_end|>", "<think>\n\n</think>\n\nA2<|im_end|>"]
+    assert learned(rendered) == ["A1<|im_end|>", "A2<|im_end|>"]
+    asked = get_template("chat").with_turns((*TALK[:3], ("gpt", None))).render(tokenizer)
+    assert asked.text == rendered.text[: rendered.answers[-1][0]]
 
 
 @pytest.mark.parametrize("answer", ["", "A<|im_end|>B", "think", " blank ", "Q2", "line\n"])

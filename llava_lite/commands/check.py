@@ -9,11 +9,13 @@ from types import SimpleNamespace
 from llava_lite.anyres import MERGE_TYPES, PictureLayout
 from llava_lite.commands.parser import CommandParser
 from llava_lite.commands.words import meant_by, unknown_flags, words_left
+from llava_lite.conversation import get_template
 from llava_lite.data.check import NUM_NAMED, check_annotations, write_ledger
 from llava_lite.data.check_report import kinds_of, number
 from llava_lite.data.encode import RecordEncoder
 from llava_lite.data.index import open_annotations
 from llava_lite.data.scan import DataError
+from llava_lite.end_marks import refuse_unfit
 from llava_lite.flags import NO, RENAMED, TRANSLATED, WITHOUT_EFFECT, YES, open_yaml, split_flags
 from llava_lite.pictures import ASPECT_RATIOS
 
@@ -64,6 +66,16 @@ def build_parser() -> CommandParser:
         "--vision_tower", metavar="TOWER", help="tower of a run that starts from a plain language model"
     )
     model.add_argument("--version", metavar="TEMPLATE", default="v1", help="conversation template (default v1)")
+    model.add_argument(
+        "--chat_end_mark",
+        metavar="TOKEN",
+        help="with --version chat: token that ends answers, where it has none",
+    )
+    model.add_argument(
+        "--special_tokens_in_text", choices=("token", "text"), default="token",
+        help="what a special token spelled in a question or an answer is (default token)",
+    )  # fmt: skip
+    model.add_argument("--enable_thinking", metavar="True|False", help="with --version chat; no effect on a check")
     model.add_argument(
         "--model_max_length", metavar="N", type=int, default=2048, help="tokens of a sequence (default 2048)"
     )
@@ -190,7 +202,10 @@ def record_encoder(flags, config) -> RecordEncoder:
     has_patch = bool(flags.mm_use_im_patch_token if config is None else config.mm_use_im_patch_token)
     words = [DEFAULT_IMAGE_PATCH_TOKEN] * has_patch + [DEFAULT_IM_START_TOKEN, DEFAULT_IM_END_TOKEN] * wraps
     tokenizer.add_tokens(words, special_tokens=True)
-    return RecordEncoder(tokenizer, flags.version, wraps)
+    choices = {"chat_end_mark": flags.chat_end_mark, "special_tokens_in_text": flags.special_tokens_in_text}
+    template = get_template(flags.version, **choices)
+    refuse_unfit(template, tokenizer, flags.version)
+    return RecordEncoder(tokenizer, template, wraps)
 
 
 def check_files(paths, flags, encoder, layout):

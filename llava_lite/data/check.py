@@ -16,6 +16,7 @@ from llava_lite.data.index import Annotations
 from llava_lite.data.picture_files import PictureMeter
 from llava_lite.data.records import missing_images
 from llava_lite.data.scan import DataError
+from llava_lite.data.text_counts import count_texts
 
 NUM_NAMED = 20
 # Threads that look at picture files: most of the time goes to waiting for a disk or a network.
@@ -147,6 +148,7 @@ def check_annotations(
         lengths=lengths,
         empty_answers=facts.num_empty,
         text_placeholders=facts.num_missing,
+        texts=count_texts(annotations, encoder.template.options.special_tokens_in_text),
     )
 
 

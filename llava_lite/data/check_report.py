@@ -8,6 +8,7 @@ import numpy as np
 from llava_lite.constants import DEFAULT_IMAGE_TOKEN
 from llava_lite.data.cache import key_of
 from llava_lite.data.index import Annotations
+from llava_lite.data.text_counts import TextCounts
 
 # Records that a line of the report names.
 NUM_EXAMPLES = 5
@@ -29,6 +30,7 @@ class Report:
     lengths: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))  # tokens before truncation [N]
     empty_answers: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))  # of each record [N]
     text_placeholders: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))  # of each record [N]
+    texts: TextCounts = field(default_factory=TextCounts)
 
     @property
     def digest(self) -> str:
@@ -52,7 +54,7 @@ class Report:
         if self.empty_answers.any():
             count = int(self.empty_answers.sum())
             lines.append(
-                f"{number(count, 'answer')} without text, of which only the end mark is learned: "
+                f"{number(count, 'answer')} without text, of which only the end mark is supervised: "
                 f"{self._named(self.empty_answers)}"
             )
         if self.text_placeholders.any():
@@ -61,6 +63,7 @@ class Report:
                 f"{number(count, 'record')} with {DEFAULT_IMAGE_TOKEN} and no image, taken as plain text: "
                 f"{self._named(self.text_placeholders)}"
             )
+        lines += self.texts.lines()
         if self.bad:
             lines.append(f"{number(len(self.bad), 'record')} left out ({kinds_of(self.bad)})")
         return "\n".join(lines)

@@ -1,7 +1,12 @@
 """Turn a Record into token ids and labels, one placeholder a picture or one a feature."""
 
+from dataclasses import replace
+
+from llava_lite.chat_answers import Chat
+from llava_lite.chat_format import THINK_END
+from llava_lite.chat_template import Unfit, today
 from llava_lite.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
-from llava_lite.conversation import Conversation, get_template, place_images
+from llava_lite.conversation import Conversation, SeparatorStyle, get_template, place_images
 from llava_lite.data.cache import key_of
 from llava_lite.data.index import TokenFacts
 from llava_lite.data.records import Record
@@ -9,7 +14,7 @@ from llava_lite.data.scan import DataError
 from llava_lite.mm_utils import tokenize_rendered
 
 # Raised when the same record may give other ids or labels than before.
-VERSION = 1
+VERSION = 2
 
 
 def expand_image_tokens(input_ids, labels, lengths):
@@ -32,11 +37,15 @@ def expand_image_tokens(input_ids, labels, lengths):
 
 
 class RecordEncoder:
-    """Record -> ids and labels by one template and one tokenizer; what dataset, index and check share."""
+    """Record -> ids and labels by one template and one tokenizer; what dataset, index and check share.
+
+    Chat templates with a date write that of the moment at which the first encoder of a run is made.
+    """
 
     def __init__(self, tokenizer, conv_template: str | Conversation, mm_use_im_start_end: bool = False):
-        self.tokenizer = tokenizer
-        self.template = get_template(conv_template) if isinstance(conv_template, str) else conv_template
+        template = get_template(conv_template) if isinstance(conv_template, str) else conv_template
+        options = template.options._replace(moment=template.options.moment or today())
+        self.tokenizer, self.template = tokenizer, replace(template, options=options)
         self.mm_use_im_start_end = mm_use_im_start_end
 
     def __call__(self, record: Record) -> tuple[list[int], list[int]]:
@@ -67,12 +76,18 @@ class RecordEncoder:
         learned = [i for i, label in enumerate(labels) if label != IGNORE_INDEX]
         first = learned[0] if learned else len(ids)
         pictures = [i for i, token in enumerate(ids) if token == IMAGE_TOKEN_INDEX]
+        supervised = [i for i in range(1, len(record.turns), 2) if i not in record.not_supervised]
+        answers = [record.turns[i][1] for i in supervised]
+        texts = [record.system or "", *(text for _, text in record.turns)]
+        special = self.template.special_words(self.tokenizer)
         return TokenFacts(
             text_len=len(ids),
             num_learned=len(learned),
             first_learned=first,
             pictures_before=sum(i < first for i in pictures),
             last_picture=pictures[-1] if pictures else -1,
+            num_special=sum(len(special.findall(text)) for text in texts),
+            is_reasoned=int(bool(answers) and THINK_END in answers[-1]),
         )
 
     @property
@@ -82,4 +97,19 @@ class RecordEncoder:
         parts = [tokenizer.backend_tokenizer.to_str()] if tokenizer.is_fast else [tokenizer.name_or_path]
         parts += [tokenizer.chat_template, sorted(tokenizer.special_tokens_map.items(), key=str)]
         parts += [template.sep_style.name, template.system, template.roles, template.sep, template.sep2]
-        return key_of(VERSION, *parts, template.version, template.messages, self.mm_use_im_start_end)
+        options = template.options._replace(moment=None)
+        parts += [template.version, template.messages, self.mm_use_im_start_end, *options]
+        return key_of(VERSION, *parts, *self._skeletons())
+
+    def _skeletons(self) -> list[str]:
+        """Return what a chat template writes around texts, today's date included; nothing for other templates."""
+        if self.template.sep_style is not SeparatorStyle.CHAT:
+            return []
+        options, skeletons = self.template.options, []
+        for thinks in (False, True):
+            try:
+                chat = Chat(self.tokenizer, options.moment, thinks, options.chat_end_mark)
+                skeletons.append(chat.format(thinks).skeleton)
+            except Unfit as reason:
+                skeletons.append(str(reason))
+        return skeletons

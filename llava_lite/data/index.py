@@ -28,6 +28,8 @@ class TokenFacts(NamedTuple):
     first_learned: np.ndarray | int  # position of the first learned token, or text_len
     pictures_before: np.ndarray | int  # pictures in front of it
     last_picture: np.ndarray | int  # position of the last picture, or -1
+    num_special: np.ndarray | int  # special tokens that are spelled in its texts
+    is_reasoned: np.ndarray | int  # 1 if its last answer has reasoning in front, ended by </think>
 
 
 class Tables(NamedTuple):

@@ -15,6 +15,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedT
 from llava_lite.commands.convert import build_parser
 from llava_lite.companions import read_json
 from llava_lite.constants import IMAGE_TOKEN_INDEX
+from llava_lite.end_marks import add_end_mark, end_mark_of
 from llava_lite.export import witness
 from llava_lite.export.checked_folder import (
     TOLERANCE,
@@ -95,6 +96,7 @@ def write_ours(source, folder, dtype, max_shard_size):
     model.config.image_token_index = processor.image_token_index = IMAGE_TOKEN_INDEX
     grew = (read_json(source, "config.json", {}).get(layout.RECORD) or {}).get("vocabulary")
     model.config.conv_template = processor.conv_template
+    add_end_mark(model.generation_config, end_mark_of(processor.template(), processor.tokenizer), processor.tokenizer)
     if getattr(processor.image_processor, "do_pad", False):
         # LLaVA's tools pad as the config says, and so does this package; not twice.
         processor.image_processor.do_pad = False

@@ -7,7 +7,7 @@ it was trained. A part of a message that is no text is a picture; all else is as
 import json
 import re
 
-from llava_lite.chat_template import takes_parts
+from llava_lite.chat_template import takes_images
 from llava_lite.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_TOKEN
 from llava_lite.conversation import SeparatorStyle, get_template
 
@@ -34,6 +34,13 @@ WRAP
 {%- set ns.talk = ns.talk + [{'role': message['role'], 'content': ns.said}] -%}
 {%- endif -%}
 {%- endfor -%}
+"""
+# Where `_READ` keeps a message, and what closes an answer before it.
+_KEPT = "{%- set ns.talk = ns.talk + [{'role': message['role'], 'content': ns.said}] -%}"
+_CLOSED = """\
+{%- if message['role'] == 'assistant' -%}
+{%- set ns.said = ns.said + MARK -%}
+{%- endif -%}
 """
 _SPOKEN = """\
 {%- set ns.prompt = ns.system + SEP -%}
@@ -92,18 +99,19 @@ _STYLES = {
 }
 
 
-def write_jinja(conv_template, use_im_start_end=False, own=None, blank_after_picture=False) -> str:
+def write_jinja(conv_template, use_im_start_end=False, own=None, blank_after_picture=False, end_mark=None) -> str:
     """Return the Jinja text of a format of `conv_templates`.
 
-    own: the tokenizer's chat template, which the format `chat` hands the messages on to. blank_after_picture: write a
-    blank behind every `<image>` that has none. A tokenizer that puts a blank before a text's first word only (Llama's,
+    own: the tokenizer's chat template (`own_template`), which the format `chat` hands the messages on to, with
+    end_mark behind each answer where it writes none. blank_after_picture: write a blank behind every `<image>` that
+    has none. A tokenizer that puts a blank before a text's first word only (Llama's,
     legacy=False) reads the text behind a picture as LLaVA does, a text of its own, only if the blank is written.
     """
     template = get_template(conv_template)
     is_chat = template.sep_style is SeparatorStyle.CHAT
     if is_chat and own is None:
         raise ValueError("the format 'chat' is the tokenizer's own chat template, and this tokenizer has none.")
-    if is_chat and takes_parts(own) and not blank_after_picture:
+    if is_chat and takes_images(own) and not blank_after_picture:
         return own
     body = "" if is_chat else _STYLES[template.sep_style]
     if is_chat:
@@ -117,6 +125,9 @@ def write_jinja(conv_template, use_im_start_end=False, own=None, blank_after_pic
     words = _words(template)
     names = re.compile(rf"\b({'|'.join(words)})\b")
     text, body = (names.sub(lambda match: words[match[0]], part) for part in (text, body))
+    if is_chat and end_mark is not None:
+        # Behind what was read of a message; only now, since a mark may hold one of the names.
+        text = text.replace(_KEPT, _CLOSED.replace("MARK", _quoted(end_mark)) + _KEPT)
     return text + body + (write if is_chat else names.sub(lambda match: words[match[0]], write))
 
 

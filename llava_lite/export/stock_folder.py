@@ -8,6 +8,7 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 from transformers import GenerationConfig
 
+from llava_lite.end_marks import end_ids, end_mark_of
 from llava_lite.export import witness
 from llava_lite.export.stock_processor import (
     stock_image_processor,
@@ -17,7 +18,7 @@ from llava_lite.export.stock_processor import (
     write_processor,
 )
 from llava_lite.formats import transformers_llava as layout
-from llava_lite.inference import end_mark, load
+from llava_lite.inference import load
 from llava_lite.model.builder import config_of, is_llava
 from llava_lite.model.configuration import resolve_vision_config
 
@@ -43,6 +44,11 @@ def write_stock(source, folder, dtype=None, max_shard_size="5GB"):
     write_processor(written, folder)
     notes += more + write_generation_config(model, processor, tokenizer, folder)
     notes += connector_note(fields)
+    if processor.special_tokens_in_text == "text":
+        notes.append(
+            "Special tokens that are spelled in a question were trained as text; the processor of transformers reads "
+            "them as tokens."
+        )
     (Path(folder) / "README.md").write_text(card(source, fields, notes), encoding="utf-8")
     # What `--to llava` needs to give back the same weights and the same tokenizer.
     config[layout.RECORD]["vocabulary"] = {
@@ -118,20 +124,14 @@ def save_weights(weights, folder, max_shard_size):
 
 def write_generation_config(model, processor, tokenizer, folder):
     """Write generation_config.json, which ends an answer where its format does; return a line if it cannot."""
-    ends = model.generation_config.eos_token_id
-    ends = set(ends) if isinstance(ends, (list, tuple)) else {ends}
-    ends |= {tokenizer.eos_token_id}
-    mark, notes = end_mark(processor), []
-    ids = tokenizer.encode(mark, add_special_tokens=False) if mark else []
-    if len(ids) == 1 and tokenizer.decode(ids) == mark:
-        ends.add(ids[0])
-    elif mark.strip():
+    mark, notes = end_mark_of(processor.template(), tokenizer), []
+    if mark.text.strip() and not mark.ids:
         notes.append(
-            f"An answer ends with {mark!r}, which is no token of its own: "
-            f"generate(stop_strings=[{mark!r}], tokenizer=...)."
+            f"An answer ends with {mark.text!r}, which is no token of its own: "
+            f"generate(stop_strings=[{mark.text!r}], tokenizer=...)."
         )
     settings = model.generation_config.to_diff_dict() | {"pad_token_id": tokenizer.pad_token_id}
-    settings["eos_token_id"] = sorted(ends - {None})
+    settings["eos_token_id"] = sorted(end_ids(model.generation_config, tokenizer, mark.ids))
     GenerationConfig.from_dict(settings).save_pretrained(folder)
     return notes
 

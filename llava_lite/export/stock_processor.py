@@ -8,6 +8,7 @@ from pathlib import Path
 from tokenizers import AddedToken
 from transformers import LlavaNextProcessor, LlavaProcessor
 
+from llava_lite.chat_answers import own_template
 from llava_lite.constants import DEFAULT_IMAGE_TOKEN
 from llava_lite.export import witness
 from llava_lite.export.jinja_template import write_jinja
@@ -75,12 +76,16 @@ def stock_processor(processor, tokenizer, image_processor, fields, expected):
     """Return (transformers' processor that reads messages as ours does, lines about it); ValueError if none does."""
     tower = fields["vision_config"]
     make = LlavaNextProcessor if layout.is_anyres(fields) else LlavaProcessor
+    has_own = getattr(processor.tokenizer, "chat_template", None) is not None
+    choices = processor.enable_thinking, processor.chat_end_mark
+    own = own_template(processor.tokenizer, *choices) if has_own else None
     for blank in (False, True):
         template = write_jinja(
             processor.conv_template,
             processor.use_im_start_end,
-            own=getattr(processor.tokenizer, "chat_template", None),
+            own=own,
             blank_after_picture=blank,
+            end_mark=processor.chat_end_mark,
         )
         tokenizer = copy.deepcopy(tokenizer)
         tokenizer.chat_template = template

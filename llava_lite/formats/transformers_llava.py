@@ -42,6 +42,9 @@ PINPOINTS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
 # Keys of ours that the layout has no place for.
 KEPT = (
     "conv_template",
+    "enable_thinking",
+    "chat_end_mark",
+    "special_tokens_in_text",
     "image_aspect_ratio",
     "mm_projector_type",
     "mm_use_im_start_end",

@@ -13,6 +13,7 @@ from transformers.utils import cached_file
 
 from llava_lite.companions import find_base, image_processor_of, load_tokenizer, read_json
 from llava_lite.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_PATCH_TOKEN
+from llava_lite.end_marks import add_end_mark, end_mark_of_config
 from llava_lite.formats import foreign_format, moe_llava
 from llava_lite.hub import everywhere, hub_arguments, in_words, reach_config, require_config
 from llava_lite.model import BACKBONES, model_class_for
@@ -83,6 +84,8 @@ def load_pretrained_model(
     if moe_llava.claims(read_json(model_path, "config.json", hub)):
         # Its config.json may name another end than the tokenizer, whose end it was trained with.
         model.config.eos_token_id = model.generation_config.eos_token_id = tokenizer.eos_token_id
+    if getattr(model.config, "conv_template", None) is not None:
+        add_end_mark(model.generation_config, end_mark_of_config(model.config, tokenizer), tokenizer)
     return tokenizer, model.eval(), image_processor_of(model_path, model.config, **hub), context_len(model.config)
 
 

@@ -27,7 +27,8 @@ class LlavaConfigMixin:
     pictures at, None for LLaVA-1.6's five at the tower's size; mm_patch_merge_type says how the features of the crops
     are joined, and with `unpad` in it there is a weight `model.image_newline`. image_token_index: placeholder in
     `input_ids`, -200 or a vocabulary id. moe: MoE-LLaVA's nested dict, None for a dense model. conv_template: the
-    prompt format that trained the checkpoint. base_model_name_or_path: set only in a folder that holds what was
+    prompt format that trained the checkpoint; enable_thinking, chat_end_mark and special_tokens_in_text: what it chose
+    beside, see PromptOptions. base_model_name_or_path: set only in a folder that holds what was
     trained and not the whole model.
     """
 
@@ -57,6 +58,9 @@ class LlavaConfigMixin:
     tokenizer_padding_side: str = "right"
     tokenizer_model_max_length: int | None = None
     conv_template: str | None = None
+    enable_thinking: bool = False
+    chat_end_mark: str | None = None
+    special_tokens_in_text: str = "token"
     moe: dict | None = None
     base_model_name_or_path: str | None = None
 

@@ -8,6 +8,7 @@ import torch
 
 from llava_lite.constants import IGNORE_INDEX
 from llava_lite.data.collator import batch_pictures
+from llava_lite.end_marks import end_ids, end_mark_of_config, stop_arguments
 from llava_lite.train.expert_parallel import needs_all_ranks
 
 logger = logging.getLogger(__name__)
@@ -26,18 +27,22 @@ def prompt_and_answer(input_ids, labels):
     return input_ids[:start], input_ids[start:stop]
 
 
-def decode(tokenizer, ids):
-    """Return the text of ids, picture placeholders and special tokens left out."""
-    return tokenizer.decode([i for i in ids.tolist() if i >= 0], skip_special_tokens=True).strip()
+def decode(tokenizer, ids, end_mark=""):
+    """Return the text of ids up to an end mark, picture placeholders and special tokens left out."""
+    text = tokenizer.decode([i for i in ids.tolist() if i >= 0], skip_special_tokens=True)
+    return (text.partition(end_mark)[0] if end_mark else text).strip()
 
 
 @torch.no_grad()
 def generate_answers(model, tokenizer, examples, device, max_new_tokens):
     """Return [{"id", "prompt", "expected", "answer"}] for examples of the evaluation set, greedily.
 
+    An answer ends where the prompt format of the model ends one, and where its generation config does.
+
     Under ZeRO-3 and --ep_size all ranks must call this with the same examples: every step needs all of them.
     """
-    answers = []
+    answers, mark = [], end_mark_of_config(model.config, tokenizer)
+    stop = stop_arguments(mark, end_ids(model.generation_config, tokenizer), tokenizer)
     for example in examples:
         prompt, expected = prompt_and_answer(example["input_ids"], example["labels"])
         pictures = {"images": None} | batch_pictures([example])
@@ -50,15 +55,15 @@ def generate_answers(model, tokenizer, examples, device, max_new_tokens):
             use_cache=True,
             # A rank that stops early would leave the others alone in the next gathering.
             synced_gpus=needs_all_ranks(model),
-            eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
+            **stop,
         )
         answers.append(
             {
                 "id": example["id"],
                 "prompt": decode(tokenizer, prompt),
-                "expected": decode(tokenizer, expected),
-                "answer": decode(tokenizer, output[0]),
+                "expected": decode(tokenizer, expected, mark.text),
+                "answer": decode(tokenizer, output[0], mark.text),
             }
         )
     return answers

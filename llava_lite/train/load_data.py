@@ -21,13 +21,14 @@ def load_data(model, tokenizer, model_args, data_args, training_args):
     if data_args.data_path is None:
         raise ValueError("--data_path is needed: one or more files of records.")
     tower = model.get_vision_tower()
+    template = template_of_run(model_args, data_args)
 
     def open_files(paths, ledger):
         dataset, report = open_dataset(
             paths,
             tokenizer,
             None if tower is None else tower.image_processor,
-            model_args.version,
+            template,
             image_folder=data_args.image_folder,
             layout=PictureLayout(0) if tower is None else model.config.picture_layout,
             max_length=training_args.model_max_length,
@@ -46,15 +47,16 @@ def load_data(model, tokenizer, model_args, data_args, training_args):
             first = f"; the first: {report.bad[0]}" if report.bad else ""
             raise ValueError(f"{', '.join(paths)}: none of {len(report.bad):,} records can be used{first}.")
         logger.info("%s:\n%s", ", ".join(paths), report.summary())
-        return dataset
+        return dataset, report
 
     if is_shards(data_args.data_path):
         train_set = open_stream(model, tokenizer, model_args, data_args, training_args)
     else:
-        train_set = open_files(data_args.data_path, "skipped_records.jsonl")
+        train_set, report = open_files(data_args.data_path, "skipped_records.jsonl")
+        model.config.enable_thinking = asks_for_reasoning(report, tokenizer, model_args)
     eval_set = None
     if data_args.eval_data_path is not None:
-        eval_set = open_files(data_args.eval_data_path, "skipped_eval_records.jsonl")
+        eval_set, _ = open_files(data_args.eval_data_path, "skipped_eval_records.jsonl")
     elif data_args.eval_split:
         train_set, eval_set = split(train_set, data_args.eval_split, training_args.seed)
     if training_args.tuning == "projector" and not is_shards(data_args.data_path) and not train_set.has_picture.any():
@@ -63,6 +65,42 @@ def load_data(model, tokenizer, model_args, data_args, training_args):
             "has one."
         )
     return train_set, eval_set
+
+
+def template_of_run(model_args, data_args):
+    """Return the conversation template of a run with what its flags choose."""
+    from llava_lite.conversation import get_template
+
+    return get_template(
+        model_args.version,
+        enable_thinking=bool(model_args.enable_thinking),
+        chat_end_mark=model_args.chat_end_mark,
+        special_tokens_in_text=data_args.special_tokens_in_text,
+    )
+
+
+def asks_for_reasoning(report, tokenizer, model_args) -> bool:
+    """Return whether the trained model is asked for reasoning: as a flag says, else if all records have some.
+
+    Records of the other kind are trained behind the other prompt, which is said.
+    """
+    from llava_lite.chat_answers import prompts_differ
+
+    if model_args.version != "chat":
+        return False
+    num_reasoned, num_records = report.texts.num_reasoned, report.num_records
+    asks = num_reasoned == num_records > 0 if model_args.enable_thinking is None else model_args.enable_thinking
+    num_others = num_records - num_reasoned if asks else num_reasoned
+    if num_others and prompts_differ(tokenizer):
+        logger.warning(
+            "%d of %d records have %s in their last answer, and the model will be asked for %s (--enable_thinking "
+            "chooses; afterwards processor.enable_thinking = %s asks as these records were trained)",
+            num_others,
+            num_records,
+            *(("no reasoning", "reasoning") if asks else ("reasoning", "none")),
+            not asks,
+        )
+    return asks
 
 
 def refuse_missing(data_args):

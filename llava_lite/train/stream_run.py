@@ -55,11 +55,13 @@ def refuse_of_shards(data_args, training_args) -> None:
 
 def open_stream(model, tokenizer, model_args, data_args, training_args) -> StreamDataset:
     """Return the stream of the shards that --data_path names; every rank must find the same."""
+    from llava_lite.train.load_data import template_of_run
+
     tower, args = model.get_vision_tower(), training_args
     maker = ExampleMaker(
         tokenizer,
         None if tower is None else tower.image_processor,
-        model_args.version,
+        template_of_run(model_args, data_args),
         layout=PictureLayout(0) if tower is None else model.config.picture_layout,
         max_length=args.model_max_length,
         mm_use_im_start_end=model.config.mm_use_im_start_end,

@@ -14,6 +14,7 @@ from transformers import set_seed
 
 from llava_lite.arguments import parse_args
 from llava_lite.commands.train import asks_for_help, main_page
+from llava_lite.end_marks import add_end_mark, end_mark_of, refuse_unfit
 from llava_lite.flag_help import full_page
 from llava_lite.flags import machine_has
 from llava_lite.train.build import (
@@ -28,7 +29,7 @@ from llava_lite.train.build import (
 from llava_lite.train.ending import begin_anew, finished_before, summary
 from llava_lite.train.inputs import check_enough_records, check_needed, check_paths
 from llava_lite.train.launching import launch_hint
-from llava_lite.train.load_data import load_data
+from llava_lite.train.load_data import load_data, template_of_run
 from llava_lite.train.pushing import refuse_unshareable
 from llava_lite.train.ranks import leave
 from llava_lite.train.refusal import same_for_the_node, told_in_a_line
@@ -130,8 +131,11 @@ def build_stage(model_args, data_args, training_args):
     """Return the stage: tokenizer, model, records and trainer, and the checkpoint that it goes on from."""
     set_seed(training_args.seed)
     tokenizer = build_tokenizer(model_args, training_args)
+    template = template_of_run(model_args, data_args)
+    refuse_unfit(template, tokenizer, model_args.version)
     model = build_model(model_args, data_args, training_args)
     fit_vocabulary(model, tokenizer)
+    add_end_mark(model.generation_config, end_mark_of(template, tokenizer), tokenizer)
     add_experts(model, model_args, training_args)
     take_plain_paths(model, model_args)
     gather_experts_together(model)

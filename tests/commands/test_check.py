@@ -54,7 +54,7 @@ def test_good_records_are_ready_with_their_lengths_sizes_and_turns(check, toy_ll
     assert lines[3] == "3 images of 60 x 30 pixels (median), 40 x 40 to 20 x 90"
     assert "% of them supervised; a record has" in lines[4]
     assert "record 'talk' (train.json[2])" in lines[4]
-    assert lines[5] == "1 answer without text, of which only the end mark is learned: record 'mute' (train.json[3])"
+    assert lines[5] == "1 answer without text, of which only the end mark is supervised: record 'mute' (train.json[3])"
     assert lines[-1] == "ready to train: all 4 records can be used."
 
 

@@ -3,7 +3,9 @@
 import json
 import logging
 
+import pytest
 import torch
+from conftest import CHATML
 
 from llava_lite.train.generations import decode, generate_answers, prompt_and_answer, report_answers, write_answers
 
@@ -52,3 +54,28 @@ def test_answers_are_written_and_shown(tmp_path, caplog):
     with caplog.at_level(logging.INFO):
         report_answers([], 5, [answer])
     assert "step 5, r: expected 'é', answered 'b'" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("name", "mark"), [("mpt", "<|im_end|>"), ("chat", "<|im_end|>"), ("llava_v0", "###"), (None, "</s>")]
+)
+def test_an_answer_ends_at_the_end_mark_of_the_prompt_format(toy_model, toy_tokenizer, name, mark):
+    toy_tokenizer.add_tokens(["<|im_start|>", "<|im_end|>"], special_tokens=True)
+    toy_tokenizer.chat_template = CHATML
+    toy_tokenizer.pad_token = toy_tokenizer.unk_token
+    model = toy_model(conv_template=name)
+    model.resize_token_embeddings(len(toy_tokenizer))
+    said = toy_tokenizer(f"The square is red.{mark} Human: How many?", add_special_tokens=False).input_ids
+    labels = torch.tensor([-100, *said])
+    example = {"id": "r", "input_ids": torch.tensor([1, *said]), "labels": labels}
+    steps = iter([*said, 0])
+
+    def dictate(head, inputs, logits):
+        """Let one token win at each step."""
+        forced = torch.full_like(logits, -torch.inf)
+        forced[..., next(steps)] = 0
+        return forced
+
+    model.lm_head.register_forward_hook(dictate)
+    (answer,) = generate_answers(model, toy_tokenizer, [example], "cpu", max_new_tokens=len(said))
+    assert answer["answer"] == "The square is red."

@@ -37,8 +37,8 @@ def test_records_of_which_none_is_left_are_refused_with_the_first(run_stage, tmp
 def test_a_projector_without_an_image_is_refused_before_a_model_is_loaded(run_stage, tmp_path, records, words):
     path = tmp_path / "text.json"
     path.write_text(json.dumps(records))
-    # A model that is not there would be the error if it was looked for first.
-    flags = ("--data_path", path, "--model_name_or_path", "./nowhere", "--bad_record", "skip", "--max_bad_share", 1)
+    # A directory without a model would be the error if one was loaded first.
+    flags = ("--data_path", path, "--model_name_or_path", tmp_path, "--bad_record", "skip", "--max_bad_share", 1)
     with pytest.raises(ValueError, match=f"text.json: none of {len(records)} records .*{words.split('records ')[-1]}"):
         run_stage("projector", tmp_path / "out", *flags)
 
@@ -56,7 +56,7 @@ def test_shards_whose_images_nobody_would_see_are_refused_before_a_model_is_load
     run_stage, tmp_path, row, stage, words
 ):
     path = write_parquet(tmp_path / "shard.parquet", [row] * 5)
-    flags = ("--data_path", path, "--max_steps", 1, "--model_name_or_path", "./nowhere")
+    flags = ("--data_path", path, "--max_steps", 1, "--model_name_or_path", tmp_path)
     with pytest.raises(ValueError, match=words):
         run_stage(stage, tmp_path / "out", *flags)
 
