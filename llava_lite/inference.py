@@ -3,6 +3,7 @@
 The command line, the demo, every benchmark and every notebook ask through `reply` or `stream`. B questions, T tokens.
 """
 
+from collections.abc import Iterable, Mapping
 from threading import Event, Thread
 
 import torch
@@ -10,7 +11,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStr
 
 from llava_lite.constants import DEFAULT_IMAGE_TOKEN
 from llava_lite.end_marks import EndMark, end_ids, end_mark_of, stop_arguments
-from llava_lite.messages import as_list
+from llava_lite.image_inputs import as_list
 from llava_lite.processing import LlavaLiteProcessor
 
 
@@ -56,6 +57,7 @@ def reply(
     if isinstance(question, str):
         question, images, history, alone = [question], [images], [history], True
     else:
+        question = as_questions(question)
         if images is not None and not isinstance(images, (list, tuple)):
             raise ValueError(
                 f"{len(question)} questions but one picture; give a list with an entry (or None) for every question."
@@ -116,6 +118,7 @@ def stream(
 
 def prepare(processor, questions, images, conv_template=None, history=None):
     """Return (inputs of the model, EndMark of an answer) for B questions, each with its pictures and its history."""
+    questions = as_questions(questions)
     history = [None] * len(questions) if history is None else history
     if not len(questions) == len(images) == len(history):
         raise ValueError(
@@ -142,6 +145,18 @@ def check_sees(processor, has_images):
             f"{processor.tokenizer.name_or_path!r} has no vision tower: it reads text alone. Ask it without images, "
             "or open a LLaVA model."
         )
+
+
+def as_questions(questions) -> list[str]:
+    """Return questions as a list of texts; ValueError for what is none."""
+    if not isinstance(questions, Iterable) or isinstance(questions, (bytes, Mapping)):
+        raise ValueError(f"a question is a text, or a list of texts; got {type(questions).__name__}.")
+    questions = list(questions)
+    for i, question in enumerate(questions):
+        if not isinstance(question, str):
+            found = "None" if question is None else f"a {type(question).__name__}"
+            raise ValueError(f'question {i + 1} is {found}; give a text ("" for an image alone).')
+    return questions
 
 
 def place_marks(question, history, num_pictures):
@@ -181,7 +196,8 @@ def _generation_arguments(model, processor, mark, temperature, num_beams, extra)
 
 def _generate(model, inputs, image_cache=None, **arguments):
     """Return the new tokens [B, T] of a batch from the processor."""
-    inputs = inputs.to(model.device, dtype=model.dtype)
+    # Weights that accelerate brings when they are needed have no device, and its hooks move what they are given.
+    inputs = inputs.to(*([] if model.device.type == "meta" else [model.device]), dtype=model.dtype)
     if image_cache is not None and "pixel_values" in inputs:
         # An adapter's wrapper hands `generate` to the model inside.
         owner = model.get_base_model() if hasattr(model, "get_base_model") else model

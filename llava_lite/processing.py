@@ -12,16 +12,18 @@ from transformers import BatchFeature, ProcessorMixin
 from transformers.utils import PROCESSOR_NAME
 
 from llava_lite.anyres import PictureLayout
-from llava_lite.chat_answers import own_template
+from llava_lite.call_keywords import CallKeywords, with_settings
+from llava_lite.chat_processing import ChatProcessing
 from llava_lite.chat_template import takes_images
 from llava_lite.companions import image_processor_of, load_tokenizer, read_json, template_of
-from llava_lite.constants import DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
+from llava_lite.constants import DEFAULT_IMAGE_TOKEN, IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava_lite.conversation import Rendered, get_template, place_images
 from llava_lite.hub import hub_arguments, in_words
-from llava_lite.messages import in_parts, pictures_of_each, read_messages
+from llava_lite.image_inputs import pictures_of_each
 from llava_lite.mm_utils import process_images, tokenize_rendered
 from llava_lite.pictures import picture_side
-from llava_lite.rows import cut_row, pad_rows, padded_len
+from llava_lite.prompts import read_prompts
+from llava_lite.rows import Row, as_tensors, cut_row, length_limit, pad_rows, padded_len
 from llava_lite.share import ProcessorSharing
 
 # What a processor saves of its own, beside its parts.
@@ -35,7 +37,7 @@ OF_OTHERS = ("_from_auto", "_from_pipeline", "_commit_hash", "trust_remote_code"
 OF_OTHERS += ("dtype", "torch_dtype", "device_map", "attn_implementation", "low_cpu_mem_usage", "use_fast", "backend")
 
 
-class LlavaLiteProcessor(ProcessorSharing, ProcessorMixin):
+class LlavaLiteProcessor(ChatProcessing, ProcessorSharing, ProcessorMixin):
     """The tokenizer, the image processor and the prompt format that belong to a checkpoint.
 
     conv_template: key of `conv_templates`. num_image_tokens: features of one picture, or of one crop of it if
@@ -179,75 +181,90 @@ class LlavaLiteProcessor(ProcessorSharing, ProcessorMixin):
             self.push_to_hub(kwargs.pop("repo_id", os.path.basename(save_directory)), **kwargs)
         return [os.path.join(save_directory, PROCESSOR_NAME)]
 
-    def __call__(
-        self,
-        images=None,
-        text=None,
-        padding_side="left",
-        return_tensors="pt",
-        add_special_tokens=True,
-        padding=True,
-        truncation=False,
-        max_length=None,
-        pad_to_multiple_of=None,
-        videos=None,
-        audio=None,
-    ):
-        """Return input_ids and attention_mask [B, T] and, where there are pictures, pixel_values [N, 3, H, W].
+    def __call__(self, images=None, text=None, videos=None, audio=None, **kwargs):
+        """Return input_ids and attention_mask [B, T] and, where there are images, pixel_values [N, 3, H, W].
 
-        Under `anyres` pixel_values are [N, n, 3, H, W], filled up with zeros to the most crops that a picture has, and
-        image_sizes [N, 2] are the widths and heights of the pictures.
+        Under `anyres` pixel_values are [N, n, 3, H, W], filled up with zeros to the most crops that an image has, and
+        image_sizes [N, 2] are the widths and heights of the images.
 
-        text: a prompt or a list of B, as texts or as `render` returns them, which decides on special tokens. images: a
-        picture, all pictures in the order of their marks, or one list a text;
-        a picture is a PIL image, a path or the bytes of a file, turned upright as its EXIF says. Every `<image>`
-        becomes as many placeholders as its picture has features. Rows are padded on the left, which `generate` needs,
-        to the longest or (padding="max_length") to max_length; truncation cuts ends off at max_length.
-        Raises ValueError if a text has more or fewer marks than pictures, or if a picture would be cut.
+        text: a prompt or a list of B, as texts or as `render` returns them. images: an image, all images in the order
+        of their placeholders, or one list a text; an image is a PIL image, a path, an address, the bytes of a file, an
+        array or tensor of pixels, or an undecoded one of `datasets`, turned upright as its EXIF says. Every `<image>`
+        becomes as many placeholders as its image has features.
+
+        kwargs: padding (True: to the longest; "max_length"; False), padding_side ("left", which `generate` needs),
+        truncation (cuts ends off at max_length), max_length, pad_to_multiple_of, return_tensors ("pt", "np", or None
+        for lists), add_special_tokens, return_attention_mask, return_token_type_ids, return_mm_token_type_ids (1 at
+        images), return_assistant_tokens_mask (1 at the answers of what `render` returns); settings of the image
+        processor (do_normalize, ...); or text_kwargs and images_kwargs with these.
+        Raises ValueError if a text has more or fewer placeholders than images, or if an image would be cut;
+        UnknownKeyword for any other name.
         """
         if videos is not None or audio is not None:
             raise ValueError("the model sees pictures alone; videos and audio are not for it.")
         if text is None:
             raise ValueError("the processor needs a text; for pictures alone use processor.image_processor.")
-        if return_tensors not in ("pt", None):
-            raise ValueError(f"the processor returns torch tensors: return_tensors='pt', not {return_tensors!r}.")
-        texts = [text] if isinstance(text, (str, Rendered)) else list(text)
-        prompts = [one if isinstance(one, Rendered) else Rendered(one, (), add_special_tokens) for one in texts]
-        pictures = pictures_of_each(images, [prompt.text for prompt in prompts])
-        rows = [self._token_ids(prompt, group) for prompt, group in zip(prompts, pictures, strict=True)]
-        if truncation and max_length is not None:
-            rows = [cut_row(row, max_length, self.image_token_index) for row in rows]
-        length = padded_len(rows, padding, max_length, pad_to_multiple_of)
-        batch = pad_rows(rows, self.pad_token_id, padding_side, length)
-        upright = [picture for group in pictures for picture in group]
+        asked = CallKeywords.read(kwargs, self.image_processor)
+        image_processor = with_settings(self.image_processor, asked.images)
+        prompts = read_prompts(text, asked.add_special_tokens, asked.return_assistant_tokens_mask)
+        groups = pictures_of_each(images, [prompt.text for prompt in prompts])
+        rows = [self._row(prompt, group) for prompt, group in zip(prompts, groups, strict=True)]
+        limit = length_limit(asked.max_length, self.tokenizer)
+        if asked.truncation not in (False, "do_not_truncate") and limit is not None:
+            rows = [cut_row(row, limit, self.image_token_index) for row in rows]
+        length = padded_len(rows, asked.padding, limit, asked.pad_to_multiple_of)
+        batch = pad_rows(rows, self.pad_token_id, asked.padding_side, length)
+        is_image = [[int(one == self.image_token_index) for one in ids] for ids in batch["input_ids"]]
+        chosen = {
+            "attention_mask": (asked.return_attention_mask, batch.pop("attention_mask")),
+            "token_type_ids": (asked.return_token_type_ids, [[0] * len(ids) for ids in is_image]),
+            "mm_token_type_ids": (asked.return_mm_token_type_ids, is_image),
+            "assistant_masks": (asked.return_assistant_tokens_mask, batch.pop("assistant_masks")),
+        }
+        batch |= {name: values for name, (is_asked, values) in chosen.items() if is_asked}
+        data = as_tensors(batch, asked.return_tensors)
+        upright = [image for group in groups for image in group]
         if upright:
-            batch |= self._pixels(upright)
-        return BatchFeature(batch)
+            data |= self._pixels(upright, image_processor, asked.return_tensors)
+        return BatchFeature(data)
 
-    def _token_ids(self, prompt, pictures):
-        """Return the ids of one Rendered, each mark already as long as the features of its picture."""
+    def _row(self, prompt: Rendered, images) -> Row:
+        """Return the ids of one prompt, each placeholder already as long as the features of its image."""
         if self.asks_as_transformers and not prompt.literals:
             bos = self.tokenizer.bos_token
-            is_there = bos is not None and prompt.text.startswith(bos)
-            with_bos = prompt.add_special_tokens and not is_there
-            ids = self.tokenizer(prompt.text, add_special_tokens=with_bos)["input_ids"]
-            ids = [IMAGE_TOKEN_INDEX if one == self.image_token_index else one for one in ids]
+            with_bos = prompt.add_special_tokens and not (bos is not None and prompt.text.startswith(bos))
+            encoded = self.tokenizer(
+                prompt.text, add_special_tokens=with_bos, return_offsets_mapping=bool(prompt.answers)
+            )
+            ids = [IMAGE_TOKEN_INDEX if one == self.image_token_index else one for one in encoded["input_ids"]]
+            spans = encoded["offset_mapping"] if prompt.answers else [(0, 0)] * len(ids)
+            in_answer = [any(start < e and end > s for s, e in prompt.answers) for start, end in spans]
         else:
-            ids, _ = tokenize_rendered(prompt, self.tokenizer, bool(pictures))
-        if pictures and self.image_processor is None:
-            raise ValueError(f"{len(pictures)} pictures for a model that has no vision tower.")
-        lengths = iter([self.picture_layout.num_tokens(picture.size) for picture in pictures])
-        places = ([self.image_token_index] * next(lengths) if one == IMAGE_TOKEN_INDEX else (one,) for one in ids)
-        return [token for place in places for token in place]
+            ids, labels = tokenize_rendered(prompt, self.tokenizer, bool(images))
+            in_answer = [label != IGNORE_INDEX for label in labels]
+        if images and self.image_processor is None:
+            raise ValueError(f"{len(images)} pictures for a model that has no vision tower.")
+        lengths = iter([self.picture_layout.num_tokens(image.size) for image in images])
+        row = Row([], [])
+        for one, answers in zip(ids, in_answer, strict=True):
+            is_image = one == IMAGE_TOKEN_INDEX
+            count = next(lengths) if is_image else 1
+            row.ids.extend([self.image_token_index if is_image else one] * count)
+            row.in_answer.extend([answers] * count)
+        return row
 
-    def _pixels(self, pictures):
-        """Return what the model needs of the pictures: pixel_values, and image_sizes where they have crops."""
-        prepared = process_images(pictures, self.image_processor, self)
-        if not self.picture_layout.is_anyres:
-            return {"pixel_values": prepared}
-        sizes = torch.tensor([picture.size for picture in pictures])  # [N, 2]
-        pixels = torch.nn.utils.rnn.pad_sequence(list(prepared), batch_first=True)  # [N, n, 3, H, W]
-        return {"pixel_values": pixels, "image_sizes": sizes}
+    def _pixels(self, images, image_processor, return_tensors):
+        """Return what the model needs of the images: pixel_values, and image_sizes where they have crops."""
+        prepared = process_images(images, image_processor, self)
+        if return_tensors is None:
+            data = {"pixel_values": [pixels.numpy() for pixels in prepared]}
+            return data | ({"image_sizes": [image.size for image in images]} if self.picture_layout.is_anyres else {})
+        data = {"pixel_values": prepared}
+        if self.picture_layout.is_anyres:
+            filled = torch.nn.utils.rnn.pad_sequence(list(prepared), batch_first=True)  # [N, n, 3, H, W]
+            sizes = torch.tensor([image.size for image in images])  # [N, 2]
+            data = {"pixel_values": filled, "image_sizes": sizes}
+        return {name: value.numpy() if return_tensors == "np" else value for name, value in data.items()}
 
     def template(self, conv_template=None):
         """Return the prompt format, by default the checkpoint's own, with the choices that it was trained with."""
@@ -267,73 +284,6 @@ class LlavaLiteProcessor(ProcessorSharing, ProcessorMixin):
             spoken.pop()
         spoken = place_images(spoken, template, self.use_im_start_end)
         return template.with_turns(spoken, system).render(self.tokenizer)
-
-    def apply_chat_template(
-        self,
-        conversation,
-        chat_template=None,
-        add_generation_prompt=False,
-        continue_final_message=False,
-        tokenize=False,
-        return_dict=False,
-        return_tensors="pt",
-        processor_kwargs=None,
-        **kwargs,
-    ):
-        """Return messages as a prompt in the checkpoint's own format, or as the inputs of a model.
-
-        conversation: a list of messages or a list of such lists; a message is {"role": "user", "content": ...} with a
-        text or parts {"type": "text", "text": ...} and {"type": "image", "image" | "path" | "url": picture}; without
-        `tokenize` {"type": "image"} will do, and the pictures go to the processor with the prompt.
-        An explicit Jinja `chat_template` is rendered by transformers instead.
-        """
-        # The pipeline hands it over with the rest; the parent would give it to `__call__`.
-        kwargs.pop("streamer", None)
-        if chat_template is None and self.asks_as_transformers:
-            chat_template = own_template(self.tokenizer, self.enable_thinking, self.chat_end_mark)
-            conversation = in_parts(conversation)
-        if chat_template is not None:
-            return super().apply_chat_template(
-                conversation,
-                chat_template=chat_template,
-                add_generation_prompt=add_generation_prompt,
-                continue_final_message=continue_final_message,
-                tokenize=tokenize,
-                return_dict=return_dict,
-                return_tensors=return_tensors,
-                processor_kwargs=processor_kwargs,
-                **kwargs,
-            )
-        many = not isinstance(conversation[0], dict)
-        talks = [read_messages(messages, tokenize) for messages in (conversation if many else [conversation])]
-        prompts = [
-            self._prompt(turns, system, continue_final_message, add_generation_prompt) for turns, system, _ in talks
-        ]
-        texts = [prompt.text for prompt in prompts]
-        if not tokenize:
-            return texts if many else texts[0]
-        processor_kwargs = dict(processor_kwargs or {})
-        with_bos = processor_kwargs.pop("add_special_tokens", prompts[0].add_special_tokens)
-        prompts = [prompt._replace(add_special_tokens=with_bos) for prompt in prompts]
-        inputs = self(images=[pictures for *_, pictures in talks], text=prompts, **processor_kwargs)
-        return inputs if return_dict else inputs["input_ids"]
-
-    def _prompt(self, turns, system, continue_final, open_turn):
-        """Render turns; `continue_final` cuts the end mark off the last answer, so that the model goes on with it."""
-        rendered = self.render(turns, system=system, open_turn=open_turn)
-        answer = turns[-1][1]
-        if answer is None or not continue_final:
-            return rendered
-        if not rendered.answers:
-            raise ValueError(
-                "the chat template writes the last answer in a way of its own, so it cannot be gone on with "
-                "(continue_final_message)."
-            )
-        start, end = rendered.answers[-1]
-        # Some templates take the blanks around an answer away.
-        answer = answer if answer in rendered.text[start:end] else answer.strip()
-        said = rendered.text.index(answer, start, end) + len(answer)
-        return rendered._replace(text=rendered.text[:said], answers=rendered.answers[:-1])
 
     def decode(self, token_ids, skip_special_tokens=False, **kwargs):
         """Return the text of one row of ids, or a list for many; placeholders of pictures are left out."""

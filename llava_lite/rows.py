@@ -1,44 +1,101 @@
-"""Turn rows of token ids of unequal length into one tensor: cut, padded, with a mask.
+"""Turn sequences of token ids of unequal length into the arrays of a batch: cut, padded, with masks.
 
-B rows, T tokens of the longest.
+B sequences, T tokens of the longest.
 """
 
+from typing import NamedTuple
+
+import numpy as np
 import torch
 
 # What transformers' tokenizers understand.
 PADDINGS = (True, "longest", "max_length", False, "do_not_pad")
+TRUNCATIONS = (True, "longest_first", "only_first", False, "do_not_truncate")
+TENSORS = ("pt", "np", None)
+# Tokenizers without a limit say a number of this kind.
+NO_LIMIT = 10**12
 
 
-def cut_row(row, max_length, placeholder):
+class Row(NamedTuple):
+    """The ids of a prompt and, for each, whether it belongs to an answer."""
+
+    ids: list[int]
+    in_answer: list[bool]
+
+
+def cut_row(row: Row, max_length: int, placeholder: int) -> Row:
     """Return the first `max_length` ids of a row; ValueError if a picture's place would be cut off."""
-    lost = row[max_length:].count(placeholder)
+    ids = row.ids
+    lost = ids[max_length:].count(placeholder)
     if lost:
         raise ValueError(
-            f"max_length {max_length} cuts {lost} of the {row.count(placeholder)} places of pictures off a prompt of "
-            f"{len(row)} tokens. Give at least {len(row) - row[::-1].index(placeholder)}, or fewer pictures."
+            f"max_length {max_length} cuts {lost} of the {ids.count(placeholder)} places of pictures off a prompt of "
+            f"{len(ids)} tokens. Give at least {len(ids) - ids[::-1].index(placeholder)}, or fewer pictures."
         )
-    return row[:max_length]
+    return Row(ids[:max_length], row.in_answer[:max_length])
 
 
-def padded_len(rows, padding, max_length=None, multiple_of=None):
-    """Return how long rows become: the longest, or `max_length`, rounded up to a multiple."""
-    if padding not in PADDINGS:
-        raise ValueError(f"unknown padding {padding!r}; known: {', '.join(map(repr, PADDINGS))}.")
-    lengths = {len(row) for row in rows}
-    if padding in (False, "do_not_pad") and len(lengths) > 1:
-        raise ValueError(f"rows of {sorted(lengths)} tokens make no tensor without padding; give padding=True.")
+def check_choices(padding, truncation, max_length, padding_side, return_tensors) -> None:
+    """Raise ValueError for a choice that is unknown, or that would have no effect."""
+    for name, value, known in (
+        ("padding", padding, PADDINGS),
+        ("truncation", truncation, TRUNCATIONS),
+        ("padding_side", padding_side, ("left", "right")),
+        ("return_tensors", return_tensors, TENSORS),
+    ):
+        # By type too: 1 equals True.
+        if not any(value == one and isinstance(value, (str, bool, type(None))) for one in known):
+            raise ValueError(f"unknown {name} {value!r}; known: {', '.join(map(repr, known))}.")
+    if max_length is None:
+        return
+    if isinstance(max_length, bool) or not isinstance(max_length, int) or max_length < 1:
+        raise ValueError(f"max_length is {max_length!r}; expected a number of tokens.")
+    if padding != "max_length" and truncation in (False, "do_not_truncate"):
+        raise ValueError(
+            f"max_length={max_length} alone does nothing: give truncation=True to cut prompts at it, or "
+            "padding='max_length' to fill them up to it."
+        )
+
+
+def length_limit(max_length: int | None, tokenizer) -> int | None:
+    """Return max_length, or the tokenizer's where it has one."""
+    if max_length is not None:
+        return max_length
+    own = getattr(tokenizer, "model_max_length", None)
+    return own if own is not None and own < NO_LIMIT else None
+
+
+def padded_len(rows: list[Row], padding, max_length: int | None = None, multiple_of: int | None = None) -> int | None:
+    """Return how long rows become: the longest, or `max_length`, rounded up to a multiple; None if they stay."""
+    if padding in (False, "do_not_pad"):
+        return None
     if padding == "max_length" and max_length is None:
         raise ValueError("padding='max_length' needs max_length=, a number of tokens.")
-    length = max(lengths) if padding != "max_length" else max(max_length, *lengths)
+    longest = max(len(row.ids) for row in rows)
+    length = longest if padding != "max_length" else max(max_length, longest)
     return length if not multiple_of else -(-length // multiple_of) * multiple_of
 
 
-def pad_rows(rows, pad_token_id, padding_side, length):
-    """Return {"input_ids", "attention_mask"} [B, T] of rows of unequal length."""
-    input_ids = torch.full((len(rows), length), pad_token_id, dtype=torch.long)  # [B, T]
-    attention_mask = torch.zeros_like(input_ids)
-    for place, row in enumerate(rows):
-        where = slice(length - len(row), length) if padding_side == "left" else slice(0, len(row))
-        input_ids[place, where] = torch.tensor(row, dtype=torch.long)
-        attention_mask[place, where] = 1
-    return {"input_ids": input_ids, "attention_mask": attention_mask}
+def pad_rows(rows: list[Row], pad_token_id: int, padding_side: str, length: int | None) -> dict[str, list[list[int]]]:
+    """Return {"input_ids", "attention_mask", "assistant_masks"} as lists of rows of `length`, None for any."""
+    batch = {"input_ids": [], "attention_mask": [], "assistant_masks": []}
+    for row in rows:
+        filling = 0 if length is None else length - len(row.ids)
+        masks = ([1] * len(row.ids), [int(one) for one in row.in_answer])
+        for name, values, pad in zip(batch, (row.ids, *masks), (pad_token_id, 0, 0), strict=True):
+            filled = [pad] * filling
+            batch[name].append([*filled, *values] if padding_side == "left" else [*values, *filled])
+    return batch
+
+
+def as_tensors(batch: dict[str, list[list[int]]], return_tensors: str | None) -> dict:
+    """Return lists of rows as tensors ("pt") or arrays ("np") [B, T], or as they are (None)."""
+    if return_tensors is None:
+        return batch
+    lengths = sorted({len(row) for row in batch["input_ids"]})
+    if len(lengths) > 1:
+        raise ValueError(
+            f"rows of {lengths} tokens make no tensor without padding; give padding=True, or return_tensors=None."
+        )
+    make = {"pt": lambda rows: torch.tensor(rows, dtype=torch.long), "np": lambda rows: np.array(rows, dtype=np.int64)}
+    return {name: make[return_tensors](rows) for name, rows in batch.items()}

@@ -5,6 +5,7 @@ import threading
 import numpy as np
 import pytest
 import torch
+from conftest import draw_picture
 from PIL import Image
 from transformers import LogitsProcessor, LogitsProcessorList
 
@@ -279,9 +280,10 @@ def test_one_picture_for_many_questions_is_refused(toy_pair):
         reply(*toy_pair(), ["What is it?", "And this?"], images="picture.jpg")
 
 
-def test_array_is_refused_with_what_makes_it_a_picture(toy_pair):
-    with pytest.raises(TypeError, match=r"got ndarray\. PIL\.Image\.fromarray"):
-        reply(*toy_pair(), "What is it?", images=np.zeros((8, 8, 3), np.uint8))
+def test_an_array_of_pixels_is_an_image(toy_pair):
+    picture, pair = draw_picture(3), toy_pair()
+    expected = reply(*pair, "What is it?", picture, max_new_tokens=4)
+    assert reply(*pair, "What is it?", np.array(picture), max_new_tokens=4) == expected
 
 
 @pytest.fixture
@@ -328,3 +330,29 @@ def test_only_the_last_pictures_are_kept(toy_pair, encoded):
     assert encoded == [1, 1, 1]
     with pytest.raises(ValueError, match="features of one model; make another for this one"):
         reply(toy_pair()[0], processor, "Hello!", picture(1), max_new_tokens=1, image_cache=cache)
+
+
+@pytest.mark.parametrize(
+    ("question", "said"),
+    [
+        (None, "a question is a text, or a list of texts; got NoneType"),
+        (3, "got int"),
+        (b"What?", "got bytes"),
+        ({"role": "user"}, "got dict"),
+        ([None], "question 1 is None; give a text"),
+        (["What?", 3], "question 2 is a int"),
+        ([["What?"]], "question 1 is a list"),
+        ([], "no question; give one or more"),
+    ],
+    ids=str,
+)
+def test_what_is_no_question_is_named(toy_pair, question, said):
+    with pytest.raises(ValueError, match=said):
+        reply(*toy_pair(), question)
+
+
+def test_questions_come_in_any_row(toy_pair):
+    pair, asked = toy_pair(), ["What is it?", "Hello!"]
+    expected = reply(*pair, asked, max_new_tokens=4)
+    for questions in (tuple(asked), iter(asked), np.array(asked)):
+        assert reply(*pair, questions, max_new_tokens=4) == expected

@@ -264,7 +264,6 @@ def test_final_message_can_be_continued(processor):
 @pytest.mark.parametrize(
     ("messages", "problem"),
     [
-        ([user(words("a")), user(words("b"))], "user, user"),
         ([{"role": "assistant", "content": "a"}], "assistant"),
         ([{"role": "system", "content": "a"}], "at least one message"),
         ([user({"type": "video", "video": "a.mp4"})], "'video'; known: text, image, image_url"),

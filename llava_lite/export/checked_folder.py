@@ -7,9 +7,21 @@ from pathlib import Path
 
 from llava_lite.export import witness
 from llava_lite.hub import in_words
+from llava_lite.model.quantization import kind_of, stored_quantization
 
 # Of a logit, in float32: sums over thousands of products, taken in another order.
 TOLERANCE = 1e-3
+
+
+def check_full_precision(path, base=None):
+    """Raise ValueError if the weights of a checkpoint, or of the base it stands on, are in 4 or 8 bits."""
+    stored = stored_quantization(path, base, {})
+    if stored is not None:
+        raise ValueError(
+            f"{str(base or path)!r} holds {kind_of(stored)} weights, which cannot be written in another layout or "
+            "changed without loss. Start from the weights in full precision"
+            f"{': give them as the base (--model-base)' if base else ''}."
+        )
 
 
 def refuse_full(target):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer
-from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedTokenizerFast
 
 from llava_lite.commands.convert import build_parser
 from llava_lite.companions import read_json
@@ -19,6 +19,7 @@ from llava_lite.end_marks import add_end_mark, end_mark_of
 from llava_lite.export import witness
 from llava_lite.export.checked_folder import (
     TOLERANCE,
+    check_full_precision,
     finish_folder,
     push,
     refuse_full,
@@ -30,6 +31,7 @@ from llava_lite.export.stock_processor import write_json
 from llava_lite.formats import transformers_llava as layout
 from llava_lite.hub import in_words, require_config
 from llava_lite.inference import load
+from llava_lite.model.loading import generation_arguments
 from llava_lite.model_source import check_source
 
 # Model type, width, patch and picture side of a tower -> where it comes from.
@@ -56,6 +58,7 @@ def convert(
         # Aloud: of a file that cannot be reached, read_json says only that there is none.
         require_config(source, {})
         config = read_json(source, "config.json", {})
+        check_full_precision(source)
     is_stock = layout.claims(config)
     to = to or ("llava" if is_stock else "transformers")
     if (to == "llava") != is_stock:
@@ -157,7 +160,8 @@ def answers_of_ours(folder):
 
 def answers_of_stock(folder, dtype=None):
     """Return what a folder answers through transformers alone, in float32 of the weights as `dtype` holds them."""
-    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype or "auto").eval().float()
+    readable = generation_arguments(folder, AutoConfig.from_pretrained(folder), {}, {})
+    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype or "auto", **readable).eval().float()
     assert type(model).__module__.startswith("transformers."), type(model)
     processor = stock_processor(folder)
     said = witness.answers(model, witness.readings(processor), processor.image_token_id)

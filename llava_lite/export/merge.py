@@ -17,6 +17,7 @@ from llava_lite.companions import find_base, read_json
 from llava_lite.export import witness
 from llava_lite.export.checked_folder import (
     TOLERANCE,
+    check_full_precision,
     finish_folder,
     push,
     refuse_full,
@@ -27,6 +28,7 @@ from llava_lite.export.merged_card import CARD, merged_card
 from llava_lite.hub import in_words
 from llava_lite.inference import load
 from llava_lite.model.builder import is_llava
+from llava_lite.model.generation_config import savable_view
 from llava_lite.model.partial import ADAPTER, ADAPTER_WEIGHTS, TRAINED, WHOLE, base_of, open_adapter
 from llava_lite.model_source import check_source
 
@@ -44,6 +46,7 @@ def merge(
     refuse_full(target)
     folder = local_folder(source)
     base = find_base_of(folder, base)
+    check_full_precision(folder, base)
     model, processor, is_adapter = open_unfolded(folder, base)
     dtype = getattr(torch, str(dtype).removeprefix("torch.")) if dtype is not None else model.dtype
     model = model.float().eval()
@@ -139,7 +142,7 @@ def write_whole(model, processor, folder, max_shard_size):
     if is_llava(model.config):
         model.config.base_model_name_or_path = None
         model.config.conv_template = processor.conv_template
-    model.save_pretrained(folder, max_shard_size=max_shard_size)
+    savable_view(model).save_pretrained(folder, max_shard_size=max_shard_size)
     processor.save_pretrained(folder)
 
 

@@ -21,6 +21,7 @@ from llava_lite.formats import transformers_llava as layout
 from llava_lite.inference import load
 from llava_lite.model.builder import config_of, is_llava
 from llava_lite.model.configuration import resolve_vision_config
+from llava_lite.model.generation_config import savable
 
 # Rows of a vocabulary that grows come to a multiple of this, as in the released llava-hf checkpoints.
 ROWS_MULTIPLE = 64
@@ -130,10 +131,11 @@ def write_generation_config(model, processor, tokenizer, folder):
             f"An answer ends with {mark.text!r}, which is no token of its own: "
             f"generate(stop_strings=[{mark.text!r}], tokenizer=...)."
         )
-    settings = model.generation_config.to_diff_dict() | {"pad_token_id": tokenizer.pad_token_id}
+    config, note = savable(model.generation_config)
+    settings = config.to_diff_dict() | {"pad_token_id": tokenizer.pad_token_id}
     settings["eos_token_id"] = sorted(end_ids(model.generation_config, tokenizer, mark.ids))
     GenerationConfig.from_dict(settings).save_pretrained(folder)
-    return notes
+    return [*notes, note] if note else notes
 
 
 def connector_note(fields):

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from PIL import Image
+from transformers import GenerationConfig
 
 NUM_NEW_TOKENS = 12
 # No answer ends early, since that would tell nothing of the tokens after it; any one id may stand for the end.
@@ -105,16 +106,24 @@ def placed(input_ids: torch.Tensor, image_token: int) -> torch.Tensor:
 @torch.no_grad()
 def answers(model, batches: list[dict], image_token: int) -> list[Answer | None]:
     """Return what a model, in eval mode, answers to the inputs of `readings`; None where its format has no room."""
-    said = []
-    for inputs in batches:
-        if not inputs or not inputs["input_ids"].numel():
-            said.append(None)
-            continue
-        generated = model.generate(**inputs, **GREEDY)
-        ids = inputs["input_ids"]
-        logits = model(**inputs).logits[0].float()
-        said.append(Answer(placed(ids, image_token), inputs.get("pixel_values"), logits, generated[0, ids.shape[1] :]))
-    return said
+    # PEFT's model hands its generation config to the one inside for good.
+    owner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    own = owner.generation_config
+    # Its own way of generating (several answers, a penalty) is not what is compared, and may refuse a greedy one.
+    owner.generation_config = GenerationConfig()
+    try:
+        return [_answer(model, inputs, image_token) for inputs in batches]
+    finally:
+        owner.generation_config = own
+
+
+def _answer(model, inputs: dict, image_token: int) -> Answer | None:
+    if not inputs or not inputs["input_ids"].numel():
+        return None
+    generated = model.generate(**inputs, **GREEDY)
+    ids = inputs["input_ids"]
+    logits = model(**inputs).logits[0].float()
+    return Answer(placed(ids, image_token), inputs.get("pixel_values"), logits, generated[0, ids.shape[1] :])
 
 
 def difference(ones: list[Answer | None], others: list[Answer | None]) -> Difference:

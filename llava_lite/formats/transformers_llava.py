@@ -62,6 +62,8 @@ _THEIRS = (
     (re.compile(r"(model\.)?image_newline$"), "model.image_newline"),
 )
 _PROJECTOR = re.compile(r"(model\.)?multi_modal_projector\.(linear_[12])\.(weight|bias)")
+# What bitsandbytes keeps beside a weight of a few bits.
+_PROJECTOR_TABLE = re.compile(r"(model\.)?multi_modal_projector\.linear_([12])\.(weight\..+|SCB|weight_format)")
 _OURS = (
     ("model.vision_tower.vision_tower.vision_model.", "vision_tower.vision_model."),
     ("model.image_newline", "image_newline"),
@@ -112,9 +114,11 @@ def weights_from(state_dict: Mapping[str, torch.Tensor], config: Mapping) -> dic
     """Return the weights under our names, those of any transformers version; a name nobody knows passes unchanged."""
     renamed, projector = {}, {}
     for name, tensor in state_dict.items():
-        match = _PROJECTOR.fullmatch(name)
+        match, table = _PROJECTOR.fullmatch(name), _PROJECTOR_TABLE.fullmatch(name)
         if match:
             projector[match[2], match[3]] = tensor
+        elif table:
+            renamed[f"model.mm_projector.{2 * (int(table[2]) - 1)}.{table[3]}"] = tensor
         else:
             renamed[_first_match(name)] = tensor
     return renamed | connector_from(projector, config_from(config)["mm_projector_type"])

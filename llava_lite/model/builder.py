@@ -8,7 +8,7 @@ import logging
 from pathlib import Path
 
 import torch
-from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 from transformers.utils import cached_file
 
 from llava_lite.companions import find_base, image_processor_of, load_tokenizer, read_json
@@ -17,9 +17,12 @@ from llava_lite.end_marks import add_end_mark, end_mark_of_config
 from llava_lite.formats import foreign_format, moe_llava
 from llava_lite.hub import everywhere, hub_arguments, in_words, reach_config, require_config
 from llava_lite.model import BACKBONES, model_class_for
+from llava_lite.model.accounting import own_accounting, strays
 from llava_lite.model.architectures import check_generates, check_model_type
-from llava_lite.model.loading import KEPT_WHOLE, own_accounting, strays
+from llava_lite.model.loading import generation_arguments
 from llava_lite.model.partial import base_of, merge_adapter, refuse_lost_parts, refuse_strays
+from llava_lite.model.placement import is_too_large, spread, take_places
+from llava_lite.model.quantization import agreed, one_request, stored_quantization
 from llava_lite.model.weight_files import broken_files_in_words
 from llava_lite.model_source import check_source
 
@@ -60,15 +63,25 @@ def load_pretrained_model(
     "always", "moe_count_padding": True}} asks for that.
     """
     hub = hub_arguments(kwargs)
-    device, device_map = placement(device, device_map, quantised=load_8bit or load_4bit)
+    asked = one_request(load_8bit, load_4bit, kwargs.pop("quantization_config", None))
     with in_words(model_path, **hub):
         base = base_named(model_path, model_base, hub)
         config = read_config(model_path, base, customized_config, overwrite_config, hub)
+        stored = stored_quantization(model_path, base, hub)
+    quantization = agreed(base or model_path, stored, asked)
+    is_quantised = stored is not None or asked is not None
+    has_limits = any(kwargs.get(name) is not None for name in ("max_memory", "offload_folder"))
+    device, device_map = placement(device, device_map, quantised=is_quantised, has_limits=has_limits)
+    # On the CPU half precision is slow and, in some kernels, absent.
+    widens = device.type == "cpu" and dtype is None and torch_dtype is None
+    if widens and is_quantised and getattr(config, "dtype", None) == torch.float16:
+        # Cast while loading: a quantised model is not cast later.
+        dtype = torch.float32
     arguments = {
         "dtype": _as_dtype(dtype if dtype is not None else torch_dtype),
         "attn_implementation": "flash_attention_2" if use_flash_attn else attn_implementation,
         "device_map": device_map,
-        "quantization_config": quantisation(load_8bit, load_4bit),
+        "quantization_config": quantization,
         **kwargs,
     }
     arguments = {name: value for name, value in arguments.items() if value is not None}
@@ -76,10 +89,11 @@ def load_pretrained_model(
     tokenizer = load_tokenizer(model_path, base, **hub)
     with in_words(model_path, **hub):
         model = _load_model(model_path, base, config, arguments, hub)
-    if device_map is None:
-        # On the CPU half precision is slow and, in some kernels, absent.
-        widen = device.type == "cpu" and model.dtype == torch.float16 and dtype is None and torch_dtype is None
-        model = model.to(device, dtype=torch.float32 if widen else None)
+    if device_map is None and is_too_large(model, device) and _is_installed("accelerate"):
+        logger.warning("the model has more weights than %s has free memory; what is over stays on the CPU.", device)
+        model = spread(model, "auto")
+    elif device_map is None:
+        model = model.to(device, dtype=torch.float32 if widens and model.dtype == torch.float16 else None)
     add_image_tokens(model, tokenizer)
     if moe_llava.claims(read_json(model_path, "config.json", hub)):
         # Its config.json may name another end than the tokenizer, whose end it was trained with.
@@ -161,23 +175,29 @@ def _load_model(model_path, base, config, arguments, hub):
         return open_plain(model_path, config, arguments, hub)
     refuse_lost_parts(model_path, hub)
     arguments = {name: value for name, value in arguments.items() if name not in hub} | everywhere(hub)
-    return merge_adapter(_load_model(base, None, config, arguments, everywhere(hub)), model_path, hub)
+    places = take_places(arguments)
+    model = merge_adapter(_load_model(base, None, config, arguments, everywhere(hub)), model_path, hub)
+    return spread(model, **places) if places else model
 
 
 def open_plain(path, config, arguments, hub):
     """Return a plain language model, every weight accounted for; transformers only warns of those that are missing."""
+    arguments = arguments | generation_arguments(path, config, hub, arguments)
     with own_accounting(), broken_files_in_words(path, hub):
         model, info = AutoModelForCausalLM.from_pretrained(path, config=config, output_loading_info=True, **arguments)
     refuse_strays(path, type(model).__name__, *strays(info))
     return model
 
 
-def placement(device, device_map, quantised=False):
+def placement(device, device_map, quantised=False, has_limits=False):
     """Return (device, device_map) for loading: a device and None where the model can be moved there whole.
 
-    A map of one place is that place. "auto" and its kin spread a model over several GPUs only where there are several
-    and accelerate is installed. A quantised model cannot be moved afterwards and gets a map.
+    A map of one place is that place. "auto" and its kin spread a model over several GPUs where there are several
+    and accelerate is installed, and over whatever there is if the caller limits memory (has_limits). A quantised model
+    cannot be moved afterwards and gets a map.
     """
+    if isinstance(device_map, dict) and "disk" in device_map.values() and set(device_map.values()) <= {"cpu", "disk"}:
+        return torch.device("cpu"), device_map
     if isinstance(device_map, dict) and set(device_map) == {""}:
         device, device_map = device_map[""], None
     elif isinstance(device_map, (int, torch.device)) or (isinstance(device_map, str) and _is_device(device_map)):
@@ -186,31 +206,13 @@ def placement(device, device_map, quantised=False):
     device = torch.device(device)
     if device.type == "cuda" and not torch.cuda.is_available():
         logger.warning("no CUDA device is available; the model goes to the CPU (device='cpu' says so at once).")
-        device, device_map = torch.device("cpu"), None
-    spread = device == torch.device("cuda") and torch.cuda.device_count() > 1 and _is_installed("accelerate")
-    if isinstance(device_map, str) and not spread:
+        device, device_map = torch.device("cpu"), device_map if has_limits else None
+    has_several = device == torch.device("cuda") and torch.cuda.device_count() > 1
+    if isinstance(device_map, str) and not (has_limits or (has_several and _is_installed("accelerate"))):
         device_map = None
     if device_map is None and quantised:
         device_map = {"": device}
     return device, device_map
-
-
-def quantisation(load_8bit, load_4bit):
-    """Return the bitsandbytes config of LLaVA's two switches or None; KEPT_WHOLE says what stays as it is."""
-    if not load_8bit and not load_4bit:
-        return None
-    if load_8bit and load_4bit:
-        raise ValueError("load_8bit and load_4bit exclude each other; choose one.")
-    _needed("bitsandbytes", f"load_{'8' if load_8bit else '4'}bit=True quantises the model", "quant")
-    if load_8bit:
-        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=KEPT_WHOLE)
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_compute_dtype=torch.float16,
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_quant_type="nf4",
-        llm_int8_skip_modules=KEPT_WHOLE,
-    )
 
 
 def add_image_tokens(model, tokenizer):
@@ -223,8 +225,15 @@ def add_image_tokens(model, tokenizer):
     if tokens and tokenizer.add_tokens(tokens, special_tokens=True):
         logger.info("added %s to the tokenizer, as the config asks.", ", ".join(tokens))
     # Never shrink: many vocabularies are padded to a round number of rows.
-    if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
-        model.resize_token_embeddings(len(tokenizer))
+    num_rows = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) <= num_rows:
+        return
+    if any(weight.is_meta for weight in model.parameters()):
+        raise ValueError(
+            f"the tokenizer has {len(tokenizer)} tokens and the model {num_rows} rows, and rows cannot be added to "
+            "weights that are offloaded. Open the model without a device map once, save it, and open what was saved."
+        )
+    model.resize_token_embeddings(len(tokenizer))
 
 
 def context_len(config):
@@ -266,10 +275,3 @@ def _is_device(name):
 
 def _is_installed(name):
     return importlib.util.find_spec(name) is not None
-
-
-def _needed(name, why, extra):
-    """Import an optional library, or say what to install."""
-    if not _is_installed(name):
-        raise ImportError(f"{why}, which needs {name}: pip install 'llava-lite[{extra}]'.")
-    return importlib.import_module(name)

@@ -11,6 +11,7 @@ import torch
 
 from llava_lite.model.crops import crops_of_each, merge_crops
 from llava_lite.model.llava_names import without_blanks
+from llava_lite.model.placement import place_of, present
 from llava_lite.model.splice import Batch, check_counts, cut_rows, expand_placeholders, placeholder_mask, splice
 from llava_lite.model.weights import gathered, is_partitioned
 
@@ -39,10 +40,12 @@ class EmbeddingMixin:
 
     def project_features(self, features: torch.Tensor) -> torch.Tensor:
         """Return features [N, P, D] of the tower's features [N, P, C]."""
-        weight = next(self.get_model().mm_projector.parameters(), features)
+        projector = self.get_model().mm_projector
+        features = features.to(place_of(projector, features.device))
+        weight = next(projector.parameters(), features)
         if weight.is_floating_point() and not torch.is_autocast_enabled(features.device.type):
             features = features.to(weight.dtype)
-        return self.get_model().mm_projector(features)
+        return projector(features)
 
     def encode_pictures(self, images, image_sizes=None, image_features=None) -> tuple[torch.Tensor, list[int]]:
         """Return the features [F, D] of all pictures, one picture after another, and how many each has.
@@ -78,7 +81,16 @@ class EmbeddingMixin:
         """Return the vector [D] that closes a row of patches, None in a model that has none."""
         if not self.config.has_newline:
             return None
-        weight = self.get_model().image_newline
+        stack = self.get_model()
+        if stack.image_newline.is_meta:
+            with present(stack):
+                if stack.image_newline.is_meta:
+                    raise ValueError(
+                        "image_newline was not loaded: a device map that names this single parameter brings it for no "
+                        "call. Give it a device, or name the module that holds it."
+                    )
+                return stack.image_newline.to(device, copy=True)
+        weight = stack.image_newline
         if is_partitioned(weight) and weight.numel() == 0:
             # DeepSpeed gathers a weight that is read beside its module's own forward in an engine's forward alone, not
             # in `generate`.
@@ -89,7 +101,8 @@ class EmbeddingMixin:
     def dummy_images(self) -> torch.Tensor:
         """Return one blank picture [1, 3, H, W]."""
         tower = self.get_vision_tower()
-        return torch.zeros(1, 3, tower.image_size, tower.image_size, device=tower.device, dtype=tower.dtype)
+        shape = (1, 3, tower.image_size, tower.image_size)
+        return torch.zeros(shape, device=place_of(tower, torch.device("cpu")), dtype=tower.dtype)
 
     def needs_dummy(self) -> bool:
         """Tell whether a batch without pictures must still run tower and connector, and read the newline.

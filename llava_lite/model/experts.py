@@ -126,6 +126,13 @@ class Experts(FusedExperts):
 
         tokens: [S, D]; experts, weights: [S, K].
         """
+        away = [name for name, weight in self.named_parameters(recurse=False) if weight.is_meta]
+        if away and not tokens.is_meta:
+            # torch adds nothing to a sum where one side is on the meta device, and says nothing.
+            raise ValueError(
+                f"{', '.join(away)} of the experts were not loaded: a device map that names a single parameter brings "
+                "it for no call. Keep layers whole: no_split_module_classes=model._no_split_modules."
+            )
         implementation = self.config._experts_implementation
         if implementation in (None, OWN):
             implementation = self._best_implementation(tokens, experts)

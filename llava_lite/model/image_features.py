@@ -103,7 +103,7 @@ class ImageFeaturesMixin:
             )
         features, lengths = self.encode_pictures(images, image_sizes)
         mark = self.get_input_embeddings()(torch.tensor(index, device=inputs_embeds.device))  # [D]
-        is_picture = (inputs_embeds == mark).all(-1)  # [B, L]
+        is_picture = (inputs_embeds == mark.to(inputs_embeds.device)).all(-1)  # [B, L]
         if check_counts(int(is_picture.sum()), lengths):
             raise ValueError(
                 f"{len(lengths)} embeddings of image placeholders; in inputs_embeds there must be one a feature, "

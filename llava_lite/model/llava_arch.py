@@ -308,7 +308,7 @@ class LlavaMetaForCausalLM(
             return lm_loss, None, None
         terms = tuple(routing.balance_losses())
         moe = read_moe_config(self.config.moe, self.config.num_hidden_layers)
-        moe_loss = moe.router_aux_loss_coef * torch.stack(terms).sum()
+        moe_loss = moe.router_aux_loss_coef * torch.stack([term.to(lm_loss.device) for term in terms]).sum()
         return lm_loss + moe_loss, moe_loss, terms
 
 

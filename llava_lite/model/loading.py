@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import copy
 import logging
-import re
-from contextlib import contextmanager
 
+from torch import nn
 from transformers import GenerationConfig
 from transformers.integrations import is_deepspeed_zero3_enabled
 
@@ -17,11 +16,23 @@ from llava_lite.companions import find_base, read_json
 from llava_lite.formats import foreign_format
 from llava_lite.formats.llava import clip_config_from_shapes, read_shapes
 from llava_lite.hub import HUB_ARGUMENTS, everywhere, hub_arguments, in_words, require_config
+from llava_lite.model.accounting import count_partitioned, own_accounting, refuse_shapes, strays
 from llava_lite.model.attention import choose_attention
 from llava_lite.model.configuration import load_vision_config, own_fields
+from llava_lite.model.generation_config import FILE as GENERATION_CONFIG
+from llava_lite.model.generation_config import readable_generation_config
 from llava_lite.model.partial import base_of, refuse_strays, take_trained
+from llava_lite.model.placement import spread, take_places
 from llava_lite.model.products import take_faster_products
-from llava_lite.model.weight_files import broken_files_in_words, find_file, read_checkpoint
+from llava_lite.model.quantization import (
+    agreed,
+    refuse_old_switches,
+    sparing,
+    stored_in_names,
+    take_stored,
+    with_kept_modules,
+)
+from llava_lite.model.weight_files import broken_files_in_words, find_file, read_checkpoint, read_weight
 from llava_lite.model_source import VISION_TOWER, check_source
 
 logger = logging.getLogger(__name__)
@@ -29,11 +40,6 @@ logger = logging.getLogger(__name__)
 TOWER = "model.vision_tower."
 CONNECTOR = "model.mm_projector."
 NEWLINE = "model.image_newline"
-# Written by old transformers versions; the constructor computes them.
-DERIVED = re.compile(r"rotary_emb\.inv_freq$|embeddings\.position_ids$|\.masked_bias$")
-# What 4 and 8 bits leave alone, beside experts, whose weights are no nn.Linear. transformers compares with the start
-# and the end of a module's full name: "mm_projector" alone would not spare model.mm_projector.0.
-KEPT_WHOLE = ["lm_head", "model.mm_projector", "model.vision_tower", "coefficient"]
 
 
 class LoadingMixin:
@@ -43,7 +49,8 @@ class LoadingMixin:
     def from_pretrained(cls, pretrained_model_name_or_path, *args, config=None, output_loading_info=False, **kwargs):
         """Return the model of a folder or hub id, in eval mode.
 
-        Takes what transformers' `from_pretrained` takes; attn_implementation may also be "auto" or "varlen". Raises
+        Takes what transformers' `from_pretrained` takes; attn_implementation may also be "auto" or "varlen", and a
+        quantization_config leaves out tower, connector, head and experts unless it names other modules. Raises
         ValueError with the names if a weight is missing or unexpected, unless the caller asks for the names with
         output_loading_info; OSError if the vision tower cannot be found.
         """
@@ -54,13 +61,18 @@ class LoadingMixin:
         # The Auto classes hand the choice on in the config.
         asked = kwargs.pop("attn_implementation", None) or getattr(config, "_attn_implementation", None)
         kwargs["attn_implementation"] = choose_attention(asked)
+        refuse_old_switches(kwargs)
+        asked = with_kept_modules(kwargs.pop("quantization_config", None))
         with in_words(pretrained_model_name_or_path, **hub_arguments(kwargs)):
-            model, info = cls._open(pretrained_model_name_or_path, *args, config=config, **kwargs)
+            model, info = cls._open(pretrained_model_name_or_path, *args, config=config, asked=asked, **kwargs)
         return (model, info) if output_loading_info else model
 
     @classmethod
-    def _open(cls, path, *args, config, adapter_kwargs=None, strict=True, **kwargs):
-        """Open a whole model, or what was trained on its base; return it and what was missing."""
+    def _open(cls, path, *args, config, asked=None, adapter_kwargs=None, strict=True, **kwargs):
+        """Open a whole model, or what was trained on its base; return it and what was missing.
+
+        asked: a quantization config, or None; not a keyword of its own name, which would replace the config's.
+        """
         own_folder = (adapter_kwargs or {}).get("_adapter_model_path")
         if own_folder not in (None, path):
             # transformers' Auto class followed adapter_config.json to the base, away from the rest of the folder.
@@ -76,12 +88,18 @@ class LoadingMixin:
             dtype = {"dtype": kwargs.pop("dtype")} if "dtype" in kwargs else {}
             config, kwargs = cls.config_class.from_pretrained(path, return_unused_kwargs=True, **kwargs)
             kwargs = {**hub, **kwargs, **dtype}
+        kwargs["quantization_config"] = asked
         base = base_of(path, config.base_model_name_or_path, hub)
+        # Weights of several checkpoints are put together on the CPU, before any is offloaded.
+        is_whole = base is None and not (config.has_vision_tower and config.vision_config is None)
+        places = {} if is_whole or asked is not None else take_places(kwargs)
         if base is None:
-            return cls._open_whole(path, *args, config=config, hub=hub, strict=strict, **kwargs)
-        model, unfilled = cls._open_on_base(path, base, config, hub, kwargs)
-        refuse_strays(path, f"{cls.__name__} on its base {base!r}", unfilled, set())
-        return model, {}
+            model, info = cls._open_whole(path, *args, config=config, hub=hub, strict=strict, **kwargs)
+        else:
+            model, unfilled = cls._open_on_base(path, base, config, hub, kwargs)
+            refuse_strays(path, f"{cls.__name__} on its base {base!r}", unfilled, set())
+            info = {}
+        return spread(model, **places) if places else model, info
 
     @classmethod
     def _open_whole(cls, path, *args, config, hub, new_parts: tuple[str, ...] = (), strict=True, **kwargs):
@@ -89,20 +107,29 @@ class LoadingMixin:
         config = copy.deepcopy(config)
         tower_is_inside = config.vision_config is not None and TOWER not in new_parts
         state_dict = read_foreign(path, hub)
+        if state_dict is not None:
+            take_stored_names(config, path, hub, state_dict)
+        # Parts that come from elsewhere, or are drawn, are no weights in few bits.
+        absent = [part.rstrip(".") for part in {*new_parts, *([] if tower_is_inside else [TOWER])}]
+        stored = take_stored(config, absent)
+        kwargs["quantization_config"] = sparing(agreed(path, stored, kwargs.get("quantization_config")), absent)
         if config.has_vision_tower and config.vision_config is None:
             config.vision_config = find_vision_config(config.mm_vision_tower, path, hub, state_dict)
         if config.has_vision_tower and not tower_is_inside:
             check_tower(config.mm_vision_tower, path, hub, state_dict)
         takes_any_shape = kwargs.pop("ignore_mismatched_sizes", False)
         kwargs["ignore_mismatched_sizes"] = True
+        own_generation = kwargs.get("generation_config") is not None
         with own_accounting(), broken_files_in_words(path, hub):
             if state_dict is None:
+                kwargs |= generation_arguments(path, config, hub, kwargs)
                 model, info = super().from_pretrained(path, *args, config=config, output_loading_info=True, **kwargs)
             else:
                 kwargs = {k: v for k, v in kwargs.items() if k not in HUB_ARGUMENTS} | {"state_dict": state_dict}
                 model, info = super().from_pretrained(None, *args, config=config, output_loading_info=True, **kwargs)
                 model.config._name_or_path = str(path)
-                take_generation_config(model, path, hub)
+                if not own_generation:
+                    take_generation_config(model, path, hub)
         if is_deepspeed_zero3_enabled():
             # There transformers takes the best case for granted and counts the missing alone.
             info |= count_partitioned(model, shapes_of(path, hub, state_dict))
@@ -120,6 +147,7 @@ class LoadingMixin:
             # Of a tower that is not read from here the shapes do not matter.
             prefix = TOWER if model.get_vision_tower() is not None and not tower_is_inside else "\0"
             refuse_shapes(path, [found for found in info["mismatched_keys"] if not found[0].startswith(prefix)])
+        hold_newline(model, path, hub, state_dict)
         # Only now: quantisers, which replace layers while loading, look for torch's own class and no other.
         take_faster_products(model)
         return model, info
@@ -135,6 +163,8 @@ class LoadingMixin:
         num_rows = config.vocab_size
         base_config = config.__class__.from_dict(config.__class__.get_config_dict(base, **base_hub)[0])
         config.vocab_size, config.base_model_name_or_path = base_config.vocab_size, None
+        # Of the base's weights; the directory's own, if it has one, says how they were held while it was trained.
+        take_stored(config, [], getattr(base_config, "quantization_config", None))
         is_llava = has_llava_type(base, base_hub)
         new_parts = () if is_llava else (CONNECTOR, TOWER)
         if "unpad" not in base_config.mm_patch_merge_type:
@@ -150,8 +180,20 @@ class LoadingMixin:
             model, info = cls._open_whole(base, config=config, hub=base_hub, new_parts=new_parts, **base_kwargs)
             unfilled = info["new_keys"]
         model, filled = take_trained(model, path, num_rows, hub)
+        if kwargs.get("generation_config") is None:
+            take_generation_config(model, path, hub)
         model.config._name_or_path = str(path)
         return model, unfilled - filled
+
+
+def hold_newline(model, path, hub: dict, state_dict: dict | None) -> None:
+    """Keep the newline in memory, whatever a device map says: a parameter beside modules has no hook to bring it."""
+    if not model.config.has_newline or not model.get_model().image_newline.is_meta:
+        return
+    found = read_weight(path, NEWLINE, hub) if state_dict is None else state_dict.get(NEWLINE)
+    if found is not None:
+        stack = model.get_model()
+        stack.image_newline = nn.Parameter(found.to(stack.image_newline.dtype, copy=True))
 
 
 def has_llava_type(path, hub: dict) -> bool:
@@ -180,51 +222,30 @@ def read_foreign(path, hub: dict) -> dict | None:
     return None if foreign is None else foreign.weights_from(read_checkpoint(path, hub), fields)
 
 
+def take_stored_names(config, path, hub: dict, state_dict: dict) -> None:
+    """Give a config of ours the quantization_config of another format's config.json, if that has one."""
+    stored = read_json(path, "config.json", hub).get("quantization_config")
+    if stored is not None:
+        config.quantization_config = stored_in_names(stored, state_dict)
+
+
+def generation_arguments(path, config, hub: dict, given: dict) -> dict:
+    """Return the keyword of `from_pretrained` for a generation config that transformers could not read, else {}.
+
+    given: the caller's keywords; a generation config among them stays.
+    """
+    if given.get("generation_config") is not None:
+        return {}
+    readable = readable_generation_config(path, config, hub)
+    return {} if readable is None else {"generation_config": readable}
+
+
 def take_generation_config(model, path, hub: dict) -> None:
-    """Give a model the generation_config.json of a folder or hub id, where it has one."""
-    if find_file(path, "generation_config.json", hub) is not None:
-        model.generation_config = GenerationConfig.from_pretrained(path, **hub)
-
-
-@contextmanager
-def own_accounting():
-    """Drop transformers' report of missing weights: new parts are meant to be missing, all else raises here."""
-    source = logging.getLogger("transformers.modeling_utils")
-
-    def is_no_report(record: logging.LogRecord) -> bool:
-        return "LOAD REPORT" not in record.getMessage()
-
-    source.addFilter(is_no_report)
-    try:
-        yield
-    finally:
-        source.removeFilter(is_no_report)
-
-
-def strays(info: dict) -> tuple[set[str], set[str]]:
-    """Return the names of missing and of unexpected weights, but for those that the constructor computes."""
-    missing, unexpected = info["missing_keys"], info["unexpected_keys"]
-    return {k for k in missing if not DERIVED.search(k)}, {k for k in unexpected if not DERIVED.search(k)}
-
-
-def count_partitioned(model, shapes: dict) -> dict:
-    """Return the unexpected names and the other shapes of a checkpoint {name: shape} for a model under ZeRO-3."""
-    wanted = {k: tuple(getattr(v, "ds_shape", v.shape)) for k, v in model.state_dict(keep_vars=True).items()}
-    others = [(k, tuple(v), wanted[k]) for k, v in shapes.items() if k in wanted and tuple(v) != wanted[k]]
-    return {"unexpected_keys": shapes.keys() - wanted.keys(), "mismatched_keys": others}
-
-
-def refuse_shapes(path, mismatched: list[tuple]) -> None:
-    """Raise ValueError with both shapes for weights [(name, shape in the checkpoint, shape of the model)]."""
-    if mismatched:
-        listed = [
-            f"{name} has shape {tuple(found)}, the model expects {tuple(wanted)}"
-            for name, found, wanted in sorted(mismatched)[:5]
-        ]
-        raise ValueError(
-            f"weights of {str(path)!r} have other shapes than config.json says, {len(mismatched)} in all: "
-            f"{'; '.join(listed)}. Its config.json belongs to another checkpoint, or was changed."
-        )
+    """Give a model the generation_config.json of a directory or hub id, where it has one."""
+    if find_file(path, GENERATION_CONFIG, hub) is None:
+        return
+    readable = readable_generation_config(path, model.config, hub)
+    model.generation_config = GenerationConfig.from_pretrained(path, **hub) if readable is None else readable
 
 
 def shapes_of(path, hub: dict, state_dict: dict | None) -> dict:

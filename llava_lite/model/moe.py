@@ -171,6 +171,8 @@ class MoeBlock(nn.Module):
             real = routing.real_positions(*hidden.shape[:2])
         if real is None:
             return self._mix(tokens, routing).view_as(hidden)
+        # A device map may spread layers over devices; the mask lies on one.
+        real = real.to(tokens.device)
         mixed = self._mix(tokens.index_select(0, real), routing)  # [S, D]
         return torch.zeros_like(tokens).index_copy(0, real, mixed).view_as(hidden)
 

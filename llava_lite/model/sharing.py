@@ -8,11 +8,12 @@ from pathlib import Path
 from huggingface_hub import HfApi, ModelCard, ModelCardData
 
 from llava_lite.hub import in_words
+from llava_lite.model.generation_config import SavingMixin
 from llava_lite.share import CARD, is_local, prepare_repository, push_folder, written_card
 
 
-class SharingMixin:
-    """`push_to_hub` for a LLaVA model class."""
+class SharingMixin(SavingMixin):
+    """`push_to_hub` and `save_pretrained` for a LLaVA model class."""
 
     def push_to_hub(
         self,

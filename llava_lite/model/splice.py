@@ -101,7 +101,9 @@ def splice(text_embeds: torch.Tensor, is_picture: torch.Tensor, features: torch.
     With fewer places than features what is over is not written and gets a gradient of zero: that keeps the tower and
     the connector in the graph on a rank whose batch has text only.
     """
-    return text_embeds.masked_scatter(is_picture[..., None], features.to(text_embeds.dtype))
+    # A device map may put tower, connector and embeddings on three devices.
+    is_picture, features = is_picture.to(text_embeds.device), features.to(text_embeds.device, text_embeds.dtype)
+    return text_embeds.masked_scatter(is_picture[..., None], features)
 
 
 def cut_rows(batch: Batch, embeds: torch.Tensor, max_length: int | None) -> tuple[Batch, torch.Tensor]:
@@ -127,4 +129,4 @@ def cut_rows(batch: Batch, embeds: torch.Tensor, max_length: int | None) -> tupl
         attention_mask=taken(batch.attention_mask),
         position_ids=taken(batch.position_ids),
         labels=taken(batch.labels),
-    ), embeds.gather(1, order[..., None].expand(-1, -1, embeds.shape[2]))
+    ), embeds.gather(1, order.to(embeds.device)[..., None].expand(-1, -1, embeds.shape[2]))

@@ -46,6 +46,9 @@ def supervised_loss(head, hidden, targets, positions=None, num_items=None, is_pl
         divisor = max(len(targets), 1)
     else:
         divisor = num_items.clamp(min=1) if isinstance(num_items, torch.Tensor) else max(num_items, 1)
+    # A device map may end on another device than the labels lie on.
+    targets = targets.to(hidden.device)
+    positions = None if positions is None else positions.to(hidden.device)
     if positions is not None and is_plain:
         targets = targets.new_full(hidden.shape[:1], IGNORE_INDEX).index_copy_(0, positions, targets)
     elif positions is not None:
@@ -53,4 +56,5 @@ def supervised_loss(head, hidden, targets, positions=None, num_items=None, is_pl
     if isinstance(head, VocabularyHead):
         return head(hidden, labels=targets, divisor=divisor)
     # Wrapped, as PEFT does it, or quantised: a layer that returns logits and nothing else.
-    return F.cross_entropy(head(hidden).float(), targets, reduction="sum") / divisor
+    scores = head(hidden).float()
+    return F.cross_entropy(scores, targets.to(scores.device), reduction="sum") / divisor

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from transformers.utils import cached_file
 
 from llava_lite.model.weights import read_weights
@@ -57,6 +58,15 @@ def read_files(files: list[str]) -> dict[str, torch.Tensor]:
     for file in files:
         state.update(read_weights(file))
     return state
+
+
+def read_weight(path, name: str, hub: dict) -> torch.Tensor | None:
+    """Return one weight of a checkpoint, None if it has none of that name."""
+    for file in find_weight_files(path, SAFE, hub):
+        with safe_open(file, framework="pt") as weights:
+            if name in weights.keys():  # noqa: SIM118
+                return weights.get_tensor(name)
+    return read_files(find_weight_files(path, PICKLED, hub)).get(name)
 
 
 def read_checkpoint(path, hub: dict) -> dict[str, torch.Tensor]:

@@ -59,8 +59,14 @@ def load_into(module: nn.Module, state_dict: Mapping[str, torch.Tensor], what: s
 
 
 def check_shapes(targets: Mapping[str, torch.Tensor], state_dict: Mapping[str, torch.Tensor], what: str) -> None:
-    """Raise ValueError with both shapes for the first weight whose shape differs."""
+    """Raise ValueError with both shapes for the first weight whose shape differs, or that is offloaded."""
     for name, target in targets.items():
+        if target.is_meta:
+            # Copying to it would change nothing, and say nothing.
+            raise ValueError(
+                f"{what}: {name} is offloaded (on the meta device), so nothing can be put into it. Fill the model in "
+                "before it is spread over devices."
+            )
         shape = tuple(getattr(target, "ds_shape", target.shape))
         if tuple(state_dict[name].shape) != shape:
             raise ValueError(

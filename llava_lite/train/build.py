@@ -26,7 +26,12 @@ def build_model(model_args, data_args, training_args):
     """Return the model with tower and connector, in training mode; a connector of stage 1 is filled in."""
     from llava_lite.model.assemble import assemble, load_connector
     from llava_lite.model.attention import choose_attention
+    from llava_lite.model.builder import base_named
+    from llava_lite.model.quantization import stored_quantization
 
+    hub = {"cache_dir": training_args.cache_dir}
+    name = model_args.model_name_or_path
+    stored = stored_quantization(name, base_named(name, None, hub), hub)
     model = assemble(
         model_args.model_name_or_path,
         model_args.vision_tower,
@@ -48,7 +53,7 @@ def build_model(model_args, data_args, training_args):
             model_args.attn_implementation, training_args.device.type, packed=training_args.packing != "none"
         ),
         cache_dir=training_args.cache_dir,
-        **quantization(training_args),
+        **quantization(training_args, stored, name),
     )
     if training_args.unfreeze_mm_vision_tower:
         model.config.unfreeze_mm_vision_tower = True
@@ -57,30 +62,33 @@ def build_model(model_args, data_args, training_args):
     return model.train()
 
 
-def quantization(training_args):
-    """Return the keyword that loads the decoder's frozen weights in 4 or 8 bits (QLoRA, Dettmers et al. 2023)."""
-    if training_args.bits == 16:
+def quantization(training_args, stored=None, path=None):
+    """Return the keyword that loads the decoder's frozen weights in 4 or 8 bits (QLoRA, Dettmers et al. 2023).
+
+    stored: quantization_config of the weights at `path`, or None. Raises ValueError if they are in other bits than
+    --bits says: weights in few bits cannot be trained themselves, and are not brought to other bits.
+    """
+    from llava_lite.model.quantization import bits_config, bits_of, kind_of, need_bitsandbytes
+
+    bits = training_args.bits
+    if stored is not None and bits_of(stored) != bits:
+        known = bits_of(stored)
+        advice = f"Train LoRA beside them (--lora_enable True --bits {known}), or s" if known else "S"
+        raise ValueError(
+            f"{str(path)!r} holds {kind_of(stored)} weights, and --bits is {bits}. {advice}tart from the weights in "
+            "full precision."
+        )
+    if bits == 16:
         return {}
-    try:
-        import bitsandbytes  # noqa: F401
-    except ImportError as error:
-        raise ImportError(
-            f"--bits {training_args.bits} needs bitsandbytes; pip install 'llava-lite[quant]', or use --bits 16."
-        ) from error
-    from transformers import BitsAndBytesConfig
-
-    from llava_lite.model.loading import KEPT_WHOLE
-
-    if training_args.bits == 8:
-        return {"quantization_config": BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=KEPT_WHOLE)}
-    config = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_compute_dtype=loading_dtype(training_args),
-        bnb_4bit_use_double_quant=training_args.double_quant,
-        bnb_4bit_quant_type=training_args.quant_type,
-        llm_int8_skip_modules=KEPT_WHOLE,
-    )
-    return {"quantization_config": config}
+    need_bitsandbytes(f"--bits {bits}")
+    if stored is not None:
+        return {}
+    compute = {
+        "bnb_4bit_compute_dtype": loading_dtype(training_args),
+        "bnb_4bit_use_double_quant": training_args.double_quant,
+        "bnb_4bit_quant_type": training_args.quant_type,
+    }
+    return {"quantization_config": bits_config(bits, **compute)}
 
 
 def fit_vocabulary(model, tokenizer):

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from llava_lite.model.generation_config import write_generation_config
 from llava_lite.model.weights import gathered
 from llava_lite.train import manifest as paper
 from llava_lite.train.expert_parallel import with_all_experts
@@ -147,11 +148,13 @@ def write_folder(model, folder: Path, weights, projector, base: str | None, conv
         finally:
             inner.config = own_config
         return
+    # How the base was held meanwhile; its own config.json says how it is stored.
+    vars(config).pop("quantization_config", None)
     # The tower is looked up again when the folder is opened, from wherever that is.
     config.mm_vision_tower = config.mm_vision_tower and findable(config.mm_vision_tower)
     config.architectures, config.dtype = [type(inner).__name__], inner.dtype
     config.save_pretrained(folder)
-    inner.generation_config.save_pretrained(folder)
+    write_generation_config(inner.generation_config, folder)
     others = {name: weight for name, weight in weights.items() if ".lora_" not in name}
     save_file({plain_name(name): weight for name, weight in others.items()}, folder / TRAINED, {"format": "pt"})
     if is_peft(model):

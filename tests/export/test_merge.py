@@ -1,6 +1,7 @@
 """merge: what was trained and its base in one folder, measured against W + scale * B A written out here."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -279,3 +280,14 @@ def test_lora_on_a_model_of_transformers_becomes_a_whole_one_of_ours(toy_model, 
         torch.testing.assert_close(found[name], weight, atol=1e-6, rtol=1e-6)
     _, again = load(tmp_path / "whole", device="cpu")
     assert (again.conv_template, again.image_token_index) == ("v1", processor.image_token_index)
+
+
+def test_a_base_whose_generation_config_contradicts_itself_is_merged(lora_folder, toy_llm_dir, tmp_path, caplog):
+    base = shutil.copytree(toy_llm_dir("llama"), tmp_path / "base")
+    ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "max_length": 4096}
+    (base / "generation_config.json").write_text(json.dumps(ids | {"temperature": 0.9, "num_return_sequences": 3}))
+    folder, _ = lora_folder()
+    merge(folder, tmp_path / "whole", base=str(base), say=str)
+    saved = json.loads((tmp_path / "whole" / "generation_config.json").read_text())
+    assert {name: saved.get(name) for name in (*ids, "temperature")} == ids | {"temperature": None}
+    assert "without temperature 0.9 (needs do_sample=True)" in caplog.text

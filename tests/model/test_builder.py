@@ -16,7 +16,8 @@ from llava_lite.inference import reply
 from llava_lite.mm_utils import process_images, tokenizer_image_token
 from llava_lite.model import LlavaLlamaConfig, LlavaLlamaForCausalLM, LlavaQwen2ForCausalLM
 from llava_lite.model import builder as builder_page
-from llava_lite.model.builder import load_pretrained_model, placement, quantisation
+from llava_lite.model.builder import load_pretrained_model, placement
+from llava_lite.model.quantization import quantisation
 from llava_lite.processing import LlavaLiteProcessor
 
 MOE = {
@@ -245,8 +246,8 @@ def test_model_goes_to_its_device_itself_unless_it_must_be_spread(
 
 
 def test_missing_bitsandbytes_says_what_to_install(monkeypatch, toy_llm_dir):
-    monkeypatch.setattr(builder_page, "_is_installed", lambda name: False)
-    with pytest.raises(ImportError, match=r"load_4bit=True quantises the model.*llava-lite\[quant\]"):
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    with pytest.raises(ImportError, match=r"load_4bit=True needs bitsandbytes.*llava-lite\[quant\]"):
         load_pretrained_model(toy_llm_dir("llama"), device="cpu", load_4bit=True)
     with pytest.raises(ValueError, match="exclude each other"):
         quantisation(True, True)

@@ -14,6 +14,7 @@ from torch import nn
 
 from llava_lite.mm_utils import load_image_processor
 from llava_lite.model.configuration import drops_first
+from llava_lite.model.placement import place_of
 from llava_lite.model.weights import full_state_dict, load_into
 from llava_lite.picture_steps import PictureSteps, read_steps
 
@@ -112,8 +113,11 @@ class VisionTower(nn.Module, ABC):
         return self.select_tokens(hidden)
 
     def pixels(self, images: torch.Tensor) -> torch.Tensor:
-        """Return pictures [N, 3, H, W] normalised, on the tower's device and in its dtype."""
-        images = images.to(self.device)
+        """Return pictures [N, 3, H, W] normalised, in the tower's dtype and on its device.
+
+        Where accelerate brings its weights when they are needed, its hooks move the pixels too.
+        """
+        images = images.to(place_of(self, images.device))
         if images.dtype == torch.uint8:
             if self._constants is None or self._constants[0].device != images.device:
                 self._constants = self.steps.constants(images.device)
@@ -160,7 +164,7 @@ class VisionTower(nn.Module, ABC):
     @property
     def dummy_feature(self) -> torch.Tensor:
         """A feature of zeros [1, C], as a stand-in for a picture."""
-        return torch.zeros(1, self.hidden_size, device=self.device, dtype=self.dtype)
+        return torch.zeros(1, self.hidden_size, device=place_of(self, torch.device("cpu")), dtype=self.dtype)
 
     @property
     def dtype(self) -> torch.dtype:
