@@ -240,6 +240,9 @@ class LlavaLiteProcessor(ChatProcessing, ProcessorSharing, ProcessorMixin):
             spans = encoded["offset_mapping"] if prompt.answers else [(0, 0)] * len(ids)
             in_answer = [any(start < e and end > s for s, e in prompt.answers) for start, end in spans]
         else:
+            # A plain language model was not trained here: earlier answers are tokenised with the text around them.
+            cuts_prompts = prompt.cuts_prompts and self.image_processor is not None
+            prompt = prompt._replace(cuts_prompts=cuts_prompts)
             ids, labels = tokenize_rendered(prompt, self.tokenizer, bool(images))
             in_answer = [label != IGNORE_INDEX for label in labels]
         if images and self.image_processor is None:

@@ -2,7 +2,7 @@
 
 from PIL import Image
 
-from llava_lite.train.plots import series, smooth
+from llava_lite.train.plots import series, smooth, window_of
 from llava_lite.train.run_log import read_metrics
 
 SAMPLES = {"digit": 3, "colour": 2, "count": 2, "where": 2, "colour_of": 1, "caption": 2}
@@ -46,7 +46,9 @@ def draw_losses(axis, out, stages):
         steps, losses = series(lines, "lm_loss" if "lm_loss" in lines[-1] else "loss")
         axis.plot([first + step for step in steps], losses, color="0.85")
         axis.plot(
-            [first + step for step in steps], smooth(losses), label=f"{stage['stage']}, {stage['accuracy']:.0%} right"
+            [first + step for step in steps],
+            smooth(losses, window_of(len(losses))),
+            label=f"{stage['stage']}, {stage['accuracy']:.0%} right",
         )
         first += steps[-1]
     axis.set(xlabel="step", ylabel="cross-entropy a token", yscale="log", title="loss")

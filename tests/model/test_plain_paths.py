@@ -64,5 +64,5 @@ def test_flag_names_the_same_paths(tmp_path):
     assert tuple(field.metadata["choices"]) == PLAIN_PATHS
     model_args, _, _ = parse_args(["--output_dir", str(tmp_path), "--plain_paths", "loss", "experts"])
     assert model_args.plain_paths == ["loss", "experts"]
-    with pytest.raises(SystemExit):
+    with pytest.raises(ValueError, match="invalid choice: 'layer'"):
         parse_args(["--output_dir", str(tmp_path), "--plain_paths", "layer"])
