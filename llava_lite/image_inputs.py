@@ -40,7 +40,7 @@ def upright_picture(image) -> Image.Image:
     """
     if isinstance(image, Image.Image):
         try:
-            return to_rgb(ImageOps.exif_transpose(image))
+            return to_rgb(ImageOps.exif_transpose(image), image)
         # Pillow reads a file only now, and raises nearly everything on a broken one.
         except (OSError, SyntaxError, ValueError, IndexError) as error:
             raise PictureError("a PIL image", f"it cannot be read ({type(error).__name__}: {error}).") from error

@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from llava_lite.data.picture_files import inspect_picture
+from llava_lite.image_inputs import upright_picture
 from llava_lite.pictures import PictureError, open_picture, to_rgb
 
 RAMP = np.linspace(0, 1, 80)[None].repeat(6, 0)
@@ -31,8 +32,11 @@ def tiff(array, bits, sample_format=1, photometric=1):
 
 
 def seen(data):
-    """Return the gray levels [H, W] of the image as the model sees it."""
+    """Return the gray levels [H, W] of the image as the model sees it, in training and in a call."""
     pixels = np.asarray(open_picture(io.BytesIO(data)))
+    with Image.open(io.BytesIO(data)) as image:
+        asked = [upright_picture(one) for one in (data, image)]
+    assert all((np.asarray(one) == pixels).all() for one in asked)
     assert (pixels == pixels[..., :1]).all()
     return pixels[..., 0]
 

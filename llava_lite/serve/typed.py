@@ -4,7 +4,7 @@ import os
 import shlex
 from dataclasses import dataclass, field
 
-from llava_lite.messages import ADDRESSES, upright_picture
+from llava_lite.image_inputs import ADDRESSES, upright_picture
 
 HELP = """\
 /image FILE   show an image with the next question; also an address (https://...)
