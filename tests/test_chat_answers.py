@@ -5,7 +5,7 @@ from datetime import datetime
 
 import pytest
 from tokenizers import AddedToken
-from toy_chat_templates import CASES, CHATML_LOOP, CHATML_PROMPT, IM, QWEN3, REASONING
+from toy_chat_templates import CASES, CHATML_LOOP, CHATML_PROMPT, IM, QWEN3, REASONING, with_template
 
 from llava_lite.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava_lite.conversation import Rendered, get_template
@@ -28,12 +28,7 @@ def tokenizer_of(toy_tokenizer_for):
     """Return a function: case, kind of tokenizer -> a tokenizer with its chat template."""
 
     def make(case, kind="gpt2"):
-        tokenizer = toy_tokenizer_for(kind)
-        tokenizer.add_special_tokens({"eos_token": case.eos} | ({"bos_token": case.bos} if case.bos else {}))
-        # As in Qwen3, what opens and closes reasoning is no special token.
-        tokenizer.add_tokens([AddedToken(t, special="think" not in t, normalized=False) for t in case.tokens])
-        tokenizer.chat_template = case.template
-        return tokenizer
+        return with_template(toy_tokenizer_for(kind), case)
 
     return make
 

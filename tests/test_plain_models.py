@@ -6,7 +6,9 @@ import shutil
 import pytest
 import torch
 from conftest import BACKBONE_TYPES, build_tokenizer
+from jinja2 import TemplateError
 from PIL import Image
+from toy_chat_templates import CASES, with_template
 from transformers import (
     AutoModelForCausalLM,
     BertConfig,
@@ -21,6 +23,8 @@ from transformers import (
 )
 
 from llava_lite import ImageFeatureCache, load, reply, stream
+from llava_lite.inference import prepare
+from llava_lite.processing import LlavaLiteProcessor
 
 # As instruct models have one, and unlike any template of LLaVA's.
 OWN = (
@@ -38,6 +42,7 @@ OF_BASE = {
     "stablelm": "stablelm",
 }
 OTHERS = ("gemma2", "gpt2")
+ROLES = ("user", "assistant")
 SHAPE = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 
 
@@ -165,3 +170,39 @@ def test_training_on_another_decoder_names_those_that_are_known(kind, folder):
 
     with pytest.raises(ValueError, match=f"unknown language model of model_type '{kind}'; known: llama, mistral"):
         assemble(str(folder(kind)))
+
+
+# Where the prompt is another: texts are given in parts, or an answer without reasoning is asked for.
+OTHER_PROMPTS = {
+    "chatml without a prompt of its own",
+    "qwen3: an empty block of reasoning before the last answer",
+    "qwen3.5: the prompt opens the reasoning",
+    "an empty block of reasoning that the prompt lacks",
+    "hunyuan: an empty block of reasoning in the prompt alone",
+    "idefics3: parts alone",
+    "llava-next of mistral: images first, parts alone",
+    "llava-1.5 of transformers: no end mark, parts alone",
+    "gpt-oss: a channel before an answer, another end mark behind the last",
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("history", [[], [("Why one?", "Because one.")]], ids=["first turn", "second turn"])
+def test_model_is_asked_by_every_kind_of_chat_template(name, history, toy_tokenizer_for):
+    """Fit for training or not: answers that cannot be located do not matter to a question."""
+    tokenizer = with_template(toy_tokenizer_for("gpt2"), CASES[name])
+    processor = LlavaLiteProcessor(None, tokenizer, conv_template="chat")
+    messages = [{"role": role, "content": text} for turn in history for role, text in zip(ROLES, turn, strict=True)]
+    messages.append({"role": "user", "content": "Why two?"})
+    try:
+        expected = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
+    except TemplateError as error:
+        if name in OTHER_PROMPTS:
+            pytest.skip(f"this template reads parts alone: {error}")
+        with pytest.raises(ValueError, match="does not take this conversation"):
+            prepare(processor, ["Why two?"], [None], None, [history])
+        return
+    inputs, _ = prepare(processor, ["Why two?"], [None], None, [history])
+    told = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=True)
+    assert inputs["input_ids"].tolist() == told.tolist()
+    assert (inputs["input_ids"][0].tolist() == expected) == (name not in OTHER_PROMPTS)

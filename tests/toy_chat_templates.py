@@ -7,6 +7,8 @@ of the last one (`last`), and what stands before the answer to a single question
 
 from typing import NamedTuple
 
+from tokenizers import AddedToken
+
 
 class Case(NamedTuple):
     """A chat template and its truth. tokens: its special tokens; eos, bos: which of them the tokenizer names so."""
@@ -24,6 +26,15 @@ class Case(NamedTuple):
     eos: str = "</s>"
     bos: str | None = None
     reasoning: str = ""  # what is supervised of REASONING in the last turn, where it can be located
+
+
+def with_template(tokenizer, case):
+    """Return a toy tokenizer with the chat template and the special tokens of a case."""
+    tokenizer.add_special_tokens({"eos_token": case.eos} | ({"bos_token": case.bos} if case.bos else {}))
+    # As in Qwen3, what opens and closes reasoning is no special token.
+    tokenizer.add_tokens([AddedToken(t, special="think" not in t, normalized=False) for t in case.tokens])
+    tokenizer.chat_template = case.template
+    return tokenizer
 
 
 REASONING = "<think>\nHm.\n</think>\n\nA1"

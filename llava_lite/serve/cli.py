@@ -9,8 +9,8 @@ import torch
 from llava_lite.commands.chat import build_parser
 from llava_lite.commands.parser import in_flags, sentence_of
 from llava_lite.conversation import SeparatorStyle, get_template
-from llava_lite.inference import load, place_marks, stream
 from llava_lite.image_inputs import upright_picture
+from llava_lite.inference import load, place_marks, stream
 from llava_lite.model.image_cache import ImageFeatureCache
 from llava_lite.serve.typed import Talk, is_command, obey
 
