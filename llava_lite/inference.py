@@ -188,6 +188,8 @@ def _end_mark(processor, conv_template=None) -> EndMark:
 def _generation_arguments(model, processor, mark, temperature, num_beams, extra):
     """Return the keywords of `generate` that sampling and stopping ask for; the caller's own win."""
     arguments = {"num_beams": num_beams, "pad_token_id": processor.pad_token_id, "do_sample": temperature > 0}
+    # A base's generation_config.json may ask for more than the text of one answer.
+    arguments |= {"num_return_sequences": 1, "return_dict_in_generate": False}
     if temperature > 0:
         arguments["temperature"] = temperature
     ends = end_ids(model.generation_config, processor.tokenizer)

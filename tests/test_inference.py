@@ -269,6 +269,16 @@ def test_what_reply_cannot_return_is_refused(toy_pair):
             reply(model, processor, "What?", max_new_tokens=2, **keyword)
 
 
+def test_what_a_base_asks_of_generate_does_not_change_a_reply(toy_pair):
+    model, processor = toy_pair()
+    asked = {"images": picture(1), "max_new_tokens": 4}
+    expected = reply(model, processor, "What?", **asked)
+    for name, value in (("num_return_sequences", 2), ("return_dict_in_generate", True), ("do_sample", True)):
+        setattr(model.generation_config, name, value)
+    assert reply(model, processor, "What?", **asked) == expected
+    assert "".join(stream(model, processor, "What?", **asked)) == expected
+
+
 def test_questions_are_prepared_without_a_history(toy_pair):
     _, processor = toy_pair()
     inputs, _ = prepare(processor, ["What?"], [None])
