@@ -106,8 +106,8 @@ def toy_tokenizer(toy_tokenizer_for):
     return toy_tokenizer_for("llama")
 
 
-def write_tower(folder: Path, kind: str) -> Path:
-    """Save a seeded tower of 32 px, patch 8 (16 patches), width 32, with its image processor."""
+def write_tower(folder: Path, kind: str, width: int = 32, mlp_width: int = 48) -> Path:
+    """Save a seeded tower of 32 px, patch 8 (16 patches), with its image processor."""
     from transformers import (
         CLIPVisionConfig,
         CLIPVisionModel,
@@ -118,11 +118,11 @@ def write_tower(folder: Path, kind: str) -> Path:
     )
 
     torch.manual_seed(1)
-    shape = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "image_size": 32, "patch_size": 8}
+    shape = {"hidden_size": width, "num_hidden_layers": 3, "num_attention_heads": 2, "image_size": 32, "patch_size": 8}
     if kind == "clip":
-        model = CLIPVisionModel(CLIPVisionConfig(**shape, intermediate_size=48, projection_dim=16))
+        model = CLIPVisionModel(CLIPVisionConfig(**shape, intermediate_size=mlp_width, projection_dim=16))
     elif kind == "siglip":
-        model = SiglipVisionModel(SiglipVisionConfig(**shape, intermediate_size=48))
+        model = SiglipVisionModel(SiglipVisionConfig(**shape, intermediate_size=mlp_width))
     else:
         model = Dinov2Model(Dinov2Config(**shape, mlp_ratio=2))
     for parameter in model.parameters():

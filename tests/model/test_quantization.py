@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import draw_picture, llm_config
+from conftest import draw_picture, llm_config, write_tower
 from safetensors.torch import save_file
 from transformers import (
     AutoModelForCausalLM,
@@ -47,7 +47,13 @@ def wide_llm_dir(tmp_path_factory, toy_tokenizer_for):
 
 
 @pytest.fixture(scope="session")
-def full_dir(wide_llm_dir, toy_tower_dir, tmp_path_factory):
+def wide_tower_dir(tmp_path_factory):
+    """A tower 64 wide, for the same reason: where transformers' own LLaVA has its tower in 4 bits."""
+    return write_tower(tmp_path_factory.mktemp("wide_tower"), "clip", 64, 128)
+
+
+@pytest.fixture(scope="session")
+def full_dir(wide_llm_dir, wide_tower_dir, tmp_path_factory):
     """Return a function: moe dict or None -> directory of a LLaVA model in full precision."""
     built = {}
 
@@ -56,7 +62,7 @@ def full_dir(wide_llm_dir, toy_tower_dir, tmp_path_factory):
             torch.manual_seed(3)
             model = assemble(
                 str(wide_llm_dir),
-                str(toy_tower_dir()),
+                str(wide_tower_dir),
                 config_overrides={"mm_projector_type": "mlp2x_gelu", "conv_template": "v1"},
                 dtype=torch.float32,
             )
@@ -65,7 +71,7 @@ def full_dir(wide_llm_dir, toy_tower_dir, tmp_path_factory):
             folder = tmp_path_factory.mktemp("full")
             model.save_pretrained(folder)
             AutoTokenizer.from_pretrained(wide_llm_dir).save_pretrained(folder)
-            shutil.copy(toy_tower_dir() / "preprocessor_config.json", folder)
+            shutil.copy(wide_tower_dir / "preprocessor_config.json", folder)
             built[str(moe)] = folder
         return built[str(moe)]
 
