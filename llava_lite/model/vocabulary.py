@@ -53,7 +53,8 @@ def load_rows(model, ids: list[int], path) -> None:
     LLaVA writes the input embeddings into mm_projector.bin, we the rows of the output head too.
     """
     saved = read_weights(path)
-    for name, layer in ((EMBEDDING, model.get_input_embeddings()), (HEAD, model.get_output_embeddings())):
+    layers = (EMBEDDING, "embeddings", model.get_input_embeddings()), (HEAD, "a head", model.get_output_embeddings())
+    for name, what, layer in layers:
         if name not in saved:
             continue
         num_rows, rows = model.config.vocab_size, saved[name]
@@ -61,7 +62,7 @@ def load_rows(model, ids: list[int], path) -> None:
             rows = rows[ids]
         if rows.shape != (len(ids), model.config.hidden_size):
             raise ValueError(
-                f"{str(path)!r} holds {name} of shape {tuple(rows.shape)}; expected "
+                f"{str(path)!r} holds {what} of shape {tuple(rows.shape)}; expected "
                 f"{(num_rows, model.config.hidden_size)}, or {(len(ids), model.config.hidden_size)} for the new words "
                 "alone. Add the same words as the stage that wrote it."
             )
