@@ -108,9 +108,9 @@ class SavingMixin:
         if bits_of(getattr(self.config, "quantization_config", None)) is not None:
             # transformers cannot undo how it read weights in few bits, and has renamed none of ours.
             kwargs.setdefault("save_original_format", False)
-        if grown_layers(self):
+        if kwargs.get("state_dict") is None and grown_layers(self):
             # The rows of new words that train beside their matrices, in their places.
-            kwargs.setdefault("state_dict", folded_state(self))
+            kwargs["state_dict"] = folded_state(self)
         return super(SavingMixin, savable_view(self)).save_pretrained(save_directory, *args, **kwargs)
 
 

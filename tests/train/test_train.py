@@ -62,12 +62,6 @@ def test_first_step_of_stage_three_has_the_loss_of_the_dense_model(run_stage, mi
     assert losses(tmp_path / "moe") == pytest.approx(losses(tmp_path / "dense"), rel=1e-6)
 
 
-def test_experts_of_experts_are_refused(run_stage, stage_flags, mixed_data, tmp_path):
-    run_stage("moe", tmp_path / "moe", "--max_steps", 1, data=mixed_data)
-    with pytest.raises(ValueError, match=r"layers \[0, 2\] of this model have experts already"):
-        train(stage_flags("moe", tmp_path / "again", data=mixed_data, model=tmp_path / "moe"))
-
-
 def test_model_with_experts_is_tuned_further_without_new_ones(run_stage, mixed_data, tmp_path):
     run_stage("moe", tmp_path / "moe", "--max_steps", 1, data=mixed_data)
     trainer = run_stage("full", tmp_path / "more", "--max_steps", 1, data=mixed_data, model=tmp_path / "moe")
