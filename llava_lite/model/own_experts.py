@@ -66,7 +66,7 @@ def refuse_other_experts(own: MoeConfig, said: dict, num_layers: int) -> None:
             )
     for key in FIXED:
         if key in said and expanded(said[key], own, key) != getattr(own, key):
-            found.append(f"--{key} {in_words(said[key])} and has {in_words(getattr(own, key))}")
+            found.append(f"--{key} {in_words(said[key])} and has {in_words(once(getattr(own, key)))}")
     if found:
         raise ValueError(
             f"this model has experts already, which go on training, and the flags describe others: it is asked for "
@@ -83,7 +83,10 @@ def expanded(value, own: MoeConfig, key: str):
 
 
 def in_words(value) -> str:
-    """Return a value as it is written after a flag; equal numbers of all layers once."""
-    if not isinstance(value, (list, tuple)):
-        return str(value)
-    return " ".join(map(str, value if len(set(value)) > 1 else value[:1]))
+    """Return a value as it is written after a flag."""
+    return " ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+
+
+def once(value):
+    """Return numbers that are the same for all layers as one."""
+    return value[:1] if isinstance(value, tuple) and len(set(value)) == 1 else value
