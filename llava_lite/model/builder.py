@@ -234,6 +234,7 @@ def add_image_tokens(model, tokenizer):
             f"the tokenizer has {len(tokenizer)} tokens and the model {num_rows} rows, and rows cannot be added to "
             "weights that are offloaded. Open the model without a device map once, save it, and open what was saved."
         )
+    model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     fit_rows(model, len(tokenizer), num_rows, seed=0)
 
 

@@ -186,7 +186,8 @@ def open_adapter(model, path, hub: dict):
     tables = {name: weight for name, weight in weights.items() if llava.plain_name(name) in TABLES}
     new_rows = {llava.plain_name(name): weight for name, weight in tables.items()}
     load_trained(model, take_new_rows(model, new_rows, 0), f"weights of {files[0]!r}")
-    saved = weights.keys() - tables.keys()
+    # Of tied embeddings PEFT may save the rows of trainable_token_indices twice.
+    saved = weights.keys() - tables.keys() - repeated_rows(weights)
     # A local folder, so that PEFT looks nothing up by itself.
     folder = str(Path(config_file).parent)
     config = PeftConfig.from_pretrained(folder)
@@ -198,6 +199,13 @@ def open_adapter(model, path, hub: dict):
     wanted = get_peft_model_state_dict(tuned, save_embedding_layers=False).keys() - tables.keys()
     refuse_strays(files[0], "the LoRA that its adapter_config.json describes", wanted - saved, saved - wanted)
     return tuned
+
+
+def repeated_rows(weights: dict) -> set[str]:
+    """Return the names of PEFT's rows of single words in the head that are those of the input embeddings once more."""
+    ends = (f".{layer}.token_adapter.trainable_tokens_delta" for layer in ("lm_head", "embed_tokens"))
+    head, embedding = ({name for name in weights if name.endswith(end)} for end in ends)
+    return {a for a in head for b in embedding if torch.equal(weights[a], weights[b])}
 
 
 def refuse_strays(path, what: str, missing: set[str], unexpected: set[str]) -> None:

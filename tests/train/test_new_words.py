@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from llava_lite import load
 from llava_lite.export.convert import convert
 from llava_lite.export.merge import merge
+from llava_lite.train.plan import main as plan
 from llava_lite.train.train import train
 
 MARKS = ["<im_start>", "<im_end>"]
@@ -164,6 +165,7 @@ def test_merged_and_converted_models_hold_the_rows(way, tuning, is_tied, started
         convert(tmp_path / "stock", tmp_path / "back", say=lambda line: None)
         back, _ = load(tmp_path / "back", device="cpu")
         assert all(torch.equal(table[ids], row) for table, row in zip(tables_of(back), rows, strict=True))
+        assert back.config.new_words == sorted(ids)
 
 
 @pytest.mark.parametrize("first", ["projector", "lora", "moe"])
@@ -210,6 +212,23 @@ def test_stage_one_with_marks_opens_from_what_llava_keeps_of_it(started):
     trainer, out, ids = started("projector", "marks")
     (out / "trained.safetensors").unlink()
     assert_rows_were_learned(load(out, device="cpu")[0], trainer, out, ids, "projector")
+
+
+@pytest.mark.parametrize("is_tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("tuning", ["projector", "lora"])
+def test_a_whole_directory_of_what_trained_in_part_holds_the_rows(tuning, is_tied, started):
+    trainer, out, ids = started(tuning, "all", is_tied, "--save_full=True")
+    assert (out / "model.safetensors").is_file()
+    assert_rows_were_learned(load(out, device="cpu")[0], trainer, out, ids, tuning)
+
+
+def test_a_plan_counts_the_rows_of_a_model_that_has_new_words(started, capsys):
+    _, out, _ = started("moe", "all")
+    capsys.readouterr()
+    plan([f"--model_name_or_path={out}", "--tuning=lora", f"--output_dir={out}", "--use_cpu=True"])
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    # 4 words of width 32, twice.
+    assert [line[1] for line in lines if line and line[0] == "new_words"] == ["256"]
 
 
 def test_only_rows_of_new_words_are_written(started):
