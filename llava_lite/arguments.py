@@ -12,7 +12,7 @@ import os
 import socket
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 import transformers
 
@@ -34,26 +34,9 @@ from llava_lite.flags import machine_has, open_yaml, split_flags, translate
 logger = logging.getLogger(__name__)
 
 MOE_KEYS = (
-    "moe_enable moe_mode moe_layers_idx num_experts ep_size top_k_experts capacity_factor eval_capacity_factor "
+    "moe_enable moe_mode moe_layers_idx ep_size top_k_experts capacity_factor eval_capacity_factor "
     "min_capacity use_residual router_aux_loss_coef train_modules moe_drop_tokens moe_count_padding"
 )
-
-
-# What a flag of experts means that is not said, of a model that has none yet; `config.moe` has the same defaults.
-MOE_DEFAULTS = {
-    "moe_mode": "second_half",
-    "num_experts": [4],
-    "top_k_experts": 2,
-    "use_residual": False,
-    "router_aux_loss_coef": 0.01,
-    "moe_drop_tokens": False,
-    "capacity_factor": 1.0,
-    "eval_capacity_factor": 2.0,
-    "min_capacity": 0,
-    "moe_second_expert_sampling": False,
-    "moe_count_padding": False,
-}
-SAMPLING = {"never": False, "training": True, "always": "always"}
 
 
 def knob(default, text, **metadata):
@@ -121,42 +104,28 @@ class ModelArguments:
     train_modules: list[str] | None = knob(
         None, "Parts of MoE-LLaVA's parameter names that train beside router and connector; default: all MLPs."
     )
-    moe_mode: Literal["first_half", "second_half", "sparse", "dense"] | None = knob(
-        None,
-        "Layers that get experts; sparse: every other one from 0 (MoE-LLaVA's scripts); default: second_half. Of a "
-        "model that has experts this and the next four are its own, and a flag that says otherwise is refused.",
+    moe_mode: Literal["first_half", "second_half", "sparse", "dense"] = knob(
+        "second_half",
+        "Layers that get experts; sparse: every other one from 0 (MoE-LLaVA's scripts). Of a model that has experts "
+        "this and the next four are its own; a flag that says otherwise is refused.",
     )
     moe_layers_idx: list[int] | None = knob(None, "Layers that get experts, counted from 0; wins over --moe_mode.")
     num_experts: list[int] | None = knob(None, "Experts a layer: one number, or one for each layer; default 4.")
-    top_k_experts: int | None = knob(None, "Experts that a token visits (MoE-LLaVA); default: 2.")
-    use_residual: bool | None = knob(
-        None,
-        "Keep the dense MLP beside the experts (DeepSpeed-MoE, Rajbhandari et al. 2022); default: False.",
-        nargs="?",
-        const=True,
+    top_k_experts: int = knob(2, "Experts that a token visits (MoE-LLaVA).")
+    use_residual: bool = knob(False, "Keep the dense MLP beside the experts (DeepSpeed-MoE, Rajbhandari et al. 2022).")
+    router_aux_loss_coef: float = knob(
+        0.01,
+        "Weight of the balance loss summed over layers (MoE-LLaVA). Of a model that has experts this and the next six "
+        "are its own unless a flag says otherwise.",
     )
-    router_aux_loss_coef: float | None = knob(
-        None,
-        "Weight of the balance loss summed over layers (MoE-LLaVA); default: 0.01. Of a model that has experts this "
-        "and the next six are its own unless said.",
+    moe_drop_tokens: bool = knob(False, "Drop tokens over an expert's capacity, as DeepSpeed's gate does.")
+    capacity_factor: float = knob(1.0, "Capacity in training in even shares of the tokens; with moe_drop_tokens.")
+    eval_capacity_factor: float = knob(2.0, "Capacity outside training; with moe_drop_tokens.")
+    min_capacity: int = knob(0, "Least capacity in tokens; with moe_drop_tokens.")
+    moe_second_expert_sampling: Literal["never", "training", "always"] = knob(
+        "never", "When the second of two experts is drawn with Gumbel noise (DeepSpeed's gate: always)."
     )
-    moe_drop_tokens: bool | None = knob(
-        None,
-        "Drop tokens over an expert's capacity, as DeepSpeed's gate does; default: False.",
-        nargs="?",
-        const=True,
-    )
-    capacity_factor: float | None = knob(
-        None, "Capacity in training in even shares of the tokens; with moe_drop_tokens; default: 1.0."
-    )
-    eval_capacity_factor: float | None = knob(None, "Capacity outside training; with moe_drop_tokens; default: 2.0.")
-    min_capacity: int | None = knob(None, "Least capacity in tokens; with moe_drop_tokens; default: 0.")
-    moe_second_expert_sampling: Literal["never", "training", "always"] | None = knob(
-        None, "When the second of two experts is drawn with Gumbel noise (DeepSpeed's gate: always); default: never."
-    )
-    moe_count_padding: bool | None = knob(
-        None, "Route and count padding too, as MoE-LLaVA does; default: False.", nargs="?", const=True
-    )
+    moe_count_padding: bool = knob(False, "Route and count padding too, as MoE-LLaVA does.")
     ep_size: int = knob(
         1, "Ranks that share the experts of a layer, with ZeRO-2 or 3; 1: every rank holds all (MoE-LLaVA's scripts)."
     )
@@ -167,6 +136,9 @@ class ModelArguments:
         choices=("loss", "experts"),
     )
 
+    # Names of the flags that were given, their defaults too; None where flags were not what it was made of.
+    said: ClassVar[frozenset[str] | None] = None
+
     def __post_init__(self):
         """Refuse what contradicts itself."""
         check_model(self)
@@ -175,18 +147,21 @@ class ModelArguments:
         """Return the config keys of the model that a flag says something about; the others are the model's own."""
         return {key: getattr(self, key) for key in CONFIG_KEYS if getattr(self, key) is not None}
 
-    def moe_choices(self):
-        """Return the keys of `config.moe` that a flag says something about."""
-        said = {key: getattr(self, key) for key in MOE_KEYS.split() if getattr(self, key) is not None}
-        # A folder holds all experts, on however many ranks they were trained.
-        said |= {"ep_size": 1}
-        if self.moe_second_expert_sampling is not None:
-            said["moe_second_expert_sampling"] = SAMPLING[self.moe_second_expert_sampling]
-        return said
-
     def moe_config(self):
         """Return the nested `moe` dict of the model's config, with MoE-LLaVA's keys."""
-        return dict.fromkeys(MOE_KEYS.split()) | MOE_DEFAULTS | self.moe_choices()
+        sampling = {"never": False, "training": True, "always": "always"}[self.moe_second_expert_sampling]
+        values = {key: getattr(self, key) for key in MOE_KEYS.split()}
+        # A folder holds all experts, on however many ranks they were trained.
+        values |= {"num_experts": self.num_experts or [4], "ep_size": 1}
+        return {**values, "moe_second_expert_sampling": sampling}
+
+    def moe_choices(self):
+        """Return the keys of `config.moe` that a flag says something about."""
+        said = self.said
+        if said is None:
+            fields = type(self).__dataclass_fields__
+            said = {key for key in fields if getattr(self, key) != fields[key].default}
+        return {key: value for key, value in self.moe_config().items() if key in said}
 
 
 @dataclass
@@ -404,6 +379,7 @@ def parse_args(argv, command="train", more_flags=()):
     )
     if left:
         raise ValueError(words_left(command, left))
+    model_args.said = frozenset(bare(name) for name, _ in split_flags(words) if name)
     fold_tuning(model_args, training_args)
     settle_packing(model_args, training_args)
     check_together(model_args, data_args, training_args)

@@ -10,7 +10,7 @@ TUNING_NAMES = ("projector", "full", "lora", "moe")
 TUNING_FLAGS = {"tune_mm_mlp_adapter": "projector", "lora_enable": "lora", "moe_enable": "moe"}
 # Flags that say something only about experts.
 MOE_FLAGS = ("train_modules", "num_experts", "moe_layers_idx")
-# Those that many scripts repeat: told, not refused, where they have no effect.
+# Those of them that have a default, which many scripts repeat: told, not refused, where they have no effect.
 MOE_SETTINGS = (
     "moe_mode",
     "top_k_experts",
@@ -124,12 +124,12 @@ def check_model(args):
         )
     least = min(args.num_experts or [4])
     refuse(
-        args.top_k_experts is not None and not 1 <= args.top_k_experts <= least,
+        not 1 <= args.top_k_experts <= least,
         f"--top_k_experts {args.top_k_experts} with --num_experts {least}: a token visits 1 to {least} experts.",
     )
     refuse(args.ep_size < 1, f"--ep_size {args.ep_size}: at least one rank holds the experts.")
     refuse(
-        args.moe_second_expert_sampling not in (None, "never") and args.top_k_experts not in (None, 2),
+        args.moe_second_expert_sampling != "never" and args.top_k_experts != 2,
         f"--moe_second_expert_sampling {args.moe_second_expert_sampling} draws the second of two experts and "
         f"--top_k_experts is {args.top_k_experts}; drop one.",
     )

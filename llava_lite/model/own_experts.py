@@ -56,8 +56,8 @@ def differs(own: MoeConfig, taken: MoeConfig, key: str) -> bool:
 def refuse_other_experts(own: MoeConfig, said: dict, num_layers: int) -> None:
     """Raise ValueError if flags name other experts than the model has."""
     found = []
-    if "moe_layers_idx" in said or "moe_mode" in said:
-        flag = "moe_layers_idx" if "moe_layers_idx" in said else "moe_mode"
+    flag = "moe_layers_idx" if "moe_layers_idx" in said else "moe_mode"
+    if flag in said:
         layers = moe_layer_indices(said.get("moe_mode", own.moe_mode), num_layers, said.get("moe_layers_idx"))
         if layers != own.layers:
             found.append(

@@ -5,7 +5,7 @@ import logging
 import pytest
 import torch
 
-from llava_lite.arguments import ModelArguments
+from llava_lite.arguments import ModelArguments, parse_args
 from llava_lite.model.own_experts import take_own_experts
 
 IDS = torch.tensor([[5, 6, 7, 8, 9, 10, 11]])
@@ -13,8 +13,11 @@ SPARSE = {"moe_enable": True, "moe_mode": "sparse", "num_experts": [2, 4], "top_
 
 
 def said(**flags):
-    """Return what a run's flags say of experts."""
-    return ModelArguments(moe_enable=True, **flags).moe_choices()
+    """Return what a run's flags say of experts, those among them that say what is the default."""
+    words = ["--moe_enable", "True", "--output_dir", "unused", "--use_cpu", "True"]
+    for flag, value in flags.items():
+        words += [f"--{flag}", *map(str, value if isinstance(value, list) else [value])]
+    return parse_args(words)[0].moe_choices()
 
 
 @pytest.mark.parametrize(
@@ -107,3 +110,8 @@ def test_a_second_expert_cannot_be_drawn_where_a_token_visits_one(toy_model):
     model = toy_model(moe={**SPARSE, "top_k_experts": 1})
     with pytest.raises(ValueError, match=r"draws the second of two experts; got top_k_experts 1"):
         take_own_experts(model, said(moe_second_expert_sampling="training"))
+
+
+def test_arguments_that_no_command_line_made_say_what_differs_from_the_defaults():
+    made = ModelArguments(moe_enable=True, top_k_experts=1, num_experts=[2]).moe_choices()
+    assert made == {"moe_enable": True, "top_k_experts": 1, "num_experts": [2]}
