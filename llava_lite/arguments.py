@@ -12,7 +12,7 @@ import os
 import socket
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 import transformers
 
@@ -34,8 +34,8 @@ from llava_lite.flags import machine_has, open_yaml, split_flags, translate
 logger = logging.getLogger(__name__)
 
 MOE_KEYS = (
-    "moe_enable moe_mode moe_layers_idx ep_size top_k_experts capacity_factor eval_capacity_factor min_capacity "
-    "use_residual router_aux_loss_coef train_modules moe_drop_tokens moe_count_padding"
+    "moe_enable moe_mode moe_layers_idx ep_size top_k_experts capacity_factor eval_capacity_factor "
+    "min_capacity use_residual router_aux_loss_coef train_modules moe_drop_tokens moe_count_padding"
 )
 
 
@@ -87,6 +87,11 @@ class ModelArguments:
     mm_use_im_start_end: bool | None = knob(
         None, "Put <im_start> and <im_end> around pictures (LLaVA v1); default: as the model.", nargs="?", const=True
     )
+    new_tokens: list[str] | None = knob(
+        None,
+        "Words to add to the tokenizer, one token each (<seg> <loc_1>). Their rows of both vocabulary matrices train "
+        "with every --tuning, as do those of any word that the tokenizer has and the model has no row for.",
+    )
     mm_use_im_patch_token: bool | None = knob(
         None, "Add <im_patch> to the vocabulary (LLaVA v0); default: as the model.", nargs="?", const=True
     )
@@ -100,13 +105,19 @@ class ModelArguments:
         None, "Parts of MoE-LLaVA's parameter names that train beside router and connector; default: all MLPs."
     )
     moe_mode: Literal["first_half", "second_half", "sparse", "dense"] = knob(
-        "second_half", "Layers that get experts; sparse: every other one from 0 (MoE-LLaVA's scripts)."
+        "second_half",
+        "Layers that get experts; sparse: every other one from 0 (MoE-LLaVA's scripts). Of a model that has experts "
+        "this and the next four are its own; a flag that says otherwise is refused.",
     )
     moe_layers_idx: list[int] | None = knob(None, "Layers that get experts, counted from 0; wins over --moe_mode.")
     num_experts: list[int] | None = knob(None, "Experts a layer: one number, or one for each layer; default 4.")
     top_k_experts: int = knob(2, "Experts that a token visits (MoE-LLaVA).")
     use_residual: bool = knob(False, "Keep the dense MLP beside the experts (DeepSpeed-MoE, Rajbhandari et al. 2022).")
-    router_aux_loss_coef: float = knob(0.01, "Weight of the balance loss summed over layers (MoE-LLaVA).")
+    router_aux_loss_coef: float = knob(
+        0.01,
+        "Weight of the balance loss summed over layers (MoE-LLaVA). Of a model that has experts this and the next six "
+        "are its own unless a flag says otherwise.",
+    )
     moe_drop_tokens: bool = knob(False, "Drop tokens over an expert's capacity, as DeepSpeed's gate does.")
     capacity_factor: float = knob(1.0, "Capacity in training in even shares of the tokens; with moe_drop_tokens.")
     eval_capacity_factor: float = knob(2.0, "Capacity outside training; with moe_drop_tokens.")
@@ -125,6 +136,9 @@ class ModelArguments:
         choices=("loss", "experts"),
     )
 
+    # Names of the flags that were given, their defaults too; None where flags were not what it was made of.
+    said: ClassVar[frozenset[str] | None] = None
+
     def __post_init__(self):
         """Refuse what contradicts itself."""
         check_model(self)
@@ -140,6 +154,14 @@ class ModelArguments:
         # A folder holds all experts, on however many ranks they were trained.
         values |= {"num_experts": self.num_experts or [4], "ep_size": 1}
         return {**values, "moe_second_expert_sampling": sampling}
+
+    def moe_choices(self):
+        """Return the keys of `config.moe` that a flag says something about."""
+        said = self.said
+        if said is None:
+            fields = type(self).__dataclass_fields__
+            said = {key for key in fields if getattr(self, key) != fields[key].default}
+        return {key: value for key, value in self.moe_config().items() if key in said}
 
 
 @dataclass
@@ -357,6 +379,7 @@ def parse_args(argv, command="train", more_flags=()):
     )
     if left:
         raise ValueError(words_left(command, left))
+    model_args.said = frozenset(bare(name) for name, _ in split_flags(words) if name)
     fold_tuning(model_args, training_args)
     settle_packing(model_args, training_args)
     check_together(model_args, data_args, training_args)

@@ -240,11 +240,6 @@ def check_together(model_args, data_args, training_args):
         "--tuning projector and --unfreeze_mm_vision_tower True contradict each other; --tuning full "
         "--freeze_backbone True trains connector and tower.",
     )
-    refuse(
-        tuning == "projector" and model_args.mm_use_im_start_end,
-        "--mm_use_im_start_end True adds words whose embeddings --tuning projector would never train; "
-        "use --tuning full, or drop the flag.",
-    )
     refuse(training_args.bits < 16 and tuning != "lora", f"--bits {training_args.bits} needs --lora_enable True.")
     check_checkpointing(tuning, training_args.auto_checkpointing, training_args.gradient_checkpointing_kwargs)
     check_packing(model_args, training_args)
@@ -280,7 +275,8 @@ def check_expert_parallel(model_args, training_args, num_ranks=None):
     )
     for flag in ("moe_drop_tokens", "use_residual"):
         refuse_pair(getattr(model_args, flag), f"{flag} True", said.removeprefix("--"))
-    uneven = [number for number in model_args.num_experts or [4] if number % model_args.ep_size]
+    # Of a model that has experts their number is seen later, see split_experts.
+    uneven = [number for number in model_args.num_experts or [] if number % model_args.ep_size]
     refuse(
         training_args.tuning == "moe" and bool(uneven),
         f"{said} and --num_experts {' '.join(map(str, uneven))}: so many ranks cannot share them evenly.",

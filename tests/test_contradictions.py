@@ -24,7 +24,6 @@ PAIRS = {
     "--top_k_experts 5 --moe_enable True": ("top_k_experts 5", "num_experts 4"),
     "--moe_enable True --ep_size 2": ("ep_size 2", "deepspeed zero2.json"),
     "--fp16 True --bf16 True --use_cpu True": ("bf16 True", "fp16 True"),
-    "--mm_use_im_start_end True --tune_mm_mlp_adapter True": ("mm_use_im_start_end", "tuning projector"),
     "--moe_enable True --moe_second_expert_sampling always --top_k_experts 1": (
         "moe_second_expert_sampling always",
         "top_k_experts",

@@ -84,6 +84,7 @@ def build_parser() -> CommandParser:
     model.add_argument("--mm_patch_merge_type", choices=MERGE_TYPES, help="how crops are joined; default: the model's")
     model.add_argument("--mm_vision_select_feature", choices=("patch", "cls_patch"), help="default: the model's")
     model.add_argument("--mm_use_im_start_end", **(switch | {"default": None}), help="default: as the model")
+    model.add_argument("--new_tokens", metavar="WORD", nargs="+", help="words that the run adds to the tokenizer")
     model.add_argument("--mm_use_im_patch_token", **(switch | {"default": None}), help="default: as the model")
     model.add_argument("--tuning", metavar="...", help="projector: data without a single image are not ready")
     model.add_argument("--cache_dir", metavar="DIR", help="where downloaded files are kept")
@@ -192,12 +193,13 @@ def layout_of(flags, config) -> PictureLayout | None:
 def record_encoder(flags, config) -> RecordEncoder:
     """Return what makes tokens of records, with the words that training would add to the vocabulary."""
     from llava_lite.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_PATCH_TOKEN
-    from llava_lite.train.build import build_tokenizer
+    from llava_lite.train.build import add_words, build_tokenizer
 
     names = SimpleNamespace(model_name_or_path=flags.model_name_or_path)
     tokenizer = build_tokenizer(
         names, SimpleNamespace(cache_dir=flags.cache_dir, model_max_length=flags.model_max_length)
     )
+    add_words(tokenizer, flags.new_tokens or [])
     wraps = bool(flags.mm_use_im_start_end if config is None else config.mm_use_im_start_end)
     has_patch = bool(flags.mm_use_im_patch_token if config is None else config.mm_use_im_patch_token)
     words = [DEFAULT_IMAGE_PATCH_TOKEN] * has_patch + [DEFAULT_IM_START_TOKEN, DEFAULT_IM_END_TOKEN] * wraps

@@ -77,6 +77,7 @@ MEANINGS = {
     "keep": "keep_last save_total save_top_k max_checkpoints keep_checkpoints",
     "aspect": "aspect_ratio image_aspect pad anyres",
     "name": "name run exp_name experiment experiment_name job_name wandb_run_name",
+    "words": "add_tokens new_special_tokens additional_special_tokens special_tokens extra_tokens add_special_tokens",
     "packs": "pack use_packing pack_samples packing_length",
 }
 _MODEL_FLAG = "--model_name_or_path"
@@ -138,6 +139,7 @@ OURS = {
         "aspect": "--image_aspect_ratio square, pad or anyres",
         "name": "--run_name",
         "packs": "--packing samples or tokens",
+        "words": "--new_tokens",
     },
     "check": {
         "model": _MODEL_FLAG,

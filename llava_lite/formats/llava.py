@@ -43,6 +43,8 @@ def plain_name(name: str) -> str:
     name = name.removeprefix("base_model.model.").removeprefix("base_model.")
     if name.startswith(("model.model.", "model.lm_head.")):
         name = name.removeprefix("model.")
+    # The matrix beside PEFT's trainable_token_indices, which it saves where the vocabulary has grown.
+    name = name.replace(".token_adapter.base_layer.", ".")
     return name.replace(".modules_to_save.default.", ".").replace(".base_layer.", ".")
 
 

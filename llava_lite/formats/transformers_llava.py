@@ -49,6 +49,7 @@ KEPT = (
     "mm_projector_type",
     "mm_use_im_start_end",
     "mm_use_im_patch_token",
+    "new_words",
     "tokenizer_model_max_length",
     "tokenizer_padding_side",
 )

@@ -23,6 +23,7 @@ from llava_lite.model.loading import generation_arguments
 from llava_lite.model.partial import base_of, merge_adapter, refuse_lost_parts, refuse_strays
 from llava_lite.model.placement import is_too_large, spread, take_places
 from llava_lite.model.quantization import agreed, one_request, stored_quantization
+from llava_lite.model.vocabulary import fit_rows
 from llava_lite.model.weight_files import broken_files_in_words
 from llava_lite.model_source import check_source
 
@@ -233,7 +234,8 @@ def add_image_tokens(model, tokenizer):
             f"the tokenizer has {len(tokenizer)} tokens and the model {num_rows} rows, and rows cannot be added to "
             "weights that are offloaded. Open the model without a device map once, save it, and open what was saved."
         )
-    model.resize_token_embeddings(len(tokenizer))
+    model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    fit_rows(model, len(tokenizer), num_rows, seed=0)
 
 
 def context_len(config):

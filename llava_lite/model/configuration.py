@@ -26,10 +26,11 @@ class LlavaConfigMixin:
     tower is fed, None for the tower's own. image_grid_pinpoints: resolutions (width, height) that `anyres` cuts
     pictures at, None for LLaVA-1.6's five at the tower's size; mm_patch_merge_type says how the features of the crops
     are joined, and with `unpad` in it there is a weight `model.image_newline`. image_token_index: placeholder in
-    `input_ids`, -200 or a vocabulary id. moe: MoE-LLaVA's nested dict, None for a dense model. conv_template: the
-    prompt format that trained the checkpoint; enable_thinking, chat_end_mark and special_tokens_in_text: what it chose
-    beside, see PromptOptions. base_model_name_or_path: set only in a folder that holds what was
-    trained and not the whole model.
+    `input_ids`, -200 or a vocabulary id. moe: MoE-LLaVA's nested dict, None for a dense model. new_words: ids
+    that the language model was not trained with, whose rows train in every stage until one trains the whole matrices.
+    conv_template: the prompt format that trained the checkpoint; enable_thinking, chat_end_mark and
+    special_tokens_in_text: what it chose beside, see PromptOptions. base_model_name_or_path: set only in a folder that
+    holds what was trained and not the whole model.
     """
 
     # Not annotated, so that they are no fields. What transformers sets on a config it sets on these too.
@@ -62,6 +63,7 @@ class LlavaConfigMixin:
     chat_end_mark: str | None = None
     special_tokens_in_text: str = "token"
     moe: dict | None = None
+    new_words: list | None = None
     base_model_name_or_path: str | None = None
 
     def __post_init__(self, **kwargs):

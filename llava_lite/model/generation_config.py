@@ -17,6 +17,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation.configuration_utils import WatermarkingConfig
 
 from llava_lite.companions import read_json
+from llava_lite.model.new_words import folded_state, grown_layers
 from llava_lite.model.quantization import bits_of
 from llava_lite.model.weight_files import find_file
 
@@ -107,6 +108,9 @@ class SavingMixin:
         if bits_of(getattr(self.config, "quantization_config", None)) is not None:
             # transformers cannot undo how it read weights in few bits, and has renamed none of ours.
             kwargs.setdefault("save_original_format", False)
+        if kwargs.get("state_dict") is None and grown_layers(self):
+            # The rows of new words that train beside their matrices, in their places.
+            kwargs["state_dict"] = folded_state(self)
         return super(SavingMixin, savable_view(self)).save_pretrained(save_directory, *args, **kwargs)
 
 

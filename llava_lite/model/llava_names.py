@@ -21,7 +21,7 @@ from llava_lite.model.moe_config import MoeConfig
 from llava_lite.model.splice import Batch, placeholder_mask, positions_from_mask
 from llava_lite.model.upcycle import upcycle
 from llava_lite.model.vision_tower import build_vision_tower
-from llava_lite.model.vocabulary import fit_rows
+from llava_lite.model.vocabulary import fit_rows, load_rows
 from llava_lite.model.weights import gathered, read_weights
 
 logger = logging.getLogger(__name__)
@@ -131,7 +131,7 @@ class LlavaNames:
             self.get_output_embeddings().requires_grad_(False)
         if marks and model_args.pretrain_mm_mlp_adapter:
             ids = tokenizer.convert_tokens_to_ids(marks)
-            load_rows(self.get_input_embeddings().weight, ids, model_args.pretrain_mm_mlp_adapter)
+            load_rows(self, ids, model_args.pretrain_mm_mlp_adapter)
 
     def initialize_moe_modules(self, model_args) -> None:
         """Turn MLPs into experts that answer the same, as `model_args` (MoE-LLaVA's flags) says.
@@ -174,22 +174,6 @@ def read_moe_args(model_args) -> dict:
         return model_args.moe_config()
     names = set(MoeConfig.__dataclass_fields__) - {"layers"}
     return {name: getattr(model_args, name) for name in sorted(names) if hasattr(model_args, name)}
-
-
-def load_rows(weight, ids, path) -> None:
-    """Copy the rows of the words `ids` from the embeddings in an adapter file: a whole matrix, or these rows alone."""
-    saved = read_weights(path).get("model.embed_tokens.weight")
-    if saved is None:
-        return
-    if saved.shape[0] == weight.shape[0]:
-        saved = saved[ids]
-    if saved.shape != (len(ids), weight.shape[1]):
-        raise ValueError(
-            f"{path!r} holds embeddings of shape {tuple(saved.shape)}; expected {tuple(weight.shape)}, or "
-            f"{(len(ids), weight.shape[1])} for the new words alone."
-        )
-    with torch.no_grad():
-        weight[ids] = saved.to(weight.dtype)
 
 
 def rows_cut_and_padded(mask, max_length, pad_left):

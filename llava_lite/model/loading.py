@@ -160,9 +160,11 @@ class LoadingMixin:
         """
         base, base_hub = find_base(base, path), everywhere(hub)
         config = copy.deepcopy(config)
-        num_rows = config.vocab_size
+        num_rows, pad_token_id = config.vocab_size, config.pad_token_id
         base_config = config.__class__.from_dict(config.__class__.get_config_dict(base, **base_hub)[0])
         config.vocab_size, config.base_model_name_or_path = base_config.vocab_size, None
+        # A padding token that was added has no row in the base, which torch would refuse.
+        config.pad_token_id = base_config.pad_token_id
         # Of the base's weights; the directory's own, if it has one, says how they were held while it was trained.
         take_stored(config, [], getattr(base_config, "quantization_config", None))
         is_llava = has_llava_type(base, base_hub)
@@ -180,6 +182,7 @@ class LoadingMixin:
             model, info = cls._open_whole(base, config=config, hub=base_hub, new_parts=new_parts, **base_kwargs)
             unfilled = info["new_keys"]
         model, filled = take_trained(model, path, num_rows, hub)
+        model.config.pad_token_id = pad_token_id
         if kwargs.get("generation_config") is None:
             take_generation_config(model, path, hub)
         model.config._name_or_path = str(path)

@@ -10,7 +10,8 @@ import torch
 
 from llava_lite.companions import read_json
 from llava_lite.formats import foreign_format, llava
-from llava_lite.model.vocabulary import fit_rows
+from llava_lite.model.new_words import is_row_name, take_saved_rows
+from llava_lite.model.vocabulary import EMBEDDING, HEAD, fill_rows, fit_rows
 from llava_lite.model.weight_files import PICKLED, SAFE, find_file
 from llava_lite.model.weights import check_shapes, gathered, is_partitioned, read_weights
 
@@ -19,8 +20,7 @@ logger = logging.getLogger(__name__)
 # Files of trained weights; where several hold a weight, the first counts.
 TRAINED = ("trained.safetensors", "non_lora_trainables.bin", "mm_projector.bin")
 ADAPTER, ADAPTER_WEIGHTS = "adapter_config.json", ("adapter_model.safetensors", "adapter_model.bin")
-EMBEDDING = "model.embed_tokens.weight"
-TABLES = (EMBEDDING, "lm_head.weight")
+TABLES = (EMBEDDING, HEAD)
 PICTURE_PARTS = re.compile(r"\.(vision_tower|mm_projector)\.")
 WHOLE = (SAFE, f"{SAFE}.index.json", PICKLED, f"{PICKLED}.index.json")
 
@@ -65,11 +65,15 @@ def take_trained(model, path, num_rows: int, hub: dict):
             f"{str(path)!r} holds nothing to put on a base: none of {', '.join((*TRAINED, ADAPTER))}. "
             + ("It is a whole model: open it without a base." if is_whole else "Copy it again.")
         )
-    weights = {}
+    weights, fields = {}, read_json(path, "config.json", hub)
     for file in reversed(files):
-        weights |= read_trained(file, read_json(path, "config.json", hub))
-    load_trained(model, take_new_rows(model, weights, num_rows), f"weights of {(files or [path])[0]!r}")
-    return merge_adapter(model, path, hub) if has_adapter else model, set(weights)
+        weights |= read_trained(file, fields)
+    where, filled = f"weights of {(files or [path])[0]!r}", set(weights)
+    if any(is_row_name(name) for name in weights):
+        fit_rows(model, num_rows, model.config.vocab_size)
+        weights = take_saved_rows(model, weights, fields.get("new_words"), where)
+    load_trained(model, take_new_rows(model, weights, num_rows), where)
+    return merge_adapter(model, path, hub) if has_adapter else model, filled
 
 
 def refuse_lost_adapter(path, hub: dict) -> None:
@@ -103,7 +107,7 @@ def take_new_rows(model, weights: dict[str, torch.Tensor], num_rows: int) -> dic
     """Fit the vocabulary to weights that were trained with other words than the base has; return those left to load.
 
     num_rows: vocab_size of the config that came with the weights. LLaVA writes the embedding as a whole, or only the
-    rows of <im_start> and <im_end>, which are its last ones; those are copied here.
+    rows of <im_start> and <im_end>, which are its last ones; those, and rows of the head beside them, are copied here.
     """
     # Of the config: a weight that ZeRO-3 has partitioned has no rows to count.
     num_old, embedding = model.config.vocab_size, weights.get(EMBEDDING)
@@ -119,11 +123,12 @@ def take_new_rows(model, weights: dict[str, torch.Tensor], num_rows: int) -> dic
     fit_rows(model, num_rows, num_old)
     if not is_rows_alone:
         return weights
-    table = model.get_input_embeddings().weight
-    with torch.no_grad(), gathered([table], modify=True):
-        if table.numel():
-            table[num_rows - len(embedding) : num_rows] = embedding
-    return {name: weight for name, weight in weights.items() if name != EMBEDDING}
+    ids = list(range(num_rows - len(embedding), num_rows))
+    alone = {name for name in TABLES if name in weights and len(weights[name]) == len(embedding)}
+    for name, layer in ((EMBEDDING, model.get_input_embeddings()), (HEAD, model.get_output_embeddings())):
+        if name in alone:
+            fill_rows(layer.weight, ids, weights[name])
+    return {name: weight for name, weight in weights.items() if name not in alone}
 
 
 def load_trained(model, state_dict: dict, what: str) -> None:
@@ -181,7 +186,8 @@ def open_adapter(model, path, hub: dict):
     tables = {name: weight for name, weight in weights.items() if llava.plain_name(name) in TABLES}
     new_rows = {llava.plain_name(name): weight for name, weight in tables.items()}
     load_trained(model, take_new_rows(model, new_rows, 0), f"weights of {files[0]!r}")
-    saved = weights.keys() - tables.keys()
+    # Of tied embeddings PEFT may save the rows of trainable_token_indices twice.
+    saved = weights.keys() - tables.keys() - repeated_rows(weights)
     # A local folder, so that PEFT looks nothing up by itself.
     folder = str(Path(config_file).parent)
     config = PeftConfig.from_pretrained(folder)
@@ -193,6 +199,13 @@ def open_adapter(model, path, hub: dict):
     wanted = get_peft_model_state_dict(tuned, save_embedding_layers=False).keys() - tables.keys()
     refuse_strays(files[0], "the LoRA that its adapter_config.json describes", wanted - saved, saved - wanted)
     return tuned
+
+
+def repeated_rows(weights: dict) -> set[str]:
+    """Return the names of PEFT's rows of single words in the head that are those of the input embeddings once more."""
+    ends = (f".{layer}.token_adapter.trainable_tokens_delta" for layer in ("lm_head", "embed_tokens"))
+    head, embedding = ({name for name in weights if name.endswith(end)} for end in ends)
+    return {a for a in head for b in embedding if torch.equal(weights[a], weights[b])}
 
 
 def refuse_strays(path, what: str, missing: set[str], unexpected: set[str]) -> None:

@@ -37,9 +37,17 @@ class VocabularyHead(Linear):
         Labels are words; only the plain path also takes IGNORE_INDEX.
         """
         if labels is None:
-            return super().forward(hidden)
+            return self.scores(hidden)
         if "loss" in self.plain_paths:
-            return F.cross_entropy(super().forward(hidden).float(), labels, reduction="sum") / divisor
+            return F.cross_entropy(self.scores(hidden).float(), labels, reduction="sum") / divisor
+        return self.cross_entropy(hidden, labels, divisor)
+
+    def scores(self, hidden):
+        """Return logits [..., V]."""
+        return super().forward(hidden)
+
+    def cross_entropy(self, hidden, labels, divisor):
+        """Return the summed loss / divisor."""
         return linear_cross_entropy(hidden, self.weight, self.bias, labels, divisor)
 
 
@@ -64,12 +72,17 @@ def find_liger(hidden):
 
 
 class LinearCrossEntropy(torch.autograd.Function):
-    """Linear layer and cross-entropy in one; keeps gradients [S, D] and [V, D] for the backward pass, no logits."""
+    """Linear layer and cross-entropy in one; keeps gradients [S, D] and [V, D] for the backward pass, no logits.
+
+    rows [R, D], ids [R]: read in place of the weight's rows of these words, and with a gradient of their own.
+    """
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, labels, divisor, wants_gradient):
+    def forward(ctx, hidden, weight, bias, labels, divisor, wants_gradient, rows=None, ids=None):
         """Return the loss, having made the gradients that somebody wants."""
-        needs_hidden, needs_weight, needs_bias = (wants_gradient and needs for needs in ctx.needs_input_grad[:3])
+        wanted = ctx.needs_input_grad
+        needs_hidden, needs_weight, needs_bias = (wants_gradient and needs for needs in wanted[:3])
+        needs_rows = rows is not None and wants_gradient and wanted[6]
         kind, dtype = hidden.device.type, weight.dtype
         if torch.is_autocast_enabled(kind):
             dtype = torch.get_autocast_dtype(kind)
@@ -80,38 +93,49 @@ class LinearCrossEntropy(torch.autograd.Function):
         sum_dtype = weight.dtype if num_chunks == 1 else torch.float32
         loss = hidden.new_zeros((), dtype=torch.float32)
         d_hidden = torch.empty_like(hidden) if needs_hidden else None
-        d_weight = d_bias = None
+        d_weight = d_bias = d_rows = None
         with torch.autocast(kind, enabled=False):
             matrix = weight.to(dtype)
+            own = None if rows is None else rows.to(dtype)
             vector = None if bias is None else bias.to(dtype)
-            for rows, words, out in zip(
+            for part, words, out in zip(
                 hidden.to(dtype).chunk(num_chunks),
                 labels.chunk(num_chunks),
                 d_hidden.chunk(num_chunks) if needs_hidden else [None] * num_chunks,
                 strict=False,
             ):
-                scores = product(rows, matrix)
+                scores = product(part, matrix)
+                if own is not None:
+                    scores.index_copy_(1, ids, product(part, own))
                 scores = (scores if vector is None else scores.add_(vector)).float()  # [C, V]
                 # In place: from the logits to their exponentials, their probabilities and the gradient of the loss.
                 scores.sub_(scores.amax(dim=-1, keepdim=True))
                 loss -= scores.gather(1, words[:, None]).sum()
                 total = scores.exp_().sum(dim=-1, keepdim=True)
                 loss += total.log().sum()
-                if not (needs_hidden or needs_weight or needs_bias):
+                if not (needs_hidden or needs_weight or needs_bias or needs_rows):
                     continue
                 scores.div_(total).scatter_add_(1, words[:, None], scores.new_full((len(words), 1), -1.0))
                 d_logits = scores.to(dtype)
+                if needs_bias:
+                    d_bias = added(d_bias, d_logits.sum(0) * early, sum_dtype)
+                d_own = None
+                if own is not None:
+                    d_own = d_logits[:, ids]  # [C, R]
+                    d_logits.index_fill_(1, ids, 0)
+                if needs_rows:
+                    d_rows = added(d_rows, d_own.t() @ (part * early), torch.float32)
                 if needs_hidden:
-                    out.copy_(product(d_logits, matrix.t()) * early)
+                    d_part = product(d_logits, matrix.t())
+                    out.copy_((d_part if own is None else d_part.add_(product(d_own, own.t()))) * early)
                 if needs_weight:
                     # Of a chunk's few rows oneDNN is no faster.
                     if d_weight is not None and sum_dtype == dtype:
-                        d_weight.addmm_(d_logits.t(), rows * early)
+                        d_weight.addmm_(d_logits.t(), part * early)
                     else:
-                        d_weight = added(d_weight, d_logits.t() @ (rows * early), sum_dtype)
-                if needs_bias:
-                    d_bias = added(d_bias, d_logits.sum(0) * early, sum_dtype)
-        ctx.save_for_backward(d_hidden, *(None if d is None else d.to(weight.dtype) for d in (d_weight, d_bias)))
+                        d_weight = added(d_weight, d_logits.t() @ (part * early), sum_dtype)
+        found = [None if d is None else d.to(weight.dtype) for d in (d_weight, d_bias)]
+        ctx.save_for_backward(d_hidden, *found, None if d_rows is None else d_rows.to(rows.dtype))
         return loss / divisor
 
     @staticmethod
@@ -122,8 +146,8 @@ class LinearCrossEntropy(torch.autograd.Function):
         # Looking at a number on CUDA would wait for the device; on the CPU it saves a pass over [V, D].
         is_one = scale.device.type == "cpu" and scale.item() == 1
         # A float32 number without dimensions leaves a tensor's dtype and multiplies in float32.
-        gradients = (d if d is None or is_one else d * scale for d in ctx.saved_tensors)
-        return *gradients, None, None, None
+        *gradients, for_rows = (d if d is None or is_one else d * scale for d in ctx.saved_tensors)
+        return *gradients, None, None, None, for_rows, None
 
 
 def added(total, part, dtype):

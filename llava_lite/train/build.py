@@ -91,25 +91,55 @@ def quantization(training_args, stored=None, path=None):
     return {"quantization_config": bits_config(bits, **compute)}
 
 
-def fit_vocabulary(model, tokenizer):
+def add_words(tokenizer, words):
+    """Add the words of --new_tokens to the tokenizer, each one token; return how many words it knew before.
+
+    No special ones, which an answer is shown without. Raises ValueError for a word that cannot be one.
+    """
+    from transformers import AddedToken
+
+    num_known = len(tokenizer)
+    bad = [word for word in words if word != word.strip() or not word]
+    if bad or len(set(words)) < len(words):
+        raise ValueError(
+            f"--new_tokens {' '.join(map(repr, words))}: give different words without blanks around them."
+        )
+    tokenizer.add_tokens([AddedToken(word, normalized=False, special=False) for word in words])
+    return num_known
+
+
+def fit_vocabulary(model, tokenizer, num_known=None, named=(), adapter=None, seed=0):
     """Add the words that mark pictures, if asked for, and make room for all of the tokenizer's words.
 
-    New rows start as the mean of the old ones, as LLaVA does; transformers would draw them.
+    num_known: words that the tokenizer had before this run; default: all. named: those of --new_tokens, new to the
+    model whether it has rows for them or not. adapter: weights of stage 1, which may hold rows of the new words. seed:
+    of the rows that are drawn.
     """
     from llava_lite.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_PATCH_TOKEN
-    from llava_lite.model.vocabulary import fit_rows
+    from llava_lite.model.vocabulary import EMBEDDING, fit_rows, load_rows
+    from llava_lite.model.weights import read_weights
 
     words = [DEFAULT_IMAGE_PATCH_TOKEN] if model.config.mm_use_im_patch_token else []
     words += [DEFAULT_IM_START_TOKEN, DEFAULT_IM_END_TOKEN] if model.config.mm_use_im_start_end else []
-    num_known = min(len(tokenizer), model.config.vocab_size)
+    num_known = min(len(tokenizer) if num_known is None else num_known, model.config.vocab_size)
     tokenizer.add_tokens(words, special_tokens=True)
-    fit_rows(model, len(tokenizer), num_known)
+    fit_rows(model, len(tokenizer), num_known, seed=seed)
+    fresh = {*range(num_known, len(tokenizer)), *tokenizer.convert_tokens_to_ids(list(named))}
+    if fresh and adapter is not None and EMBEDDING in read_weights(adapter):
+        load_rows(model, sorted(fresh), adapter)
+    model.config.new_words = sorted(fresh | set(model.config.new_words or [])) or None
     model.config.pad_token_id = model.generation_config.pad_token_id = tokenizer.pad_token_id
 
 
 def add_experts(model, model_args, training_args):
-    """Turn MLPs into experts, if that is the tuning; a model that has experts is refused."""
-    if training_args.tuning == "moe":
+    """Turn MLPs into experts, if that is the tuning; the experts of a model that has some go on as they are."""
+    if training_args.tuning != "moe":
+        return
+    if model.moe_layers():
+        from llava_lite.model.own_experts import take_own_experts
+
+        take_own_experts(model, model_args.moe_choices())
+    else:
         from llava_lite.model.upcycle import upcycle
 
         upcycle(model, model_args.moe_config(), seed=training_args.seed)

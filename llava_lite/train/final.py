@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from llava_lite.model.generation_config import write_generation_config
+from llava_lite.model.new_words import grown_layers, is_row_name, with_new_rows
 from llava_lite.model.weights import gathered
 from llava_lite.train import manifest as paper
 from llava_lite.train.expert_parallel import with_all_experts
@@ -97,19 +98,22 @@ def num_bytes(weights: dict[str, torch.Tensor]) -> int:
 
 
 def whole_state(model, keep: bool) -> dict[str, torch.Tensor]:
-    """Return every weight under the plain model's names, LoRA added in; under ZeRO-3 all ranks must call this.
+    """Return every weight under the plain model's names, LoRA and new words folded in.
 
-    Tied names share one tensor. Ranks without `keep` take part in the gathering and get {}.
+    Under ZeRO-3 all ranks must call this. Tied names share one tensor. Ranks without `keep` take part in the gathering
+    and get {}.
     """
     updates = {f"{name}.base_layer.weight": module for name, module in lora_modules(model)}
-    state, copies = {}, {}
+    grown, state, copies = grown_layers(model), {}, {}
     for name, weight in model.state_dict(keep_vars=True).items():
-        if ".lora_" in name:
+        if ".lora_" in name or is_row_name(name):
             continue
-        lora = updates.get(name)
-        with torch.no_grad(), gathered([weight, *(lora.parameters() if lora is not None else ())]):
+        lora, own = updates.get(name), grown.get(name)
+        rows = [] if own is None else [own.new_rows]
+        with torch.no_grad(), gathered([weight, *rows, *(lora.parameters() if lora is not None else ())]):
             if keep and id(weight) not in copies:
                 value = weight.detach() if lora is None else folded(weight, lora)
+                value = value if own is None else with_new_rows(value, own)
                 copies[id(weight)] = value.to("cpu", copy=True)
         if keep:
             state[plain_name(name)] = copies[id(weight)]

@@ -217,9 +217,13 @@ class LLaVATrainer(StreamMixin, CheckpointMixin, EvaluationMixin, PushingMixin, 
         super()._maybe_log_save_evaluate(tr_loss, grad_norm, model, *args, **kwargs)
 
     def groups_without_gradient(self):
-        """Return the groups that may get none: equal experts tell a router nothing, only the balance loss does."""
+        """Return the groups that may get none: rows of words that no record of the step holds, and some routers.
+
+        Equal experts tell a router nothing, only the balance loss does.
+        """
         blocks = self.unwrapped.moe_layers().values()
-        return ("router",) if all(block.moe.router_aux_loss_coef == 0 for block in blocks) else ()
+        router = ("router",) if all(block.moe.router_aux_loss_coef == 0 for block in blocks) else ()
+        return ("new_words", *router)
 
     def _save_checkpoint(self, *args, **kwargs):
         """Save, with the clock of the meter stopped."""

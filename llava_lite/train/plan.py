@@ -5,6 +5,7 @@ import os
 import sys
 
 from llava_lite.commands.plan import build_parser
+from llava_lite.train.build import add_experts
 from llava_lite.train.memory import (
     estimate_memory,
     gib,
@@ -99,10 +100,13 @@ def empty_model(model_args, data_args, training_args):
         config = model_class.config_class(**fields)
     for key, value in (model_args.config_choices() | data_args.config_choices()).items():
         setattr(config, key, value)
-    if training_args.tuning == "moe":
+    has_experts = getattr(config, "moe", None) is not None
+    if training_args.tuning == "moe" and not has_experts:
         config.moe = model_args.moe_config()
     with torch.device("meta"):
         model = model_class(config).to(loading_dtype(training_args))
+    if has_experts:
+        add_experts(model, model_args, training_args)
     return choose_what_trains(model, model_args, training_args)
 
 

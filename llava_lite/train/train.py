@@ -19,6 +19,7 @@ from llava_lite.flag_help import full_page
 from llava_lite.flags import machine_has
 from llava_lite.train.build import (
     add_experts,
+    add_words,
     build_model,
     build_tokenizer,
     fit_vocabulary,
@@ -131,10 +132,14 @@ def build_stage(model_args, data_args, training_args):
     """Return the stage: tokenizer, model, records and trainer, and the checkpoint that it goes on from."""
     set_seed(training_args.seed)
     tokenizer = build_tokenizer(model_args, training_args)
+    num_known = add_words(tokenizer, model_args.new_tokens or [])
     template = template_of_run(model_args, data_args)
     refuse_unfit(template, tokenizer, model_args.version)
     model = build_model(model_args, data_args, training_args)
-    fit_vocabulary(model, tokenizer)
+    fit_vocabulary(
+        *(model, tokenizer, num_known, model_args.new_tokens or []),
+        *(model_args.pretrain_mm_mlp_adapter, training_args.seed),
+    )
     add_end_mark(model.generation_config, end_mark_of(template, tokenizer), tokenizer)
     add_experts(model, model_args, training_args)
     take_plain_paths(model, model_args)

@@ -15,6 +15,7 @@ from llava_lite.train.expert_parallel import with_all_experts
 TRAINED = "trained.safetensors"
 PROJECTOR = "mm_projector.bin"
 IN_PROJECTOR_FILE = re.compile(r"(?:^|\.)(mm_projector\..*|image_newline)$")
+ROWS_OF_TABLE = re.compile(r"(?:^|\.)(model\.embed_tokens|lm_head)\.new_rows$")
 _SAMPLES = 64
 
 
@@ -78,15 +79,19 @@ def load_trained(model: nn.Module, state: Mapping[str, torch.Tensor], where: str
 def projector_state(model: nn.Module, keep: bool = True) -> dict[str, torch.Tensor]:
     """Return LLaVA's mm_projector.bin, on the CPU: `model.mm_projector.*` and `model.image_newline` if there is one.
 
+    Of new words that train beside their matrices it holds the rows under the names of these, as LLaVA writes them.
     All ranks must call it under ZeRO-3; those without `keep` get {}, as does a model without a connector.
     """
-    found = {}
+    found, seen = {}, set()
     for name, weight in model.state_dict(keep_vars=True).items():
-        part = IN_PROJECTOR_FILE.search(name)
-        if part:
+        part, rows = IN_PROJECTOR_FILE.search(name), ROWS_OF_TABLE.search(name)
+        # Of tied embeddings once, as LLaVA does.
+        if part or (rows and id(weight) not in seen):
+            seen.add(id(weight))
             with gathered([weight]):
                 if keep:
-                    found[f"model.{part.group(1)}"] = weight.detach().to("cpu", copy=True)
+                    own_name = f"model.{part.group(1)}" if part else f"{rows.group(1)}.weight"
+                    found[own_name] = weight.detach().to("cpu", copy=True)
     return found
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from llava_lite.model.new_words import grow
 from llava_lite.train.moe_names import match_train_modules
 
 logger = logging.getLogger(__name__)
@@ -19,6 +20,7 @@ PARTS = {
     "lora": re.compile(r"\.lora_"),
     "router": re.compile(r"\.mlp\.(gate|coefficient)\."),
     "experts": re.compile(r"\.mlp\.experts\."),
+    "new_words": re.compile(r"\.new_rows$"),
     "embeddings": re.compile(r"(^|\.)(embed_tokens|lm_head)\."),
     "decoder": re.compile(""),
 }
@@ -92,9 +94,10 @@ def choose_what_trains(model, model_args, training_args):
 
     Raises ValueError if nothing trains, or if an entry of train_modules trains nothing.
     """
-    tower = model.get_vision_tower()
+    plain, tower = model, model.get_vision_tower()
     model.requires_grad_(False)
     model = TUNINGS[training_args.tuning](model, model_args, training_args)
+    train_new_words(plain)
     if training_args.freeze_mm_mlp_adapter:
         train_parts(model, ("mm_projector",), trains=False)
     if training_args.unfreeze_mm_vision_tower and tower is not None:
@@ -105,6 +108,14 @@ def choose_what_trains(model, model_args, training_args):
             f"{'no connector: give --vision_tower' if tower is None else 'every part frozen: drop a --freeze flag'}."
         )
     return model
+
+
+def train_new_words(model):
+    """Let the rows of new words train where their matrix does not; forget the words where all rows train."""
+    tables = (model.get_input_embeddings().weight, model.get_output_embeddings().weight)
+    if all(table.requires_grad for table in tables):
+        model.config.new_words = None
+    grow(model)
 
 
 def train_parts(model, parts, trains=True):

@@ -189,3 +189,12 @@ def test_files_to_evaluate_on_are_checked_too(check, tmp_path):
     path.write_text(json.dumps(GOOD[2:]))
     status, said = check(GOOD, "--eval_data_path", path, "--tuning", "projector")
     assert (status, said.count("ready to train")) == (0, 2)
+
+
+def test_words_that_the_run_adds_are_counted_as_one_token_each(check):
+    def tokens(*flags):
+        _, said = check([record("one", "where", "<loc_1> <loc_1> <loc_1>")], *flags)
+        (line,) = [line for line in said.splitlines() if "supervised" in line]
+        return int(line.split()[0])
+
+    assert tokens() - tokens("--new_tokens", "<loc_1>") > 6

@@ -43,6 +43,7 @@ ANSWERS = {
         "--conv_mode": "--version",
         "--wandb": "--report_to wandb, or tensorboard",
         "--num_experts_per_tok": "--top_k_experts",
+        "--new_special_tokens": "--new_tokens",
         # Only spelled alike.
         "--lerning_rate": "--learning_rate",
         "--image_foldr": "--image_folder",

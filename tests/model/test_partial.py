@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import llm_config
 from hub_client import run_client, serving
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -467,3 +468,37 @@ def test_under_zero3_every_folder_opens_as_it_does_without(toy_llm_dir, toy_towe
     found = {Path(folder).name: told for folder, told in json.loads((tmp_path / "out.json").read_text()).items()}
     assert "1 unexpected, such as ['model.extra.weight']" in found.pop("extra")
     assert found == {"lora": 0, "rows": 0, "projector": 0, "moe": 0}
+
+
+@pytest.mark.parametrize("is_grown", [True, False], ids=["grown", "padded"])
+@pytest.mark.parametrize("is_tied", [True, False], ids=["tied", "untied"])
+def test_an_adapter_with_rows_of_single_words_answers_as_peft_does(is_tied, is_grown, toy_tokenizer_for, tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    tokenizer = toy_tokenizer_for("llama")
+    num_words = len(tokenizer)
+    ids = [num_words, num_words + 1]
+    config = llm_config("llama", num_words + (0 if is_grown else 8))
+    config.tie_word_embeddings = is_tied
+    torch.manual_seed(0)
+    stock = AutoModelForCausalLM.from_config(config)
+    stock.save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    tokenizer.add_tokens(["<seg>", "<loc_1>"])
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    if is_grown:
+        stock.resize_token_embeddings(len(tokenizer))
+    rows = ids if is_tied else {"embed_tokens": ids, "lm_head": ids}
+    tuned = get_peft_model(stock, LoraConfig(r=R, target_modules=["q_proj"], trainable_token_indices=rows)).eval()
+    with torch.no_grad():
+        for weight in tuned.parameters():
+            if weight.requires_grad:
+                weight.add_(torch.randn(weight.shape) * 0.1)
+        expected = tuned(input_ids=torch.tensor([[1, 5, *ids, 9]])).logits
+    tuned.save_pretrained(tmp_path / "tuned")
+    tokenizer.save_pretrained(tmp_path / "tuned")
+    _, model, _, _ = load_pretrained_model(tmp_path / "tuned", device="cpu")
+    with torch.no_grad():
+        found = model(input_ids=torch.tensor([[1, 5, *ids, 9]])).logits
+    # Folding adds in another order.
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)

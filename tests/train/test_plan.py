@@ -63,6 +63,19 @@ def test_command_says_how_many_layers_a_device_has_room_for(stage_flags, tmp_pat
     assert "4,096 tokens in a micro-batch (a pack, all learned), 0 of 4 layers" in capsys.readouterr().out
 
 
+def test_command_plans_for_the_experts_that_a_model_has(run_stage, stage_flags, tmp_path, capsys):
+    layers = ("--moe_mode", "dense", "--num_experts", 2)
+    run_stage("moe", tmp_path / "moe", "--max_steps", 1, *layers)
+    capsys.readouterr()
+    flags = stage_flags("full", tmp_path / "out", "--tuning", "moe", model=tmp_path / "moe")
+    main(flags)
+    out = capsys.readouterr().out
+    # 4 layers of 2 experts of 3 matrices of 32 x 64.
+    assert [line.split()[1] for line in out.splitlines() if line.startswith("experts ")] == ["49,152"]
+    with pytest.raises(ValueError, match=r"--num_experts 4 and has 2\."):
+        main([*flags, "--num_experts", "4"])
+
+
 # A process of its own: DeepSpeed's flags leave environment and process group behind.
 PLANS = """
 import json, sys

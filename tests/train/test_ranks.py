@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
+from llava_lite import load
 from llava_lite.train.train import train
 
 ROOT = Path(__file__).parents[2]
@@ -30,6 +32,13 @@ KINDS = {
     "lora": ("lora", "--lora_dropout=0 --group_by_modality_length=True"),
     # A third of these packs are of text alone.
     "packs": ("moe", "--router_aux_loss_coef=0 --packing=tokens --packing_tokens=145"),
+}
+# Words of the records, as one token each from here on, and those around images.
+NEW = "--new_tokens square circles --mm_use_im_start_end=True --save_strategy=steps --save_steps=2"
+WITH_NEW_WORDS = {
+    "moe": ("moe", f"--router_aux_loss_coef=0 --group_by_modality_length=True {NEW}"),
+    "lora": ("lora", f"--lora_dropout=0 --group_by_modality_length=True {NEW}"),
+    "projector": ("projector", f"--version=v1 --group_by_modality_length=True {NEW}"),
 }
 
 
@@ -70,7 +79,7 @@ def flags_of(stage_flags, toy_data, tmp_path):
     torch.save({f"model.mm_projector.{name}": 0.2 * torch.randn(shape) for name, shape in shapes.items()}, adapter)
 
     def make(kind, out, batch):
-        stage, more = KINDS[kind]
+        stage, more = {**KINDS, **WITH_NEW_WORDS}[kind]
         more = f"{more} --pretrain_mm_mlp_adapter={adapter}"
         if kind == "packs":
             # Of two ranks a pack each, or of one process two in turn.
@@ -136,3 +145,42 @@ def test_under_zero3_the_loss_at_supervised_positions_trains_what_all_logits_tra
     for name, of_ranks in results.items():
         for result in of_ranks:
             assert result.get("loss") == pytest.approx(expected, rel=1e-5), f"{name}: {result}"
+
+
+@pytest.mark.slow
+def test_two_ranks_learn_the_new_words_that_one_process_learns(flags_of, toy_llm_dir, tmp_path):
+    def of(kind, name, *more):
+        return [*flags_of(kind, tmp_path / name, 2), *more]
+
+    # The first matrices of LoRA are drawn, and otherwise under ZeRO-3.
+    pairs = [(engine, kind) for engine in ENGINES for kind in WITH_NEW_WORDS if (engine, kind) != ("zero3", "lora")]
+    cases = [{"name": f"{e}_{k}", "argv": of(k, f"{e}_{k}", *ENGINES[e])} for e, k in pairs]
+    # Once more from the middle: the last checkpoint is taken away before.
+    again = [("ddp", "moe"), ("zero2", "lora"), ("zero3", "moe")]
+    cases += [
+        {
+            "name": f"{e}_{k}_again",
+            "argv": of(k, f"{e}_{k}_again", *ENGINES[e], f"--resume_from_checkpoint={tmp_path}/{e}_{k}/checkpoint-2"),
+        }
+        for e, k in again
+    ]
+    # One engine after the other: a process that has begun DeepSpeed stays with it.
+    results = launch(sorted(cases, key=lambda case: case["name"]), tmp_path)
+    assert {name: each for name, result in results.items() for each in result if "error" in each} == {}
+    stock = AutoModelForCausalLM.from_pretrained(toy_llm_dir("llama")).state_dict()
+    for kind in WITH_NEW_WORDS:
+        log = train([*flags_of(kind, tmp_path / kind, 4), "--packing=none"]).state.log_history
+        losses = [line["loss"] for line in log if "loss" in line]
+        expected = load(tmp_path / kind, device="cpu")[0].state_dict()
+        for engine in (e for e, k in pairs if k == kind):
+            for result in results[f"{engine}_{kind}"]:
+                assert result["loss"] == pytest.approx(losses, rel=1e-5), f"{engine} {kind}"
+            found = load(tmp_path / f"{engine}_{kind}", device="cpu")[0].state_dict()
+            for name in ("model.embed_tokens.weight", "lm_head.weight"):
+                num_old = len(stock[name])
+                assert len(found[name]) == num_old + 4
+                assert torch.equal(found[name][:num_old], stock[name]), f"{engine} {kind}"
+                torch.testing.assert_close(found[name][num_old:], expected[name][num_old:], rtol=1e-4, atol=1e-5)
+            if (engine, kind) in again:
+                after = load(tmp_path / f"{engine}_{kind}_again", device="cpu")[0].state_dict()
+                assert all(torch.equal(weight, found[name]) for name, weight in after.items()), f"{engine} {kind}"

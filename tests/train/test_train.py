@@ -10,6 +10,8 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from llava_lite import load
+from llava_lite.export.merge import merge
 from llava_lite.train.train import main, start_logging, train
 
 
@@ -60,12 +62,6 @@ def test_first_step_of_stage_three_has_the_loss_of_the_dense_model(run_stage, mi
     run_stage("full", tmp_path / "dense", *still, data=mixed_data, model=tmp_path / "two")
     run_stage("moe", tmp_path / "moe", *still, data=mixed_data, model=tmp_path / "two")
     assert losses(tmp_path / "moe") == pytest.approx(losses(tmp_path / "dense"), rel=1e-6)
-
-
-def test_experts_of_experts_are_refused(run_stage, stage_flags, mixed_data, tmp_path):
-    run_stage("moe", tmp_path / "moe", "--max_steps", 1, data=mixed_data)
-    with pytest.raises(ValueError, match=r"layers \[0, 2\] of this model have experts already"):
-        train(stage_flags("moe", tmp_path / "again", data=mixed_data, model=tmp_path / "moe"))
 
 
 def test_model_with_experts_is_tuned_further_without_new_ones(run_stage, mixed_data, tmp_path):
@@ -174,3 +170,86 @@ def test_run_that_goes_on_says_from_where(run_stage, tmp_path, caplog):
     assert "going on from" not in caplog.text
     run_stage("projector", tmp_path / "one", *saving, "--max_steps", 2)
     assert f"going on from {tmp_path}/one/checkpoint-1" in caplog.text
+
+
+MORE = ["--learning_rate", "1e-3", "--max_steps", "2", "--version", "v1", "--tuning"]
+
+
+@pytest.fixture
+def with_experts(run_stage, mixed_data, tmp_path):
+    """Return a function: base, flags -> the directory of a stage 3, of 2 experts in layers 1 and 2."""
+
+    def make(*more):
+        layers = ["--moe_layers_idx", 1, 2, "--num_experts", 2, "--top_k_experts", 1]
+        run_stage("moe", tmp_path / "moe", "--max_steps", 1, *layers, *more, data=mixed_data)
+        return tmp_path / "moe"
+
+    return make
+
+
+def continued(stage_flags, data, model, out, *more):
+    """Return the trainer of a run that goes on from a model with the words of MORE alone."""
+    argv = stage_flags("full", out, data=data, model=model)
+    # Without what STAGES says of the stage.
+    return train([*argv[: argv.index("--tuning")], *MORE, *map(str, more)])
+
+
+def test_more_of_stage_three_trains_what_stage_three_trains(with_experts, stage_flags, mixed_data, tmp_path):
+    first = with_experts()
+    fresh = train(
+        [*stage_flags("moe", tmp_path / "fresh", data=mixed_data), "--max_steps=1", "--moe_layers_idx", "1", "2"]
+    )
+    start = AutoModelForCausalLM.from_pretrained(first).state_dict()
+    trainer = continued(stage_flags, mixed_data, first, tmp_path / "more", "moe")
+    trained = {name for name, weight in trainer.model.named_parameters() if weight.requires_grad}
+    assert trained == {name for name, weight in fresh.model.named_parameters() if weight.requires_grad}
+    opened = AutoModelForCausalLM.from_pretrained(tmp_path / "more")
+    assert opened.config.moe["moe_layers_idx"] == [1, 2]
+    assert (opened.config.moe["num_experts"], opened.config.moe["top_k_experts"]) == ([2, 2], 1)
+    changed = {name for name, weight in opened.state_dict().items() if not torch.equal(weight, start[name])}
+    assert changed == trained
+
+
+def test_more_of_stage_three_begins_where_it_ended(with_experts, stage_flags, mixed_data, tmp_path):
+    first = with_experts()
+    still = ["--learning_rate", 0, "--max_steps", 1, "--group_by_modality_length", True]
+    for tuning in ("full", "moe"):
+        continued(stage_flags, mixed_data, first, tmp_path / tuning, tuning, *still)
+    assert losses(tmp_path / "moe") == losses(tmp_path / "full")
+    before, after = (AutoModelForCausalLM.from_pretrained(path).state_dict() for path in (first, tmp_path / "moe"))
+    assert all(torch.equal(weight, after[name]) for name, weight in before.items())
+
+
+def test_modules_that_train_are_chosen_anew(with_experts, stage_flags, mixed_data, tmp_path):
+    trainer = continued(stage_flags, mixed_data, with_experts(), tmp_path / "more", "moe", "--train_modules", "wg")
+    trained = {name for name, weight in trainer.model.named_parameters() if weight.requires_grad}
+    assert {name for name in trained if "mm_projector" not in name} == {
+        f"model.layers.{layer}.mlp.gate.weight" for layer in (1, 2)
+    }
+
+
+def test_other_experts_than_the_model_has_are_refused(with_experts, stage_flags, mixed_data, tmp_path):
+    first = with_experts()
+    with pytest.raises(ValueError, match="--moe_mode sparse, which is layers 0 2, and has experts in layers 1 2"):
+        continued(stage_flags, mixed_data, first, tmp_path / "more", "moe", "--moe_mode", "sparse")
+    assert not (tmp_path / "more/config.json").exists()
+
+
+@pytest.mark.parametrize("is_merged", [True, False])
+def test_lora_on_experts_is_no_end(is_merged, with_experts, stage_flags, mixed_data, tmp_path):
+    first = with_experts()
+    continued(stage_flags, mixed_data, first, tmp_path / "lora", "lora", "--lora_r", 4)
+    last = tmp_path / "lora"
+    if is_merged:
+        last = tmp_path / "merged"
+        merge(tmp_path / "lora", last, say=lambda line: None)
+    start = load(last, device="cpu")[0].state_dict()
+    trainer = continued(stage_flags, mixed_data, last, tmp_path / "more", "moe")
+    assert {group.name for group in trainer.groups} == {"mm_projector", "experts", "router", "decoder"}
+    found = load(tmp_path / "more", device="cpu")[0].state_dict()
+    assert torch.equal(
+        found["model.layers.0.self_attn.q_proj.weight"], start["model.layers.0.self_attn.q_proj.weight"]
+    )
+    assert not torch.equal(
+        found["model.layers.1.mlp.experts.down_proj"], start["model.layers.1.mlp.experts.down_proj"]
+    )
