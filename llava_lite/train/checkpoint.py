@@ -48,8 +48,11 @@ class CheckpointMixin:
 
     checkpoint-N holds what trains, the optimizer, the scheduler, the random state and the unlogged loss of every rank,
     and manifest.json, written last. One process, DDP and DeepSpeed; a subclass with counters of its own adds them in
-    `progress_state` and takes them back in `load_progress_state`.
+    `progress_state` and takes them back in `load_progress_state`. opening: an Opening, where a checkpoint is to open
+    as a model.
     """
+
+    opening = None
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -248,7 +251,8 @@ class CheckpointMixin:
         folder, is_writer = str(staged), self.args.should_save
         projector = projector_state(self.model, keep=is_writer)
         # The engine writes what trains into its own files.
-        in_engine = self.is_deepspeed_enabled and not self.args.save_only_model
+        # Not of experts that are shared out: of those DeepSpeed's converter makes no whole weights.
+        in_engine = self.is_deepspeed_enabled and not self.args.save_only_model and not parallel_experts(self.model)
         trained = {} if in_engine else trained_state(self.model, keep=is_writer)
         if not self.args.save_only_model:
             self._save_optimizer_and_scheduler(folder)
@@ -258,6 +262,8 @@ class CheckpointMixin:
         if is_writer:
             if projector:
                 torch.save(projector, staged / PROJECTOR)
+            if self.opening is not None:
+                self.opening.write(staged, self.args)
             self._export_callbacks()
             self.state.save_to_json(str(staged / TRAINER_STATE))
             if trained:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import contextmanager
 from pathlib import Path
 
+from llava_lite.model.engine_files import engine_folder, refuse_code
 from llava_lite.train.trained_weights import drop_frozen
 
 
@@ -24,6 +25,7 @@ def save_engine(engine, model, folder: str, is_writer: bool) -> None:
 
 def load_engine(engine, path: str) -> None:
     """Load what `save_engine` wrote; frozen weights stay those of the base model."""
+    refuse_code(engine_folder(path))
     loaded, _ = engine.load_checkpoint(path, load_module_strict=False)
     if loaded is None:
         raise ValueError(f"DeepSpeed found no state it can use in {path}; name an older checkpoint.")
