@@ -1,4 +1,4 @@
-"""Turn the files that a DeepSpeed engine left in checkpoint-N into weights by name, running nothing they might hold."""
+"""Turn the files that a DeepSpeed engine left in checkpoint-N into weights by name, running nothing they hold."""
 
 from __future__ import annotations
 
@@ -78,12 +78,17 @@ def refuse_code(folder: Path) -> None:
 
     DeepSpeed unpickles without looking, and a pickle can run anything. The values of tensors are not read here.
     """
-    allowed = [getattr(deepspeed_module(name, folder), kind) for name, kinds in OF_DEEPSPEED.items() for kind in kinds]
     for file in sorted(folder.rglob("*.pt")):
-        try:
-            with torch.serialization.safe_globals(allowed):
-                torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-        except Exception as error:
-            raise ValueError(
-                f"{str(file)!r} cannot be read as the state of a DeepSpeed engine ({what_broke(file, error)}"
-            ) from error
+        read_state(file)
+
+
+def read_state(file: Path):
+    """Return what a file of an engine holds, its tensors mapped; raises ValueError where that is code."""
+    allowed = [getattr(deepspeed_module(name, file), kind) for name, kinds in OF_DEEPSPEED.items() for kind in kinds]
+    try:
+        with torch.serialization.safe_globals(allowed):
+            return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:
+        raise ValueError(
+            f"{str(file)!r} cannot be read as the state of a DeepSpeed engine ({what_broke(file, error)}"
+        ) from error
