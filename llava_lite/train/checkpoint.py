@@ -104,7 +104,9 @@ class CheckpointMixin:
                 f"Start {saved[other.RANKS]} ranks, or give it as --model_name_or_path of a new run."
             )
         has_experts = any(".mlp.gate." in name for name in now["trained parameters"])
-        other.say_what_changes(path, saved, now, has_experts, self.args.dataloader_drop_last)
+        # Of packs their number counts, not that of the records in them.
+        num_samples = 0 if self.args.dataloader_drop_last else len(self._get_train_sampler())
+        other.say_what_changes(path, saved, now, has_experts, num_samples)
 
     def _why_as_many_ranks(self) -> str | None:
         """Return why this run goes on with as many ranks as it had and no others, None where any number will do."""

@@ -62,8 +62,11 @@ def best_batch(records_of_rank: int, batch: int) -> int:
     return max(size for size in range(1, batch + 1) if records_of_rank % size == 0)
 
 
-def say_what_changes(path: str, saved: Mapping, now: Mapping, has_experts: bool, drops_last: bool) -> None:
-    """Log that a checkpoint goes on with another number of ranks, and warn of what is then not as it was."""
+def say_what_changes(path: str, saved: Mapping, now: Mapping, has_experts: bool, num_samples: int) -> None:
+    """Log that a checkpoint goes on with another number of ranks, and warn of what is then not as it was.
+
+    num_samples: records or packs of an epoch, 0 where what does not fill the last batch is left out.
+    """
     logger.info("%s was saved by %s and goes on with %s.", path, in_words(saved), in_words(now))
     logger.info("random numbers, as of dropout, are others; those of rank r go on where there was a rank r.")
     if has_experts and saved[BATCH] != now[BATCH]:
@@ -75,8 +78,8 @@ def say_what_changes(path: str, saved: Mapping, now: Mapping, has_experts: bool,
             BATCH,
             saved[BATCH],
         )
-    repeats = [repeated(now["samples"], settings) for settings in (saved, now)]
-    if not drops_last and repeats[0] != repeats[1]:
+    repeats = [repeated(num_samples, settings) for settings in (saved, now)]
+    if repeats[0] != repeats[1]:
         logger.warning(
             "the last step of an epoch fills up with %d records of its beginning, not %d, so that the ranks have "
             "equally many: from there on the losses differ a little.",
@@ -85,9 +88,9 @@ def say_what_changes(path: str, saved: Mapping, now: Mapping, has_experts: bool,
         )
 
 
-def repeated(num_records: int | None, settings: Mapping) -> int:
+def repeated(num_samples: int, settings: Mapping) -> int:
     """Return how many records of an epoch come twice; a single process learns from a smaller last batch."""
-    return 0 if num_records is None or settings[RANKS] == 1 else -num_records % (settings[RANKS] * settings[BATCH])
+    return 0 if settings[RANKS] == 1 else -num_samples % (settings[RANKS] * settings[BATCH])
 
 
 # What each rank had for itself.

@@ -63,8 +63,8 @@ def refuse_incomplete(path: str, needed: Iterable[str]) -> None:
     missing = [name for name in needed if name not in files]
     if missing:
         raise ValueError(
-            f"{path} cannot be resumed: it holds no {', '.join(missing)} (saved with --save_only_model or by another "
-            "number of ranks?). Name another checkpoint, start as many ranks, or choose a new --output_dir."
+            f"{path} cannot be resumed: it holds no {', '.join(missing)} (saved with --save_only_model, or on "
+            "other nodes?). Name another checkpoint, or choose a new --output_dir."
         )
 
 

@@ -87,6 +87,7 @@ def convert(folder: Path, there: Path) -> None:
     started_s = time.monotonic()
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     last = (done.stderr.strip().splitlines() or ["no word"])[-1]
+    last += " (it knows the moments of Adam and no other optimizer's)" if "exp_avg" in last else ""
     failed = "" if done.returncode == 0 else f"DeepSpeed's {CONVERTER} could not convert {folder}: {last}"
     if failed:
         shutil.rmtree(there / folder.name, ignore_errors=True)

@@ -4,6 +4,7 @@ import runpy
 from pathlib import Path
 
 import pytest
+import torch
 
 from llava_lite.train import other_ranks as other
 
@@ -56,8 +57,6 @@ def test_ranks_that_cannot_share_a_step_are_refused_with_those_that_can():
 
 
 def test_what_ranks_counted_is_shared_out_and_lost_by_none():
-    import torch
-
     def part(loss, experts, tokens):
         more = {"experts": {"0": torch.tensor(experts)}, "balance_sum": torch.tensor(loss)}
         more["meter"] = {"counts": [tokens, 0, 2], "seconds": 3.0}
@@ -69,6 +68,30 @@ def test_what_ranks_counted_is_shared_out_and_lost_by_none():
     assert (mine["more"]["experts"]["0"] * 4).tolist() == [8.0, 4.0]
     assert mine["more"]["balance_sum"] == 2.0
     assert mine["more"]["meter"] == {"counts": [10, 0, 1], "seconds": 3.0}
+
+
+@pytest.mark.parametrize(
+    ("saved", "now", "num_samples", "warning"),
+    [
+        ((2, 1, 2), (1, 1, 4), 24, None),
+        ((2, 1, 2), (1, 1, 4), 0, None),
+        ((2, 1, 2), (1, 1, 4), 21, "with 0 records of its beginning, not 1,"),
+        ((2, 1, 2), (4, 1, 1), 22, "with 2 records of its beginning, not 0,"),
+        ((4, 1, 1), (2, 2, 1), 22, None),
+    ],
+)
+def test_an_epoch_that_fills_up_otherwise_is_warned_of(caplog, saved, now, num_samples, warning):
+    with caplog.at_level("INFO", "llava_lite"):
+        other.say_what_changes("checkpoint-4", settings(*saved), settings(*now), False, num_samples)
+    assert "= 4 records a step and goes on with" in caplog.text
+    warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert len(warnings) == (warning is not None)
+    assert warning is None or warning in warnings[0]
+
+
+def test_experts_in_other_micro_batches_are_warned_of(caplog):
+    other.say_what_changes("checkpoint-4", settings(2, 2, 1), settings(1, 4, 1), True, 24)
+    assert "give --per_device_train_batch_size 2 for the same" in caplog.text
 
 
 # Whole runs.
@@ -127,3 +150,37 @@ def test_a_run_goes_on_with_other_ranks_step_for_step(flags_of, launch, tmp_path
     for kind in kinds:
         assert_goes_on(resumed[f"{kind}_again"], whole[kind], from_step[kind])
         assert not list((tmp_path / f"{kind}_again").glob("tmp-*"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["zero2", "zero3"])
+def test_other_ranks_begin_with_the_weights_that_were_saved(flags_of, launch, tmp_path, engine):
+    """In bfloat16, and with no step more: what comes out is what went in, bit for bit."""
+    from llava_lite.inference import load
+
+    kinds = ("full", "lora", "moe")
+    run = ["--num_train_epochs", "1", "--bf16", "True", *ENGINES[engine]]
+    cases = [{"name": kind, "argv": flags_of(kind, tmp_path / kind, 2, *run)} for kind in kinds]
+    launch(cases, tmp_path, world_size=2)
+    for kind in kinds:
+        checkpoint = str(tmp_path / kind / "checkpoint-4")
+        more = [*run, "--max_steps", "4", "--resume_from_checkpoint", checkpoint]
+        cases.append({"name": f"{kind}_again", "argv": flags_of(kind, tmp_path / f"{kind}_again", 1, *more)})
+    found = launch(cases[len(kinds) :], tmp_path, world_size=1)
+    for kind in kinds:
+        assert found[f"{kind}_again"][0]["samples"] == []
+        (model, _), (saved, _) = (
+            load(tmp_path / name, device="cpu") for name in (f"{kind}_again", f"{kind}/checkpoint-4")
+        )
+        wanted = saved.state_dict()
+        assert [name for name, weight in model.state_dict().items() if not torch.equal(weight, wanted[name])] == []
+
+
+@pytest.mark.slow
+def test_a_run_that_must_have_as_many_ranks_says_why(flags_of, launch, tmp_path):
+    flags = [*flags_of("moe", tmp_path / "out", 2, "--ep_size", "2"), *ENGINES["zero2"]]
+    launch([{"name": "case", "argv": flags}], tmp_path, world_size=2)
+    again = [*flags_of("moe", tmp_path / "again", 4, "--ep_size", "2"), *ENGINES["zero2"]]
+    again += ["--resume_from_checkpoint", str(tmp_path / "out" / "checkpoint-4")]
+    found = launch([{"name": "again", "argv": again}], tmp_path, world_size=4)
+    assert "cannot go on with 4: its experts are shared out among ranks (--ep_size)" in found["again"][0]["error"]
