@@ -7,7 +7,7 @@ memory, in float32.
 import gc
 import os
 import tempfile
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -28,6 +28,13 @@ from llava_lite.export.merged_card import CARD, merged_card
 from llava_lite.hub import in_words
 from llava_lite.inference import load
 from llava_lite.model.builder import is_llava
+from llava_lite.model.checkpoint_weights import (
+    adapter_of_step,
+    holds_step,
+    refuse_nameless,
+    step_in_words,
+    step_without_adapter,
+)
 from llava_lite.model.generation_config import savable_view
 from llava_lite.model.partial import ADAPTER, ADAPTER_WEIGHTS, TRAINED, WHOLE, base_of, open_adapter
 from llava_lite.model_source import check_source
@@ -45,14 +52,17 @@ def merge(
     check_source(source)
     refuse_full(target)
     folder = local_folder(source)
+    refuse_nameless(folder)
     base = find_base_of(folder, base)
     check_full_precision(folder, base)
+    if holds_step(folder):
+        say(f"{folder} holds {step_in_words(folder)}")
     model, processor, is_adapter = open_unfolded(folder, base)
     dtype = getattr(torch, str(dtype).removeprefix("torch.")) if dtype is not None else model.dtype
     model = model.float().eval()
     batches = witness.readings(processor, sees(model))
     if is_adapter:
-        tuned = open_adapter(model, folder, {}).eval()
+        tuned = with_adapter(model, folder).eval()
         apart = witness.answers(tuned, batches, processor.image_token_index)
         model = tuned.merge_and_unload().eval()
         together = witness.answers(model, batches, processor.image_token_index)
@@ -107,6 +117,9 @@ def find_base_of(folder, base):
 def open_unfolded(folder, base):
     """Return (model, processor, whether an adapter is still to be put on it) of a folder and its base."""
     is_adapter = (folder / ADAPTER).is_file()
+    if is_adapter and holds_step(folder):
+        with step_without_adapter(folder) as rest:
+            return *load(rest, device="cpu", dtype="auto", model_base=base), True
     if not is_adapter:
         return *load(folder, device="cpu", dtype="auto", model_base=base), False
     has_more = any((folder / name).is_file() for name in TRAINED)
@@ -114,6 +127,12 @@ def open_unfolded(folder, base):
         opened = {"model_path": rest, "model_base": base} if has_more else {"model_path": base}
         model, processor = load(**opened, device="cpu", dtype="auto")
     return model, processor, True
+
+
+def with_adapter(model, folder):
+    """Return PEFT's model of a model and the LoRA of a folder beside it."""
+    with adapter_of_step(folder) if holds_step(folder) else nullcontext(folder) as there:
+        return open_adapter(model, there, {})
 
 
 @contextmanager

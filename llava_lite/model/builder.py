@@ -19,6 +19,7 @@ from llava_lite.hub import everywhere, hub_arguments, in_words, reach_config, re
 from llava_lite.model import BACKBONES, model_class_for
 from llava_lite.model.accounting import own_accounting, strays
 from llava_lite.model.architectures import check_generates, check_model_type
+from llava_lite.model.checkpoint_weights import refuse_nameless
 from llava_lite.model.loading import generation_arguments
 from llava_lite.model.partial import base_of, merge_adapter, refuse_lost_parts, refuse_strays
 from llava_lite.model.placement import is_too_large, spread, take_places
@@ -249,8 +250,10 @@ def _check_folder(name):
     path = Path(name)
     if not path.is_dir() or (path / "config.json").is_file() or (path / "adapter_config.json").is_file():
         return
-    steps = sorted(path.glob("checkpoint-*/config.json"))
-    hint = f"; a checkpoint of it is {str(steps[-1].parent)!r}" if steps else ""
+    refuse_nameless(path)
+    steps = [step.parent for step in path.glob("checkpoint-*/config.json") if step.parent.name[11:].isdigit()]
+    newest = max(steps, key=lambda step: int(step.name[11:]), default=None)
+    hint = "" if newest is None else f"; a checkpoint of it is {str(newest)!r}"
     raise OSError(f"{str(path)!r} is no checkpoint: it has no config.json{hint}.")
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import re
 
 from torch import nn
 from transformers import GenerationConfig
@@ -32,6 +33,7 @@ from llava_lite.model.quantization import (
     take_stored,
     with_kept_modules,
 )
+from llava_lite.model.upcycle import upcycle
 from llava_lite.model.weight_files import broken_files_in_words, find_file, read_checkpoint, read_weight
 from llava_lite.model_source import VISION_TOWER, check_source
 
@@ -40,6 +42,8 @@ logger = logging.getLogger(__name__)
 TOWER = "model.vision_tower."
 CONNECTOR = "model.mm_projector."
 NEWLINE = "model.image_newline"
+# Of a layer of experts, what no base has.
+ROUTER = re.compile(r"\.mlp\.(gate|coefficient)\.")
 
 
 class LoadingMixin:
@@ -167,6 +171,8 @@ class LoadingMixin:
         config.pad_token_id = base_config.pad_token_id
         # Of the base's weights; the directory's own, if it has one, says how they were held while it was trained.
         take_stored(config, [], getattr(base_config, "quantization_config", None))
+        # Experts that were made of the base's MLPs, as copies that training then changed.
+        made, config.moe = (config.moe if not base_config.moe else None), base_config.moe or None
         is_llava = has_llava_type(base, base_hub)
         new_parts = () if is_llava else (CONNECTOR, TOWER)
         if "unpad" not in base_config.mm_patch_merge_type:
@@ -181,6 +187,9 @@ class LoadingMixin:
         else:
             model, info = cls._open_whole(base, config=config, hub=base_hub, new_parts=new_parts, **base_kwargs)
             unfilled = info["new_keys"]
+        if made:
+            upcycle(model, made)
+            unfilled |= {name for name, _ in model.named_parameters() if ROUTER.search(name)}
         model, filled = take_trained(model, path, num_rows, hub)
         model.config.pad_token_id = pad_token_id
         if kwargs.get("generation_config") is None:

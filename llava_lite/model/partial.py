@@ -10,6 +10,7 @@ import torch
 
 from llava_lite.companions import read_json
 from llava_lite.formats import foreign_format, llava
+from llava_lite.model.checkpoint_weights import adapter_of_step, holds_step, step_weights
 from llava_lite.model.new_words import is_row_name, take_saved_rows
 from llava_lite.model.vocabulary import EMBEDDING, HEAD, fill_rows, fit_rows
 from llava_lite.model.weight_files import PICKLED, SAFE, find_file
@@ -18,7 +19,8 @@ from llava_lite.model.weights import check_shapes, gathered, is_partitioned, rea
 logger = logging.getLogger(__name__)
 
 # Files of trained weights; where several hold a weight, the first counts.
-TRAINED = ("trained.safetensors", "non_lora_trainables.bin", "mm_projector.bin")
+PROJECTOR = "mm_projector.bin"
+TRAINED = ("trained.safetensors", "non_lora_trainables.bin", PROJECTOR)
 ADAPTER, ADAPTER_WEIGHTS = "adapter_config.json", ("adapter_model.safetensors", "adapter_model.bin")
 TABLES = (EMBEDDING, HEAD)
 PICTURE_PARTS = re.compile(r"\.(vision_tower|mm_projector)\.")
@@ -55,6 +57,8 @@ def take_trained(model, path, num_rows: int, hub: dict):
 
     num_rows: vocab_size of the folder's config. Raises ValueError with the names of weights that do not fit.
     """
+    if holds_step(path):
+        return take_step(model, path, num_rows, hub)
     files = [file for name in TRAINED if (file := find_file(path, name, hub)) is not None]
     has_adapter = find_file(path, ADAPTER, hub) is not None
     if not has_adapter:
@@ -69,11 +73,30 @@ def take_trained(model, path, num_rows: int, hub: dict):
     for file in reversed(files):
         weights |= read_trained(file, fields)
     where, filled = f"weights of {(files or [path])[0]!r}", set(weights)
+    load_with_rows(model, weights, fields, num_rows, where)
+    return merge_adapter(model, path, hub) if has_adapter else model, filled
+
+
+def take_step(model, path, num_rows: int, hub: dict):
+    """Return the model with what a checkpoint-N had trained in it, LoRA folded in, and the names of those weights."""
+    weights, adapter = step_weights(path)
+    projector = find_file(path, PROJECTOR, hub)
+    # The connector is there too where it did not train: it may have come from a file of its own.
+    frozen = {} if projector is None else read_trained(projector, {})
+    weights = frozen | dict(weights)
+    load_with_rows(model, weights, read_json(path, "config.json", hub), num_rows, f"weights of {str(path)!r}")
+    if not adapter:
+        return model, set(weights)
+    with adapter_of_step(path, adapter) as folder:
+        return merge_adapter(model, folder, {}), set(weights)
+
+
+def load_with_rows(model, weights: dict[str, torch.Tensor], fields: dict, num_rows: int, where: str) -> None:
+    """Put trained weights in the model, rows of new words in their places. fields: of the config.json beside them."""
     if any(is_row_name(name) for name in weights):
         fit_rows(model, num_rows, model.config.vocab_size)
         weights = take_saved_rows(model, weights, fields.get("new_words"), where)
     load_trained(model, take_new_rows(model, weights, num_rows), where)
-    return merge_adapter(model, path, hub) if has_adapter else model, filled
 
 
 def refuse_lost_adapter(path, hub: dict) -> None:
@@ -111,12 +134,13 @@ def take_new_rows(model, weights: dict[str, torch.Tensor], num_rows: int) -> dic
     """
     # Of the config: a weight that ZeRO-3 has partitioned has no rows to count.
     num_old, embedding = model.config.vocab_size, weights.get(EMBEDDING)
-    is_rows_alone = embedding is not None and len(embedding) <= 2 < num_old
+    num_given = 0 if embedding is None else embedding.shape[0]
+    is_rows_alone = 0 < num_given <= 2 < num_old
     if is_rows_alone and num_rows <= num_old:
         # That config was written before the words were added: they come right after the base's.
-        num_rows = num_old + len(embedding)
+        num_rows = num_old + num_given
     elif embedding is not None and not is_rows_alone:
-        num_rows = len(embedding)
+        num_rows = num_given
         if num_rows < num_old:
             # LLaVA cuts the padding of a vocabulary off.
             model.resize_token_embeddings(num_rows)
@@ -133,7 +157,8 @@ def take_new_rows(model, weights: dict[str, torch.Tensor], num_rows: int) -> dic
 
 def load_trained(model, state_dict: dict, what: str) -> None:
     """Copy a part of the weights by name; a name or shape that the model lacks is an error."""
-    targets = dict(model.named_parameters(remove_duplicate=False))
+    # Buffers too: a checkpoint of a run's state holds those that are saved.
+    targets = dict(model.named_buffers()) | dict(model.named_parameters(remove_duplicate=False))
     unknown = sorted(set(state_dict) - set(targets))
     if unknown:
         raise ValueError(
@@ -144,7 +169,8 @@ def load_trained(model, state_dict: dict, what: str) -> None:
     with torch.no_grad(), gathered(targets.values(), modify=True):
         for name, target in targets.items():
             if target.numel():
-                target.copy_(state_dict[name])
+                # One by one: of ZeRO-3 they are put together only here.
+                target.copy_(state_dict[name].contiguous())
 
 
 def merge_adapter(model, path, hub: dict):
@@ -197,7 +223,9 @@ def open_adapter(model, path, hub: dict):
         config.exclude_modules = config.exclude_modules or f".*{PICTURE_PARTS.pattern}.*"
     tuned = PeftModel.from_pretrained(model, folder, config=config)
     wanted = get_peft_model_state_dict(tuned, save_embedding_layers=False).keys() - tables.keys()
-    refuse_strays(files[0], "the LoRA that its adapter_config.json describes", wanted - saved, saved - wanted)
+    # Biases that were trained along (--lora_bias) stand among the other weights.
+    missing = {name for name in wanted - saved if ".lora_" in name}
+    refuse_strays(files[0], "the LoRA that its adapter_config.json describes", missing, saved - wanted)
     return tuned
 
 

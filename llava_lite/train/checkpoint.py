@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from llava_lite.train import manifest as paper
+from llava_lite.train import other_ranks as other
 from llava_lite.train.engine_state import load_engine, save_engine
 from llava_lite.train.expert_parallel import parallel_experts
 from llava_lite.train.final import save_final
@@ -48,8 +49,11 @@ class CheckpointMixin:
 
     checkpoint-N holds what trains, the optimizer, the scheduler, the random state and the unlogged loss of every rank,
     and manifest.json, written last. One process, DDP and DeepSpeed; a subclass with counters of its own adds them in
-    `progress_state` and takes them back in `load_progress_state`.
+    `progress_state` and takes them back in `load_progress_state`. opening: an Opening, where a checkpoint is to open
+    as a model.
     """
+
+    opening = None
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -85,14 +89,46 @@ class CheckpointMixin:
         # Once each: a run is told of its checkpoint before its features are made, and again when it trains.
         if path and path is not self._fit_checkpoint:
             refuse_other_run(path, self._step_settings(), self._schedule())
-            refuse_incomplete(path, self._needed_files())
+            refuse_incomplete(path, self._needed_files(path))
+            self._refuse_other_ranks(path)
             self._fit_checkpoint = path
 
-    def _needed_files(self) -> list[str]:
-        """Return the files without which a run does not go on as it was."""
-        ranks = self._ranks_of_folder()
+    def _refuse_other_ranks(self, path: str) -> None:
+        """Say what changes with another number of ranks; ValueError for a run that must have as many as before."""
+        saved, now = paper.read_manifest(path)["steps"], self._step_settings()
+        if not other.has_other_ranks(saved, now):
+            return
+        if reason := self._why_as_many_ranks():
+            raise ValueError(
+                f"{path} was saved by {saved[other.RANKS]} ranks and cannot go on with {now[other.RANKS]}: {reason}. "
+                f"Start {saved[other.RANKS]} ranks, or give it as --model_name_or_path of a new run."
+            )
+        has_experts = any(".mlp.gate." in name for name in now["trained parameters"])
+        # Of packs their number counts, not that of the records in them.
+        num_samples = 0 if self.args.dataloader_drop_last else len(self._get_train_sampler())
+        other.say_what_changes(path, saved, now, has_experts, num_samples)
+
+    def _why_as_many_ranks(self) -> str | None:
+        """Return why this run goes on with as many ranks as it had and no others, None where any number will do."""
+        if parallel_experts(self.model):
+            return "its experts are shared out among ranks (--ep_size)"
+        if self.args.save_on_each_node:
+            return "--save_on_each_node keeps the files of the ranks apart"
+        if self._zero_stage() == 3 and self._optimizer_on_nvme():
+            return "its optimizer lies on the NVMe of each node"
+        return None
+
+    def _optimizer_on_nvme(self) -> bool:
+        """Tell whether the DeepSpeed JSON keeps the optimizer on disks."""
+        zero = self.accelerator.state.deepspeed_plugin.deepspeed_config.get("zero_optimization", {})
+        return (zero.get("offload_optimizer") or {}).get("device") == "nvme"
+
+    def _needed_files(self, path: str) -> list[str]:
+        """Return the files of a checkpoint without which a run does not go on as it was."""
+        saved_by = self._saved_by(path)
+        ranks = self._ranks_of_folder() if saved_by == self.args.world_size else range(saved_by)
         needed = [TRAINER_STATE, *(f"progress_{rank}.pt" for rank in ranks)]
-        needed += ["rng_state.pth"] if self.args.world_size == 1 else [f"rng_state_{rank}.pth" for rank in ranks]
+        needed += [other.rng_file("", saved_by, rank).name for rank in ranks]
         return needed + (["latest"] if self.is_deepspeed_enabled else [TRAINED, "optimizer.pt", "scheduler.pt"])
 
     def _step_settings(self) -> dict:
@@ -122,6 +158,10 @@ class CheckpointMixin:
         keys = ("num_train_epochs", "max_steps", "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay")
         return {key: getattr(self.args, key) for key in keys}
 
+    def _saved_by(self, path: str) -> int:
+        """Return how many ranks saved a checkpoint."""
+        return paper.read_manifest(path)["steps"][other.RANKS]
+
     def _zero_stage(self) -> int | None:
         """Return the stage of ZeRO, None without DeepSpeed."""
         return self.accelerator.state.deepspeed_plugin.zero_stage if self.is_deepspeed_enabled else None
@@ -138,18 +178,41 @@ class CheckpointMixin:
         self._frozen_prints = frozen_prints(self.model)
         if path is not None:
             if in_engine:
-                load_engine(self.model_wrapped, path)
+                self._load_engine(path)
                 self._load_optimizer_and_scheduler(path)
+            self._load_progress(path)
+        return prepared
+
+    def _load_engine(self, path: str) -> None:
+        """Load the engine's state, whichever number of ranks saved it."""
+        is_converter = self.args.process_index == 0
+        load_engine(self.model_wrapped, path, self._saved_by(path), self.args.output_dir, is_converter)
+
+    def _load_progress(self, path: str) -> None:
+        """Read what this rank remembered, or its share of what other ranks did; compare the frozen weights."""
+        saved_by, ranks = self._saved_by(path), self.args.world_size
+        if saved_by == ranks:
             self.progress.load(os.path.join(path, f"progress_{self.args.process_index}.pt"))
             check_frozen(self._frozen_prints, self.progress.saved["frozen"], path)
-        return prepared
+            return
+        self.progress.saved = other.share_of(other.read_progress(path, saved_by), ranks)
+        # As the first of those ranks saw them: under ZeRO-3 that is a share.
+        check_frozen(frozen_prints(self.model, saved_by), self.progress.saved["frozen"], path)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """Take up the random state of this rank, or that of a rank of another number of them."""
+        saved_by = self.args.world_size if checkpoint is None else self._saved_by(checkpoint)
+        if saved_by == self.args.world_size:
+            return super()._load_rng_state(checkpoint)
+        place = self.args.process_index, self.args.seed, self.state.global_step
+        other.random_state(checkpoint, saved_by, self.args.world_size, *place, super()._load_rng_state)
 
     def _load_best_model(self) -> None:
         """Load the trained weights of the best checkpoint."""
         path = self.state.best_model_checkpoint
         paper.verify(path)
         if self.is_deepspeed_enabled:
-            load_engine(self.model_wrapped, path)
+            self._load_engine(path)
         else:
             self._load_from_checkpoint(path)
 
@@ -248,7 +311,8 @@ class CheckpointMixin:
         folder, is_writer = str(staged), self.args.should_save
         projector = projector_state(self.model, keep=is_writer)
         # The engine writes what trains into its own files.
-        in_engine = self.is_deepspeed_enabled and not self.args.save_only_model
+        # Not of experts that are shared out: of those DeepSpeed's converter makes no whole weights.
+        in_engine = self.is_deepspeed_enabled and not self.args.save_only_model and not parallel_experts(self.model)
         trained = {} if in_engine else trained_state(self.model, keep=is_writer)
         if not self.args.save_only_model:
             self._save_optimizer_and_scheduler(folder)
@@ -258,6 +322,8 @@ class CheckpointMixin:
         if is_writer:
             if projector:
                 torch.save(projector, staged / PROJECTOR)
+            if self.opening is not None:
+                self.opening.write(staged, self.args)
             self._export_callbacks()
             self.state.save_to_json(str(staged / TRAINER_STATE))
             if trained:

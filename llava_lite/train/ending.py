@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from llava_lite.train import manifest as paper
+from llava_lite.train.other_ranks import DIVISION, RANKS, global_batch
 from llava_lite.train.ranks import everyone
 from llava_lite.train.trained_weights import PROJECTOR
 
@@ -145,7 +146,9 @@ def asks_for_other_steps(args) -> bool:
         # Told by whoever looks for a checkpoint to go on from.
         return True
     before = manifest["steps"] | manifest["schedule"]
-    known = {name: value for name, value in before.items() if hasattr(args, name) and name not in LENGTHS}
+    # Divided otherwise among other ranks, a step is still the same step.
+    same = DIVISION if global_batch(before) == global_batch(vars(args) | {RANKS: args.world_size}) else ()
+    known = {name: value for name, value in before.items() if hasattr(args, name) and name not in (*LENGTHS, *same)}
     return any(getattr(args, name) != value for name, value in known.items())
 
 

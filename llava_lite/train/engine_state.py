@@ -5,7 +5,9 @@ from __future__ import annotations
 from contextlib import contextmanager
 from pathlib import Path
 
+from llava_lite.model.engine_files import engine_folder, refuse_code
 from llava_lite.train.trained_weights import drop_frozen
+from llava_lite.train.universal import load_universal
 
 
 def save_engine(engine, model, folder: str, is_writer: bool) -> None:
@@ -22,8 +24,16 @@ def save_engine(engine, model, folder: str, is_writer: bool) -> None:
         Path(folder, "latest").write_text(f"global_step{engine.global_steps}")
 
 
-def load_engine(engine, path: str) -> None:
-    """Load what `save_engine` wrote; frozen weights stay those of the base model."""
+def load_engine(engine, path: str, saved_by: int, workspace: str, is_converter: bool) -> None:
+    """Load what `save_engine` wrote; frozen weights stay those of the base model. All ranks must call it.
+
+    saved_by: the number of ranks that saved it. workspace, is_converter: as in `load_universal`, where it is another.
+    """
+    from deepspeed import comm
+
+    if saved_by != comm.get_world_size():
+        return load_universal(engine, path, workspace, is_converter)
+    refuse_code(engine_folder(path))
     loaded, _ = engine.load_checkpoint(path, load_module_strict=False)
     if loaded is None:
         raise ValueError(f"DeepSpeed found no state it can use in {path}; name an older checkpoint.")

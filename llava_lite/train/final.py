@@ -138,27 +138,17 @@ def plain_name(name: str) -> str:
 
 def write_folder(model, folder: Path, weights, projector, base: str | None, conv_template: str | None) -> None:
     """Write config and weights; with a `base` the weights are a part of the model."""
-    inner = unwrapped(model)
-    config = copy.deepcopy(inner.config)
-    config.conv_template = conv_template or config.conv_template
-    config.base_model_name_or_path = base and findable(base)
-    config.use_cache = True
     if projector:
         torch.save(projector, folder / PROJECTOR)
+    inner = unwrapped(model)
     if base is None:
-        own_config, inner.config = inner.config, config
+        own_config, inner.config = inner.config, settled_config(inner, None, conv_template)
         try:
             inner.save_pretrained(folder, state_dict=weights)
         finally:
             inner.config = own_config
         return
-    # How the base was held meanwhile; its own config.json says how it is stored.
-    vars(config).pop("quantization_config", None)
-    # The tower is looked up again when the folder is opened, from wherever that is.
-    config.mm_vision_tower = config.mm_vision_tower and findable(config.mm_vision_tower)
-    config.architectures, config.dtype = [type(inner).__name__], inner.dtype
-    config.save_pretrained(folder)
-    write_generation_config(inner.generation_config, folder)
+    write_config(inner, folder, base, conv_template)
     others = {name: weight for name, weight in weights.items() if ".lora_" not in name}
     save_file({plain_name(name): weight for name, weight in others.items()}, folder / TRAINED, {"format": "pt"})
     if is_peft(model):
@@ -168,6 +158,30 @@ def write_folder(model, folder: Path, weights, projector, base: str | None, conv
         model.save_pretrained(folder, state_dict=adapter, save_embedding_layers=False)
         # LLaVA's own loader looks for this file and these names.
         torch.save(others, folder / "non_lora_trainables.bin")
+
+
+def settled_config(inner, base: str | None, conv_template: str | None):
+    """Return the config of a model that is written, on its base if there is one."""
+    config = copy.deepcopy(inner.config)
+    config.conv_template = conv_template or config.conv_template
+    config.base_model_name_or_path = base and findable(base)
+    config.use_cache = True
+    return config
+
+
+def write_config(inner, folder: Path, base: str, conv_template: str | None = None, dtype=None) -> None:
+    """Write what says of which model a part of the weights is: its config, its base, how it generates.
+
+    dtype: that of the weights once they are opened; None for that of the model.
+    """
+    config = settled_config(inner, base, conv_template)
+    # How the base was held meanwhile; its own config.json says how it is stored.
+    vars(config).pop("quantization_config", None)
+    # The tower is looked up again when the folder is opened, from wherever that is.
+    config.mm_vision_tower = config.mm_vision_tower and findable(config.mm_vision_tower)
+    config.architectures, config.dtype = [type(inner).__name__], inner.dtype if dtype is None else dtype
+    config.save_pretrained(folder)
+    write_generation_config(inner.generation_config, folder)
 
 
 def findable(name: str) -> str:

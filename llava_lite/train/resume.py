@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from llava_lite.train import manifest as paper
+from llava_lite.train.other_ranks import DIVISION, has_other_ranks, refuse_other_batch
 from llava_lite.train.ranks import everyone, raise_together
 
 logger = logging.getLogger(__name__)
@@ -62,8 +63,8 @@ def refuse_incomplete(path: str, needed: Iterable[str]) -> None:
     missing = [name for name in needed if name not in files]
     if missing:
         raise ValueError(
-            f"{path} cannot be resumed: it holds no {', '.join(missing)} (saved with --save_only_model or by another "
-            "number of ranks?). Name another checkpoint, start as many ranks, or choose a new --output_dir."
+            f"{path} cannot be resumed: it holds no {', '.join(missing)} (saved with --save_only_model, or on "
+            "other nodes?). Name another checkpoint, or choose a new --output_dir."
         )
 
 
@@ -73,7 +74,11 @@ def refuse_other_run(path: str, steps: Mapping, schedule: Mapping) -> None:
     steps, schedule: what this run is set to, as it will be written in its own manifests.
     """
     manifest = paper.read_manifest(path)
-    if different := differences(manifest["steps"], steps):
+    saved = manifest["steps"]
+    if has_other_ranks(saved, steps):
+        refuse_other_batch(path, saved, steps)
+        saved = saved | {key: steps[key] for key in DIVISION}
+    if different := differences(saved, steps):
         raise ValueError(
             f"{path} cannot be resumed exactly: {'; '.join(different)}. Start this run as that one was started "
             "(ranks, batch, accumulation, DeepSpeed stage, data, --tuning), or choose a new --output_dir."

@@ -143,3 +143,8 @@ class StreamMixin:
     def _step_settings(self) -> dict:
         """Return what must be equal for a step to be the same step, the order of the stream included."""
         return super()._step_settings() | ({} if self.stream is None else self.stream.settings)
+
+    def _why_as_many_ranks(self) -> str | None:
+        """Return the parents' reason, or that of a stream."""
+        dealt = "its shards are dealt to the ranks, and each has read its own to another place"
+        return super()._why_as_many_ranks() or (None if self.stream is None else dealt)

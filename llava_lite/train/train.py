@@ -31,6 +31,7 @@ from llava_lite.train.ending import begin_anew, finished_before, summary
 from llava_lite.train.inputs import check_enough_records, check_needed, check_paths
 from llava_lite.train.launching import launch_hint
 from llava_lite.train.load_data import load_data, template_of_run
+from llava_lite.train.opening import Opening
 from llava_lite.train.pushing import refuse_unshareable
 from llava_lite.train.ranks import leave
 from llava_lite.train.refusal import same_for_the_node, told_in_a_line
@@ -153,6 +154,8 @@ def build_stage(model_args, data_args, training_args):
     log_plan(model, train_set, model_args, training_args)
     share_out_experts(model, model_args, training_args)
     trainer = build_trainer(model, tokenizer, train_set, eval_set, data_args, training_args)
+    parts = companions_of(trainer, tokenizer)
+    trainer.opening = Opening(model, parts, model_args.model_name_or_path, model_args.version)
     checkpoint = checkpoint_to_resume(training_args)
     trainer.refuse_unfit(checkpoint)
     read_features(trainer, train_set, data_args)
@@ -286,6 +289,15 @@ def build_trainer(model, tokenizer, train_set, eval_set, data_args, training_arg
     )
 
 
+def companions_of(trainer, tokenizer):
+    """Return what is saved beside the weights: tokenizer and image processor, as a processor and alone."""
+    from llava_lite.processing import LlavaLiteProcessor
+
+    config, tower = trainer.unwrapped.config, trainer.unwrapped.get_vision_tower()
+    image_processor = None if tower is None else tower.image_processor
+    return [LlavaLiteProcessor.from_config(config, tokenizer, image_processor), image_processor]
+
+
 def read_features(trainer, train_set, data_args):
     """Let the records to learn from bring what the frozen tower makes of their pictures, if that is to be kept."""
     if data_args.feature_cache != "off":
@@ -306,25 +318,22 @@ def checkpoint_to_resume(training_args):
 
 def save(trainer, tokenizer, model_args, data_args):
     """Write the final directory: weights, config, tokenizer, image processor, card; return whether it holds all."""
-    from llava_lite.processing import LlavaLiteProcessor
     from llava_lite.train.card import card_of_run
     from llava_lite.train.final import save_final
 
     args, model = trainer.args, trainer.unwrapped
     whole = args.save_full or args.tuning in ("full", "moe")
-    tower = model.get_vision_tower()
-    image_processor = None if tower is None else tower.image_processor
     trainer.save_state()
     if not args.uses_deepspeed and args.bits == 16:
         # What trained was kept in float32 for its small updates; a checkpoint is as wide as the run's products.
         trainer.model.to(compute_dtype(args))
     if model.config.vision_config is not None:
         # transformers opens a tower in the dtype that its own config names.
-        model.config.vision_config.dtype = tower.dtype
+        model.config.vision_config.dtype = model.get_vision_tower().dtype
     save_final(
         trainer.model,
         args.output_dir,
-        parts=[LlavaLiteProcessor.from_config(model.config, tokenizer, image_processor), image_processor],
+        parts=companions_of(trainer, tokenizer),
         base=model_args.model_name_or_path,
         whole=whole,
         conv_template=model_args.version,

@@ -95,17 +95,24 @@ def projector_state(model: nn.Module, keep: bool = True) -> dict[str, torch.Tens
     return found
 
 
-def frozen_prints(model: nn.Module) -> dict[str, int]:
+def frozen_prints(model: nn.Module, as_first_of: int | None = None) -> dict[str, int]:
     """Return a checksum of 64 elements, evenly spread, of each frozen weight; under ZeRO-3 of this rank's share.
+
+    as_first_of: for the share that the first of so many ranks would hold; all ranks must call it.
 
     Enough to see another base model, a tower that was tuned or a layer that was drawn anew; a hash of all of 7B
     weights at each start would take a minute.
     """
     prints = {}
     for name, param in model.named_parameters():
-        weight = param.ds_tensor if is_partitioned(param) else param
-        if not param.requires_grad and weight.numel() and not weight.is_meta:
+        if param.requires_grad:
+            continue
+        with gathered([param] if as_first_of else ()):
+            weight = param.ds_tensor if is_partitioned(param) and not as_first_of else param
             flat = weight.detach().reshape(-1)
+            if is_partitioned(param) and as_first_of:
+                flat = flat[: -(-flat.numel() // as_first_of)].clone()
+        if flat.numel() and not flat.is_meta:
             picked = flat[:: max(1, flat.numel() // _SAMPLES)][: 2 * _SAMPLES].cpu().contiguous()
             prints[name] = zlib.crc32(picked.view(torch.uint8).numpy().tobytes())
     return prints

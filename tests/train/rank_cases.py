@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 from llava_lite.model.llava_arch import LlavaMetaForCausalLM
+from llava_lite.train.llava_trainer import LLaVATrainer
 from llava_lite.train.train import train
 
 RANK = int(os.environ["RANK"])
@@ -19,14 +20,21 @@ def run(case):
     stock = LlavaMetaForCausalLM.supervised_loss
     if case.get("nan_on_rank") == RANK:
         LlavaMetaForCausalLM.supervised_loss = lambda self, *args: stock(self, *args) * float("nan")
+    step, samples = LLaVATrainer.training_step, []
+
+    def noting_step(trainer, model, inputs, *args, **kwargs):
+        samples.append((trainer.state.global_step, list(inputs["sample_ids"])))
+        return step(trainer, model, inputs, *args, **kwargs)
+
+    LLaVATrainer.training_step = noting_step
     try:
         log = train(case["argv"]).state.log_history
     except Exception as error:
         return {"error": f"{type(error).__name__}: {error}"}
     finally:
-        LlavaMetaForCausalLM.supervised_loss = stock
+        LlavaMetaForCausalLM.supervised_loss, LLaVATrainer.training_step = stock, step
     keys = ("loss", "lm_loss", "eval_loss")
-    return {key: [line[key] for line in log if key in line] for key in keys}
+    return {key: [line[key] for line in log if key in line] for key in keys} | {"samples": samples}
 
 
 if __name__ == "__main__":
