@@ -28,6 +28,9 @@ RUNS = {
     "lora": ("lora",),
     "lora of the tower": ("lora", "--lora_vision_tower", "True", "--lora_bias", "all"),
     "moe": ("moe",),
+    "new words of the connector's stage": ("projector", "--mm_use_im_start_end", "True"),
+    "new words beside lora": ("lora", "--new_tokens", "<seg>", "<loc_1>"),
+    "new words beside experts": ("moe", "--new_tokens", "<seg>", "<loc_1>"),
     # Half of an expert stays the copy that it was.
     "some of the experts": ("moe", "--train_modules", "down_proj", "wg"),
 }
