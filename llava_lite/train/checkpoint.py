@@ -22,6 +22,7 @@ from llava_lite.train.interrupt import EXIT_RESUMABLE, ProgressCallback
 from llava_lite.train.manifest import SaveError, newest_whole_checkpoint
 from llava_lite.train.ranks import everyone, raise_together
 from llava_lite.train.resume import find_checkpoint, refuse_incomplete, refuse_other_run
+from llava_lite.train.run_facts import FACTS
 from llava_lite.train.trained_weights import (
     PROJECTOR,
     TRAINED,
@@ -50,6 +51,9 @@ class CheckpointMixin:
     and manifest.json, written last. One process, DDP and DeepSpeed; a subclass with counters of its own adds them in
     `progress_state` and takes them back in `load_progress_state`.
     """
+
+    # A subclass that leaves out records that cannot be read has more to say: see SkipMixin.
+    facts, has_news = None, False
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -260,6 +264,8 @@ class CheckpointMixin:
                 torch.save(projector, staged / PROJECTOR)
             self._export_callbacks()
             self.state.save_to_json(str(staged / TRAINER_STATE))
+            if self.facts is not None:
+                paper.write_json(staged / FACTS, self.facts.state())
             if trained:
                 save_file(trained, staged / TRAINED, metadata={"format": "pt"})
                 paper.as_readable_as(staged, [TRAINED], staged / TRAINER_STATE)

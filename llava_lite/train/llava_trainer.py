@@ -27,6 +27,7 @@ from llava_lite.train.plots import draw_plots
 from llava_lite.train.pushing import PushingMixin
 from llava_lite.train.run_log import RunLog, TrainingBar
 from llava_lite.train.schedule import FollowFlags
+from llava_lite.train.skipped import SkipMixin
 from llava_lite.train.stream_run import StreamMixin
 from llava_lite.train.throughput import Meter, has_pictures, peak_flops, step_flops
 from llava_lite.train.tuning import compute_dtype, parameter_groups
@@ -64,11 +65,11 @@ class RunEvents(TrainerCallback):
         self.trainer.draw()
 
 
-class LLaVATrainer(StreamMixin, CheckpointMixin, EvaluationMixin, PushingMixin, Trainer):
+class LLaVATrainer(StreamMixin, SkipMixin, CheckpointMixin, EvaluationMixin, PushingMixin, Trainer):
     """Trains a LLaVA model; args are llava_lite's TrainingArguments, batches come from its collator.
 
     eval_examples: examples of the evaluation set that are answered at each evaluation. tokenizer: LLaVA's word, from
-    transformers 4, for processing_class.
+    transformers 4, for processing_class. facts: see SkipMixin.
     """
 
     def __init__(self, model, args, *, eval_examples=(), eval_max_new_tokens=64, tokenizer=None, **kwargs):

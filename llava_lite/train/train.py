@@ -129,9 +129,13 @@ def read_flags(argv=None):
 
 def build_stage(model_args, data_args, training_args):
     """Return the stage: tokenizer, model, records and trainer, and the checkpoint that it goes on from."""
+    from llava_lite.train.run_facts import facts_of_run
+
     set_seed(training_args.seed)
+    checkpoint = checkpoint_to_resume(training_args)
+    facts = facts_of_run(checkpoint)
     tokenizer = build_tokenizer(model_args, training_args)
-    template = template_of_run(model_args, data_args)
+    template = template_of_run(model_args, data_args, facts.moment)
     refuse_unfit(template, tokenizer, model_args.version)
     model = build_model(model_args, data_args, training_args)
     fit_vocabulary(model, tokenizer)
@@ -141,14 +145,13 @@ def build_stage(model_args, data_args, training_args):
     gather_experts_together(model)
     model = choose_what_trains(model, model_args, training_args)
     settle_dtypes(model, training_args)
-    train_set, eval_set = load_data(model, tokenizer, model_args, data_args, training_args)
+    train_set, eval_set = load_data(model, tokenizer, model_args, data_args, training_args, facts)
     check_enough_records(train_set, eval_set, training_args)
     logger.info("what trains (--tuning %s):\n%s", training_args.tuning, describe(model, training_args))
     checkpoint_as_needed(model, train_set, model_args, training_args)
     log_plan(model, train_set, model_args, training_args)
     share_out_experts(model, model_args, training_args)
-    trainer = build_trainer(model, tokenizer, train_set, eval_set, data_args, training_args)
-    checkpoint = checkpoint_to_resume(training_args)
+    trainer = build_trainer(model, tokenizer, train_set, eval_set, data_args, training_args, facts)
     trainer.refuse_unfit(checkpoint)
     read_features(trainer, train_set, data_args)
     return Stage(trainer, tokenizer, model_args, data_args, checkpoint)
@@ -262,9 +265,10 @@ def log_plan(model, train_set, model_args, training_args):
     logger.info("plan:\n%s", plan_of_run(model, train_set, training_args, model_args.ep_size))
 
 
-def build_trainer(model, tokenizer, train_set, eval_set, data_args, training_args):
+def build_trainer(model, tokenizer, train_set, eval_set, data_args, training_args, facts=None):
     """Return the trainer."""
     from llava_lite.data.collator import DataCollatorForSupervisedDataset, PackedCollator
+    from llava_lite.train.evaluation import readable_examples
     from llava_lite.train.llava_trainer import LLaVATrainer
 
     pads = training_args.packing == "none"
@@ -276,8 +280,9 @@ def build_trainer(model, tokenizer, train_set, eval_set, data_args, training_arg
         train_dataset=train_set,
         eval_dataset=eval_set,
         data_collator=DataCollatorForSupervisedDataset(tokenizer.pad_token_id) if pads else PackedCollator(),
-        eval_examples=[eval_set[i] for i in range(num_examples)],
+        eval_examples=readable_examples(eval_set, num_examples, facts),
         eval_max_new_tokens=data_args.eval_max_new_tokens,
+        facts=facts,
     )
 
 
