@@ -72,7 +72,7 @@ class ExampleMaker:
         if pictures and isinstance(pictures[0], StoredPicture):
             example["image_features"] = [picture.features for picture in pictures]
         elif pictures:
-            example["images"] = [self._pixels_of(record, picture) for picture in pictures]
+            example["images"] = [self.pixels_of(record, picture) for picture in pictures]
         if pictures:
             example["image_sizes"] = [picture.size for picture in pictures]
         return example
@@ -84,7 +84,8 @@ class ExampleMaker:
             return prepare_picture(picture, self.image_processor, *shape)
         return picture_bytes(picture, self.steps, *shape, self.picture_resize)
 
-    def _pixels_of(self, record: Record, picture: Image.Image) -> torch.Tensor:
+    def pixels_of(self, record: Record, picture: Image.Image) -> torch.Tensor:
+        """Return a picture of a record as the tower takes it; DataError naming the record if that cannot be made."""
         try:
             return self.pixels(picture)
         # An image processor may raise anything at an image of a shape that it does not expect.

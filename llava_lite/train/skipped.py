@@ -125,9 +125,15 @@ class SkipMixin:
         found = [line for lines in everyone(self.found[name]) for line in lines]
         self.found[name] = []
         if self.is_streaming:
-            raise_together(self.end_of_stream, DataError, f"Step {self.state.global_step} is the last one.")
+            raise_together(self.end_of_stream, DataError, f"The run stopped at step {self.state.global_step}.")
         if name in getattr(self.facts, "logs", ()):
-            self.facts.logs[name].take(found, self.state.global_step)
+            # Before the first step of a run that goes on, its state is not read yet.
+            self.facts.logs[name].take(found, max(self.state.global_step, self.facts.step))
+
+    def leave_out(self, problems: list[dict]) -> None:
+        """Leave records of training out before it begins, each rank what it has found; all must call it."""
+        self.found["train"] += problems
+        self.settle()
 
     def _run_epoch(self, *args, **kwargs):
         """Tell the workers which epoch it is before they read."""
