@@ -13,6 +13,7 @@ from llava_lite.data.check_report import Report, kinds_of
 from llava_lite.data.encode import RecordEncoder
 from llava_lite.data.facts import slots_of
 from llava_lite.data.index import Annotations
+from llava_lite.data.look_again import look_again
 from llava_lite.data.picture_files import PictureMeter
 from llava_lite.data.records import missing_images
 from llava_lite.data.scan import DataError
@@ -91,8 +92,10 @@ def _find_problems(
     for i, error in annotations.count_tokens(encoder, layout, num_workers).items():
         found.setdefault(i, ("text", str(error)))
     annotations.tables = annotations.tables._replace(pictures=pictures)
+    # First those that are known, and then what is not, which needs no second look.
+    changed = look_again(annotations, pictures, 3, meter, NUM_THREADS)
     checked = annotations.complete(pictures, 3, meter, "checking pictures", per_picture=True, num_threads=NUM_THREADS)
-    for i, error in checked.items():
+    for i, error in (changed | checked).items():
         found.setdefault(i, ("picture", str(error)))
     for i, reason in _length_problems(annotations, max_length).items():
         found.setdefault(i, ("length", reason))
