@@ -92,10 +92,8 @@ def _find_problems(
     for i, error in annotations.count_tokens(encoder, layout, num_workers).items():
         found.setdefault(i, ("text", str(error)))
     annotations.tables = annotations.tables._replace(pictures=pictures)
-    # First those that are known, and then what is not, which needs no second look.
-    changed = look_again(annotations, pictures, 3, meter, NUM_THREADS)
     checked = annotations.complete(pictures, 3, meter, "checking pictures", per_picture=True, num_threads=NUM_THREADS)
-    for i, error in (changed | checked).items():
+    for i, error in (checked | look_again(annotations, pictures, 3, meter, NUM_THREADS)).items():
         found.setdefault(i, ("picture", str(error)))
     for i, reason in _length_problems(annotations, max_length).items():
         found.setdefault(i, ("length", reason))

@@ -158,7 +158,7 @@ class Facts:
             return self._measure(file, self.unknown(positions), measure, purpose, **pool)
 
     def renew(self, file: Sequence, positions: np.ndarray, measure, purpose: str, **pool) -> dict[int, ValueError]:
-        """Measure again what may be known at `positions` [n]; return what `complete` does. What fails stays as it was."""
+        """Measure again what may be known at `positions` [n]; return as `complete`. What fails stays as it was."""
         if not len(positions):
             return {}
         with locked(self.path, purpose):

@@ -91,7 +91,7 @@ class LLaVATrainer(StreamMixin, SkipMixin, CheckpointMixin, EvaluationMixin, Pus
         self.experts = ExpertMeter()
         self.balance_sum = torch.zeros((), device=args.device)
         self.last_figures_step = 0
-        self.sample_ids, self.ids_of_step, self.has_pictures = [], [], False
+        self.sample_ids, self.ids_of_step, self.has_pictures, self.learns = [], [], False, True
         self.watch = GradientWatch(())
         if self.pop_callback(ProgressCallback) is not None:
             self.add_callback(TrainingBar)
@@ -178,6 +178,8 @@ class LLaVATrainer(StreamMixin, SkipMixin, CheckpointMixin, EvaluationMixin, Pus
         for batch in batches:
             self.meter.add(batch)
         self.ids_of_step, self.has_pictures = [], any(has_pictures(batch) for batch in batches)
+        # As the collator has counted them; another one's batches all have some.
+        self.learns = any(len(batch.get("supervised_positions", "?")) for batch in batches)
         return batches, num_items
 
     def _prepare_inputs(self, inputs):
@@ -214,7 +216,7 @@ class LLaVATrainer(StreamMixin, SkipMixin, CheckpointMixin, EvaluationMixin, Pus
         # fp16's loss scaling meets infinite gradients on purpose and skips the step.
         if not self.args.fp16:
             stop_if_gradient_not_finite(grad_norm, self.ids_of_step, self.state.global_step)
-        self.watch.check(self.has_pictures, exempt=self.groups_without_gradient())
+        self.watch.check(self.has_pictures, exempt=self.groups_without_gradient(), learns=self.learns)
         super()._maybe_log_save_evaluate(tr_loss, grad_norm, model, *args, **kwargs)
 
     def groups_without_gradient(self):
