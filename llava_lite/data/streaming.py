@@ -225,8 +225,7 @@ class StreamDataset(IterableDataset):
                 left_out += [] if is_known else [line | {"place": place, "since": lane.state.epoch}]
                 end = None if is_known else self._judge(lane.state, error)
                 if end is not None:
-                    yield self._last(StreamBatch(examples, number, state, tuple(left_out), end), line)
-                    return
+                    yield from self._last(StreamBatch(examples, number, state, tuple(left_out), end), line)
             else:
                 if self._is_full(examples, example):
                     # The state before this example: a run that resumes here reads it again.
@@ -238,12 +237,17 @@ class StreamDataset(IterableDataset):
                 yield StreamBatch(examples, number, state, tuple(left_out))
                 left_out, examples = [], []
 
-    def _last(self, batch: StreamBatch, line: dict) -> StreamBatch:
-        """Return the batch with which a lane ends: its run tells all ranks why. Without a run, raise the reason."""
+    def _last(self, batch: StreamBatch, line: dict) -> Iterator[StreamBatch]:
+        """Yield the batch with which a lane ends, by which its run tells all ranks why, and empty ones until it has.
+
+        Without a run, raise the reason.
+        """
         if self.left_out is None:
             raise batch.end
-        name = f"{line['shard']}[{line['number']}]"
-        return batch if batch.examples else batch._replace(examples=[self.maker.empty(name)])
+        empty = [self.maker.empty(f"{line['shard']}[{line['number']}]")]
+        yield batch if batch.examples else batch._replace(examples=empty)
+        while True:
+            yield batch._replace(examples=empty, left_out=())
 
     def _is_full(self, examples: list[dict], example: dict) -> bool:
         if self.pack_tokens is None or not examples:
