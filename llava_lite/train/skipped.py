@@ -9,6 +9,7 @@ import os
 from pathlib import Path
 
 from llava_lite.data.check import BadRecord, apply_policy
+from llava_lite.data.check_report import number
 from llava_lite.data.left_out import LeftOut
 from llava_lite.data.scan import DataError
 from llava_lite.train.ranks import everyone, raise_together
@@ -73,8 +74,8 @@ class SkipLog:
             failure.told_by_first_of = "RANK"
             raise failure from None
         logger.warning(
-            "step %d: %d records cannot be used and are left out from here on, on every rank: %s",
-            step, len(new), "; ".join(str(bad_of(line)) for line in new),
+            "step %d: %s cannot be used and will be left out from here on, on every rank: %s",
+            step, number(len(new), "record"), "; ".join(str(bad_of(line)) for line in new),
         )  # fmt: skip
 
     def _add(self, lines: list[dict]) -> None:
