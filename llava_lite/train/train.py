@@ -14,6 +14,7 @@ from transformers import set_seed
 
 from llava_lite.arguments import parse_args
 from llava_lite.commands.train import asks_for_help, main_page
+from llava_lite.data.scan import DataError
 from llava_lite.end_marks import add_end_mark, end_mark_of, refuse_unfit
 from llava_lite.flag_help import full_page
 from llava_lite.flags import machine_has
@@ -187,7 +188,8 @@ def main(argv=None):
         if flags[-1].world_size > 1:
             leave()
         return
-    accelerator = run(stage).accelerator
+    with told_in_a_line((DataError,)):
+        accelerator = run(stage).accelerator
     # A rank that leaves while another still uses what they share may end that one with an abort.
     accelerator.wait_for_everyone()
     accelerator.end_training()
