@@ -22,6 +22,12 @@ def rot(path):
     Path(path).write_bytes(data)
 
 
+def log_of(results):
+    """Return the lines of a log without what an evaluation took."""
+    clock = {"eval_runtime", "eval_samples_per_second", "eval_steps_per_second"}
+    return [{key: value for key, value in line.items() if key not in clock} for line in results["log"]]
+
+
 def launched(command, **options):
     """Run a command on 2 ranks."""
     with socket.socket() as free:
@@ -75,7 +81,7 @@ def test_a_record_that_breaks_on_one_rank_is_left_out_on_both(common, toy_data, 
         for name in cases:
             for step in ("4", "8"):
                 found, whole = results[name][step], results[name]["whole"]
-                assert found["log"] == whole["log"], f"{name} from {step}"
+                assert log_of(found) == log_of(whole), f"{name} from {step}"
                 assert found["weights"] == whole["weights"], f"{name} from {step}"
                 assert found["samples"] == whole["samples"][-len(found["samples"]) :]
     for name in ways:
