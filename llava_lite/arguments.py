@@ -198,7 +198,7 @@ class DataArguments:
         "Keep a frozen tower's features on disk and read them: a folder for them; auto: in the cache folder, where "
         "more than one epoch reads them, or an earlier run left them, and half the free disk holds them; off.",
     )
-    bad_record: Literal["raise", "skip"] = knob("raise", "A broken record or picture stops the run, or is left out.")
+    bad_record: Literal["raise", "skip"] = knob("raise", "A broken record or image stops the run, or is left out.")
     max_bad_share: float = knob(0.01, "Largest share of records that --bad_record skip may leave out.")
     placeholder_as_text: bool = knob(
         False, "Take <image> in a record without any image for plain text (LLaVA); default: such a record is refused."

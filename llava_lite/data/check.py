@@ -13,6 +13,7 @@ from llava_lite.data.check_report import Report, kinds_of
 from llava_lite.data.encode import RecordEncoder
 from llava_lite.data.facts import slots_of
 from llava_lite.data.index import Annotations
+from llava_lite.data.look_again import look_again
 from llava_lite.data.picture_files import PictureMeter
 from llava_lite.data.records import missing_images
 from llava_lite.data.scan import DataError
@@ -37,6 +38,17 @@ class BadRecord(NamedTuple):
         where = f"{os.path.basename(self.file)}[{self.position}]"
         name = where if self.id is None else f"record {self.id!r} ({where})"
         return self.reason if where in self.reason else f"{name}: {self.reason}"
+
+
+class Before(NamedTuple):
+    """What a run that goes on leaves out, by number over all files: at its first start, and what it met since."""
+
+    start: dict[int, BadRecord]
+    later: dict[int, BadRecord]
+
+    def has(self, place: int) -> bool:
+        """Tell whether a record is left out already."""
+        return place in self.start or place in self.later
 
 
 def token_end(annotations: Annotations) -> tuple[np.ndarray, np.ndarray]:
@@ -81,7 +93,7 @@ def _find_problems(
         found.setdefault(i, ("text", str(error)))
     annotations.tables = annotations.tables._replace(pictures=pictures)
     checked = annotations.complete(pictures, 3, meter, "checking pictures", per_picture=True, num_threads=NUM_THREADS)
-    for i, error in checked.items():
+    for i, error in (checked | look_again(annotations, pictures, 3, meter, NUM_THREADS)).items():
         found.setdefault(i, ("picture", str(error)))
     for i, reason in _length_problems(annotations, max_length).items():
         found.setdefault(i, ("length", reason))
@@ -114,6 +126,7 @@ def check_annotations(
     follow_links: bool = False,
     num_workers: int = 0,
     placeholder_as_text: bool = False,
+    before: Before | None = None,
 ) -> Report:
     """Return what the records hold, having looked at every one of them and at every picture.
 
@@ -122,16 +135,21 @@ def check_annotations(
     writes them to `ledger_path` (one JSON object a line), unless they are more than `max_bad_share` of all.
     decode: decode every picture as well, which takes as long as an epoch of loading. follow_links: see safe_path.
     placeholder_as_text: take `<image>` in a record without images for text, counted in the report; else such a record
-    is a bad one.
+    is a bad one. before: what a run that goes on leaves out; what is bad beyond that stays in, as Report.late.
     What is left depends on the data alone, so ranks agree without talking; Report.digest lets them make sure.
     """
     meter = PictureMeter(decode, follow_links)
     problems = _find_problems(annotations, encoder, layout, max_length, meter, num_workers, placeholder_as_text)
-    bad = [_bad_record(annotations, i, *problem) for i, problem in problems.items()]
-    _apply_policy(bad, len(annotations), bad_record, max_bad_share)
+    numbers = np.arange(len(annotations)) if annotations.selection is None else annotations.selection
+    found = {int(numbers[i]): _bad_record(annotations, i, *problem) for i, problem in problems.items()}
+    start = found if before is None else before.start
+    late = {place: bad for place, bad in found.items() if before is not None and not before.has(place)}
+    new = list((found if before is None else late).values())
+    known = [] if before is None or bad_record == "raise" else [*before.start.values(), *before.later.values()]
+    apply_policy([*known, *new], len(annotations), bad_record, max_bad_share)
+    bad = list(start.values())
     if bad:
-        keep = np.setdiff1d(np.arange(len(annotations)), np.fromiter(problems, np.int64))
-        annotations = annotations.select(keep)
+        annotations = annotations.select(np.flatnonzero(~np.isin(numbers, list(start))))
     if ledger_path is not None:
         write_ledger(ledger_path, bad)
     lengths, facts = annotations.token_lengths, annotations.record_facts()
@@ -149,10 +167,13 @@ def check_annotations(
         empty_answers=facts.num_empty,
         text_placeholders=facts.num_missing,
         texts=count_texts(annotations, encoder.template.options.special_tokens_in_text),
+        left_out=start,
+        late=late,
     )
 
 
-def _apply_policy(bad: list[BadRecord], num_records: int, bad_record: str, max_bad_share: float) -> None:
+def apply_policy(bad: list[BadRecord], num_records: int, bad_record: str, max_bad_share: float) -> None:
+    """Raise DataError, naming the first of some bad records, unless they may be left out; see check_annotations."""
     if bad_record not in ("raise", "skip"):
         raise ValueError(f"unknown bad_record {bad_record!r}; known: raise, skip.")
     too_many = len(bad) > max_bad_share * num_records

@@ -31,6 +31,8 @@ class Report:
     empty_answers: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))  # of each record [N]
     text_placeholders: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))  # of each record [N]
     texts: TextCounts = field(default_factory=TextCounts)
+    left_out: dict = field(default_factory=dict)  # `bad` by number over all files
+    late: dict = field(default_factory=dict)  # the same of what a run that goes on met now; its place stays
 
     @property
     def digest(self) -> str:

@@ -26,6 +26,12 @@ def batch_pictures(examples: list[dict]) -> dict:
     return {name: pictures if is_crops else torch.stack(pictures), "image_sizes": sizes}
 
 
+def left_out_of(examples: list[dict]) -> dict:
+    """Return {"left_out"}: what could not be read of these examples, for the run; {} where all could be."""
+    found = [example["left_out"] for example in examples if "left_out" in example]
+    return {"left_out": found} if found else {}
+
+
 def supervised_positions(labels: torch.Tensor) -> torch.Tensor:
     """Return the flat positions [S] of labels [B, L] whose next token is learned; a row's first token never is.
 
@@ -65,7 +71,7 @@ class PackedCollator:
             "supervised_positions": supervised_positions(labels[None]),
             "sample_ids": [example["id"] for example in examples],
         }
-        return batch | batch_pictures(examples)
+        return batch | batch_pictures(examples) | left_out_of(examples)
 
 
 @dataclass
@@ -98,7 +104,7 @@ class DataCollatorForSupervisedDataset:
             "sample_ids": [example["id"] for example in examples],
         }
         batch["supervised_positions"] = supervised_positions(batch["labels"])
-        return batch | batch_pictures(examples)
+        return batch | batch_pictures(examples) | left_out_of(examples)
 
     def _pad(self, rows: list[torch.Tensor], value: int) -> torch.Tensor:
         return torch.nn.utils.rnn.pad_sequence(

@@ -10,10 +10,11 @@ from llava_lite.anyres import PictureLayout
 from llava_lite.constants import IGNORE_INDEX
 from llava_lite.conversation import Conversation
 from llava_lite.data.cache import file_key, key_of
-from llava_lite.data.check import Report, check_annotations
+from llava_lite.data.check import BadRecord, Report, check_annotations
 from llava_lite.data.encode import RecordEncoder, expand_image_tokens
 from llava_lite.data.feature_cache import FeatureView, StoredPicture
 from llava_lite.data.index import Annotations, open_annotations
+from llava_lite.data.left_out import LeftOut, empty_example
 from llava_lite.data.picture_files import find_picture, open_image
 from llava_lite.data.records import Record, missing_images
 from llava_lite.data.scan import DataError
@@ -71,7 +72,7 @@ class ExampleMaker:
         if pictures and isinstance(pictures[0], StoredPicture):
             example["image_features"] = [picture.features for picture in pictures]
         elif pictures:
-            example["images"] = [self.pixels(picture) for picture in pictures]
+            example["images"] = [self.pixels_of(record, picture) for picture in pictures]
         if pictures:
             example["image_sizes"] = [picture.size for picture in pictures]
         return example
@@ -82,6 +83,20 @@ class ExampleMaker:
         if self.steps is None:
             return prepare_picture(picture, self.image_processor, *shape)
         return picture_bytes(picture, self.steps, *shape, self.picture_resize)
+
+    def pixels_of(self, record: Record, picture: Image.Image) -> torch.Tensor:
+        """Return a picture of a record as the tower takes it; DataError naming the record if that cannot be made."""
+        try:
+            return self.pixels(picture)
+        # An image processor may raise anything at an image of a shape that it does not expect.
+        except Exception as error:
+            width, height = picture.size
+            reason = f"{type(error).__name__}: {error}"
+            raise DataError(f"{record.name}: its image of {width} x {height} cannot be prepared: {reason}") from error
+
+    def empty(self, name: str) -> dict:
+        """Return the example that stands in the place of a record that is left out."""
+        return empty_example(name, self.encoder.tokenizer.pad_token_id)
 
     def _encode(self, record: Record, pictures) -> tuple[list[int], list[int]]:
         if not (record.images or self.placeholder_as_text) and (reason := missing_images(record)):
@@ -113,10 +128,12 @@ class LazySupervisedDataset(ExampleMaker, Dataset):
     """Examples made when asked for; costs a worker nothing but paths, the tokenizer and the image processor.
 
     The arguments are those of ExampleMaker; image_folder: for records whose file names none. features: of the pictures
-    of these records, once they are stored; pictures are then neither opened nor encoded.
+    of these records, once they are stored; pictures are then neither opened nor encoded. left_out: the records that a
+    run leaves out; one that cannot be read then gives an empty example that says why under "left_out", and no error.
     """
 
     features: FeatureView | None = None
+    left_out: LeftOut | None = None
 
     def __init__(
         self,
@@ -156,14 +173,42 @@ class LazySupervisedDataset(ExampleMaker, Dataset):
     def __getitem__(self, i: int | tuple[int, ...]) -> dict | list[dict]:
         """Return the example of record i, or those of a pack of records.
 
-        DataError where one cannot be used, which a check before the run finds.
+        DataError where one cannot be used, unless `left_out` takes it; most of these a check before the run finds.
         """
         if isinstance(i, tuple):
             return [self[k] for k in i]
+        if self.left_out is None:
+            return self.read(i)
+        if self.left_out.has(self.annotations.number(i)):
+            return self._empty(i)
+        try:
+            return self.read(i)
+        except DataError as error:
+            return self._empty(i) | {"left_out": self.problem(i, error)}
+
+    def read(self, i: int) -> dict:
+        """Return the example of record i; DataError where it cannot be used."""
         record = self.annotations[i]
         if self.features is None:
             return self.example(record, [self.open(record, image) for image in record.images])
         return {"image_features": [], **self.example(record, self.features[i])}
+
+    def _empty(self, i: int) -> dict:
+        file, position = self.annotations.place(i)
+        # The key of features tells the model that the tower runs on no rank, here as everywhere.
+        features = {} if self.features is None else {"image_features": []}
+        return features | self.empty(f"{file.name}[{position}]")
+
+    def problem(self, i: int, error: ValueError) -> dict:
+        """Return a line of the log of skipped records for record i: which it is, its place and what is wrong."""
+        kind = "picture" if isinstance(error.__cause__, PictureError) else "record"
+        try:
+            record_id = self.annotations[i].id
+        except DataError:
+            record_id = None
+        file, position = self.annotations.place(i)
+        bad = BadRecord(file.source.path, position, record_id, kind, str(error))
+        return {"place": self.annotations.number(i), **bad._asdict()}
 
     def open(self, record: Record, image: str | bytes) -> Image.Image:
         """Return a picture of a record; DataError naming the record if it cannot be used."""
@@ -214,8 +259,8 @@ def open_dataset(
 ) -> tuple[LazySupervisedDataset, Report]:
     """Return the examples of annotation files, indexed and checked, and what the check found.
 
-    policy: bad_record, max_bad_share, ledger_path, decode of check_annotations. num_workers: processes that count
-    tokens the first time. picture_resize, placeholder_as_text: as in ExampleMaker.
+    policy: bad_record, max_bad_share, ledger_path, decode, before of check_annotations. num_workers: processes that
+    count tokens the first time. picture_resize, placeholder_as_text: as in ExampleMaker.
     """
     annotations = open_annotations(data_path, image_folder, cache_dir, num_workers)
     encoder = RecordEncoder(tokenizer, conv_template, mm_use_im_start_end)

@@ -154,19 +154,25 @@ class Facts:
         """
         if not len(self.unknown(positions)):
             return {}
-        problems = {}
         with locked(self.path, purpose):
-            rows = np.array(self.rows())
-            unknown = self.unknown(positions)
-            try:
-                for measured in measure_records(file, unknown, measure, purpose, **pool):
-                    problems.update(measured.problems)
-                    if measured.rows:
-                        numbers = np.fromiter(chain.from_iterable(measured.rows), np.int32)
-                        rows[slots_of(self.starts, np.array(measured.positions))] = numbers.reshape(
-                            -1, self.num_columns
-                        )
-            finally:
-                if len(problems) < len(unknown):
-                    save_array(self.path, rows)
+            return self._measure(file, self.unknown(positions), measure, purpose, **pool)
+
+    def renew(self, file: Sequence, positions: np.ndarray, measure, purpose: str, **pool) -> dict[int, ValueError]:
+        """Measure again what may be known at `positions` [n]; return as `complete`. What fails stays as it was."""
+        if not len(positions):
+            return {}
+        with locked(self.path, purpose):
+            return self._measure(file, positions, measure, purpose, **pool)
+
+    def _measure(self, file, positions, measure, purpose, **pool) -> dict[int, ValueError]:
+        problems, rows = {}, np.array(self.rows())
+        try:
+            for measured in measure_records(file, positions, measure, purpose, **pool):
+                problems.update(measured.problems)
+                if measured.rows:
+                    numbers = np.fromiter(chain.from_iterable(measured.rows), np.int32)
+                    rows[slots_of(self.starts, np.array(measured.positions))] = numbers.reshape(-1, self.num_columns)
+        finally:
+            if len(problems) < len(positions):
+                save_array(self.path, rows)
         return problems

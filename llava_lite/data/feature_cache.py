@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from llava_lite.data.cache import key_of, load_array, save_array
+from llava_lite.data.scan import DataError
 
 # Raised when what is stored, or how it is keyed, changes.
 VERSION = 1
@@ -88,12 +89,13 @@ class FeatureStore:
     def view(self, keys: np.ndarray, starts: np.ndarray) -> "FeatureView":
         """Return the features of pictures by record: record i has the pictures starts[i] to starts[i + 1] of keys [S].
 
-        Raises KeyError if one is not stored.
+        An empty key stands for a picture that cannot be used: DataError when it is asked for. Raises KeyError if
+        another one is not stored.
         """
         # Listed once: other processes add shards at any time, and a number must go on meaning the same one.
         names = self.shards()
         places = self.find(keys, names)
-        missing = int((places["shard"] < 0).sum())
+        missing = int(((places["shard"] < 0) & (keys != b"")).sum())
         if missing:
             raise KeyError(f"{missing} of {len(keys)} pictures have no features in {self.folder}.")
         path = self.folder / "views" / key_of(keys.tobytes(), starts.tobytes(), *names)
@@ -132,7 +134,10 @@ class FeatureView:
 
     def __getitem__(self, i: int) -> list[StoredPicture]:
         """Return the pictures of record i, in their order."""
-        return [self._read(place) for place in self.places[self.starts[i] : self.starts[i + 1]]]
+        places = self.places[self.starts[i] : self.starts[i + 1]]
+        if (places["shard"] < 0).any():
+            raise DataError(f"record {i}: one of its pictures could not be used when features were made of them.")
+        return [self._read(place) for place in places]
 
     def _read(self, place) -> StoredPicture:
         num_crops, num_features, start = int(place["num_crops"]), int(place["num_features"]), int(place["offset"])

@@ -69,11 +69,15 @@ class Annotations:
     def __len__(self):
         return self.starts[-1] if self.selection is None else len(self.selection)
 
-    def place(self, i: int) -> tuple[IndexedFile, int]:
-        """Return the file and the position in it of record i."""
+    def number(self, i: int) -> int:
+        """Return the number of record i over all files, in use or not."""
         if not -len(self) <= i < len(self):
             raise IndexError(f"record {i} of {len(self)}.")
-        number = i % len(self) if self.selection is None else int(self.selection[i])
+        return i % len(self) if self.selection is None else int(self.selection[i])
+
+    def place(self, i: int) -> tuple[IndexedFile, int]:
+        """Return the file and the position in it of record i."""
+        number = self.number(i)
         k = bisect_right(self.starts, number) - 1
         return self.files[k], number - self.starts[k]
 

@@ -45,9 +45,12 @@ class IndexedFile:
     def __getitem__(self, position: int) -> Record:
         """Return a record; DataError with file, line and reason if it is none."""
         start, stop = self.spans[position].tolist()
-        # pread leaves the file's position alone, which forked workers share.
-        data = os.pread(self.file.fileno(), stop - start, start)
         where = f"{self.name}[{position}]"
+        try:
+            # pread leaves the file's position alone, which forked workers share.
+            data = os.pread(self.file.fileno(), stop - start, start)
+        except OSError as error:
+            raise DataError(f"{where}: {self.source.path} cannot be read ({error.strerror}).") from error
         try:
             return self.reader.parse(data, where, self.source.image_folder)
         except DataError:

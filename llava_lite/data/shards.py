@@ -129,6 +129,14 @@ def read_shard(shard: Shard, place: Place = START, part: int = 0, num_parts: int
             yield raw
     except DataError as error:
         yield RawRecord("", last.number, {}, last, error)
+    except OSError as error:
+        # A network, whose errors have no number, comes back, and a run can be started again then.
+        is_of_disk = "://" not in shard.path and error.errno is not None
+        if not is_of_disk and not isinstance(error, (FileNotFoundError, PermissionError)):
+            raise
+        reason = error.strerror or type(error).__name__
+        reason = f"{shard.path} cannot be read from record {last.number} on ({reason}); none behind it is read."
+        yield RawRecord("", last.number, {}, last, DataError(reason))
 
 
 def parse_shard_record(shard: Shard, raw: RawRecord) -> ShardRecord:

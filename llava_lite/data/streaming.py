@@ -22,6 +22,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from llava_lite.data.cache import key_of
 from llava_lite.data.dataset import ExampleMaker
+from llava_lite.data.left_out import LeftOut
 from llava_lite.data.picture_files import open_image
 from llava_lite.data.scan import DataError
 from llava_lite.data.shard_files import Place, RawRecord, Shard
@@ -32,6 +33,8 @@ from llava_lite.pictures import PictureError
 LEAST_JUDGED = 1000
 # A lane's share of an epoch may hold no record where a shard is empty or there are few; the next is another share.
 MOST_EMPTY_EPOCHS = 100
+# A record's place is its shard's number in front of its own, in so many bits.
+RECORD_BITS = 40
 
 
 class LaneState(NamedTuple):
@@ -53,6 +56,7 @@ class StreamBatch(NamedTuple):
     lane: int = 0  # of the rank
     state: LaneState = LaneState()
     left_out: tuple[dict, ...] = ()
+    end: DataError | None = None  # why the lane does not go on
 
 
 def _generator(*words) -> np.random.Generator:
@@ -112,7 +116,8 @@ class StreamDataset(IterableDataset):
     num_workers: of the loader, 0 for none; seed: of the order. window: records of a shard that are shuffled together
     and held in memory meanwhile. pack_tokens: a micro-batch is as many examples as have room in so many tokens, in the
     order of the stream, in place of `batch_size`. bad_record: `raise`, or `skip`, which leaves out at most
-    `max_bad_share` of them; what is behind a broken place of a shard nobody can count, and it counts as one.
+    `max_bad_share` of them; what is behind a broken place of a shard nobody can count, and it counts as one. left_out:
+    what a run leaves out, on all lanes; a lane that may not go on then ends with a batch that says why, and no error.
     """
 
     def __init__(
@@ -128,7 +133,9 @@ class StreamDataset(IterableDataset):
         pack_tokens: int | None = None,
         bad_record: str = "raise",
         max_bad_share: float = 0.01,
+        left_out: LeftOut | None = None,
     ):
+        self.left_out, self.shard_numbers = left_out, {shard.path: k for k, shard in enumerate(shards)}
         self.shards, self.maker, self.batch_size = shards, maker, batch_size
         self.lanes_a_rank, self.rank, self.num_ranks = max(1, num_workers), rank, num_ranks
         self.seed, self.window, self.pack_tokens = seed, window, pack_tokens
@@ -206,12 +213,19 @@ class StreamDataset(IterableDataset):
     def _batches(self, lane: Lane, number: int) -> Iterator[StreamBatch]:
         left_out, examples, state = [], [], lane.state
         for shard, raw in lane:
+            place = self.shard_numbers[shard.path] << RECORD_BITS | raw.number
             try:
+                is_known = self.left_out is not None and self.left_out.has(place, lane.state.epoch)
+                if is_known:
+                    raise DataError(f"{shard.name}[{raw.number}] was left out before.")
                 example = self._example(shard, raw)
             except DataError as error:
                 lane.state = lane.state._replace(num_bad=lane.state.num_bad + 1)
-                self._judge(lane.state, error)
-                left_out.append({"shard": shard.path, "number": raw.number, "key": raw.key, "reason": str(error)})
+                line = {"shard": shard.path, "number": raw.number, "key": raw.key, "reason": str(error)}
+                left_out += [] if is_known else [line | {"place": place, "since": lane.state.epoch}]
+                end = None if is_known else self._judge(lane.state, error)
+                if end is not None:
+                    yield from self._last(StreamBatch(examples, number, state, tuple(left_out), end), line)
             else:
                 if self._is_full(examples, example):
                     # The state before this example: a run that resumes here reads it again.
@@ -222,6 +236,18 @@ class StreamDataset(IterableDataset):
             if self.pack_tokens is None and len(examples) == self.batch_size:
                 yield StreamBatch(examples, number, state, tuple(left_out))
                 left_out, examples = [], []
+
+    def _last(self, batch: StreamBatch, line: dict) -> Iterator[StreamBatch]:
+        """Yield the batch with which a lane ends, by which its run tells all ranks why, and empty ones until it has.
+
+        Without a run, raise the reason.
+        """
+        if self.left_out is None:
+            raise batch.end
+        empty = [self.maker.empty(f"{line['shard']}[{line['number']}]")]
+        yield batch if batch.examples else batch._replace(examples=empty)
+        while True:
+            yield batch._replace(examples=empty, left_out=())
 
     def _is_full(self, examples: list[dict], example: dict) -> bool:
         if self.pack_tokens is None or not examples:
@@ -242,19 +268,21 @@ class StreamDataset(IterableDataset):
             raise DataError(f"{record.name} has {length:,} tokens, a pack {self.pack_tokens:,}: --packing_tokens.")
         return example
 
-    def _judge(self, state: LaneState, error: DataError) -> None:
+    def _judge(self, state: LaneState, error: DataError) -> DataError | None:
+        """Return why a lane may not go on behind a record that cannot be used, None if it may."""
         if self.bad_record == "raise":
             end = "" if str(error).endswith("?") else "."
-            raise DataError(
+            return DataError(
                 f"{str(error).rstrip('.')}{end} Mend it, or leave such records out with --bad_record skip."
-            ) from error
+            )
         # No share is so large that a lane may go on without end and find nothing.
         none_good = state.num_bad == state.num_records >= LEAST_JUDGED
         if none_good or state.num_bad > self.max_bad_share * max(state.num_records, LEAST_JUDGED):
             share = f"{state.num_bad:,} of {state.num_records:,} records of a lane cannot be used, the last: {error}"
-            raise DataError(
+            return DataError(
                 f"{share.rstrip('.')}. --bad_record skip leaves out at most {self.max_bad_share:.2%}, and never all."
-            ) from error
+            )
+        return None
 
 
 class StreamCollator:

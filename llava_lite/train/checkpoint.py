@@ -23,6 +23,7 @@ from llava_lite.train.interrupt import EXIT_RESUMABLE, ProgressCallback
 from llava_lite.train.manifest import SaveError, newest_whole_checkpoint
 from llava_lite.train.ranks import everyone, raise_together
 from llava_lite.train.resume import find_checkpoint, refuse_incomplete, refuse_other_run
+from llava_lite.train.run_facts import FACTS
 from llava_lite.train.trained_weights import (
     PROJECTOR,
     TRAINED,
@@ -54,6 +55,8 @@ class CheckpointMixin:
     """
 
     opening = None
+    # A subclass that leaves out records that cannot be read has more to say: see SkipMixin.
+    facts, has_news = None, False
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -326,6 +329,8 @@ class CheckpointMixin:
                 self.opening.write(staged, self.args)
             self._export_callbacks()
             self.state.save_to_json(str(staged / TRAINER_STATE))
+            if self.facts is not None:
+                paper.write_json(staged / FACTS, self.facts.state())
             if trained:
                 save_file(trained, staged / TRAINED, metadata={"format": "pt"})
                 paper.as_readable_as(staged, [TRAINED], staged / TRAINER_STATE)

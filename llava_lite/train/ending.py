@@ -56,6 +56,7 @@ def summary(trainer, result, whole: bool) -> str:
         "evaluation": evaluation_line(log),
         "time": time_line(result.metrics.get("train_runtime", 0)),
         "memory": f"{memory:.1f} GiB at most {'of a GPU' if args.device.type == 'cuda' else 'in a process'}",
+        "left out": left_out_line(getattr(trainer, "facts", None), folder),
         "plots": ", ".join(str(folder / name) for name in plots),
         "chat": chat_command(folder) + (" (/image FILE shows it an image)" if sees else ""),
         "stage 2": f"--pretrain_mm_mlp_adapter {folder / PROJECTOR}" if args.tuning == "projector" else "",
@@ -84,6 +85,14 @@ def loss_line(log, mean) -> str:
 def losses_of(log) -> list[float]:
     """Return the losses of a log that are numbers."""
     return [line["loss"] for line in log if isinstance(line.get("loss"), (int, float))]
+
+
+def left_out_line(facts, folder) -> str:
+    """Return how many records were left out and which file names them; "" if none was."""
+    counts = {name: len(log.start) + len(log.later) for name, log in getattr(facts, "logs", {}).items()}
+    words = {"train": "to train on", "eval": "to evaluate on"}
+    found = [f"{count(counts[name], 'record')} {words[name]}" for name in words if counts.get(name)]
+    return f"{', '.join(found)} ({folder}/skipped_*.jsonl says why)" if found else ""
 
 
 def time_line(seconds: float) -> str:

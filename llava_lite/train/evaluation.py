@@ -5,11 +5,27 @@ import torch
 from llava_lite.constants import IGNORE_INDEX
 from llava_lite.train.expert_parallel import needs_all_ranks
 from llava_lite.train.generations import generate_answers, report_answers, write_answers
+from llava_lite.train.ranks import everyone
 
 
 def count_of_rank(num_records, rank, batch_size):
     """Return how many of the last `num_records` a rank has; ranks take a batch each, in order."""
     return max(0, num_records - rank * batch_size)
+
+
+def readable_examples(eval_set, num_examples, facts=None):
+    """Return the first examples of an evaluation set that every rank can read; all ranks must call it."""
+    examples, problems, i = [], [], 0
+    while len(examples) < num_examples and i < len(eval_set):
+        example = eval_set[i]
+        answers = everyone((example.get("left_out"), bool((example["labels"] != IGNORE_INDEX).any())))
+        problems += [problem for problem, _ in answers if problem is not None]
+        if all(is_readable for _, is_readable in answers):
+            examples.append(example)
+        i += 1
+    if facts is not None and "eval" in facts.logs:
+        facts.logs["eval"].take(problems, facts.step)
+    return examples
 
 
 class EvaluationMixin:

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from llava_lite.data.cache import cache_root, key_of
 from llava_lite.data.feature_cache import KEY, VERSION, FeatureStore, FeatureWriter
+from llava_lite.data.scan import DataError
 from llava_lite.model.weights import gathered
 from llava_lite.resize import pass_order
 from llava_lite.train.ranks import everyone, raise_together
@@ -46,10 +47,11 @@ def use_features(trainer, dataset, where: str) -> None:
         with whole(tower, trainer):
             with together():
                 store, num_bytes = open_store(root, tower, dataset, trainer)
-            keys, starts = picture_keys(dataset, trainer.args)
+            leave_out = None if dataset.left_out is None else trainer.leave_out
+            keys, starts = picture_keys(dataset, trainer.args, leave_out)
             reason = _no_use(store, keys, num_bytes, dataset, trainer, where)
             if reason is None:
-                fill(store, keys, starts, tower, dataset, trainer.args)
+                fill(store, keys, starts, tower, dataset, trainer.args, leave_out)
                 with together():
                     dataset.features = store.view(keys, starts)
                 logger.info("pictures are read as features of the frozen tower from %s.", store.folder)
@@ -112,6 +114,7 @@ def _no_use(store, keys, num_bytes, dataset, trainer, where) -> str | None:
     """Return why the ranks leave the store alone, the same on all of them, and log its size."""
     is_new = np.zeros(len(keys), bool)
     is_new[np.unique(keys, return_index=True)[1]] = True
+    is_new &= keys != b""
     with together():
         missing = is_new & (store.find(keys)["shard"] < 0)
         store.folder.mkdir(parents=True, exist_ok=True)
@@ -179,24 +182,47 @@ def weights_digest(tower) -> str:
     return digest.hexdigest()
 
 
-def picture_keys(dataset, args) -> tuple[np.ndarray, np.ndarray]:
-    """Return a key [S] for each picture's file as it is now, and where [N + 1] those of each record begin."""
+def picture_keys(dataset, args, leave_out=None) -> tuple[np.ndarray, np.ndarray]:
+    """Return a key [S] for each picture's file as it is now, and where [N + 1] those of each record begin.
+
+    leave_out: what takes the lines of records that cannot be used, on all ranks together (see SkipMixin.leave_out);
+    their keys are empty. Without it they raise an error.
+    """
     starts = np.concatenate([[0], np.cumsum(dataset.annotations.num_pictures)])
     share = np.flatnonzero(np.diff(starts))[args.process_index :: args.world_size]
-    keys = []
+    keys, problems = [], []
     with together("Look at the data with `llava-lite check`."):
         for i in share.tolist():
-            record = dataset.annotations[i]
-            keys += [dataset.picture_key(record, image).encode() for image in record.images]
+            found, problem = _keys_of(dataset, i, leave_out is not None)
+            keys += found or [b""] * int(starts[i + 1] - starts[i])
+            problems += problem
     joined = np.zeros(starts[-1], KEY)
     for numbers, found in everyone((share, np.array(keys, KEY))):
         slots = [slot for i in numbers.tolist() for slot in range(starts[i], starts[i + 1])]
         joined[slots] = found
+    if leave_out is not None:
+        leave_out(problems)
     return joined, starts
 
 
-def fill(store: FeatureStore, keys: np.ndarray, starts: np.ndarray, tower, dataset, args) -> None:
-    """Make what is missing: each rank a share of it, then, if nodes have folders of their own, each rank of a node."""
+def _keys_of(dataset, i: int, may_leave_out: bool) -> tuple[list[bytes], list[dict]]:
+    """Return the keys of a record's pictures, none where it is left out, and what is to be said of it."""
+    if may_leave_out and dataset.left_out.has(dataset.annotations.number(i)):
+        return [], []
+    try:
+        record = dataset.annotations[i]
+        return [dataset.picture_key(record, image).encode() for image in record.images], []
+    except (ValueError, OSError) as error:
+        if not may_leave_out:
+            raise
+        return [], [dataset.problem(i, error)]
+
+
+def fill(store: FeatureStore, keys: np.ndarray, starts: np.ndarray, tower, dataset, args, leave_out=None) -> None:
+    """Make what is missing: each rank a share of it, then, if nodes have folders of their own, each rank of a node.
+
+    leave_out: as in picture_keys; the key of a picture that cannot be used is made empty.
+    """
     # Nodes may have unequally many ranks; a launcher that does not say how many has equally many.
     most_local = max(everyone(args.local_process_index)) + 1
     num_local = int(os.environ.get("LOCAL_WORLD_SIZE", most_local))
@@ -205,19 +231,44 @@ def fill(store: FeatureStore, keys: np.ndarray, starts: np.ndarray, tower, datas
         # A barrier: what the other ranks have written is seen from here on.
         everyone(None)
         with together(advice):
-            missing = np.flatnonzero(store.find(keys)["shard"] < 0)
+            missing = np.flatnonzero((store.find(keys)["shard"] < 0) & (keys != b""))
             slots = np.sort(missing[np.unique(keys[missing], return_index=True)[1]])
         if not any(everyone(len(slots))):
             return
+        broken = {}
         with together(advice):
             store.sweep()
-            write_features(store, keys, PictureSet(dataset, starts, slots[place::num_places]), tower, args)
+            pictures = PictureSet(dataset, starts, slots[place::num_places], leave_out is not None)
+            broken = write_features(store, keys, pictures, tower, args)
+        if leave_out is not None:
+            leave_out(_emptied({slot: why for found in everyone(broken) for slot, why in found.items()}, keys, starts,
+                               dataset))  # fmt: skip
+
+
+def _emptied(broken: dict[int, str], keys: np.ndarray, starts: np.ndarray, dataset) -> list[dict]:
+    """Make the keys of broken pictures (slot: reason) empty; return a line of each record that shows one of them."""
+    problems = []
+    for slot, reason in sorted(broken.items()):
+        same = np.flatnonzero(keys == keys[slot]) if keys[slot] else np.zeros(0, int)
+        for i in sorted({_record_of(starts, other) for other in same.tolist()}):
+            error = DataError(f"{dataset.annotations[i].name}: {reason}")
+            problems.append(dataset.problem(i, error) | {"kind": "picture"})
+        keys[same] = b""
+    return problems
+
+
+def _record_of(starts: np.ndarray, slot: int) -> int:
+    return int(np.searchsorted(starts, slot, side="right")) - 1
 
 
 class PictureSet(Dataset):
-    """Pictures by their numbers `slots`, as the tower takes them: (slot, width and height, pixels)."""
+    """Pictures by their numbers `slots`, as the tower takes them: (slot, width and height, pixels).
 
-    def __init__(self, dataset, starts: np.ndarray, slots: np.ndarray):
+    One that cannot be used is (slot, None, the reason) if it may be left out, else an error.
+    """
+
+    def __init__(self, dataset, starts: np.ndarray, slots: np.ndarray, may_leave_out: bool = False):
+        self.may_leave_out = may_leave_out
         self.dataset = dataset
         self.starts = starts
         self.slots = slots
@@ -227,24 +278,35 @@ class PictureSet(Dataset):
 
     def __getitem__(self, j: int):
         slot = int(self.slots[j])
-        i = int(np.searchsorted(self.starts, slot, side="right")) - 1
-        record = self.dataset.annotations[i]
-        picture = self.dataset.open(record, record.images[slot - int(self.starts[i])])
-        return slot, picture.size, self.dataset.pixels(picture)
+        i = _record_of(self.starts, slot)
+        try:
+            record = self.dataset.annotations[i]
+            picture = self.dataset.open(record, record.images[slot - int(self.starts[i])])
+            return slot, picture.size, self.dataset.pixels_of(record, picture)
+        except DataError as error:
+            if not self.may_leave_out:
+                raise
+            return slot, None, str(error.__cause__ or error)
 
 
-def write_features(store: FeatureStore, keys: np.ndarray, pictures: PictureSet, tower, args) -> None:
-    """Run the tower over the pictures and write what it makes of them."""
+def write_features(store: FeatureStore, keys: np.ndarray, pictures: PictureSet, tower, args) -> dict[int, str]:
+    """Run the tower over the pictures and write what it makes of them; return the reasons for those it cannot have."""
     from tqdm import tqdm
 
     loader = DataLoader(
         pictures, BATCH_PICTURES, collate_fn=list, num_workers=min(args.dataloader_num_workers, len(pictures))
     )
     bar = tqdm(total=len(pictures), desc="features of pictures", disable=len(pictures) < 512 or args.process_index > 0)
+    broken = {}
     with FeatureWriter(store) as writer, bar:
-        for batch in loader:
+        for found in loader:
+            broken |= {slot: reason for slot, size, reason in found if size is None}
+            batch = [one for one in found if one[1] is not None]
+            bar.update(len(found))
+            if not batch:
+                continue
             crops = [pixels if pixels.dim() == 4 else pixels[None] for _, _, pixels in batch]
             features = tower(torch.cat(crops)).cpu().split([len(one) for one in crops])
             for (slot, size, pixels), of_crops in zip(batch, features, strict=True):
                 writer.add(keys[slot], of_crops if pixels.dim() == 4 else of_crops[0], size)
-            bar.update(len(batch))
+    return broken

@@ -65,14 +65,18 @@ class GradientWatch:
 
         return note
 
-    def check(self, has_pictures, exempt=()):
+    def check(self, has_pictures, exempt=(), learns=True):
         """Raise ValueError on every rank if a group got no gradient on any; call after an optimizer step.
 
-        has_pictures: whether this rank's step had one. exempt: groups that may still be without.
+        has_pictures: whether this rank's step had one. exempt: groups that may still be without. learns: whether its
+        step had a supervised token; where all its records were left out there is nothing to see.
         """
         if not self.handles:
             return
-        flags = everyone({name: bool(flag) for name, flag in self.seen.items()} | {"": bool(has_pictures)})
+        own = {"": bool(has_pictures), "learns": bool(learns)}
+        flags = everyone({name: bool(flag) for name, flag in self.seen.items()} | own)
+        if not any(rank["learns"] for rank in flags):
+            return
         silent = [name for name in self.seen if not any(rank[name] for rank in flags)]
         if not silent:
             self.close()

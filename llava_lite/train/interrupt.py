@@ -73,8 +73,15 @@ class ProgressCallback(TrainerCallback):
         self._signalled = True
 
     def on_step_end(self, args, state, control, **kwargs):
-        """Save and stop once any rank was told to; launchers tell them at different moments."""
-        if any_rank(self._signalled or signal.SIGTERM in signal.sigpending(), args.device):
+        """Save and stop once any rank was told to; launchers tell them at different moments.
+
+        The same message tells the ranks that one of them could not read a record of the step.
+        """
+        is_told = self._signalled or signal.SIGTERM in signal.sigpending()
+        stop, has_news = any_rank_each([is_told, self.trainer.has_news], args.device)
+        if has_news:
+            self.trainer.settle()
+        if stop:
             # SIGKILL follows SIGTERM, mostly after 30 s: the save comes before an evaluation that is due.
             self.stop_requested, control.should_save, control.should_evaluate = True, True, False
 
@@ -113,8 +120,13 @@ class ProgressCallback(TrainerCallback):
 
 def any_rank(flag: bool, device: torch.device) -> bool:
     """Return on every rank whether the flag is set on one: one number a step over the network."""
+    return any_rank_each([flag], device)[0]
+
+
+def any_rank_each(flags: list[bool], device: torch.device) -> list[bool]:
+    """Return on every rank which of the flags are set on one, in one message."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return flag
-    number = torch.tensor(int(flag), device=device)
-    torch.distributed.all_reduce(number, op=torch.distributed.ReduceOp.MAX)
-    return bool(number.item())
+        return flags
+    numbers = torch.tensor([int(flag) for flag in flags], device=device)
+    torch.distributed.all_reduce(numbers, op=torch.distributed.ReduceOp.MAX)
+    return [bool(number) for number in numbers.tolist()]

@@ -27,6 +27,7 @@ from llava_lite.train.plots import draw_plots
 from llava_lite.train.pushing import PushingMixin
 from llava_lite.train.run_log import RunLog, TrainingBar
 from llava_lite.train.schedule import FollowFlags
+from llava_lite.train.skipped import SkipMixin
 from llava_lite.train.stream_run import StreamMixin
 from llava_lite.train.throughput import Meter, has_pictures, peak_flops, step_flops
 from llava_lite.train.tuning import compute_dtype, parameter_groups
@@ -64,11 +65,11 @@ class RunEvents(TrainerCallback):
         self.trainer.draw()
 
 
-class LLaVATrainer(StreamMixin, CheckpointMixin, EvaluationMixin, PushingMixin, Trainer):
+class LLaVATrainer(StreamMixin, SkipMixin, CheckpointMixin, EvaluationMixin, PushingMixin, Trainer):
     """Trains a LLaVA model; args are llava_lite's TrainingArguments, batches come from its collator.
 
     eval_examples: examples of the evaluation set that are answered at each evaluation. tokenizer: LLaVA's word, from
-    transformers 4, for processing_class.
+    transformers 4, for processing_class. facts: see SkipMixin.
     """
 
     def __init__(self, model, args, *, eval_examples=(), eval_max_new_tokens=64, tokenizer=None, **kwargs):
@@ -90,7 +91,7 @@ class LLaVATrainer(StreamMixin, CheckpointMixin, EvaluationMixin, PushingMixin, 
         self.experts = ExpertMeter()
         self.balance_sum = torch.zeros((), device=args.device)
         self.last_figures_step = 0
-        self.sample_ids, self.ids_of_step, self.has_pictures = [], [], False
+        self.sample_ids, self.ids_of_step, self.has_pictures, self.learns = [], [], False, True
         self.watch = GradientWatch(())
         if self.pop_callback(ProgressCallback) is not None:
             self.add_callback(TrainingBar)
@@ -177,6 +178,8 @@ class LLaVATrainer(StreamMixin, CheckpointMixin, EvaluationMixin, PushingMixin, 
         for batch in batches:
             self.meter.add(batch)
         self.ids_of_step, self.has_pictures = [], any(has_pictures(batch) for batch in batches)
+        # As the collator has counted them; another one's batches all have some.
+        self.learns = any(len(batch.get("supervised_positions", "?")) for batch in batches)
         return batches, num_items
 
     def _prepare_inputs(self, inputs):
@@ -213,7 +216,7 @@ class LLaVATrainer(StreamMixin, CheckpointMixin, EvaluationMixin, PushingMixin, 
         # fp16's loss scaling meets infinite gradients on purpose and skips the step.
         if not self.args.fp16:
             stop_if_gradient_not_finite(grad_norm, self.ids_of_step, self.state.global_step)
-        self.watch.check(self.has_pictures, exempt=self.groups_without_gradient())
+        self.watch.check(self.has_pictures, exempt=self.groups_without_gradient(), learns=self.learns)
         super()._maybe_log_save_evaluate(tr_loss, grad_norm, model, *args, **kwargs)
 
     def groups_without_gradient(self):

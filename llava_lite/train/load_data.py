@@ -10,8 +10,12 @@ import torch
 logger = logging.getLogger(__name__)
 
 
-def load_data(model, tokenizer, model_args, data_args, training_args):
-    """Return the records to learn from and those held out (or None), every one of them checked but for shards."""
+def load_data(model, tokenizer, model_args, data_args, training_args, facts=None):
+    """Return the records to learn from and those held out (or None), every one of them checked but for shards.
+
+    facts: the RunFacts of a run, which then opens its logs of skipped records; None has records that cannot be read
+    raise an error where they are read.
+    """
     from llava_lite.anyres import PictureLayout
     from llava_lite.data.dataset import open_dataset
     from llava_lite.data.sources import is_shards
@@ -21,9 +25,10 @@ def load_data(model, tokenizer, model_args, data_args, training_args):
     if data_args.data_path is None:
         raise ValueError("--data_path is needed: one or more files of records.")
     tower = model.get_vision_tower()
-    template = template_of_run(model_args, data_args)
+    template = template_of_run(model_args, data_args, None if facts is None else facts.moment)
 
-    def open_files(paths, ledger):
+    def open_files(paths, name):
+        before = None if facts is None else before_of(facts, name)
         dataset, report = open_dataset(
             paths,
             tokenizer,
@@ -39,7 +44,7 @@ def load_data(model, tokenizer, model_args, data_args, training_args):
             placeholder_as_text=data_args.placeholder_as_text,
             bad_record=data_args.bad_record,
             max_bad_share=data_args.max_bad_share,
-            ledger_path=f"{training_args.output_dir}/{ledger}" if data_args.bad_record == "skip" else None,
+            before=before,
         )
         if len(set(everyone(report.digest))) > 1:
             raise ValueError(f"the ranks see different files under {paths}; share them, or copy them to every node.")
@@ -47,18 +52,22 @@ def load_data(model, tokenizer, model_args, data_args, training_args):
             first = f"; the first: {report.bad[0]}" if report.bad else ""
             raise ValueError(f"{', '.join(paths)}: none of {len(report.bad):,} records can be used{first}.")
         logger.info("%s:\n%s", ", ".join(paths), report.summary())
+        if facts is not None:
+            open_log(dataset, facts, name, data_args, training_args, report)
         return dataset, report
 
     if is_shards(data_args.data_path):
-        train_set = open_stream(model, tokenizer, model_args, data_args, training_args)
+        train_set = open_stream(model, tokenizer, model_args, data_args, training_args, facts)
     else:
-        train_set, report = open_files(data_args.data_path, "skipped_records.jsonl")
+        train_set, report = open_files(data_args.data_path, "train")
         model.config.enable_thinking = asks_for_reasoning(report, tokenizer, model_args)
     eval_set = None
     if data_args.eval_data_path is not None:
-        eval_set, _ = open_files(data_args.eval_data_path, "skipped_eval_records.jsonl")
+        eval_set, _ = open_files(data_args.eval_data_path, "eval")
     elif data_args.eval_split:
         train_set, eval_set = split(train_set, data_args.eval_split, training_args.seed)
+        if facts is not None:
+            open_log(eval_set, facts, "eval", data_args, training_args)
     if training_args.tuning == "projector" and not is_shards(data_args.data_path) and not train_set.has_picture.any():
         raise ValueError(
             f"--tuning projector learns from images alone, and none of the {len(train_set):,} records that are left "
@@ -67,16 +76,58 @@ def load_data(model, tokenizer, model_args, data_args, training_args):
     return train_set, eval_set
 
 
-def template_of_run(model_args, data_args):
-    """Return the conversation template of a run with what its flags choose."""
+def before_of(facts, name):
+    """Return what a run that goes on leaves out of a data set; None at a first start."""
+    from llava_lite.data.check import Before
+    from llava_lite.train.skipped import bad_of
+
+    kept = facts.before.get(name)
+    if kept is None:
+        return None
+    return Before(*({line["place"]: bad_of(line) for line in kept[part]} for part in ("start", "later")))
+
+
+def open_log(dataset, facts, name, data_args, training_args, report=None):
+    """Open the log of what a run leaves out of a data set, with what the check before it found; on all ranks."""
+    from llava_lite.data.left_out import LeftOut
+    from llava_lite.train.ranks import everyone
+    from llava_lite.train.run_facts import LOGS
+    from llava_lite.train.skipped import SkipLog
+
+    # Where its own file has been checked: all of it, for a part of the training set its records.
+    num_records = len(dataset) if report is None else report.num_records + len(report.bad)
+    writes = training_args.process_index == 0 and data_args.bad_record == "skip"
+    dataset.left_out = LeftOut(dataset.annotations.starts[-1])
+    log = facts.logs[name] = SkipLog(
+        dataset.left_out,
+        data_args.bad_record,
+        data_args.max_bad_share,
+        Path(training_args.output_dir, LOGS[name]) if writes else None,
+        num_records,
+    )
+    start = {} if report is None else report.left_out
+    later = facts.before.get(name, {}).get("later", [])
+    log.begin([{"place": place, **bad._asdict()} for place, bad in start.items()], later)
+    # A run in training counts epochs, an evaluation steps.
+    dataset.left_out.begin(facts.epoch if name == "train" else facts.step)
+    late = {} if report is None else report.late
+    mine = [{"place": place, **bad._asdict()} for place, bad in late.items()]
+    log.take([line for lines in everyone(mine) for line in lines], facts.step)
+
+
+def template_of_run(model_args, data_args, moment=None):
+    """Return the conversation template of a run with what its flags choose; moment: the date that it writes."""
+    from dataclasses import replace
+
     from llava_lite.conversation import get_template
 
-    return get_template(
+    template = get_template(
         model_args.version,
         enable_thinking=bool(model_args.enable_thinking),
         chat_end_mark=model_args.chat_end_mark,
         special_tokens_in_text=data_args.special_tokens_in_text,
     )
+    return replace(template, options=template.options._replace(moment=moment))
 
 
 def asks_for_reasoning(report, tokenizer, model_args) -> bool:

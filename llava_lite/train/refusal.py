@@ -23,15 +23,15 @@ def same_for_the_node():
 
 
 @contextmanager
-def told_in_a_line():
-    """End the process with status 1 and one line for a ValueError, OSError or ImportError raised inside.
+def told_in_a_line(kinds: tuple[type[Exception], ...] = FOR_PEOPLE):
+    """End the process with status 1 and one line for an error raised inside: a ValueError, OSError or ImportError.
 
     These are for the person who wrote the flags. LLAVA_LITE_TRACEBACK=1 shows where they come from; anything else, and
-    whatever happens once the run trains, is shown whole.
+    whatever happens once the run trains, is shown whole. kinds: others, as those of records that cannot be read.
     """
     try:
         yield
-    except FOR_PEOPLE as error:
+    except kinds as error:
         if os.environ.get(TRACEBACK, "0") not in ("", "0"):
             raise
         rank = os.environ.get("RANK", "0")

@@ -1,19 +1,24 @@
 """Let a Trainer take its micro-batches from shards: no sampler, no length, and a resume that reads nothing twice."""
 
 import logging
+import math
 
 from torch.utils.data import DataLoader
 
 from llava_lite.anyres import PictureLayout
 from llava_lite.data.dataset import ExampleMaker
+from llava_lite.data.left_out import LeftOut
 from llava_lite.data.shards import find_shards
 from llava_lite.data.sources import is_shards
 from llava_lite.data.streaming import StreamCollator, StreamDataset
 from llava_lite.train.ranks import everyone
 from llava_lite.train.run_log import RunLog
+from llava_lite.train.skipped import SkipLog
 
 logger = logging.getLogger(__name__)
 
+# Of broken places of shards; a lane that reads one of more finds that it is broken by itself.
+MOST_LEFT_OUT = 2**16
 LEDGER = "skipped_records-rank{rank:05d}.jsonl"
 
 
@@ -53,7 +58,7 @@ def refuse_of_shards(data_args, training_args) -> None:
             )
 
 
-def open_stream(model, tokenizer, model_args, data_args, training_args) -> StreamDataset:
+def open_stream(model, tokenizer, model_args, data_args, training_args, facts=None) -> StreamDataset:
     """Return the stream of the shards that --data_path names; every rank must find the same."""
     from llava_lite.train.load_data import template_of_run
 
@@ -61,7 +66,7 @@ def open_stream(model, tokenizer, model_args, data_args, training_args) -> Strea
     maker = ExampleMaker(
         tokenizer,
         None if tower is None else tower.image_processor,
-        template_of_run(model_args, data_args),
+        template_of_run(model_args, data_args, None if facts is None else facts.moment),
         layout=PictureLayout(0) if tower is None else model.config.picture_layout,
         max_length=args.model_max_length,
         mm_use_im_start_end=model.config.mm_use_im_start_end,
@@ -80,7 +85,11 @@ def open_stream(model, tokenizer, model_args, data_args, training_args) -> Strea
         pack_tokens=args.packing_tokens if args.packing == "tokens" else None,
         bad_record=data_args.bad_record,
         max_bad_share=data_args.max_bad_share,
+        left_out=None if facts is None else LeftOut(MOST_LEFT_OUT),
     )
+    if facts is not None:
+        facts.logs["train"] = SkipLog(stream.left_out, data_args.bad_record, data_args.max_bad_share)
+        facts.logs["train"].begin([], facts.before.get("train", {}).get("later", []))
     if len({tuple(sorted(settings.items(), key=str)) for settings in everyone(stream.settings)}) > 1:
         raise ValueError(f"the ranks see different shards under {data_args.data_path}; share them, or copy them.")
     logger.info("%s: %s", ", ".join(data_args.data_path), stream)
@@ -119,15 +128,29 @@ class StreamMixin:
         for batch in batches:
             taken = batch.pop("stream")
             self.stream.note(taken)
-            for record in taken.left_out:
-                self.ledger.write({"step": self.state.global_step + 1, **record})
+            self._note_left_out(taken)
         return [send_to_device(batch, device, non_blocking=True) for batch in batches], num_items
 
+    def _note_left_out(self, taken) -> None:
+        """Write what a lane has left out into the ledger of this rank, once each, and keep it for the other ranks."""
+        self.end_of_stream = self.end_of_stream or taken.end
+        log = getattr(self.facts, "logs", {}).get("train")
+        for line in taken.left_out:
+            if log is None or line["place"] not in log.places:
+                self.found["train"].append(line)
+                if self.stream.bad_record == "skip":
+                    self.ledger.write({"step": self.state.global_step + 1, **line})
+
+    @property
+    def is_streaming(self) -> bool:
+        """Whether a lane may end the run."""
+        return self.stream is not None
+
     def begin_run(self):
-        """Begin the ledger of this rank's records that are left out, behind what a resumed run has written."""
+        """Begin the ledger of this rank's records that are left out; a run that goes on knows all of it."""
         if self.stream is not None and self.stream.bad_record == "skip":
             self.ledger = RunLog(self.args.output_dir, name=LEDGER.format(rank=self.args.process_index))
-            self.ledger.start(self.state.global_step)
+            self.ledger.start(math.inf if self.state.global_step else 0)
 
     def progress_state(self) -> dict:
         """Return what the parents remember, and the place of each lane."""

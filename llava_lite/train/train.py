@@ -14,6 +14,7 @@ from transformers import set_seed
 
 from llava_lite.arguments import parse_args
 from llava_lite.commands.train import asks_for_help, main_page
+from llava_lite.data.scan import DataError
 from llava_lite.end_marks import add_end_mark, end_mark_of, refuse_unfit
 from llava_lite.flag_help import full_page
 from llava_lite.flags import machine_has
@@ -131,10 +132,14 @@ def read_flags(argv=None):
 
 def build_stage(model_args, data_args, training_args):
     """Return the stage: tokenizer, model, records and trainer, and the checkpoint that it goes on from."""
+    from llava_lite.train.run_facts import facts_of_run
+
     set_seed(training_args.seed)
+    checkpoint = checkpoint_to_resume(training_args)
+    facts = facts_of_run(checkpoint)
     tokenizer = build_tokenizer(model_args, training_args)
     num_known = add_words(tokenizer, model_args.new_tokens or [])
-    template = template_of_run(model_args, data_args)
+    template = template_of_run(model_args, data_args, facts.moment)
     refuse_unfit(template, tokenizer, model_args.version)
     model = build_model(model_args, data_args, training_args)
     fit_vocabulary(
@@ -147,16 +152,15 @@ def build_stage(model_args, data_args, training_args):
     gather_experts_together(model)
     model = choose_what_trains(model, model_args, training_args)
     settle_dtypes(model, training_args)
-    train_set, eval_set = load_data(model, tokenizer, model_args, data_args, training_args)
+    train_set, eval_set = load_data(model, tokenizer, model_args, data_args, training_args, facts)
     check_enough_records(train_set, eval_set, training_args)
     logger.info("what trains (--tuning %s):\n%s", training_args.tuning, describe(model, training_args))
     checkpoint_as_needed(model, train_set, model_args, training_args)
     log_plan(model, train_set, model_args, training_args)
     share_out_experts(model, model_args, training_args)
-    trainer = build_trainer(model, tokenizer, train_set, eval_set, data_args, training_args)
+    trainer = build_trainer(model, tokenizer, train_set, eval_set, data_args, training_args, facts)
     parts = companions_of(trainer, tokenizer)
     trainer.opening = Opening(model, parts, model_args.model_name_or_path, model_args.version)
-    checkpoint = checkpoint_to_resume(training_args)
     trainer.refuse_unfit(checkpoint)
     read_features(trainer, train_set, data_args)
     return Stage(trainer, tokenizer, model_args, data_args, checkpoint)
@@ -192,7 +196,8 @@ def main(argv=None):
         if flags[-1].world_size > 1:
             leave()
         return
-    accelerator = run(stage).accelerator
+    with told_in_a_line((DataError,)):
+        accelerator = run(stage).accelerator
     # A rank that leaves while another still uses what they share may end that one with an abort.
     accelerator.wait_for_everyone()
     accelerator.end_training()
@@ -270,9 +275,10 @@ def log_plan(model, train_set, model_args, training_args):
     logger.info("plan:\n%s", plan_of_run(model, train_set, training_args, model_args.ep_size))
 
 
-def build_trainer(model, tokenizer, train_set, eval_set, data_args, training_args):
+def build_trainer(model, tokenizer, train_set, eval_set, data_args, training_args, facts=None):
     """Return the trainer."""
     from llava_lite.data.collator import DataCollatorForSupervisedDataset, PackedCollator
+    from llava_lite.train.evaluation import readable_examples
     from llava_lite.train.llava_trainer import LLaVATrainer
 
     pads = training_args.packing == "none"
@@ -284,8 +290,9 @@ def build_trainer(model, tokenizer, train_set, eval_set, data_args, training_arg
         train_dataset=train_set,
         eval_dataset=eval_set,
         data_collator=DataCollatorForSupervisedDataset(tokenizer.pad_token_id) if pads else PackedCollator(),
-        eval_examples=[eval_set[i] for i in range(num_examples)],
+        eval_examples=readable_examples(eval_set, num_examples, facts),
         eval_max_new_tokens=data_args.eval_max_new_tokens,
+        facts=facts,
     )
 
 
