@@ -72,7 +72,17 @@ class EvaluationMixin:
         with self.meter.pause():
             metrics = super().evaluate(*args, **kwargs)
             self.answer_examples()
+            self.release_gathered()
         return metrics
+
+    def release_gathered(self):
+        """Release the weights that ZeRO-3 gathers ahead for a layer that is not computed any more.
+
+        After the last token of an answer some are still on their way, and a save could not gather them.
+        """
+        release = getattr(self.model_wrapped, "empty_partition_cache", None)
+        if release is not None:
+            release()
 
     def answer_examples(self):
         """Let the model answer a few records: on rank 0, and on all where a forward pass needs them."""

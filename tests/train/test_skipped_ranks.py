@@ -65,7 +65,8 @@ def test_a_record_that_breaks_on_one_rank_is_left_out_on_both(common, toy_data, 
         "packs": "--deepspeed zero2.json --packing tokens --packing_tokens 130 --max_steps 12",
         "features": f"--deepspeed zero3.json --feature_cache {tmp_path / 'features'}",
         # The records of this file lie in the same directory: its image 4 is broken too.
-        "evaluation": f"--deepspeed zero2.json --eval_data_path {held_out} --eval_strategy epoch "
+        # A save follows an evaluation at once: weights that were gathered ahead for it must be back.
+        "evaluation": f"--deepspeed zero3.json --eval_data_path {held_out} --eval_strategy steps --eval_steps 4 "
         "--num_eval_generations 2 --eval_max_new_tokens 2 --per_device_eval_batch_size 1",
     }
     cases = {name: {"argv": f"{records} {more}".split(), "resume_from": [4, 8]} for name, more in ways.items()}
