@@ -116,7 +116,7 @@ def read_weights(path: str | Path) -> dict[str, torch.Tensor]:
 
 def what_broke(path: Path, error: Exception) -> str:
     """Return why a weights file cannot be read and what to do: the rest of a sentence with an open bracket."""
-    found = re.search(r"GLOBAL (\w+(\.\w+)*)", str(error))
+    found = re.search(r"GLOBAL (\w+(\.\w+)*) (was|whose)", str(error))
     if found:
         return (
             f"{type(error).__name__}): it is a pickle with code in it, {found[1]}, which opening it would run. "

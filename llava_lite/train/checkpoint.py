@@ -21,6 +21,7 @@ from llava_lite.train.expert_parallel import parallel_experts
 from llava_lite.train.final import save_final
 from llava_lite.train.interrupt import EXIT_RESUMABLE, ProgressCallback
 from llava_lite.train.manifest import SaveError, newest_whole_checkpoint
+from llava_lite.train.other_ranks_run import OtherRanksMixin
 from llava_lite.train.ranks import everyone, raise_together
 from llava_lite.train.resume import find_checkpoint, refuse_incomplete, refuse_other_run
 from llava_lite.train.run_facts import FACTS
@@ -45,7 +46,7 @@ TRAINER_STATE = "trainer_state.json"
 _SHARED_FOLDER_WAIT_S = 30
 
 
-class CheckpointMixin:
+class CheckpointMixin(OtherRanksMixin):
     """Trainer overrides: `class LLaVATrainer(CheckpointMixin, Trainer)`.
 
     checkpoint-N holds what trains, the optimizer, the scheduler, the random state and the unlogged loss of every rank,
@@ -96,36 +97,6 @@ class CheckpointMixin:
             self._refuse_other_ranks(path)
             self._fit_checkpoint = path
 
-    def _refuse_other_ranks(self, path: str) -> None:
-        """Say what changes with another number of ranks; ValueError for a run that must have as many as before."""
-        saved, now = paper.read_manifest(path)["steps"], self._step_settings()
-        if not other.has_other_ranks(saved, now):
-            return
-        if reason := self._why_as_many_ranks():
-            raise ValueError(
-                f"{path} was saved by {saved[other.RANKS]} ranks and cannot go on with {now[other.RANKS]}: {reason}. "
-                f"Start {saved[other.RANKS]} ranks, or give it as --model_name_or_path of a new run."
-            )
-        has_experts = any(".mlp.gate." in name for name in now["trained parameters"])
-        # Of packs their number counts, not that of the records in them.
-        num_samples = 0 if self.args.dataloader_drop_last else len(self._get_train_sampler())
-        other.say_what_changes(path, saved, now, has_experts, num_samples)
-
-    def _why_as_many_ranks(self) -> str | None:
-        """Return why this run goes on with as many ranks as it had and no others, None where any number will do."""
-        if parallel_experts(self.model):
-            return "its experts are shared out among ranks (--ep_size)"
-        if self.args.save_on_each_node:
-            return "--save_on_each_node keeps the files of the ranks apart"
-        if self._zero_stage() == 3 and self._optimizer_on_nvme():
-            return "its optimizer lies on the NVMe of each node"
-        return None
-
-    def _optimizer_on_nvme(self) -> bool:
-        """Tell whether the DeepSpeed JSON keeps the optimizer on disks."""
-        zero = self.accelerator.state.deepspeed_plugin.deepspeed_config.get("zero_optimization", {})
-        return (zero.get("offload_optimizer") or {}).get("device") == "nvme"
-
     def _needed_files(self, path: str) -> list[str]:
         """Return the files of a checkpoint without which a run does not go on as it was."""
         saved_by = self._saved_by(path)
@@ -160,10 +131,6 @@ class CheckpointMixin:
         """Return what may be changed on purpose, at the price of another run."""
         keys = ("num_train_epochs", "max_steps", "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay")
         return {key: getattr(self.args, key) for key in keys}
-
-    def _saved_by(self, path: str) -> int:
-        """Return how many ranks saved a checkpoint."""
-        return paper.read_manifest(path)["steps"][other.RANKS]
 
     def _zero_stage(self) -> int | None:
         """Return the stage of ZeRO, None without DeepSpeed."""
@@ -201,14 +168,6 @@ class CheckpointMixin:
         self.progress.saved = other.share_of(other.read_progress(path, saved_by), ranks)
         # As the first of those ranks saw them: under ZeRO-3 that is a share.
         check_frozen(frozen_prints(self.model, saved_by), self.progress.saved["frozen"], path)
-
-    def _load_rng_state(self, checkpoint: str | None) -> None:
-        """Take up the random state of this rank, or that of a rank of another number of them."""
-        saved_by = self.args.world_size if checkpoint is None else self._saved_by(checkpoint)
-        if saved_by == self.args.world_size:
-            return super()._load_rng_state(checkpoint)
-        place = self.args.process_index, self.args.seed, self.state.global_step
-        other.random_state(checkpoint, saved_by, self.args.world_size, *place, super()._load_rng_state)
 
     def _load_best_model(self) -> None:
         """Load the trained weights of the best checkpoint."""
