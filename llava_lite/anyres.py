@@ -14,7 +14,8 @@ from functools import lru_cache
 
 from PIL import Image
 
-MERGE_TYPES = ("flat", "spatial", "spatial_unpad")
+from llava_lite.constants import MERGE_TYPES
+
 # LLaVA-1.6's grids: columns and rows of tiles.
 DEFAULT_GRIDS = ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))
 

@@ -11,6 +11,9 @@ from llava_lite.commands.train import asks_for_help, main_page
 
 # Verbs whose flags can be read, and wrong ones answered, before torch is imported for what they do.
 PARSERS = {verb: f"llava_lite.commands.{verb}" for verb in ("chat", "convert", "merge", "plan", "push")}
+PARSERS["check"] = "llava_lite.commands.check_flags"
+# Those whose command line may hold flags of `train` too.
+WITH_FLAGS_OF_TRAIN = ("check", "plan")
 # Verb -> (module whose main(argv) does it, what it does).
 VERBS = {
     "train": ("llava_lite.train.train", "run a training stage; flags as in scripts/v1_5, or a YAML file"),
@@ -83,7 +86,7 @@ def main(argv=None):
 def run(verb, arguments):
     """Import and call what does a verb; an error of it is one sentence."""
     own_parser = import_module(PARSERS[verb]).build_parser() if verb in PARSERS else None
-    if verb == "plan":
+    if verb in WITH_FLAGS_OF_TRAIN:
         own_parser.parse_known_args(arguments)
     elif own_parser is not None:
         own_parser.parse_args(arguments)

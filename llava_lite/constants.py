@@ -11,6 +11,12 @@ DEFAULT_IM_START_TOKEN = "<im_start>"
 DEFAULT_IM_END_TOKEN = "<im_end>"
 IMAGE_PLACEHOLDER = "<image-placeholder>"
 
+# What becomes of an image that is not square, and how the features of its crops are joined.
+ASPECT_RATIOS = ("square", "pad", "anyres")
+MERGE_TYPES = ("flat", "spatial", "spatial_unpad")
+# How flags are switched on and off, as transformers' parser reads them.
+YES, NO = ("true", "yes", "1", "t", "y"), ("false", "no", "0", "f", "n")
+
 # MoE-LLaVA's, for videos; a record or a question has at most so many pictures and videos.
 DEFAULT_VIDEO_TOKEN = "<video>"
 DEFAULT_VIDEO_PATCH_TOKEN = "<im_patch>"

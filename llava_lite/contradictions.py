@@ -139,7 +139,7 @@ def check_model(args):
 def check_data(args):
     """Raise ValueError for what contradicts itself in DataArguments."""
     from llava_lite.anyres import read_pinpoints
-    from llava_lite.pictures import ASPECT_RATIOS
+    from llava_lite.constants import ASPECT_RATIOS
 
     refuse(
         args.image_aspect_ratio not in (None, *ASPECT_RATIOS),

@@ -5,6 +5,8 @@ import logging
 import os
 from pathlib import Path
 
+from llava_lite.constants import NO, YES
+
 logger = logging.getLogger(__name__)
 
 RENAMED = {
@@ -77,10 +79,6 @@ def split_flags(argv):
 def join_flags(flags):
     """Return the command line of [(name, values)]."""
     return [word for name, values in flags for word in ([f"--{name}"] if name else []) + values]
-
-
-# As transformers' parser reads them.
-YES, NO = ("true", "yes", "1", "t", "y"), ("false", "no", "0", "f", "n")
 
 
 def is_true(values):

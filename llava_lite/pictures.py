@@ -10,6 +10,7 @@ from PIL import Image, ImageOps
 
 from llava_lite.anyres import cut_crops, default_pinpoints
 from llava_lite.bit_depth import UnfitPixels, is_deep, to_8_bits
+from llava_lite.constants import ASPECT_RATIOS
 from llava_lite.jpeg import read_jpeg
 from llava_lite.picture_steps import OtherSteps, PictureSteps, read_steps
 from llava_lite.resize import Resize, resized_bytes
@@ -24,8 +25,6 @@ MAX_PADDED_SIDE = 8192
 # The processor makes the short side as long as the tower wants and cuts out the middle: ends further out than this
 # many short sides are cut before (1 x 20000 pixels would be 336 x 6.7 million on the way).
 MAX_CROPPED_RATIO = 64
-
-ASPECT_RATIOS = ("square", "pad", "anyres")
 
 
 class PictureError(ValueError):

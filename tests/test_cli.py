@@ -74,7 +74,7 @@ def test_flags_after_the_verb_are_the_verbs_own(monkeypatch):
     module = type(sys)("listener")
     module.main = got.extend
     monkeypatch.setattr(cli, "import_module", lambda name: module)
-    cli.main(["check", "some/model", "--image-file", "a.jpg", "--help-me"])
+    cli.main(["data", "some/model", "--image-file", "a.jpg", "--help-me"])
     assert got == ["some/model", "--image-file", "a.jpg", "--help-me"]
 
 
@@ -85,7 +85,7 @@ def test_flags_are_read_before_torch_is_imported(verb):
         "try:\n    main(sys.argv[1:])\nfinally:\n"
         "    print(sorted({'torch', 'transformers', 'numpy', 'PIL'} & set(sys.modules)))"
     )
-    wrong = "--bandwidth=no" if verb == "plan" else "--xyzzy"
+    wrong = {"plan": "--bandwidth=no", "check": "--max_bad_share=no"}.get(verb, "--xyzzy")
     for word, status in (("--help", 0), (wrong, 2)):
         command = [sys.executable, "-c", code, verb, word]
         done = subprocess.run(command, capture_output=True, text=True, timeout=60)

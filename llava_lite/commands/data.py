@@ -4,9 +4,7 @@ import argparse
 import shlex
 import sys
 
-from llava_lite.commands.check import yes_or_no
-from llava_lite.commands.parser import CommandParser
-from llava_lite.data.convert import convert
+from llava_lite.commands.parser import CommandParser, yes_or_no
 from llava_lite.data.converters.base import ANSWER_CHOICES, Options
 
 DESCRIPTION = """Rewrite records of another format as a JSON or JSONL file in LLaVA's format, which `llava-lite check`
@@ -91,6 +89,8 @@ def main(argv=None) -> int:
     flags = vars(parser.parse_args(words[1:]))
     source, out, image_out = flags.pop("source"), flags.pop("out"), flags.pop("image_out")
     placeholder_as_text, bad_record = flags.pop("placeholder_as_text"), flags.pop("bad_record")
+    from llava_lite.data.convert import convert
+
     written = convert(source, out, Options(**flags), image_out, placeholder_as_text)
     print("\n".join(written.lines(out)))
     if not written.num_records:

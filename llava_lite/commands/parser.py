@@ -5,6 +5,7 @@ import re
 import sys
 
 from llava_lite.commands.words import unknown_flags, words_left
+from llava_lite.constants import NO, YES
 
 # A keyword of Python in a message: local_files_only=True, model_base=..., base='user/base'.
 _KEYWORD = re.compile(r"\b([a-z][a-z0-9_]*)=(True\b|'[^']*'|\.\.\.)?")
@@ -55,6 +56,13 @@ class CommandParser(argparse.ArgumentParser):
         """End the process with one sentence and where to read on."""
         ended = message if message.endswith((".", "?")) else f"{message}."
         self.exit(2, f"{self.prog}: {ended} `{self.prog} --help` lists the flags.\n")
+
+
+def yes_or_no(text: str) -> bool:
+    """Read the value of a flag as training flags are read."""
+    if text.lower() not in YES + NO:
+        raise argparse.ArgumentTypeError(f"{text!r}: True or False")
+    return text.lower() in YES
 
 
 def in_flags(message: str, parser: CommandParser | None) -> str:

@@ -7,7 +7,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from llava_lite.anyres import PictureLayout
-from llava_lite.constants import IGNORE_INDEX
+from llava_lite.constants import ASPECT_RATIOS, IGNORE_INDEX
 from llava_lite.conversation import Conversation
 from llava_lite.data.cache import file_key, key_of
 from llava_lite.data.check import BadRecord, Report, check_annotations
@@ -20,7 +20,7 @@ from llava_lite.data.records import Record, missing_images
 from llava_lite.data.scan import DataError
 from llava_lite.mm_utils import truncate_example
 from llava_lite.picture_steps import OtherSteps, read_steps
-from llava_lite.pictures import ASPECT_RATIOS, PictureError, picture_bytes, prepare_picture
+from llava_lite.pictures import PictureError, picture_bytes, prepare_picture
 from llava_lite.resize import Resize
 
 logger = logging.getLogger(__name__)

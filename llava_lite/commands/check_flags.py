@@ -1,0 +1,84 @@
+"""Turn the words behind `llava-lite check` into its flags, without importing what the check itself needs."""
+
+import argparse
+import os
+
+from llava_lite.commands.parser import CommandParser, yes_or_no
+from llava_lite.constants import ASPECT_RATIOS, MERGE_TYPES
+
+DESCRIPTION = """Look at every record and image of a training run before any GPU time is spent.
+
+Give it the flags of the run, or the YAML file that holds them: what has no effect on the data is passed over. It says
+how many records can be used, how long they are with the features of the model's own vision tower, and what is wrong
+with each of the others. It ends with one line, `ready to train` or `not ready`, and exits with 0 or 1."""
+
+
+def build_parser() -> CommandParser:
+    """Return the parser of the flags that matter to the data."""
+    parser = CommandParser(
+        prog="llava-lite check",
+        command="check",
+        usage="llava-lite check [run.yaml] --data_path FILE ... --image_folder DIR --model_name_or_path MODEL [flags]",
+        description=DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    switch = {"type": yes_or_no, "nargs": "?", "const": True, "default": False, "metavar": "True|False"}
+    data = parser.add_argument_group("data, as in `llava-lite train`")
+    data.add_argument("--data_path", metavar="FILE", nargs="+", help="JSON or JSONL files, or YAML mixtures of them")
+    data.add_argument(
+        "--eval_data_path", metavar="FILE", nargs="+", help="files of records to evaluate on, checked after the others"
+    )
+    data.add_argument("--image_folder", metavar="DIR", help="directory that image paths start from")
+    data.add_argument(
+        "--bad_record", choices=("raise", "skip"), default="raise",
+        help="skip: records that cannot be used are left out of the run, up to --max_bad_share (default raise)",
+    )  # fmt: skip
+    data.add_argument(
+        "--max_bad_share", metavar="N", type=float, default=0.01, help="largest share left out (default 0.01)"
+    )
+    data.add_argument("--follow_links", help="allow links that lead out of the image directory", **switch)
+    data.add_argument("--placeholder_as_text", help="<image> in a record without images is plain text", **switch)
+    model = parser.add_argument_group("model, as in `llava-lite train`")
+    model.add_argument(
+        "--model_name_or_path", metavar="MODEL", help="whose tokenizer and vision tower count the tokens"
+    )
+    model.add_argument(
+        "--vision_tower", metavar="TOWER", help="tower of a run that starts from a plain language model"
+    )
+    model.add_argument("--version", metavar="TEMPLATE", default="v1", help="conversation template (default v1)")
+    model.add_argument(
+        "--chat_end_mark",
+        metavar="TOKEN",
+        help="with --version chat: token that ends answers, where it has none",
+    )
+    model.add_argument(
+        "--special_tokens_in_text", choices=("token", "text"), default="token",
+        help="what a special token spelled in a question or an answer is (default token)",
+    )  # fmt: skip
+    model.add_argument("--enable_thinking", metavar="True|False", help="with --version chat; no effect on a check")
+    model.add_argument(
+        "--model_max_length", metavar="N", type=int, default=2048, help="tokens of a sequence (default 2048)"
+    )
+    model.add_argument("--image_aspect_ratio", choices=ASPECT_RATIOS, help="anyres counts the crops of an image")
+    model.add_argument("--image_grid_pinpoints", metavar="...", help="resolutions of anyres (default: the model's)")
+    model.add_argument("--mm_patch_merge_type", choices=MERGE_TYPES, help="how crops are joined; default: the model's")
+    model.add_argument("--mm_vision_select_feature", choices=("patch", "cls_patch"), help="default: the model's")
+    model.add_argument("--mm_use_im_start_end", **(switch | {"default": None}), help="default: as the model")
+    model.add_argument("--new_tokens", metavar="WORD", nargs="+", help="words that the run adds to the tokenizer")
+    model.add_argument("--mm_use_im_patch_token", **(switch | {"default": None}), help="default: as the model")
+    model.add_argument("--tuning", metavar="...", help="projector: data without a single image are not ready")
+    model.add_argument("--cache_dir", metavar="DIR", help="where downloaded files are kept")
+    own = parser.add_argument_group("of the check alone")
+    own.add_argument("--decode", help="decode every image too; slow", **switch)
+    own.add_argument("--ledger", metavar="FILE", help="write the bad records to this file, one JSON object a line")
+    own.add_argument(
+        "--num_workers", "--dataloader_num_workers", metavar="N", type=int, default=os.cpu_count(),
+        help="processes that count tokens of large files (default: one for each CPU)",
+    )  # fmt: skip
+    own.add_argument(
+        "--num_image_tokens", metavar="N", type=int, help="features of an image, where no encoder is named"
+    )
+    own.add_argument(
+        "--image_size", metavar="N", type=int, default=336, help="then pixels along a side of a crop (default 336)"
+    )
+    return parser
