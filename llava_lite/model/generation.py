@@ -63,6 +63,7 @@ class PictureGeneration:
             ids, mask, embeds = self.embed_prompt(
                 Batch(input_ids, mask), pictures, image_sizes, image_features, cached_len(kwargs), llava_way
             )
+            ids = self.printable_ids(ids, None if ids is input_ids else mask, kwargs)
             kwargs["attention_mask"] = mask
             if embeds is None:
                 # From ids, as adapters that put a prompt of their own before them want it.
@@ -108,7 +109,7 @@ class PictureGeneration:
             embeds = torch.cat([embeds.new_zeros(len(embeds), num_cached, embeds.shape[2]), embeds], dim=1)
         if mask is None:
             mask = torch.ones_like(batch.input_ids) if embeds is None else torch.ones_like(embeds[..., 0]).long()
-        return self.printable_ids(batch.input_ids), mask, embeds
+        return batch.input_ids, mask, embeds
 
     def infer_mask(self, input_ids: torch.Tensor, arguments: dict) -> torch.Tensor | None:
         """Return the mask [B, T] of ids without one: zeros at padding ids, unless these end an answer too.
@@ -189,14 +190,19 @@ class PictureGeneration:
             **kwargs,
         )
 
-    def printable_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """Replace -200 by an id of the vocabulary: logits processors and `batch_decode` look ids up."""
-        ends = self.generation_config.eos_token_id
+    def printable_ids(self, input_ids: torch.Tensor, mask: torch.Tensor | None, arguments: dict) -> torch.Tensor:
+        """Replace -200 by an id of the vocabulary: logits processors and `batch_decode` look ids up.
+
+        mask: [B, L] of rows whose padding was written anew, which then is the padding id too; None for other rows.
+        """
+        ends = self.argument("eos_token_id", arguments)
         ends = ends if isinstance(ends, (list, tuple)) else [ends]
-        for token in (self.generation_config.pad_token_id, self.config.pad_token_id, *ends, 0):
-            if token is not None and token >= 0:
-                return input_ids.masked_fill(input_ids < 0, token)
-        return input_ids
+        candidates = (self.argument("pad_token_id", arguments), self.config.pad_token_id, *ends, 0)
+        token = next(int(one) for one in candidates if one is not None and one >= 0)
+        is_hidden = input_ids < 0
+        if mask is not None:
+            is_hidden |= mask[:, -input_ids.shape[1] :] == 0
+        return input_ids.masked_fill(is_hidden, token)
 
 
 # Models in training mode that generate: how many calls there are, and the modules to put back.

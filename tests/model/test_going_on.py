@@ -217,6 +217,20 @@ def test_padded_ids_without_a_mask_are_read_as_transformers_reads_them(pair, sid
         assert torch.equal(found.sequences, generate(stock, **inputs).sequences)
 
 
+@pytest.mark.parametrize("marks", [NUM_FEATURES, 1])
+def test_rows_that_are_padded_anew_show_the_padding_id(pair, marks):
+    ours, stock = pair
+    pad, image = 110, [IMAGE] * NUM_FEATURES
+    left = torch.tensor([[1, *image, 31, 32, 33], [*[pad] * (NUM_FEATURES + 1), 1, 36, 37]])
+    right = torch.tensor([[1, *[IMAGE] * marks, 31, 32, 33], [1, 36, 37, *[pad] * (marks + 1)]])
+    pixels = pixels_of(left, seed=1)
+    asked = {"pixel_values": pixels, "max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "pad_token_id": pad}
+    # A penalty reads the ids of the prompt, padding included.
+    asked["repetition_penalty"] = 1.5
+    expected = stock.generate(left, attention_mask=(left != pad).long(), **asked)
+    assert torch.equal(ours.generate(right, attention_mask=(right != pad).long(), **asked), expected)
+
+
 def test_padding_that_may_end_an_answer_is_text_and_that_is_logged(pair, caplog):
     ours, stock = pair
     ids = torch.tensor([[EOS, EOS, 1, 36, 37], [1, 38, 39, 40, 41]])
