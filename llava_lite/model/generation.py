@@ -63,6 +63,8 @@ class PictureGeneration:
             ids, mask, embeds = self.embed_prompt(
                 Batch(input_ids, mask), pictures, image_sizes, image_features, cached_len(kwargs), llava_way
             )
+            sees = pictures is not None or image_features is not None
+            ends_in_image = sees and bool(placeholder_mask(ids[:, -1:], self.config.image_token_index).any())
             ids = self.printable_ids(ids, None if ids is input_ids else mask, kwargs)
             kwargs["attention_mask"] = mask
             if embeds is None:
@@ -73,6 +75,11 @@ class PictureGeneration:
                     raise ValueError(
                         f"{', '.join(asked)} looks up the ids of the prompt, but there are {ids.shape[1]} ids of "
                         f"{mask.shape[1]} positions; give all ids."
+                    )
+                if ends_in_image:
+                    raise ValueError(
+                        f"{', '.join(asked)} reads the end of the prompt by its id, and a prompt ends with an image. "
+                        "Put text after the image, such as the beginning of the answer, or generate without it."
                     )
                 kwargs["past_key_values"] = self.prefill(embeds, mask, kwargs)
                 output = super().generate(input_ids=ids, **kwargs)

@@ -197,6 +197,19 @@ def test_ways_that_look_up_the_ids_of_the_prompt_need_all_of_them(pair):
         ours.generate(**new, past_key_values=copy.deepcopy(turns.cache), prompt_lookup_num_tokens=3)
 
 
+@pytest.mark.parametrize(
+    "asked", [{"prompt_lookup_num_tokens": 3}, {"guidance_scale": 1.5}, {"prefill_chunk_size": 5}], ids=str
+)
+def test_ways_that_look_up_the_last_id_refuse_a_prompt_that_ends_with_an_image(pair, asked):
+    ours, _ = pair
+    ids = torch.tensor([[1, 36, *[IMAGE] * NUM_FEATURES]])
+    found = pixels_of(ids, seed=3)
+    with pytest.raises(ValueError, match="reads the end of the prompt by its id, and a prompt ends with an image"):
+        ours.generate(ids, pixel_values=found, max_new_tokens=2, **asked)
+    # Without images the placeholder is a word like others.
+    assert ours.generate(ids, max_new_tokens=2, **asked).shape == (1, ids.shape[1] + 2)
+
+
 # Padding without a mask.
 
 
