@@ -38,7 +38,8 @@ class PictureGeneration:
         Called LLaVA's way (`images=`, None included) it returns new tokens only; called the transformers way
         (`pixel_values=`, or text alone) the prompt comes first, its images expanded to one id a feature and a
         placeholder of -200 shown as the padding id. Rows may be padded on either side; they are padded left here.
-        Without attention_mask the transformers way takes padding ids for padding, as transformers does.
+        Without attention_mask the transformers way takes padding ids for padding, as transformers does. position_ids
+        [B, L] other than the usual ones are for rows that need no change here.
         image_features: what the tower made of the images, in place of them (see `encode_pictures`).
 
         past_key_values: a cache to go on from. The ids are then all ids, those of the cached positions first, or the
@@ -54,15 +55,25 @@ class PictureGeneration:
             if pixel_values is not None:
                 kwargs["inputs_embeds"] = self.write_pictures(kwargs["inputs_embeds"], pixel_values, image_sizes)
             return super().generate(inputs=input_ids, **kwargs)
-        for name in ("inputs_embeds", "position_ids"):
-            kwargs.pop(name, None)
+        kwargs.pop("inputs_embeds", None)
+        given_positions = kwargs.pop("position_ids", None)
         mask = kwargs.pop("attention_mask", None)
         if mask is None and not llava_way:
             mask = self.infer_mask(input_ids, kwargs)
+        if given_positions is not None and counts_as_usual(given_positions, input_ids, mask):
+            given_positions = None
         with evaluating(self):
             ids, mask, embeds = self.embed_prompt(
                 Batch(input_ids, mask), pictures, image_sizes, image_features, cached_len(kwargs), llava_way
             )
+            if given_positions is not None:
+                if ids is not input_ids or given_positions.shape[-1] != mask.shape[1]:
+                    raise ValueError(
+                        f"position_ids of {given_positions.shape[-1]} positions that do not count 0, 1, 2, ... for a "
+                        f"prompt of {mask.shape[1]}: give rows that are padded on the left and have one placeholder a "
+                        "feature, as the processor writes them, and a position for each; or leave position_ids out."
+                    )
+                kwargs["position_ids"] = given_positions
             sees = pictures is not None or image_features is not None
             ends_in_image = sees and bool(placeholder_mask(ids[:, -1:], self.config.image_token_index).any())
             ids = self.printable_ids(ids, None if ids is input_ids else mask, kwargs)
@@ -157,7 +168,8 @@ class PictureGeneration:
             arguments.pop(name, None)
         cache = arguments.pop("past_key_values", None)
         cache = DynamicCache(config=self.config) if cache is None else cache
-        positions, end = positions_from_mask(mask), embeds.shape[1] - 1
+        positions, end = arguments.get("position_ids"), embeds.shape[1] - 1
+        positions = positions_from_mask(mask) if positions is None else positions
         start = cache.get_seq_length()
         while start < end:
             stop = min(end, start + (chunk_len or end))
@@ -243,6 +255,15 @@ def cached_len(arguments: dict) -> int:
     """Return how many positions the cache holds that `generate` was given; 0 without one."""
     cache = arguments.get("past_key_values")
     return 0 if cache is None else int(cache.get_seq_length())
+
+
+def counts_as_usual(positions: torch.Tensor, input_ids: torch.Tensor, mask: torch.Tensor | None) -> bool:
+    """Tell whether position_ids [B, T] count the real tokens of each row, as they are counted without any."""
+    mask = torch.ones_like(input_ids) if mask is None else mask
+    if positions.shape[-1] > mask.shape[1]:
+        return False
+    usual, real = (values[:, -positions.shape[-1] :] for values in (positions_from_mask(mask), mask.bool()))
+    return bool((positions.to(usual.device) == usual)[real].all())
 
 
 def check_going_on(batch: Batch, num_cached: int) -> bool:

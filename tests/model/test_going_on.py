@@ -210,6 +210,26 @@ def test_ways_that_look_up_the_last_id_refuse_a_prompt_that_ends_with_an_image(p
     assert ours.generate(ids, max_new_tokens=2, **asked).shape == (1, ids.shape[1] + 2)
 
 
+@pytest.mark.parametrize("asked", [{}, {"num_beams": 2}, {"encoder_repetition_penalty": 1.3}], ids=str)
+def test_positions_of_the_caller_are_those_of_transformers(pair, asked):
+    ours, stock = pair
+    image = [IMAGE] * NUM_FEATURES
+    ids = torch.tensor([[1, *image, 31, 32, 33], [*[PAD] * NUM_FEATURES, PAD, 1, 36, 37]])
+    inputs = {"input_ids": ids, "attention_mask": (ids != PAD).long(), "pixel_values": pixels_of(ids, seed=1)} | asked
+    usual = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
+    expected = generate(stock, **inputs, position_ids=2 * usual)
+    assert_same_answer(generate(ours, **inputs, position_ids=2 * usual), expected)
+    plain = generate(ours, **inputs)
+    assert not torch.allclose(torch.stack(plain.logits), torch.stack(expected.logits), atol=1e-2)
+    assert_same_answer(generate(ours, **inputs, position_ids=usual), plain)
+    # Rows that move or grow count anew, so that other positions fit nothing.
+    short = torch.tensor([[1, IMAGE, 31, 32, 33], [1, 36, 37, PAD, PAD]])
+    more = inputs | {"input_ids": short, "attention_mask": (short != PAD).long()}
+    assert_same_answer(generate(ours, **more, position_ids=torch.arange(5)[None].expand(2, -1)), plain)
+    with pytest.raises(ValueError, match=r"position_ids of 5 positions that do not count .* a prompt of 20"):
+        generate(ours, **more, position_ids=2 * torch.arange(5)[None].expand(2, -1))
+
+
 # Padding without a mask.
 
 
