@@ -60,6 +60,9 @@ class PictureGeneration:
         mask = kwargs.pop("attention_mask", None)
         if mask is None and not llava_way:
             mask = self.infer_mask(input_ids, kwargs)
+        if mask is None and self.argument("is_assistant", kwargs):
+            # For the drafts of assisted decoding transformers hands over all ids.
+            mask = torch.ones_like(input_ids)
         if given_positions is not None and counts_as_usual(given_positions, input_ids, mask):
             given_positions = None
         with evaluating(self):

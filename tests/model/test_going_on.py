@@ -189,6 +189,14 @@ def test_ids_without_a_mask_are_taken_for_all_ids_and_that_is_logged(pair, caplo
     assert "14 ids, a cache of 10 positions and no attention_mask: taken for all ids" in caplog.text
 
 
+def test_drafts_of_assisted_decoding_are_not_told_as_ids_without_a_mask(pair, caplog):
+    ours, _ = pair
+    ids = torch.tensor([[1, 36, 37, 38]])
+    asked = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False}
+    assert torch.equal(ours.generate(ids, **asked, assistant_model=ours), ours.generate(ids, **asked))
+    assert "no attention_mask" not in caplog.text
+
+
 def test_ways_that_look_up_the_ids_of_the_prompt_need_all_of_them(pair):
     ours, _ = pair
     turns = TwoTurns(ours, "image", "image")
