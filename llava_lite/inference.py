@@ -14,6 +14,9 @@ from llava_lite.end_marks import EndMark, end_ids, end_mark_of, stop_arguments
 from llava_lite.image_inputs import as_list
 from llava_lite.processing import LlavaLiteProcessor
 
+# What `reply` and `stream` say to `generate` by arguments that have a default.
+OWN_ARGUMENTS = ("max_new_tokens", "num_beams", "do_sample", "temperature")
+
 
 def load(model_path, device=None, dtype=None, model_base=None, **kwargs):
     """Return (model, processor) of a checkpoint by folder or hub id, ready for `reply`.
@@ -187,13 +190,27 @@ def _end_mark(processor, conv_template=None) -> EndMark:
 
 def _generation_arguments(model, processor, mark, temperature, num_beams, extra):
     """Return the keywords of `generate` that sampling and stopping ask for; the caller's own win."""
+    refuse_unread(extra.get("generation_config"))
     arguments = {"num_beams": num_beams, "pad_token_id": processor.pad_token_id, "do_sample": temperature > 0}
     # A base's generation_config.json may ask for more than the text of one answer.
     arguments |= {"num_return_sequences": 1, "return_dict_in_generate": False}
+    # For stop_strings, of the caller or of a base.
+    arguments["tokenizer"] = processor.tokenizer
     if temperature > 0:
         arguments["temperature"] = temperature
     ends = end_ids(model.generation_config, processor.tokenizer)
     return arguments | stop_arguments(mark, ends, processor.tokenizer) | extra
+
+
+def refuse_unread(generation_config):
+    """Raise ValueError for a generation config that says what the arguments of `reply` say, and would not be read."""
+    fields = {} if generation_config is None else generation_config.to_diff_dict()
+    said = [f"{name}={fields[name]!r}" for name in OWN_ARGUMENTS if name in fields]
+    if said:
+        raise ValueError(
+            f"generation_config says {', '.join(said)}, which reply and stream take as arguments of their own "
+            "(do_sample by a temperature above 0). Give them by name, and leave them out of generation_config."
+        )
 
 
 def _generate(model, inputs, image_cache=None, **arguments):

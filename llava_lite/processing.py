@@ -18,9 +18,9 @@ from llava_lite.chat_template import takes_images
 from llava_lite.companions import image_processor_of, load_tokenizer, read_json, template_of
 from llava_lite.constants import DEFAULT_IMAGE_TOKEN, IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava_lite.conversation import Rendered, get_template, place_images
-from llava_lite.hub import hub_arguments, in_words
+from llava_lite.hub import CONFIG, hub_arguments, in_words
 from llava_lite.image_inputs import pictures_of_each
-from llava_lite.mm_utils import process_images, tokenize_rendered
+from llava_lite.mm_utils import load_image_processor, process_images, tokenize_rendered
 from llava_lite.pictures import picture_side
 from llava_lite.prompts import read_prompts
 from llava_lite.rows import Row, as_tensors, cut_row, length_limit, pad_rows, padded_len
@@ -143,20 +143,29 @@ class LlavaLiteProcessor(ChatProcessing, ProcessorSharing, ProcessorMixin):
         """Load from a folder or hub id: one that `save_pretrained` wrote, or one of LLaVA's, which has no processor.
 
         LLaVA's folders hold config.json and the tokenizer; the image processor is then that of `mm_vision_tower`. A
-        folder without a tokenizer (projector, LoRA) takes that of `base_model_name_or_path`. Further keywords
-        replace what was saved, of the processor (conv_template="llava_v1") or of a part of it (padding_side="right",
-        do_center_crop=False); those of the hub (revision, token, ...) go to every file.
+        processor that was saved without its model needs no config.json. A folder without a tokenizer (projector, LoRA)
+        takes that of `base_model_name_or_path`. Further keywords replace what was saved, of the processor
+        (conv_template="llava_v1") or of a part of it (padding_side="right", do_center_crop=False); those of the
+        hub (revision, token, ...) go to every file.
         """
         hub = hub_arguments(kwargs)
         kwargs = {key: value for key, value in kwargs.items() if key not in (*hub, *OF_OTHERS)}
         name = str(pretrained_model_name_or_path)
-        # Knows the config classes and formats that a folder may name; only here, since this page knows no model.
-        config_of = import_module("llava_lite.model.builder").config_of
         with in_words(name, **hub):
-            config = config_of(name, hub)
-        tokenizer = load_tokenizer(name, config, **hub)
-        processor = cls.from_config(config, tokenizer, image_processor_of(name, config, **hub))
-        saved = read_json(name, PROCESSOR_NAME, hub)
+            saved = read_json(name, PROCESSOR_NAME, hub)
+            is_alone = saved.keys() >= set(SETTINGS) and not read_json(name, CONFIG, hub)
+        if is_alone:
+            # Saved or pushed without its model: processor_config.json holds all that a config would say.
+            tokenizer = load_tokenizer(name, **hub)
+            image_processor = load_image_processor(name, **hub) if saved.get("image_processor") else None
+            processor = cls(image_processor, tokenizer, chat_template=getattr(tokenizer, "chat_template", None))
+        else:
+            # Knows the config classes and formats that a folder may name; only here, since this page knows no model.
+            config_of = import_module("llava_lite.model.builder").config_of
+            with in_words(name, **hub):
+                config = config_of(name, hub)
+            tokenizer = load_tokenizer(name, config, **hub)
+            processor = cls.from_config(config, tokenizer, image_processor_of(name, config, **hub))
         for key in (*SETTINGS, *PROMPT_SETTINGS):
             setattr(processor, key, kwargs.pop(key, saved.get(key, getattr(processor, key))))
         for key, value in kwargs.items():

@@ -22,7 +22,7 @@ class CudaOnCpu(TorchFunctionMode):
         if func is torch.Tensor.cuda:
             return args[0].cpu()
         if name in _TAKE_A_PLACE:
-            args = tuple(_on_cpu(value) for value in args)
+            args = tuple(_on_cpu(value, numbers=True) for value in args)
         if "device" in kwargs:
             kwargs["device"] = _on_cpu(kwargs["device"], numbers=True)
         return func(*args, **kwargs)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import draw_picture
 from PIL import Image
-from transformers import LogitsProcessor, LogitsProcessorList
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from llava_lite import ImageFeatureCache
 from llava_lite.conversation import conv_templates
@@ -277,6 +277,31 @@ def test_what_a_base_asks_of_generate_does_not_change_a_reply(toy_pair):
         setattr(model.generation_config, name, value)
     assert reply(model, processor, "What?", **asked) == expected
     assert "".join(stream(model, processor, "What?", **asked)) == expected
+
+
+def test_a_generation_config_beside_a_reply_is_read_or_refused(toy_pair):
+    model, processor = toy_pair()
+    config = GenerationConfig(max_new_tokens=3, do_sample=True, temperature=0.6)
+    said = r"max_new_tokens=3, do_sample=True, temperature=0\.6, which reply and stream take as arguments"
+    for ask in (reply, lambda *question, **more: list(stream(*question, **more))):
+        with pytest.raises(ValueError, match=said):
+            ask(model, processor, "What?", generation_config=config)
+    asked = {"images": picture(1), "max_new_tokens": 12}
+    expected = reply(model, processor, "What?", **asked, repetition_penalty=1.9)
+    assert reply(model, processor, "What?", **asked) != expected
+    config = GenerationConfig(repetition_penalty=1.9)
+    assert reply(model, processor, "What?", **asked, generation_config=config) == expected
+
+
+def test_an_answer_may_end_at_words_of_the_caller(toy_pair):
+    model, processor = toy_pair()
+    asked = {"images": picture(1), "max_new_tokens": 12}
+    before, comma, after = reply(model, processor, "What?", **asked).partition(",")
+    assert after
+    assert reply(model, processor, "What?", **asked, stop_strings=[","]) == before + comma
+    assert "".join(stream(model, processor, "What?", **asked, stop_strings=[","])) == before + comma
+    model.generation_config.stop_strings = [","]
+    assert reply(model, processor, "What?", **asked) == before + comma
 
 
 def test_questions_are_prepared_without_a_history(toy_pair):

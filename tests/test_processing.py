@@ -150,6 +150,21 @@ def test_saved_processor_comes_back_through_auto_processor(processor, toy_model,
         LlavaLiteProcessor.from_pretrained(tmp_path, conv_mode="v1")
 
 
+@pytest.mark.parametrize("sees", [True, False])
+def test_a_processor_saved_without_its_model_comes_back(processor, toy_llm_dir, tmp_path, sees):
+    given = processor if sees else LlavaLiteProcessor.from_pretrained(toy_llm_dir("llama"))
+    given.conv_template = "llava_v0"
+    given.save_pretrained(tmp_path)
+    assert not (tmp_path / "config.json").exists()
+    loaded = AutoProcessor.from_pretrained(tmp_path)
+    assert type(loaded) is LlavaLiteProcessor
+    assert (loaded.conv_template, loaded.num_image_tokens) == ("llava_v0", 16 if sees else 0)
+    inputs = {"text": "USER: <image>\nHello!", "images": picture()} if sees else {"text": "Hello!"}
+    before, after = given(**inputs), loaded(**inputs)
+    assert set(before) == set(after)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
 def test_processor_comes_from_a_folder_that_has_none(folder):
     loaded = AutoProcessor.from_pretrained(folder)
     assert type(loaded) is LlavaLiteProcessor

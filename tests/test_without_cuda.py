@@ -17,6 +17,8 @@ CUDA = torch.device("cuda", 0)
         lambda t: t.to("cuda"),
         lambda t: t.to("cuda:1", torch.float32, non_blocking=True),
         lambda t: t.to(CUDA),
+        lambda t: t.to(0),
+        lambda t: t.to(1, non_blocking=True),
         lambda t: t.to(device="cuda", non_blocking=True),
         lambda t: t.half().cuda().float(),
         lambda t: torch.tensor(t.tolist(), device="cuda"),
@@ -37,7 +39,7 @@ def test_what_is_sent_to_cuda_is_on_the_cpu(send):
 
 def test_modules_stay_where_they_are_and_other_places_are_untouched():
     with CudaOnCpu():
-        layer = torch.nn.Linear(2, 3).cuda().to("cuda").to(CUDA, dtype=torch.float64)
+        layer = torch.nn.Linear(2, 3).cuda().to("cuda").to(0).to(CUDA, dtype=torch.float64)
         assert layer.weight.device.type == "cpu"
         assert layer.weight.dtype == torch.float64
         assert torch.ones(2, device="meta").device.type == "meta"

@@ -22,7 +22,7 @@ from llava_lite.model.architectures import check_generates, check_model_type
 from llava_lite.model.checkpoint_weights import refuse_nameless
 from llava_lite.model.loading import generation_arguments
 from llava_lite.model.partial import base_of, merge_adapter, refuse_lost_parts, refuse_strays
-from llava_lite.model.placement import is_too_large, spread, take_places
+from llava_lite.model.placement import SPREADS, is_too_large, spread, take_places
 from llava_lite.model.quantization import agreed, one_request, stored_quantization
 from llava_lite.model.vocabulary import fit_rows
 from llava_lite.model.weight_files import broken_files_in_words
@@ -204,6 +204,10 @@ def placement(device, device_map, quantised=False, has_limits=False):
         device, device_map = device_map[""], None
     elif isinstance(device_map, (int, torch.device)) or (isinstance(device_map, str) and _is_device(device_map)):
         device, device_map = device_map, None
+    elif isinstance(device_map, str) and device_map not in SPREADS:
+        raise ValueError(
+            f"device_map is {device_map!r}; known: {', '.join(SPREADS)}, a device such as 'cuda:0', a dict of places."
+        )
     device = "cuda" if device is None else f"cuda:{device}" if isinstance(device, int) else device
     device = torch.device(device)
     if device.type == "cuda" and not torch.cuda.is_available():

@@ -38,7 +38,8 @@ class PictureGeneration:
         Called LLaVA's way (`images=`, None included) it returns new tokens only; called the transformers way
         (`pixel_values=`, or text alone) the prompt comes first, its images expanded to one id a feature and a
         placeholder of -200 shown as the padding id. Rows may be padded on either side; they are padded left here.
-        Without attention_mask the transformers way takes padding ids for padding, as transformers does.
+        Without attention_mask the transformers way takes padding ids for padding, as transformers does. position_ids
+        [B, L] other than the usual ones are for rows that need no change here.
         image_features: what the tower made of the images, in place of them (see `encode_pictures`).
 
         past_key_values: a cache to go on from. The ids are then all ids, those of the cached positions first, or the
@@ -54,15 +55,31 @@ class PictureGeneration:
             if pixel_values is not None:
                 kwargs["inputs_embeds"] = self.write_pictures(kwargs["inputs_embeds"], pixel_values, image_sizes)
             return super().generate(inputs=input_ids, **kwargs)
-        for name in ("inputs_embeds", "position_ids"):
-            kwargs.pop(name, None)
+        kwargs.pop("inputs_embeds", None)
+        given_positions = kwargs.pop("position_ids", None)
         mask = kwargs.pop("attention_mask", None)
         if mask is None and not llava_way:
             mask = self.infer_mask(input_ids, kwargs)
+        if mask is None and self.argument("is_assistant", kwargs):
+            # For the drafts of assisted decoding transformers hands over all ids.
+            mask = torch.ones_like(input_ids)
+        if given_positions is not None and counts_as_usual(given_positions, input_ids, mask):
+            given_positions = None
         with evaluating(self):
             ids, mask, embeds = self.embed_prompt(
                 Batch(input_ids, mask), pictures, image_sizes, image_features, cached_len(kwargs), llava_way
             )
+            if given_positions is not None:
+                if ids is not input_ids or given_positions.shape[-1] != mask.shape[1]:
+                    raise ValueError(
+                        f"position_ids of {given_positions.shape[-1]} positions that do not count 0, 1, 2, ... for a "
+                        f"prompt of {mask.shape[1]}: give rows that are padded on the left and have one placeholder a "
+                        "feature, as the processor writes them, and a position for each; or leave position_ids out."
+                    )
+                kwargs["position_ids"] = given_positions
+            sees = pictures is not None or image_features is not None
+            ends_in_image = sees and bool(placeholder_mask(ids[:, -1:], self.config.image_token_index).any())
+            ids = self.printable_ids(ids, None if ids is input_ids else mask, kwargs)
             kwargs["attention_mask"] = mask
             if embeds is None:
                 # From ids, as adapters that put a prompt of their own before them want it.
@@ -72,6 +89,11 @@ class PictureGeneration:
                     raise ValueError(
                         f"{', '.join(asked)} looks up the ids of the prompt, but there are {ids.shape[1]} ids of "
                         f"{mask.shape[1]} positions; give all ids."
+                    )
+                if ends_in_image:
+                    raise ValueError(
+                        f"{', '.join(asked)} reads the end of the prompt by its id, and a prompt ends with an image. "
+                        "Put text after the image, such as the beginning of the answer, or generate without it."
                     )
                 kwargs["past_key_values"] = self.prefill(embeds, mask, kwargs)
                 output = super().generate(input_ids=ids, **kwargs)
@@ -108,7 +130,7 @@ class PictureGeneration:
             embeds = torch.cat([embeds.new_zeros(len(embeds), num_cached, embeds.shape[2]), embeds], dim=1)
         if mask is None:
             mask = torch.ones_like(batch.input_ids) if embeds is None else torch.ones_like(embeds[..., 0]).long()
-        return self.printable_ids(batch.input_ids), mask, embeds
+        return batch.input_ids, mask, embeds
 
     def infer_mask(self, input_ids: torch.Tensor, arguments: dict) -> torch.Tensor | None:
         """Return the mask [B, T] of ids without one: zeros at padding ids, unless these end an answer too.
@@ -149,7 +171,8 @@ class PictureGeneration:
             arguments.pop(name, None)
         cache = arguments.pop("past_key_values", None)
         cache = DynamicCache(config=self.config) if cache is None else cache
-        positions, end = positions_from_mask(mask), embeds.shape[1] - 1
+        positions, end = arguments.get("position_ids"), embeds.shape[1] - 1
+        positions = positions_from_mask(mask) if positions is None else positions
         start = cache.get_seq_length()
         while start < end:
             stop = min(end, start + (chunk_len or end))
@@ -189,14 +212,19 @@ class PictureGeneration:
             **kwargs,
         )
 
-    def printable_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """Replace -200 by an id of the vocabulary: logits processors and `batch_decode` look ids up."""
-        ends = self.generation_config.eos_token_id
+    def printable_ids(self, input_ids: torch.Tensor, mask: torch.Tensor | None, arguments: dict) -> torch.Tensor:
+        """Replace -200 by an id of the vocabulary: logits processors and `batch_decode` look ids up.
+
+        mask: [B, L] of rows whose padding was written anew, which then is the padding id too; None for other rows.
+        """
+        ends = self.argument("eos_token_id", arguments)
         ends = ends if isinstance(ends, (list, tuple)) else [ends]
-        for token in (self.generation_config.pad_token_id, self.config.pad_token_id, *ends, 0):
-            if token is not None and token >= 0:
-                return input_ids.masked_fill(input_ids < 0, token)
-        return input_ids
+        candidates = (self.argument("pad_token_id", arguments), self.config.pad_token_id, *ends, 0)
+        token = next(int(one) for one in candidates if one is not None and one >= 0)
+        is_hidden = input_ids < 0
+        if mask is not None:
+            is_hidden |= mask[:, -input_ids.shape[1] :] == 0
+        return input_ids.masked_fill(is_hidden, token)
 
 
 # Models in training mode that generate: how many calls there are, and the modules to put back.
@@ -230,6 +258,15 @@ def cached_len(arguments: dict) -> int:
     """Return how many positions the cache holds that `generate` was given; 0 without one."""
     cache = arguments.get("past_key_values")
     return 0 if cache is None else int(cache.get_seq_length())
+
+
+def counts_as_usual(positions: torch.Tensor, input_ids: torch.Tensor, mask: torch.Tensor | None) -> bool:
+    """Tell whether position_ids [B, T] count the real tokens of each row, as they are counted without any."""
+    mask = torch.ones_like(input_ids) if mask is None else mask
+    if positions.shape[-1] > mask.shape[1]:
+        return False
+    usual, real = (values[:, -positions.shape[-1] :] for values in (positions_from_mask(mask), mask.bool()))
+    return bool((positions.to(usual.device) == usual)[real].all())
 
 
 def check_going_on(batch: Batch, num_cached: int) -> bool:

@@ -13,6 +13,8 @@ from torch import nn
 
 # Keywords of transformers' `from_pretrained` that say where weights lie.
 PLACES = ("device_map", "max_memory", "offload_folder", "offload_buffers")
+# What transformers calls the ways to spread a model by itself.
+SPREADS = ("auto", "balanced", "balanced_low_0", "sequential")
 
 
 def place_of(module: nn.Module, otherwise: torch.device) -> torch.device:
@@ -44,7 +46,7 @@ def may_offload(device_map) -> bool:
     if isinstance(device_map, dict):
         places = set(device_map.values())
         return "disk" in places or ("cpu" in places and len(places) > 1)
-    return isinstance(device_map, str) and device_map in ("auto", "balanced", "balanced_low_0", "sequential")
+    return isinstance(device_map, str) and device_map in SPREADS
 
 
 def take_places(arguments: dict) -> dict:

@@ -189,12 +189,53 @@ def test_ids_without_a_mask_are_taken_for_all_ids_and_that_is_logged(pair, caplo
     assert "14 ids, a cache of 10 positions and no attention_mask: taken for all ids" in caplog.text
 
 
+def test_drafts_of_assisted_decoding_are_not_told_as_ids_without_a_mask(pair, caplog):
+    ours, _ = pair
+    ids = torch.tensor([[1, 36, 37, 38]])
+    asked = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False}
+    assert torch.equal(ours.generate(ids, **asked, assistant_model=ours), ours.generate(ids, **asked))
+    assert "no attention_mask" not in caplog.text
+
+
 def test_ways_that_look_up_the_ids_of_the_prompt_need_all_of_them(pair):
     ours, _ = pair
     turns = TwoTurns(ours, "image", "image")
     new = {"input_ids": turns.new_ids, "attention_mask": turns.full_mask, "pixel_values": turns.new_pixels}
     with pytest.raises(ValueError, match=r"prompt_lookup_num_tokens .* 20 ids of 45 positions; give all ids"):
         ours.generate(**new, past_key_values=copy.deepcopy(turns.cache), prompt_lookup_num_tokens=3)
+
+
+@pytest.mark.parametrize(
+    "asked", [{"prompt_lookup_num_tokens": 3}, {"guidance_scale": 1.5}, {"prefill_chunk_size": 5}], ids=str
+)
+def test_ways_that_look_up_the_last_id_refuse_a_prompt_that_ends_with_an_image(pair, asked):
+    ours, _ = pair
+    ids = torch.tensor([[1, 36, *[IMAGE] * NUM_FEATURES]])
+    found = pixels_of(ids, seed=3)
+    with pytest.raises(ValueError, match="reads the end of the prompt by its id, and a prompt ends with an image"):
+        ours.generate(ids, pixel_values=found, max_new_tokens=2, **asked)
+    # Without images the placeholder is a word like others.
+    assert ours.generate(ids, max_new_tokens=2, **asked).shape == (1, ids.shape[1] + 2)
+
+
+@pytest.mark.parametrize("asked", [{}, {"num_beams": 2}, {"encoder_repetition_penalty": 1.3}], ids=str)
+def test_positions_of_the_caller_are_those_of_transformers(pair, asked):
+    ours, stock = pair
+    image = [IMAGE] * NUM_FEATURES
+    ids = torch.tensor([[1, *image, 31, 32, 33], [*[PAD] * NUM_FEATURES, PAD, 1, 36, 37]])
+    inputs = {"input_ids": ids, "attention_mask": (ids != PAD).long(), "pixel_values": pixels_of(ids, seed=1)} | asked
+    usual = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
+    expected = generate(stock, **inputs, position_ids=2 * usual)
+    assert_same_answer(generate(ours, **inputs, position_ids=2 * usual), expected)
+    plain = generate(ours, **inputs)
+    assert not torch.allclose(torch.stack(plain.logits), torch.stack(expected.logits), atol=1e-2)
+    assert_same_answer(generate(ours, **inputs, position_ids=usual), plain)
+    # Rows that move or grow count anew, so that other positions fit nothing.
+    short = torch.tensor([[1, IMAGE, 31, 32, 33], [1, 36, 37, PAD, PAD]])
+    more = inputs | {"input_ids": short, "attention_mask": (short != PAD).long()}
+    assert_same_answer(generate(ours, **more, position_ids=torch.arange(5)[None].expand(2, -1)), plain)
+    with pytest.raises(ValueError, match=r"position_ids of 5 positions that do not count .* a prompt of 20"):
+        generate(ours, **more, position_ids=2 * torch.arange(5)[None].expand(2, -1))
 
 
 # Padding without a mask.
@@ -215,6 +256,20 @@ def test_padded_ids_without_a_mask_are_read_as_transformers_reads_them(pair, sid
     assert torch.equal(found.sequences, with_mask.sequences)
     if side == "left":
         assert torch.equal(found.sequences, generate(stock, **inputs).sequences)
+
+
+@pytest.mark.parametrize("marks", [NUM_FEATURES, 1])
+def test_rows_that_are_padded_anew_show_the_padding_id(pair, marks):
+    ours, stock = pair
+    pad, image = 110, [IMAGE] * NUM_FEATURES
+    left = torch.tensor([[1, *image, 31, 32, 33], [*[pad] * (NUM_FEATURES + 1), 1, 36, 37]])
+    right = torch.tensor([[1, *[IMAGE] * marks, 31, 32, 33], [1, 36, 37, *[pad] * (marks + 1)]])
+    pixels = pixels_of(left, seed=1)
+    asked = {"pixel_values": pixels, "max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "pad_token_id": pad}
+    # A penalty reads the ids of the prompt, padding included.
+    asked["repetition_penalty"] = 1.5
+    expected = stock.generate(left, attention_mask=(left != pad).long(), **asked)
+    assert torch.equal(ours.generate(right, attention_mask=(right != pad).long(), **asked), expected)
 
 
 def test_padding_that_may_end_an_answer_is_text_and_that_is_logged(pair, caplog):

@@ -289,6 +289,11 @@ def test_limits_of_memory_keep_a_device_map_without_cuda(monkeypatch, device_map
     assert placement("cuda", device_map, has_limits=has_limits) == (torch.device(expected[0]), expected[1])
 
 
+def test_a_misspelt_device_map_is_refused_on_any_machine(folder_of):
+    with pytest.raises(ValueError, match=r"device_map is 'atuo'; known: auto, balanced, "):
+        load(folder_of(), device_map="atuo")
+
+
 def test_a_model_too_large_for_the_only_device_is_spread(folder_of, monkeypatch, caplog):
     """Without a GPU: the free memory is made up, and "auto" finds the CPU alone."""
     monkeypatch.setattr(builder_page, "is_too_large", lambda model, device: True)
