@@ -20,7 +20,8 @@ FLOORS = {
     "__init__": 0,
     "alias": 0,
     "commands": 0,
-    "constants": 0,
+    # Below all: plain words and numbers.
+    "constants": -1,
     "without_cuda": 0,
     "formats": 0,
     "data": 2,
