@@ -5,7 +5,6 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from llava_lite.constants import DEFAULT_IMAGE_TOKEN
 from llava_lite.data.cache import key_of
 from llava_lite.data.index import Annotations
 from llava_lite.data.text_counts import TextCounts
@@ -62,7 +61,7 @@ class Report:
         if self.text_placeholders.any():
             count = int((self.text_placeholders > 0).sum())
             lines.append(
-                f"{number(count, 'record')} with {DEFAULT_IMAGE_TOKEN} and no image, taken as plain text: "
+                f"{number(count, 'record')} with an image mark and no image, taken as plain text: "
                 f"{self._named(self.text_placeholders)}"
             )
         lines += self.texts.lines()

@@ -2,12 +2,15 @@
 
 import base64
 import binascii
+import re
 
 from llava_lite.data.scan import DataError
 
 # How the bytes of a JPEG, PNG, GIF, WebP, BMP or TIFF file begin once they are base64 text.
 BASE64_STARTS = ("/9j/", "iVBORw0KGgo", "R0lGOD", "UklGR", "Qk", "SUkq", "TU0AK")
 INLINE_STARTS = ("data:", *BASE64_STARTS)
+# A sentence that begins like one of these has blanks before long.
+BASE64_ONLY = re.compile(r"[A-Za-z0-9+/\r\n]+=*\s*\Z")
 # The smallest PNG is 67 bytes, 92 letters of base64; a path of one component has at most 255.
 LEAST_BASE64_LEN = 90
 # Where an object keeps its image, in the order of what wins: `datasets` writes {"bytes", "path"}, OpenAI {"url"}.
@@ -74,6 +77,13 @@ def _of_source(source, key: str, name: str) -> str | bytes:
     if isinstance(source, str):
         return read_image(source, key, name)
     raise DataError(f"{name}: {key!r} has the source {describe(source)}; expected base64 data or a url.")
+
+
+def is_inline(text: str) -> bool:
+    """Say whether a text is the content of an image file: a data URL, or base64 of one of the known beginnings."""
+    if text.startswith("data:"):
+        return text.startswith("data:image/")
+    return len(text) >= LEAST_BASE64_LEN and text.startswith(BASE64_STARTS) and bool(BASE64_ONLY.match(text[:400]))
 
 
 def _inline(text: str, key: str, name: str) -> str | bytes:

@@ -18,7 +18,7 @@ from llava_lite.data.scan import DataError, placed_error
 from llava_lite.data.sources import READERS, Source
 
 # Raised when what is stored, or how it is counted, changes.
-VERSION = 2
+VERSION = 3
 
 
 class IndexedFile:

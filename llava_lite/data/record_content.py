@@ -3,7 +3,15 @@
 from llava_lite.data.image_values import describe, read_images
 from llava_lite.data.parts import check_text
 from llava_lite.data.record_formats import FORMATS, Content, ForeignRecord, RecordFormat, formats_of
-from llava_lite.data.record_keys import IMAGE_KEYS, check_keys, media_keys, named_media, refuse_preferences, rewriting
+from llava_lite.data.record_keys import (
+    IMAGE_KEYS,
+    SYSTEM_KEYS,
+    check_keys,
+    media_keys,
+    named_media,
+    refuse_preferences,
+    rewriting,
+)
 from llava_lite.data.scan import DataError
 
 
@@ -29,7 +37,7 @@ def read_content(item: dict, name: str) -> Content:
     images = _read_both(given, name)
     content = chosen.read(given, images, name)
     content = _with_parts(_with_system(given, content, name), name)
-    rest = {key: value for key, value in given.items() if key not in ("id", "system", *IMAGE_KEYS, *content.keys)}
+    rest = {key: value for key, value in given.items() if key not in ("id", *SYSTEM_KEYS, *IMAGE_KEYS, *content.keys)}
     check_keys(rest, content.images, name)
     return content
 
@@ -63,14 +71,18 @@ def _read_both(item: dict, name: str) -> tuple:
 
 def _with_system(item: dict, content: Content, name: str) -> Content:
     """Return the content with the system text of the record itself, if it has one that says anything."""
-    system, spoken = item.get("system"), content.dialogue.system
-    if system is None or system == "":
+    found = [key for key in SYSTEM_KEYS if item.get(key) not in (None, "")]
+    if not found:
         return content
+    key, spoken = found[0], content.dialogue.system
+    system = item[key]
     if not isinstance(system, str):
-        raise DataError(f"{name}: 'system' is {describe(system)}, expected a string.")
+        raise DataError(f"{name}: {key!r} is {describe(system)}, expected a string.")
+    if any(item[other] != system for other in found):
+        raise DataError(f"{name} has {' and '.join(map(repr, found))}, and they differ. Keep one.")
     if spoken is not None and spoken != system:
         raise DataError(
-            f"{name} has a system text under 'system' and another in its system turn; keep one of {system[:60]!r} and "
+            f"{name} has a system text under {key!r} and another in its system turn; keep one of {system[:60]!r} and "
             f"{spoken[:60]!r}."
         )
     return content._replace(dialogue=content.dialogue._replace(system=check_text(system, name)))

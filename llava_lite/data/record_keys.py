@@ -3,10 +3,11 @@
 import os
 import re
 
-from llava_lite.data.image_values import describe
+from llava_lite.data.image_values import describe, is_inline
 from llava_lite.data.scan import DataError
 
 IMAGE_KEYS = ("image", "images")
+SYSTEM_KEYS = ("system", "system_prompt", "system_message")
 # Words of a key that say media, and words that make it a statement about media: image_id, video_length.
 IMAGE_WORDS = {"image", "img", "picture", "pic", "photo", "photograph", "screenshot", "frame", "pixel", "media"}
 IMAGE_WORDS |= {"visual"}
@@ -76,7 +77,9 @@ def _looks_like(value, file_name: re.Pattern, depth: int = 3) -> bool:
         return file_name is IMAGE_FILE
     if not isinstance(value, str):
         return False
-    return value.startswith("data:image/" if file_name is IMAGE_FILE else ("data:video/", "data:audio/")) or bool(
+    if file_name is IMAGE_FILE and is_inline(value):
+        return True
+    return (value.startswith(("data:video/", "data:audio/")) and file_name is SOUND_FILE) or bool(
         len(value) < 500 and not value.startswith(("http://", "https://")) and file_name.search(value)
     )
 
@@ -158,7 +161,7 @@ def _is_content(value) -> bool:
     value = _first(value)
     if isinstance(value, dict):
         return _is_content(value.get("bytes"))
-    return (isinstance(value, bytes) and bool(value)) or (isinstance(value, str) and value.startswith("data:image/"))
+    return (isinstance(value, bytes) and bool(value)) or (isinstance(value, str) and is_inline(value))
 
 
 def rewriting(name: str, options: str) -> str:

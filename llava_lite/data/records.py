@@ -6,6 +6,7 @@ formats are read by turns.py and record_formats.py.
 
 import json
 import math
+import re
 from typing import NamedTuple
 
 from llava_lite.constants import DEFAULT_IMAGE_TOKEN
@@ -19,6 +20,12 @@ from llava_lite.data.turns import ROLES, drop_greeting, plain_turns
 PLAIN_KEYS = frozenset({"id", "image", "conversations", "model"})
 PLACEHOLDER_FLAG = "--placeholder_as_text"
 NOTHING: frozenset[int] = frozenset()
+# How other families mark an image in a question (Qwen-VL, Phi-3, InternVL, XComposer, Gemma, MMMU).
+_MARK = r"""<\|(?:image|video|audio)(?:_\d+|_pad|_placeholder)?\|> | <img>[^<>\n]+</img> | <image[ _-]?\d+>
+    | <ImageHere> | <IMG_CONTEXT> | <image_soft_token> | <start_of_image> | <image_placeholder>"""
+# What HTML and prose hold as well is a mark where a question begins with it, or ends with it on a line of its own.
+_TAG = rf"(?!(?-i:{DEFAULT_IMAGE_TOKEN}))(?:<\ ?(?:image|img|picture|video|audio)\ ?/?>|\[(?:image|img)\])"
+OTHER_MARK = re.compile(rf"{_MARK} | \A\s*{_TAG} | \n[ \t]*{_TAG}\s*\Z", re.VERBOSE | re.IGNORECASE)
 
 
 class Record(NamedTuple):
@@ -117,7 +124,15 @@ def _check_placeholders(turns, num_images: int, name: str) -> None:
 
 def num_missing_images(record: Record) -> int:
     """Return the number of image placeholders of a record that has no image; 0 for one that has."""
-    return 0 if record.images else sum(text.count(DEFAULT_IMAGE_TOKEN) for _, text in record.turns)
+    if record.images:
+        return 0
+    return sum(text.count(DEFAULT_IMAGE_TOKEN) for _, text in record.turns) + len(_other_marks(record))
+
+
+def _other_marks(record: Record) -> list[str]:
+    """Return what marks an image in other families, in the questions of a record."""
+    questions = (text for _, text in record.turns[::2] if "<" in text or "[" in text)
+    return [mark.strip() for text in questions for mark in OTHER_MARK.findall(text)]
 
 
 def num_empty_answers(record: Record) -> int:
@@ -140,6 +155,13 @@ def missing_images(record: Record) -> str | None:
     count = num_missing_images(record)
     if not count:
         return None
+    others = _other_marks(record)
+    if len(others) == count:
+        return (
+            f"{others[0]!r} in a question but no image in {record.name}: other programs put media there. Name the "
+            f"image under 'image' and write {DEFAULT_IMAGE_TOKEN} here, or take the mark out of the text; if it is "
+            f"plain text: {PLACEHOLDER_FLAG} True."
+        )
     return (
         f"{count} {DEFAULT_IMAGE_TOKEN} placeholder{'s' * (count > 1)} in the conversation but no image in "
         f"{record.name}. Name the image under 'image', or take the placeholder out of the text; if it is plain text: "

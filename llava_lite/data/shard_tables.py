@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from llava_lite.data.record_formats import ANSWER_KEYS, CAPTION_KEYS, CONVERSATION_KEYS
-from llava_lite.data.record_keys import IMAGE_KEYS, NOT_READ, PREFERENCE_KEYS, named_media, sound_keys
+from llava_lite.data.record_keys import IMAGE_KEYS, NOT_READ, PREFERENCE_KEYS, SYSTEM_KEYS, named_media, sound_keys
 from llava_lite.data.scan import DataError
 from llava_lite.data.shard_files import START, Place, RawRecord, Shard, open_shard
 
@@ -20,7 +20,7 @@ CONTENTS = (
 )
 CAPTIONS = {*CAPTION_KEYS, "captions", "sentences"}
 # Columns that are read: of all others, embeddings say, no byte is.
-READ_COLUMNS = {*PICTURE_COLUMNS, *CAPTIONS, *ID_COLUMNS, *NOT_READ, "system", "label", "image_info"}
+READ_COLUMNS = {*PICTURE_COLUMNS, *CAPTIONS, *ID_COLUMNS, *NOT_READ, *SYSTEM_KEYS, "label", "image_info"}
 READ_COLUMNS = READ_COLUMNS.union(*CONTENTS)
 
 
@@ -73,7 +73,7 @@ def read_arrow(shard: Shard, place: Place = START, part: int = 0, num_parts: int
 
 
 def columns_of(schema, name: str) -> list[str]:
-    """Return the columns that are read: those with a meaning, and those that hold images under any name.
+    """Return the columns that are read: those with a meaning, and those that may hold images under any name.
 
     Raises DataError with the columns that there are, if a row can be no record.
     """
@@ -85,6 +85,8 @@ def columns_of(schema, name: str) -> list[str]:
             f"{name} has the columns {', '.join(schema.names) or '(none)'}; expected conversations, or one of "
             f"{', '.join(CAPTION_KEYS)} beside one of {', '.join(PICTURE_COLUMNS)}."
         )
+    # Of texts only the values tell whether they are names of images.
+    media += [field.name for field in schema if _holds_text(field.type)]
     return [column for column in schema.names if column in READ_COLUMNS or column in media]
 
 
@@ -93,16 +95,29 @@ def _may_hold_image(field) -> bool:
     import pyarrow
 
     # Any text will do: numbers never hold images.
-    name, kind = {field.name: "x"}, field.type
-    while hasattr(kind, "value_type"):
-        # Lists of any kind, and dictionaries of equal values.
-        kind = kind.value_type
+    name, kind = {field.name: "x"}, _inner(field.type)
     if pyarrow.types.is_struct(kind):
         return field.name in IMAGE_KEYS or any(map(_may_hold_image, kind))
     if pyarrow.types.is_binary(kind) or pyarrow.types.is_large_binary(kind):
         return True
-    is_text = pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)
-    return is_text and bool(field.name in IMAGE_KEYS or named_media(name) or sound_keys(name))
+    return _holds_text(kind) and bool(field.name in IMAGE_KEYS or named_media(name) or sound_keys(name))
+
+
+def _inner(kind):
+    """Return the type within lists of any kind, and dictionaries of equal values."""
+    while hasattr(kind, "value_type"):
+        kind = kind.value_type
+    return kind
+
+
+def _holds_text(kind) -> bool:
+    """Say whether a type is text, in lists and objects or not."""
+    import pyarrow
+
+    kind = _inner(kind)
+    if pyarrow.types.is_struct(kind):
+        return any(_holds_text(field.type) for field in kind)
+    return any(is_kind(kind) for is_kind in (pyarrow.types.is_string, pyarrow.types.is_large_string))
 
 
 def _row(batch, k: int, row: int, name: str) -> RawRecord:

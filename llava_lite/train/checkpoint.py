@@ -23,7 +23,7 @@ from llava_lite.train.interrupt import EXIT_RESUMABLE, ProgressCallback
 from llava_lite.train.manifest import SaveError, newest_whole_checkpoint
 from llava_lite.train.other_ranks_run import OtherRanksMixin
 from llava_lite.train.ranks import everyone, raise_together
-from llava_lite.train.resume import find_checkpoint, refuse_incomplete, refuse_other_run
+from llava_lite.train.resume import AS_EXAMPLES, find_checkpoint, refuse_incomplete, refuse_other_run
 from llava_lite.train.run_facts import FACTS
 from llava_lite.train.trained_weights import (
     PROJECTOR,
@@ -125,6 +125,7 @@ class CheckpointMixin(OtherRanksMixin):
             "checksum of the samples' lengths": None if lengths is None else zlib.crc32(np.asarray(lengths).tobytes()),
             "DeepSpeed ZeRO stage": self._zero_stage(),
             "trained parameters": trained_names(self.model),
+            **{key: getattr(self.model.config, key, None) for key in AS_EXAMPLES},
         }
 
     def _schedule(self) -> dict:

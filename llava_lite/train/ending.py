@@ -145,7 +145,10 @@ def read_complete(args) -> dict | None:
 
 
 def asks_for_other_steps(args) -> bool:
-    """Tell whether the newest checkpoint was written under other flags; without one nobody knows."""
+    """Tell whether the newest checkpoint was written under other flags; without one nobody knows.
+
+    Flags of the schedule, such as the rate, do not count: a run without a step left would take none at another rate.
+    """
     checkpoints = paper.checkpoints_in(args.output_dir)
     if not checkpoints:
         return False
@@ -154,10 +157,10 @@ def asks_for_other_steps(args) -> bool:
     except ValueError:
         # Told by whoever looks for a checkpoint to go on from.
         return True
-    before = manifest["steps"] | manifest["schedule"]
+    before = manifest["steps"]
     # Divided otherwise among other ranks, a step is still the same step.
     same = DIVISION if global_batch(before) == global_batch(vars(args) | {RANKS: args.world_size}) else ()
-    known = {name: value for name, value in before.items() if hasattr(args, name) and name not in (*LENGTHS, *same)}
+    known = {name: value for name, value in before.items() if hasattr(args, name) and name not in same}
     return any(getattr(args, name) != value for name, value in known.items())
 
 
@@ -173,11 +176,25 @@ def already_finished(args, state: dict) -> str:
     else:
         goes_on = f"--model_name_or_path {shlex.quote(folder)} and another --output_dir, since no checkpoint is left"
     return (
-        f"{folder} holds a finished run ({done}): nothing was trained.\n"
+        f"{folder} holds a finished run ({done}): nothing was trained.\n{_other_schedule(args)}"
         f"  to train on:     {goes_on}\n"
         "  to train anew:   another --output_dir, or --resume_from_checkpoint False, which replaces the model\n"
         f"  to talk to it:   {chat_command(folder)}"
     )
+
+
+def _other_schedule(args) -> str:
+    """Return a line on the flags of the schedule that have no effect now, "" if there are none."""
+    try:
+        saved = paper.read_manifest(paper.checkpoints_in(args.output_dir)[0])["schedule"]
+    except (IndexError, ValueError):
+        return ""
+    changed = [
+        f"{name} was {value}, is {getattr(args, name)}"
+        for name, value in saved.items()
+        if name not in LENGTHS and getattr(args, name, value) != value
+    ]
+    return f"  without effect:  {'; '.join(changed)}\n" if changed else ""
 
 
 def begin_anew(args, checkpoint) -> None:

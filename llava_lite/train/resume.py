@@ -12,6 +12,19 @@ from llava_lite.train.ranks import everyone, raise_together
 
 logger = logging.getLogger(__name__)
 
+# Keys of the model's config that decide how a record becomes an example; checkpoints from before they were kept go on.
+AS_EXAMPLES = (
+    "vocab_size",
+    "conv_template",
+    "chat_end_mark",
+    "special_tokens_in_text",
+    "image_aspect_ratio",
+    "image_grid_pinpoints",
+    "mm_patch_merge_type",
+    "mm_vision_select_layer",
+    "mm_vision_select_feature",
+)
+
 
 class WholeCheckpoint(str):
     """The path of a checkpoint that this process has compared with its manifest."""
@@ -75,6 +88,7 @@ def refuse_other_run(path: str, steps: Mapping, schedule: Mapping) -> None:
     """
     manifest = paper.read_manifest(path)
     saved = manifest["steps"]
+    steps = {key: value for key, value in steps.items() if key not in AS_EXAMPLES or key in saved}
     if has_other_ranks(saved, steps):
         refuse_other_batch(path, saved, steps)
         saved = saved | {key: steps[key] for key in DIVISION}

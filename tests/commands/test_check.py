@@ -126,7 +126,7 @@ def test_the_flags_that_messages_advise_are_taken(check, tmp_path):
     assert [json.loads(line)["id"] for line in (tmp_path / "bad.jsonl").read_text().splitlines()] == ["lost", "gone"]
     status, said = check(BAD[:4], "--placeholder_as_text", "True")
     assert status == 0
-    assert "1 record with <image> and no image, taken as plain text: record 'lost' (train.json[3])" in said
+    assert "1 record with an image mark and no image, taken as plain text: record 'lost' (train.json[3])" in said
     status, said = check(BAD[:4], "--placeholder_as_text")
     assert status == 0
     status, said = check([record("long", "<image>q", "so " * 3000, image="0.png")], "--model_max_length", 100)

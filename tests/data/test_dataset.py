@@ -95,7 +95,7 @@ def test_a_placeholder_without_an_image_is_refused_or_learned_as_plain_text(writ
     assert "images" not in dataset[0]
     assert IMAGE_TOKEN_INDEX not in dataset[0]["input_ids"]
     assert "the tag <image> mean" in toy_tokenizer.decode(dataset[0]["input_ids"])
-    assert "1 record with <image> and no image, taken as plain text" in report.summary()
+    assert "1 record with an image mark and no image, taken as plain text" in report.summary()
     assert "record 'html' (train.json[0])" in report.summary().splitlines()[-1]
 
 

@@ -1,5 +1,6 @@
 """No image is passed over: keys x values x kinds of files, each read or refused with the key and the record."""
 
+import base64
 import json
 
 import pytest
@@ -164,11 +165,82 @@ def test_two_keys_at_once_agree_or_are_refused(more, words):
 
 
 @pytest.mark.parametrize(
-    "where", [{"a": {"file": "1.png"}}, {"photo_of": "1.png"}, {"x": ["1.png"]}, {"x": "data:image/png;base64,"}]
+    "where",
+    [
+        {"a": {"file": "1.png"}},
+        {"photo_of": "1.png"},
+        {"path": "1.png"},
+        {"x": ["1.png"]},
+        {"x": "data:image/png;base64,"},
+        {"b64": base64.b64encode(PNG).decode()},
+    ],
 )
-def test_a_file_of_an_image_under_any_key_is_not_passed_over(where):
+@pytest.mark.parametrize("kind", ["json", "parquet"])
+def test_a_file_of_an_image_under_any_key_is_not_passed_over(tmp_path, kind, where):
     with pytest.raises(DataError, match="an image that would not be seen"):
-        parse_record({"id": "r", "conversations": TEXT} | where, "here")
+        first(tmp_path, kind, {"id": "r", "conversations": TEXT} | where)
+
+
+@pytest.mark.parametrize("text", ["Qk is a prefix of base64 " * 9, "/9j/", "deadbeef" * 20])
+def test_a_text_that_begins_like_an_image_is_none(text):
+    assert parse_record({"id": "r", "conversations": TEXT, "note": text}, "here").images == ()
+
+
+MARKS = [
+    "Picture 1: <img>a.jpg</img>\nq",
+    "<|image_1|>\nq",
+    "q <|image_pad|>",
+    "<ImageHere>q",
+    "<image 1> q",
+    "q <image_2>",
+    "<Image>\nq",
+    "<video>\nq",
+    " <IMAGE>q",
+    "q\n<img>",
+    "q\n<audio>\n",
+    "[IMG]q",
+    "<start_of_image>q",
+    "<|video|>q",
+]
+
+
+@pytest.mark.parametrize("kind", ["json", "parquet"])
+@pytest.mark.parametrize("text", MARKS)
+def test_a_mark_of_another_family_without_an_image_is_refused(tmp_path, kind, text):
+    turns = [{"from": "human", "value": text}, TELL]
+    with pytest.raises(DataError, match="in a question but no image in record 'r'"):
+        first(tmp_path, kind, {"id": "r", "conversations": turns})
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "<img src='a.jpg'> what?",
+        "What does <img> do?",
+        "<html>\n<video>\n<source src='a'>\n</video>",
+        "a < image > b",
+        "x[img]",
+        "<Image Source='a'/>",
+    ],
+)
+def test_tags_in_a_text_are_no_marks(text):
+    turns = [{"from": "human", "value": text}, {"from": "gpt", "value": "<video>\nis a tag"}]
+    assert missing_images(parse_record({"id": "r", "conversations": turns}, "here")) is None
+
+
+@pytest.mark.parametrize("kind", ["json", "parquet"])
+@pytest.mark.parametrize("key", ["system", "system_prompt", "system_message"])
+def test_a_system_text_is_read_from_its_keys(tmp_path, kind, key):
+    assert first(tmp_path, kind, {"id": "r", "conversations": TEXT, key: "Be kind."}).system == "Be kind."
+    with pytest.raises(DataError, match=f"under '{key}' and another in its system turn"):
+        first(tmp_path, kind, {"id": "r", "conversations": [{"from": "system", "value": "x"}, *TEXT], key: "y"})
+
+
+def test_two_system_keys_agree_or_are_refused():
+    item = {"id": "r", "conversations": TEXT, "system": "a"}
+    assert parse_record(item | {"system_prompt": "a"}, "here").system == "a"
+    with pytest.raises(DataError, match="'system' and 'system_prompt', and they differ"):
+        parse_record(item | {"system_prompt": "b"}, "here")
 
 
 @pytest.mark.parametrize(

@@ -91,6 +91,26 @@ def test_a_run_of_other_steps_is_not_taken_for_the_finished_one(started, capsys)
     assert "cannot be resumed exactly: seed was 42, is 7" in capsys.readouterr().err
 
 
+def test_another_rate_for_a_finished_run_is_said_to_have_no_effect(started):
+    started(*EPOCH)
+    said, trained = started(*EPOCH, "--learning_rate", "7e-5")
+    assert not trained
+    assert "nothing was trained.\n  without effect:  learning_rate was" in said
+    assert "is 7e-05" in said
+
+
+def test_a_run_does_not_go_on_with_other_images_template_or_words(started, capsys):
+    started(*EPOCH)
+    for flag, value, words in (
+        ("--image_aspect_ratio", "pad", "image_aspect_ratio was square, is pad"),
+        ("--version", "llava_llama_2", "is llava_llama_2"),
+        ("--new_tokens", "<z>", "vocab_size was "),
+    ):
+        with pytest.raises(SystemExit):
+            started(*EPOCH, "--num_train_epochs", "2", flag, value)
+        assert words in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("missing", ["config.json", "trainer_state.json"])
 def test_a_run_that_did_not_end_is_not_taken_for_finished(missing, started, tmp_path):
     started(*EPOCH)

@@ -69,7 +69,7 @@ def test_a_run_says_at_its_start_what_it_takes_for_text(run_stage, tmp_path, cap
         run_stage("full", tmp_path / "out", *flags)
     with caplog.at_level("INFO", logger="llava_lite"):
         run_stage("full", tmp_path / "out", *flags, "--placeholder_as_text", "True")
-    said = "8 records with <image> and no image, taken as plain text: record 'r0' (text.json[0]), record 'r1'"
+    said = "8 records with an image mark and no image, taken as plain text: record 'r0' (text.json[0]), record 'r1'"
     assert said in caplog.text
     assert "and 3 more" in caplog.text
 

@@ -156,8 +156,8 @@ def test_a_disk_for_deepspeed_that_is_not_there_is_missed_before_a_model_is_load
 def test_a_checkpoint_of_another_run_is_refused_in_a_line(stage_flags, tmp_path, capfd, monkeypatch, caplog):
     flags = ["--save_strategy", "steps", "--save_steps", "1", "--max_steps", "1"]
     main(stage_flags("projector", tmp_path / "out", *flags))
-    main(stage_flags("projector", tmp_path / "out", *flags, "--learning_rate", "0.5"))
-    assert caplog.text.count("goes on otherwise than it began: learning_rate") == 1
+    main(stage_flags("projector", tmp_path / "out", *flags, "--learning_rate", "0.5", "--max_steps", "2"))
+    assert caplog.text.count("goes on otherwise than it began: max_steps was 1, is 2; learning_rate") == 1
     monkeypatch.setattr("llava_lite.train.features.use_features", lambda *args: pytest.fail("features were made"))
     capfd.readouterr()
     with pytest.raises(SystemExit):
