@@ -1,11 +1,14 @@
 """Turn the paths and sizes among a run's flags into one early sentence where something is missing."""
 
 import difflib
+import logging
 import os
 from pathlib import Path
 
 from llava_lite.flags import open_yaml, split_flags
 from llava_lite.model_source import VISION_TOWER, check_directory, check_source, did_you_mean
+
+logger = logging.getLogger(__name__)
 
 NEEDED = {
     "model_name_or_path": "a language model, or the output of an earlier stage",
@@ -33,6 +36,9 @@ def check_paths(model_args, data_args, training_args) -> None:
     check_projector(model_args.pretrain_mm_mlp_adapter)
     check_directory(data_args.image_folder, "--image_folder")
     check_output(training_args.output_dir)
+    check_not_replaced(training_args.output_dir, model_args.model_name_or_path)
+    if training_args.tuning in ("projector", "lora") and not training_args.save_full:
+        warn_of_passing_base(model_args.model_name_or_path)
     check_resume(training_args.resume_from_checkpoint, training_args.output_dir)
 
 
@@ -74,6 +80,28 @@ def check_output(path: str) -> None:
         nearest = nearest.parent
     if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
         raise PermissionError(f"--output_dir {path!r} cannot be written: {str(nearest)!r} does not allow it.")
+
+
+def check_not_replaced(output_dir: str, model: str) -> None:
+    """Raise ValueError if the run would replace the model that it starts from."""
+    if os.path.isdir(model) and os.path.realpath(output_dir) == os.path.realpath(model):
+        raise ValueError(
+            f"--output_dir {output_dir!r} is the directory of --model_name_or_path, which this run would replace: "
+            "give another one."
+        )
+
+
+def warn_of_passing_base(model: str) -> None:
+    """Warn that what is trained needs its base, if that is a checkpoint which its own run may remove."""
+    from llava_lite.model.checkpoint_weights import holds_step
+
+    if os.path.isdir(model) and holds_step(model):
+        logger.warning(
+            "--model_name_or_path %s is a checkpoint of another run, and this one writes only what it trains: keep "
+            "the checkpoint (--save_total_limit of that run may remove it), or start from `llava-lite merge %s OUT`.",
+            model,
+            model,
+        )
 
 
 def check_resume(wanted, output_dir: str) -> None:

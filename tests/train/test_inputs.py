@@ -54,6 +54,7 @@ GONE = ": there is no such directory."
         ("--pretrain_mm_mlp_adapter", "stage1/mm_proj.bin", ": there is no such file. Did you mean 'stage1/mm_proj"),
         ("--output_dir", "notes.txt", " is a file; give a directory."),
         ("--output_dir", "notes.txt/x", " cannot be written: 'notes.txt' does not allow it."),
+        ("--output_dir", "llama", " is the directory of --model_name_or_path, which this run would replace"),
         ("--resume_from_checkpoint", "checkpoint-4", GONE),
     ],
 )

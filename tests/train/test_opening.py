@@ -86,6 +86,14 @@ def test_a_checkpoint_of_lora_is_merged_as_the_finished_run_is(stage_flags, tmp_
     assert said[0].endswith("checkpoint-3 holds step 3 of 3, saved by 1 rank")
 
 
+def test_a_run_that_needs_a_checkpoint_as_its_base_is_warned(stage_flags, tmp_path, caplog):
+    train(stage_flags("full", tmp_path / "out", *SAVED))
+    for start, is_warned in (("out", False), ("out/checkpoint-3", True)):
+        caplog.clear()
+        train(stage_flags("lora", tmp_path / f"next-{is_warned}", "--max_steps", "1", model=tmp_path / start))
+        assert ("is a checkpoint of another run" in caplog.text) == is_warned
+
+
 @pytest.mark.parametrize("stage", ["full", "lora", "moe"])
 def test_a_run_starts_from_a_checkpoint_as_from_the_finished_run(stage_flags, tmp_path, stage):
     train(stage_flags(stage, tmp_path / "out", *SAVED))
