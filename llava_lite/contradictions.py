@@ -294,7 +294,14 @@ def without_effect(model_args, training_args):
     if tuning != "moe":
         idle += [(model_args, MOE_SETTINGS + CAPACITY_FLAGS, f"--tuning {tuning} makes no experts")]
     elif not model_args.moe_drop_tokens:
-        idle += [(model_args, CAPACITY_FLAGS, "without --moe_drop_tokens True no token is dropped")]
+        # Said or not: a model that has experts may have its own choice.
+        reason = "without --moe_drop_tokens True no token is dropped"
+        reason += (
+            ""
+            if "moe_drop_tokens" in (model_args.said or ())
+            else ", unless the model's own experts drop some already"
+        )
+        idle += [(model_args, CAPACITY_FLAGS, reason)]
     if tuning != "lora":
         idle += [(training_args, LORA_FLAGS, f"--tuning {tuning} has no adapters")]
     if training_args.packing == "tokens":

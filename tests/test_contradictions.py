@@ -83,7 +83,8 @@ def test_flags_that_the_run_does_not_ask_about_are_told(tmp_path, caplog):
         "--lora_r 128 has no effect: --tuning full has no adapters.",
     ]
     assert told("--moe_enable True --capacity_factor 1.5 --moe_mode sparse") == [
-        "--capacity_factor 1.5 has no effect: without --moe_drop_tokens True no token is dropped."
+        "--capacity_factor 1.5 has no effect: without --moe_drop_tokens True no token is dropped, unless the model's "
+        "own experts drop some already."
     ]
     assert told("--moe_enable True --capacity_factor 1.5 --moe_drop_tokens True --use_residual True") == []
     assert told("--lora_enable True --lora_r 128 --lora_alpha 256") == []
