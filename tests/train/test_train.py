@@ -214,9 +214,11 @@ def test_more_of_stage_three_begins_where_it_ended(with_experts, stage_flags, mi
     first = with_experts()
     still = ["--learning_rate", 0, "--max_steps", 1, "--group_by_modality_length", True]
     for tuning in ("full", "moe"):
-        continued(stage_flags, mixed_data, first, tmp_path / tuning, tuning, *still)
-    assert losses(tmp_path / "moe") == losses(tmp_path / "full")
-    before, after = (AutoModelForCausalLM.from_pretrained(path).state_dict() for path in (first, tmp_path / "moe"))
+        continued(stage_flags, mixed_data, first, tmp_path / f"more-{tuning}", tuning, *still)
+    assert losses(tmp_path / "more-moe") == losses(tmp_path / "more-full")
+    before, after = (
+        AutoModelForCausalLM.from_pretrained(path).state_dict() for path in (first, tmp_path / "more-moe")
+    )
     assert all(torch.equal(weight, after[name]) for name, weight in before.items())
 
 
