@@ -196,9 +196,10 @@ def test_model_is_asked_by_every_kind_of_chat_template(name, history, toy_tokeni
     messages.append({"role": "user", "content": "Why two?"})
     try:
         expected = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
-    except TemplateError as error:
-        if name in OTHER_PROMPTS:
-            pytest.skip(f"this template reads parts alone: {error}")
+    except TemplateError:
+        # A template of parts alone takes ours, and not the texts that transformers hands it.
+        expected = None
+    if expected is None and name not in OTHER_PROMPTS:
         with pytest.raises(ValueError, match="does not take this conversation"):
             prepare(processor, ["Why two?"], [None], None, [history])
         return
