@@ -1,14 +1,12 @@
-"""Turn each item that makes training faster into what it buys: the step without it over the step with all of them.
+"""Measure what each faster path gains in training: the time of a step without it over that of a step with all.
 
     python -m benchmarks.ablation [--quick] [--json FILE] [--sizes S] [--stages 1 2 3]
 
-One model in one process, whose items are switched between two steps; batches and weights as in benchmarks.training.
+One model in one process, whose paths are switched between two steps; batches and weights as in benchmarks.training.
 """
 
 from __future__ import annotations
 
-import contextlib
-import inspect
 import warnings
 from dataclasses import dataclass
 
@@ -24,28 +22,25 @@ WARMUP = 1
 
 @dataclass(frozen=True)
 class Variant:
-    """A step with some items switched."""
+    """A step with some paths switched."""
 
     plain_paths: frozenset[str] = frozenset()
     packing: bool = True
-    onednn: bool = True
     checkpointing: bool = False
     cached_features: bool = False
 
 
-def variants_of(stage: int, takes_features: bool) -> dict[str, Variant]:
-    """Return {name: Variant}; takes_features: whether the model reads cached features of a frozen tower."""
-    from llava_lite.model.plain_paths import PLAIN_PATHS
+def get_variants(stage: int) -> dict[str, Variant]:
+    """Return {name: Variant}."""
+    from llava_lite.model.fast.matmul import has_wide_vectors
 
-    # Without experts there is no path for them.
-    paths = [path for path in PLAIN_PATHS if path != "experts" or stage == 3]
+    paths = ["loss", *(["experts"] if stage == 3 else []), *(["matmul"] if has_wide_vectors() else [])]
     variants = {ALL_ON: Variant()}
     variants |= {f"{path} off": Variant(frozenset({path})) for path in paths}
-    variants |= {"packing off": Variant(packing=False), "oneDNN products off": Variant(onednn=False)}
+    variants["packing off"] = Variant(packing=False)
     variants["gradient checkpointing on"] = Variant(checkpointing=True)
-    if takes_features:
-        variants["feature cache on"] = Variant(cached_features=True)
-    variants["all off"] = Variant(frozenset(paths), packing=False, onednn=False)
+    variants["feature cache on"] = Variant(cached_features=True)
+    variants["all off"] = Variant(frozenset(paths), packing=False)
     return variants
 
 
@@ -58,13 +53,8 @@ class Bench:
         self.optimizer = make_optimizer(self.parameters, size)
         self.losses = {}
 
-    @property
-    def takes_features(self) -> bool:
-        """Whether `forward` reads features of pictures in place of pictures."""
-        return "image_features" in inspect.signature(self.model.forward).parameters
-
     def collate(self, examples, variant, features) -> dict:
-        """Return the batch as the trainer's collator makes it; features: of the pictures, where they are cached."""
+        """Return the batch as the trainer's collator makes it; features: of the images, where they are cached."""
         from llava_lite.data.collator import DataCollatorForSupervisedDataset, PackedCollator
 
         collator = PackedCollator() if variant.packing else DataCollatorForSupervisedDataset(PAD)
@@ -76,10 +66,10 @@ class Bench:
         return batch
 
     def features(self, examples):
-        """Return what the frozen tower makes of the pictures of a batch."""
-        pictures = torch.stack([picture for example in examples for picture in example["images"]])
+        """Return the frozen tower's features of the images of a batch."""
+        images = torch.stack([image for example in examples for image in example["images"]])
         with torch.no_grad():
-            return self.model.get_vision_tower()(pictures)
+            return self.model.get_vision_tower()(images)
 
     def step(self, examples, variant, features=None) -> float:
         """Do one step and return its loss."""
@@ -90,23 +80,21 @@ class Bench:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
         else:
             self.model.gradient_checkpointing_disable()
-        plain = torch.backends.mkldnn.flags(enabled=False) if not variant.onednn else contextlib.nullcontext()
-        with plain:
-            output = self.model(**self.collate(examples, variant, features), use_cache=False)
-            output.loss.backward()
-            torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
-            self.optimizer.step()
-            self.optimizer.zero_grad()
+        output = self.model(**self.collate(examples, variant, features), use_cache=False)
+        output.loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
         return output.loss.item()
 
 
 def measure(size: str, stage: int, rounds: int) -> dict:
-    """Return for each variant: the step's time over that with all items on, and the spread of that one with itself."""
+    """Return for each variant the step's time over that with all paths on, and the spread of that one over itself."""
     shape = size_of(size, stage)
     bench = Bench(shape, stage)
     schedule = batches(shape, stage, rounds + WARMUP)
-    features = [bench.features(examples) if bench.takes_features else None for examples in schedule]
-    variants = variants_of(stage, bench.takes_features)
+    features = [bench.features(examples) for examples in schedule]
+    variants = get_variants(stage)
     losses = {name: [] for name in variants}
 
     def runner(name):
@@ -132,7 +120,7 @@ def measure(size: str, stage: int, rounds: int) -> dict:
 def show(size: str, stage: int, result: dict) -> None:
     """Print the table of a stage."""
     low, high = result["variants"][ALL_ON]["self_range"]
-    print(f"size {size}, stage {stage}: time of a step relative to all on (itself: {low:.2f}-{high:.2f})")
+    print(f"size {size}, stage {stage}: time of a step relative to all on (over itself: {low:.2f}-{high:.2f})")
     for name, one in result["variants"].items():
         slow, fast = (1 / ratio for ratio in one["ratio_range"])
         print(
@@ -149,13 +137,9 @@ def add_flags(parser):
 
 def main(argv=None) -> dict:
     """Measure, print, and return what is written to --json."""
-    from llava_lite.train.heap import keep_freed_memory
-
-    args = arguments(__doc__.splitlines()[0], argv, add_flags)
+    args = arguments(__doc__.splitlines()[0], argv, add_flags, rounds=3)
     torch.set_num_threads(args.threads)
-    # For all variants, as the trainer does: it holds for a process, not for a step.
-    keep_freed_memory()
-    # Of transformers 6's names and of oneDNN's settings, at every switch.
+    # About names in transformers 6, at every switch of gradient checkpointing.
     warnings.filterwarnings("ignore")
     results = {}
     for size in ["toy"] if args.quick else args.sizes:

@@ -1,12 +1,12 @@
-"""Turn one GPU and 8 minutes into MFU, memory and speed at the widths of a 7B model, ours beside what others use.
+"""Measure MFU, memory and speed at the widths of a 7B model on one GPU in 8 minutes: ours and transformers'.
 
     python -m benchmarks.cuda_suite --json benchmarks/results/cuda_suite.json    on a GPU; needs no `datasets`
     python -m benchmarks --report                                                the table with its figures
     python -m benchmarks.cuda_suite --toy                                        the same code at toy widths on a CPU
 
-Random weights in bfloat16, gradients and AdamW's states too, for all rivals alike. Two such models do not fit on a
-card, so rivals of a stage run one after another, each for some steps; the spread of the steps of a rival is given.
-Stage 3 has half of the layers, for everybody, since the states of all its experts exceed one card.
+Random weights in bfloat16, as are gradients and AdamW's states, for all rivals. Two such models do not fit on one GPU,
+so the rivals of a stage run one after another, each for some steps; the spread of each rival's steps is reported.
+Stage 3 has half of the layers for all rivals, since the optimizer states of all its experts exceed one GPU.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.rivals import choose_what_trains, make_optimizer, our_model, stock_model
+from benchmarks.rivals import choose_what_trains, hf_model, make_optimizer, our_model
 from benchmarks.timing import write_result
 from benchmarks.workload import IGNORE_INDEX, SIZES, Size, batches, count_tokens, padded
 
 WIDTHS_7B = Size(4096, 11008, 32, 32, image_size=336, vision_width=1024, vision_layers=24)
 SAMPLES_A_STEP = {1: 32, 2: 16, 3: 16}
-# The order in which they are measured, should the time run out.
+# In the order of measurement, in case the time runs out.
 PARTS = ("stage 2", "stage 1", "stage 3", "moe_layer", "generation")
 WARMUP, ROUNDS = 2, 6
 
@@ -46,29 +46,29 @@ def size_of(stage: int, toy: bool) -> Size:
     return replace(WIDTHS_7B, batch_size=SAMPLES_A_STEP[stage], num_layers=16 if stage == 3 else 32)
 
 
-def rivals_of(stage: int) -> dict[str, dict]:
-    """Return {name: how it is built}; the fastest way to attend that is installed for everybody."""
+def get_rivals(stage: int) -> dict[str, dict]:
+    """Return {name: options of Rival}; transformers gets the fastest attention that is installed."""
     has_flash = importlib.util.find_spec("flash_attn") is not None and torch.cuda.is_available()
-    stock = {"attn_implementation": "flash_attention_2" if has_flash else "sdpa"}
+    theirs = {"attn_implementation": "flash_attention_2" if has_flash else "sdpa"}
     if stage == 3:
-        stock["experts"] = "grouped_mm"
+        theirs["experts"] = "grouped_mm"
     return {
         "ours": {},
-        "stock": {"stock": stock},
-        "stock +ckpt": {"stock": stock, "checkpointing": True},
+        "transformers": {"hf_options": theirs},
+        "transformers +ckpt": {"hf_options": theirs, "checkpointing": True},
         "ours +ckpt": {"checkpointing": True},
     }
 
 
 class Rival:
-    """A model that trains on a device; `step` does one step and returns its seconds and its loss."""
+    """A model that trains on a device: ours, or with `hf_options` (of `hf_model`) transformers'."""
 
-    def __init__(self, size: Size, stage: int, device: str, stock=None, checkpointing=False):
+    def __init__(self, size: Size, stage: int, device: str, hf_options=None, checkpointing=False):
         dtype = torch.bfloat16 if device == "cuda" else torch.float32
-        self.device, self.is_stock = device, stock is not None
+        self.device, self.is_hf = device, hf_options is not None
         with torch.device(device):
-            build = stock_model if self.is_stock else our_model
-            self.model = build(size, stage, dtype=dtype, **(stock or {}))
+            build = hf_model if self.is_hf else our_model
+            self.model = build(size, stage, dtype=dtype, **(hf_options or {}))
         if checkpointing:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
         self.image_id = size.vocab_size - 1
@@ -77,8 +77,8 @@ class Rival:
         self.dtype = dtype
 
     def collate(self, examples) -> dict:
-        """Return the batch on the device: padded for stock models, one row for ours."""
-        if self.is_stock:
+        """Return the batch on the device: padded for transformers, packed into one sequence for ours."""
+        if self.is_hf:
             batch = padded(examples, self.image_id)
         else:
             from llava_lite.data.collator import PackedCollator
@@ -107,20 +107,20 @@ class Rival:
 
 
 def wait(device):
-    """Wait until the device has done what it was given."""
+    """Wait until the device is idle."""
     if device == "cuda":
         torch.cuda.synchronize()
 
 
 def allocated_bytes(device, peak=False) -> int | None:
-    """Return the bytes that torch holds on the device now or at most; None on a CPU, which does not count."""
+    """Return the bytes that torch has allocated on the device, now or at the peak; None on a CPU."""
     if device != "cuda":
         return None
     return torch.cuda.max_memory_allocated() if peak else torch.cuda.memory_allocated()
 
 
 def free(device):
-    """Give back what nobody holds any more."""
+    """Free unused memory and reset its peak."""
     gc.collect()
     if device == "cuda":
         torch.cuda.empty_cache()
@@ -128,14 +128,14 @@ def free(device):
 
 
 def measure_rival(size, stage, device, rounds, options) -> dict:
-    """Return a rival's tokens a second, MFU and memory, or {"out_of_memory" or "failed": what was said}."""
+    """Return a rival's tokens per second and memory, or {"out_of_memory" or "failed": the message}."""
     free(device)
     try:
         return _measure(Rival(size, stage, device, **options), size, stage, device, rounds)
     except torch.OutOfMemoryError as error:
         return {"out_of_memory": str(error).splitlines()[0]}
     except Exception as error:
-        # The other rivals shall run.
+        # The other rivals run nevertheless.
         return {"failed": traceback.format_exception_only(error)[-1].strip().splitlines()[-1]}
 
 
@@ -162,16 +162,16 @@ def _measure(rival, size, stage, device, rounds):
 
 
 def add_mfu(rivals: dict, size: Size, stage: int, device: str) -> dict:
-    """Add the MFU of each rival by the flops that our model's step needs, the same for all (see train/throughput)."""
-    from llava_lite.train.throughput import peak_flops, step_flops
+    """Add each rival's MFU, by the flops of our model's step (see train/monitor/throughput.py) for all of them."""
+    from llava_lite.train.monitor.throughput import peak_flops, step_flops
 
     with torch.device("meta"):
         model = our_model(size, stage, attn_implementation="sdpa", draws=False)
     choose_what_trains(model, stage)
     examples = [example for batch in batches(size, stage, 2) for example in batch]
-    learned = sum(int((example["labels"][1:] != IGNORE_INDEX).sum()) for example in examples)
+    supervised = sum(int((example["labels"][1:] != IGNORE_INDEX).sum()) for example in examples)
     tokens = count_tokens(examples)
-    per_token = step_flops(model).of_batch(tokens, learned, len(examples)) / tokens
+    per_token = step_flops(model).of_batch(tokens, supervised, len(examples)) / tokens
     peak = peak_flops(torch.device(device), torch.bfloat16 if device == "cuda" else torch.float32)
     for one in rivals.values():
         if "tokens_per_s" in one:
@@ -180,10 +180,10 @@ def add_mfu(rivals: dict, size: Size, stage: int, device: str) -> dict:
 
 
 def measure_stage(stage: int, device: str, toy: bool, deadline_s: float):
-    """Yield the figures of the rivals of a stage for which there is time, after each of them."""
+    """Yield the figures of a stage after each of its rivals; those for which no time is left are skipped."""
     size, rivals = size_of(stage, toy), {}
-    for name, options in rivals_of(stage).items():
-        # With room enough nobody would recompute.
+    for name, options in get_rivals(stage).items():
+        # Recomputing is for models that do not fit otherwise.
         if name == "ours +ckpt" and "out_of_memory" not in rivals["ours"] and not toy:
             continue
         if time.monotonic() > deadline_s:
@@ -196,22 +196,22 @@ def measure_stage(stage: int, device: str, toy: bool, deadline_s: float):
 
 
 def compare(rivals: dict, size: Size, stage: int, device: str) -> dict:
-    """Return rivals with MFU, the best of ours and of stock, and the ratio of the two."""
+    """Return rivals with MFU, the fastest of ours and of transformers' runs, and the ratio of the two."""
     result = {"rivals": rivals} | add_mfu(rivals, size, stage, device)
     rates = {name: one["tokens_per_s"] for name, one in rivals.items() if "tokens_per_s" in one}
     ours = [name for name in rates if name.startswith("ours")]
-    stock = [name for name in rates if name.startswith("stock")]
+    theirs = [name for name in rates if name.startswith("transformers")]
     if ours:
-        result["best_ours"] = max(ours, key=rates.get)
-    if ours and stock:
-        result["best_stock"] = max(stock, key=rates.get)
-        result["ratio"] = rates[result["best_ours"]] / rates[result["best_stock"]]
+        result["fastest_ours"] = max(ours, key=rates.get)
+    if ours and theirs:
+        result["fastest_transformers"] = max(theirs, key=rates.get)
+        result["ratio"] = rates[result["fastest_ours"]] / rates[result["fastest_transformers"]]
     return result
 
 
 def measure_apart(part: str, toy: bool, left_s: float, file: str) -> dict:
-    """Return the figures of a stage from a process of its own, which adds them to the report in `file`."""
-    # Two of the parts behind a stage shall not go without; main takes half a minute off.
+    """Return the figures of a stage from its own process, which adds them to the report in `file`."""
+    # Half of the time is left for the parts that follow; main takes half a minute off.
     minutes = str((0.5 * left_s + 30) / 60)
     flags = ["--here", "--parts", part, "--json", file, "--minutes", minutes, *(["--toy"] if toy else [])]
     ended = call(["benchmarks.cuda_suite", *flags], left_s)
@@ -219,15 +219,17 @@ def measure_apart(part: str, toy: bool, left_s: float, file: str) -> dict:
 
 
 def measure_module(name: str, toy: bool, timeout_s: float) -> dict:
-    """Return the report of another benchmark, which runs its 7B widths by itself where there is a GPU."""
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "report.json"
-        ended = call([f"benchmarks.{name}", "--json", str(file), *(["--quick"] if toy else [])], timeout_s)
+    """Return the report of another benchmark, which uses 7B widths where there is a GPU."""
+    with tempfile.TemporaryDirectory() as directory:
+        file = Path(directory) / "report.json"
+        # A process of generation starts for minutes at these widths.
+        flags = ["--quick"] if toy else ["--rounds", "1"] if name == "generation" else []
+        ended = call([f"benchmarks.{name}", "--json", str(file), *flags], timeout_s)
         return (json.loads(file.read_text())["results"] if file.exists() else {}) | ended
 
 
 def call(command: list[str], timeout_s: float) -> dict:
-    """Run a module in a process of its own; return {} or, under "skipped" or "failed", why it did not end well."""
+    """Run a module in its own process; return {} or, under "skipped" or "failed", why it did not succeed."""
     root = str(Path(__file__).resolve().parents[1])
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])}
     environment["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
@@ -240,13 +242,13 @@ def call(command: list[str], timeout_s: float) -> dict:
 
 
 def main(argv=None) -> dict:
-    """Measure part after part until the time is over, print, and return what is written to --json."""
+    """Measure the parts until the time is over, print, and return what is written to --json."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--json", help="file that the figures are written to")
-    parser.add_argument("--minutes", type=float, default=8.0, help="time for everything")
+    parser.add_argument("--json", help="file for the figures")
+    parser.add_argument("--minutes", type=float, default=8.0, help="time for all parts")
     parser.add_argument("--toy", action="store_true", help="toy widths on a CPU")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="what is measured")
-    parser.add_argument("--here", action="store_true", help="a stage in this process, written after each rival")
+    parser.add_argument("--here", action="store_true", help="one stage in this process, written after each rival")
     args = parser.parse_args(argv)
     if not args.toy and not torch.cuda.is_available():
         parser.error("there is no CUDA device; --toy runs the same code on the CPU.")
@@ -262,8 +264,8 @@ def main(argv=None) -> dict:
             report = write_result("cuda_suite", results, args.json, **settings)
         return report
     results = {}
-    with tempfile.TemporaryDirectory() as folder:
-        file = args.json or str(Path(folder) / "suite.json")
+    with tempfile.TemporaryDirectory() as directory:
+        file = args.json or str(Path(directory) / "suite.json")
         report = write_result("cuda_suite", results, file, **settings)
         for part in (part for part in PARTS if part in args.parts):
             left_s = end_s - time.monotonic()

@@ -1,4 +1,4 @@
-"""Turn the reports of the smaller benchmarks into the tables of RESULTS.md, a line for every rival."""
+"""Turn the reports of the smaller benchmarks into the tables of RESULTS.md, with a line for each rival."""
 
 from __future__ import annotations
 
@@ -6,41 +6,40 @@ from benchmarks.table import as_markdown, dig
 
 # Columns of a table: head, key of a rival's figures, factor, form.
 RATIO = ("ratio", "ratio", 1, "{:.2f}")
-MOE_LAYER = [("ms", "wall_s", 1e3, "{:.1f}"), RATIO, ("MiB at most", "peak_bytes", 2**-20, "{:.0f}")]
+MOE_LAYER = [("ms", "wall_s", 1e3, "{:.1f}"), RATIO, ("peak MiB", "peak_bytes", 2**-20, "{:.0f}")]
 GENERATION = [
     ("tokens/s", "tokens_per_s", 1, "{:.1f}"),
     RATIO,
     ("first token, s", "first_token_s", 1, "{:.3f}"),
-    ("a step, ms", "step_s", 1e3, "{:.2f}"),
+    ("decode step, ms", "step_s", 1e3, "{:.2f}"),
 ]
-PICTURES = [
-    ("CPU ms a picture", "cpu_s_per_unit", 1e3, "{:.2f}"),
+IMAGES = [
+    ("CPU ms per image", "cpu_s_per_unit", 1e3, "{:.2f}"),
     ("ratio of CPU seconds", "ratio_cpu", 1, "{:.2f}"),
     ("over LLaVA's own code", "ratio_cpu_to_original", 1, "{:.2f}"),
-    ("mean distance from LLaVA's, normalised", "distance", 1, "{:.1e}"),
+    ("mean distance from LLaVA's, normalised pixels", "distance", 1, "{:.1e}"),
 ]
 ANNOTATIONS = [
     ("open warm, s", "open_s", 1, "{:.2f}"),
     ("first time, s", "first_open_s", 1, "{:.1f}"),
-    ("us a record", "record_us", 1, "{:.1f}"),
-    ("private MB more", "private_bytes", 1e-6, "{:.0f}"),
-    ("in all", "private_bytes_of_process", 1e-6, "{:.0f}"),
+    ("us per record", "record_us", 1, "{:.1f}"),
+    ("private MB, increase", "private_bytes", 1e-6, "{:.0f}"),
+    ("private MB, all", "private_bytes_of_process", 1e-6, "{:.0f}"),
 ]
 START_UP = [("CPU s", "cpu_s", 1, "{:.2f}"), ("of torch and Trainer", "of_trainer", 1, "{:.2f}")]
 
 
 def over_itself(figures: dict, clock: str = "") -> str:
-    """Return how the rival that ran twice compares with itself, median and range; clock: "" for wall, or _cpu."""
+    """Return the ratio of the rival that ran twice over itself, with its range; clock: "" for wall, or _cpu."""
     for name, one in figures.items():
         if "self_range" + clock in one:
-            median = f"{one['self_ratio' + clock]:.2f}, " if "self_ratio" + clock in one else ""
             low, high = one["self_range" + clock]
-            return f" {name} over itself: {median}{low:.2f}-{high:.2f}."
+            return f" {name} over itself: {one['self_ratio' + clock]:.2f}, {low:.2f}-{high:.2f}."
     return ""
 
 
 def rivals_table(figures: dict, columns: list) -> str:
-    """Return a table with a line a rival."""
+    """Return a table with a line for each rival."""
     lines = [["", *(column[0] for column in columns)]]
     for name, one in figures.items():
         cells = [form.format(one[key] * factor) if key in one else "-" for _, key, factor, form in columns]
@@ -49,7 +48,7 @@ def rivals_table(figures: dict, columns: list) -> str:
 
 
 def detail_parts(reports: dict) -> list[str]:
-    """Return the headings and tables of MoE layer, generation, pictures, annotations and start-up."""
+    """Return the headings and tables of MoE layer, generation, images, annotations and start-up."""
     parts = []
     layers = dig(reports, "moe_layer", "results", "training") or {}
     parts += ["## MoE layer, forward and backward"] if layers else []
@@ -57,7 +56,7 @@ def detail_parts(reports: dict) -> list[str]:
         base = next(iter(figures.values())).get("base", "the first")
         parts += [f"{num_tokens} tokens; ratio over {base}.{over_itself(figures)}", rivals_table(figures, MOE_LAYER)]
     parts += grouped("Generation", dig(reports, "generation", "results"), GENERATION)
-    parts += grouped("Pictures", dig(reports, "pictures", "results"), PICTURES, "_cpu")
+    parts += grouped("Images", dig(reports, "images", "results"), IMAGES, "_cpu")
     for title, name, columns in (("Annotations", "annotations", ANNOTATIONS), ("Start-up", "start_up", START_UP)):
         figures = dig(reports, name, "results")
         parts += [f"## {title}", over_itself(figures).strip(), rivals_table(figures, columns)] if figures else []

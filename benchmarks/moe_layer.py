@@ -1,9 +1,9 @@
-"""Turn one MoE layer, forward and backward, into seconds and memory beside DeepSpeed's and transformers'.
+"""Measure time and memory of one MoE layer, forward and backward: ours, DeepSpeed's and transformers'.
 
-All get the same weights and the same tokens. DeepSpeed's layer is called as MoE-LLaVA calls it (capacity 1.5, the
-second expert drawn) and once more without dropping; transformers' is Mixtral's block, which computes what ours does
-but for the balance loss. Ours is called once more with torch's own products, since what oneDNN buys depends on the
-processor. On CUDA the widths are those of a 7B model, in bfloat16.
+All get the same weights and the same tokens, in one process and by turns. DeepSpeed's layer is called as MoE-LLaVA
+calls it (capacity 1.5, the second expert sampled) and once more without dropping; transformers' is Mixtral's block,
+which computes what ours does except for the balance loss. Where oneDNN's matmul is faster than torch's, ours also runs
+with torch's. On CUDA the widths are those of a 7B model, in bfloat16.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
-from benchmarks.table import BY_TORCH as PLAIN
+from benchmarks.table import BY_TORCH
 from benchmarks.timing import arguments, interleave, summary, write_result
 
 NUM_EXPERTS, TOP_K = 4, 2
@@ -24,7 +24,7 @@ OURS, DEEPSPEED = "llava-lite", "deepspeed, capacity 1.5"
 
 @dataclass(frozen=True)
 class Size:
-    """Widths of the layer, dtype, and the numbers of tokens of a batch that are tried."""
+    """Widths of the layer, dtype, and the numbers of tokens of a batch."""
 
     hidden_size: int
     intermediate_size: int
@@ -33,7 +33,7 @@ class Size:
     few_tokens: tuple[int, ...] = (1, 16, 256)
 
     def flops(self, num_tokens):
-        """Return what the experts' products need at the least, forward and backward."""
+        """Return the least flops of the experts' matrices, forward and backward."""
         return 3 * 2 * num_tokens * TOP_K * 3 * self.hidden_size * self.intermediate_size
 
 
@@ -68,20 +68,22 @@ def build_layers(size, device):
     from transformers.models.llama.modeling_llama import LlamaMLP
     from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 
-    from llava_lite.model.moe import MoeBlock, init_moe_weights, read_moe_config
+    from llava_lite.model.moe.block import MoeBlock, init_moe_weights, read_moe_config
+    from llava_lite.model.plain_paths import install_fast_paths
 
     widths = {"hidden_size": size.hidden_size, "intermediate_size": size.intermediate_size}
     torch.manual_seed(0)
     config = LlamaConfig(**widths)
     ours = MoeBlock(config, read_moe_config({"moe_mode": "dense"}, 1), NUM_EXPERTS, LlamaMLP(config))
     ours.apply(lambda module: init_moe_weights(module, 0.02))
+    install_fast_paths(ours)
     layers = {OURS: OurLayer(ours)}
     for implementation in ("grouped_mm", "eager"):
         config = MixtralConfig(**widths, num_local_experts=NUM_EXPERTS, num_experts_per_tok=TOP_K)
         config._experts_implementation = implementation
-        stock = MixtralSparseMoeBlock(config)
-        stock.load_state_dict(ours.state_dict())
-        layers[f"transformers, {implementation}"] = StockLayer(stock)
+        theirs = MixtralSparseMoeBlock(config)
+        theirs.load_state_dict(ours.state_dict())
+        layers[f"transformers, {implementation}"] = TransformersLayer(theirs)
     if start_deepspeed(device):
         expert = LlamaMLP(LlamaConfig(**widths))
         # As MoE-LLaVA calls it; without dropping also without noise, so that its output can be compared.
@@ -101,7 +103,7 @@ class OurLayer(torch.nn.Module):
 
     def forward(self, hidden):
         """Return output and balance loss."""
-        from llava_lite.model.moe import RoutingContext, use_routing
+        from llava_lite.model.moe.block import RoutingContext, use_routing
 
         context = RoutingContext(training=True)
         with use_routing(context):
@@ -109,15 +111,15 @@ class OurLayer(torch.nn.Module):
         return output, context.balance_losses()[0]
 
 
-class StockLayer(torch.nn.Module):
-    """transformers' block, whose balance loss is made elsewhere."""
+class TransformersLayer(torch.nn.Module):
+    """transformers' block, whose balance loss is computed elsewhere."""
 
     def __init__(self, block):
         super().__init__()
         self.block = block
 
     def forward(self, hidden):
-        """Return output and nothing."""
+        """Return output and no balance loss."""
         return self.block(hidden), None
 
 
@@ -147,14 +149,14 @@ def deepspeed_layer(ours, expert, hidden_size, **options):
     return DeepspeedLayer(layer)
 
 
-def training_step(layer, hidden, ahead):
-    """Return a runner of forward and backward; its time is taken here on CUDA, by the caller else."""
+def training_step(layer, hidden, gradient):
+    """Return a runner of forward and backward, which times itself on CUDA."""
 
     def run():
         layer.zero_grad(set_to_none=True)
         hidden.grad = None
         output, balance = layer(hidden)
-        loss = (output * ahead).sum()
+        loss = (output * gradient).sum()
         (loss if balance is None else loss + 0.01 * balance).backward()
 
     return on_device(run, hidden.device)
@@ -170,18 +172,22 @@ def forward_pass(layer, hidden):
     return on_device(run, hidden.device)
 
 
-def by_torch(run):
-    """Return the runner with torch's own products in ours."""
+def by_torch(run, layer):
+    """Return our runner with torch's own matmul."""
+    from llava_lite.model.plain_paths import set_plain_paths
 
     def plain():
-        with torch.backends.mkldnn.flags(enabled=False):
+        set_plain_paths(layer, {"matmul"})
+        try:
             return run()
+        finally:
+            set_plain_paths(layer, ())
 
     return plain
 
 
 def on_device(run, device):
-    """Return the runner, with a clock that waits for the device where there is one."""
+    """Return the runner; on CUDA it waits for the device and returns its seconds."""
     if device.type != "cuda":
         return run
 
@@ -196,7 +202,7 @@ def on_device(run, device):
 
 
 def peak_bytes(run, device):
-    """Return the most memory that one call holds beyond what was there before it."""
+    """Return the peak memory of one call above what was allocated before it."""
     run()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -214,7 +220,7 @@ def peak_bytes(run, device):
 
 
 def largest_difference(layers, hidden):
-    """Return for each layer but ours the largest difference of its output from ours, over the largest number."""
+    """Return for each other layer the largest difference of its output from ours, over our largest output."""
     with torch.no_grad():
         own = layers[OURS](hidden)[0].float()
         others = {name: layer(hidden)[0].float() for name, layer in layers.items() if name != OURS}
@@ -223,11 +229,13 @@ def largest_difference(layers, hidden):
 
 def measure(layers, size, num_tokens, device, rounds):
     """Return {layer: figures} of forward and backward, and of memory, at a number of tokens."""
+    from llava_lite.model.fast.matmul import has_wide_vectors
+
     hidden = torch.randn(1, num_tokens, size.hidden_size, device=device, dtype=size.dtype, requires_grad=True)
-    ahead = torch.randn_like(hidden)
-    runners = {name: training_step(layer, hidden, ahead) for name, layer in layers.items()}
-    if hidden.device.type == "cpu":
-        runners[PLAIN] = by_torch(runners[OURS])
+    gradient = torch.randn_like(hidden)
+    runners = {name: training_step(layer, hidden, gradient) for name, layer in layers.items()}
+    if hidden.device.type == "cpu" and has_wide_vectors():
+        runners[BY_TORCH] = by_torch(runners[OURS], layers[OURS])
     base = DEEPSPEED if DEEPSPEED in layers else "transformers, grouped_mm"
     figures = summary(interleave(runners, rounds, again=OURS), base, num_tokens)
     differences = largest_difference(layers, hidden)
@@ -240,7 +248,9 @@ def measure(layers, size, num_tokens, device, rounds):
 
 
 def measure_few(layers, size, num_tokens, device, rounds):
-    """Return {layer: figures} of the forward pass alone; a call is short, so that many make a sample."""
+    """Return {layer: figures} of the forward pass alone; calls are short, so a sample is many of them."""
+    from llava_lite.model.fast.matmul import has_wide_vectors
+
     hidden = torch.randn(1, num_tokens, size.hidden_size, device=device, dtype=size.dtype)
     repeats = max(1, 512 // num_tokens)
     runners = {}
@@ -249,15 +259,15 @@ def measure_few(layers, size, num_tokens, device, rounds):
             continue
         once = forward_pass(layer, hidden)
         runners[name] = lambda once=once: [once() for _ in range(repeats)] and None
-    if hidden.device.type == "cpu":
-        runners[PLAIN] = by_torch(runners[OURS])
+    if hidden.device.type == "cpu" and has_wide_vectors():
+        runners[BY_TORCH] = by_torch(runners[OURS], layers[OURS])
     figures = summary(interleave(runners, rounds, again=OURS), "transformers, grouped_mm", num_tokens * repeats)
     return figures
 
 
 def main(argv=None):
     """Print and write the figures."""
-    args = arguments(__doc__.splitlines()[0], argv)
+    args = arguments(__doc__.splitlines()[0], argv, rounds=3)
     torch.set_num_threads(args.threads)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     size = SIZES["quick" if args.quick else device]
@@ -267,7 +277,7 @@ def main(argv=None):
     for num_tokens in size.training_tokens:
         figures = measure(layers, size, num_tokens, device, args.rounds)
         results["training"][num_tokens] = figures
-        print(f"{num_tokens} tokens, forward and backward, against {figures[OURS]['base']}:")
+        print(f"{num_tokens} tokens, forward and backward, over {figures[OURS]['base']}:")
         for name, figure in figures.items():
             print(
                 f"  {name:26} {figure['wall_s'] * 1e3:8.1f} ms  {figure['ratio']:5.2f}x"
@@ -275,12 +285,12 @@ def main(argv=None):
                 f"  {figure['useful_flops_per_s'] / 1e9:8.0f} GFLOP/s  {figure['peak_bytes'] / 2**20:8.1f} MiB"
                 f"  difference {figure['difference']:.1e}"
             )
-        print(f"  {OURS} against itself: {figures[OURS]['self_range']}")
+        print(f"  {OURS} over itself: {figures[OURS]['self_range']}")
     for num_tokens in size.few_tokens:
         figures = measure_few(layers, size, num_tokens, device, args.rounds)
         results["forward of few tokens"][num_tokens] = figures
         ratios = ", ".join(f"{name} {figure['ratio']:.2f}x" for name, figure in figures.items())
-        print(f"{num_tokens} tokens, forward, against transformers' grouped_mm: {ratios}")
+        print(f"{num_tokens} tokens, forward, over transformers' grouped_mm: {ratios}")
     settings = {"num_experts": NUM_EXPERTS, "top_k": TOP_K, "rounds": args.rounds, "quick": args.quick}
     return write_result("moe_layer", results, args.json, args.threads, **settings)
 

@@ -1,6 +1,6 @@
-"""Step through the original LLaVA's own code, installed by whoever wants the comparison, with its published flags.
+"""Step through the original LLaVA's own code, with its published flags, where a user has it.
 
-The package `llava` (LLaVA 1.2.2) and the transformers 4.37 that it needs come from the folders that `--llava` and
+The package `llava` (LLaVA 1.2.2) and the transformers 4.37 that it needs come from the directories that `--llava` and
 `--python-path` of benchmarks.training name. Model, tower and splice are its own; weights, padded batches and the fused
 AdamW are those of every rival. Its scripts train with gradient checkpointing, so that is on.
 """
@@ -12,19 +12,19 @@ import tempfile
 import torch
 
 from benchmarks.rivals import Step, choose_what_trains, make_optimizer
-from benchmarks.workload import PICTURE, Size, fill, padded
+from benchmarks.workload import IMAGE, Size, fill, padded
 
 
-def original_model(size: Size, folder: str):
-    """Return LLaVA's own model with the seeded weights, in training mode; its tower is opened from `folder`."""
+def original_model(size: Size, directory: str):
+    """Return LLaVA's own model with the seeded weights, in training mode; its tower is opened from `directory`."""
     from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
     from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
 
-    CLIPVisionModel(CLIPVisionConfig(**size.vision_config())).save_pretrained(folder)
-    CLIPImageProcessor(size=size.image_size, crop_size=size.image_size).save_pretrained(folder)
+    CLIPVisionModel(CLIPVisionConfig(**size.vision_config())).save_pretrained(directory)
+    CLIPImageProcessor(size=size.image_size, crop_size=size.image_size).save_pretrained(directory)
     config = LlavaConfig(
         **size.text_config(),
-        mm_vision_tower=folder,
+        mm_vision_tower=directory,
         mm_hidden_size=size.vision_width,
         mm_projector_type="mlp2x_gelu",
         mm_vision_select_layer=-2,
@@ -40,29 +40,29 @@ def original_model(size: Size, folder: str):
     return model.train()
 
 
-def one_mark_a_picture(example: dict) -> dict:
-    """Return an example as LLaVA's dataset makes it: one placeholder a picture, the features come in the model."""
+def with_one_placeholder_per_image(example: dict) -> dict:
+    """Return an example as LLaVA's dataset makes it: its model replaces one placeholder per image by the features."""
     ids = example["input_ids"]
-    kept = (ids != PICTURE) | (ids.roll(1) != PICTURE)
+    kept = (ids != IMAGE) | (ids.roll(1) != IMAGE)
     return example | {"input_ids": ids[kept], "labels": example["labels"][kept]}
 
 
-def original_loop(size, stage, schedule, options, tell):
+def original_loop(size, stage, schedule, options, on_step):
     """Step through LLaVA's own model; options: checkpointing (default: on)."""
-    with tempfile.TemporaryDirectory() as folder:
-        model = original_model(size, folder)
+    with tempfile.TemporaryDirectory() as directory:
+        model = original_model(size, directory)
     parameters = choose_what_trains(model, stage)
     if options.get("checkpointing", True):
         model.enable_input_require_grads()
         model.gradient_checkpointing_enable()
     optimizer = make_optimizer(parameters, size)
-    tell(None)
+    on_step(None)
     for examples in schedule:
-        batch = padded([one_mark_a_picture(example) for example in examples])
-        pictures = batch.pop("pixel_values")
-        loss = model(**batch, images=pictures).loss
+        batch = padded([with_one_placeholder_per_image(example) for example in examples])
+        images = batch.pop("pixel_values")
+        loss = model(**batch, images=images).loss
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        tell(Step(loss.item(), norm.item()))
+        on_step(Step(loss.item(), norm.item()))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from benchmarks import table as rows
+from benchmarks import table as lines_of_table
 from benchmarks.details import detail_parts
 from benchmarks.table import STAGES, as_markdown, dig, table
 
@@ -12,44 +12,52 @@ PAGE, PLOT = "RESULTS.md", "results.png"
 HEAD = """# What was measured
 
 Written by `python -m benchmarks` from the reports of its runs; nothing is taken from elsewhere. "Not measured" stands
-where the machine or the other code was not to be had.
+where the machine or the other code was not available. Each line of the list below names the processor with the vector
+width that torch uses on it: with AVX2 other parts gain than with AVX512.
 
-- A ratio is how many times as fast: above 1, llava-lite or the row's runner needs less time than what it is held
-  against. It is the median over interleaved rounds of the two times of the same round, its range that of the rounds.
-  Memory shares, annotations, and the GPU suite are no ratios of rounds: a share is one run's bytes over another's,
-  annotations are medians of processes, and rivals of the suite run one after another.
-- "Over itself" is one runner called twice a round: how far from 1 a ratio may lie by chance.
-- Stage 1 trains the connector, stage 2 connector and language model, stage 3 connector and MLPs, every second of which
-  is experts.
-- Size S is a small model with AdamW, whose vocabulary head weighs far more than in a 7B model; in size V it weighs 2%
-  as there, and the optimizer is SGD, since with so few tokens a step Adam's pass would weigh too much.
-- "stock" is transformers' LlavaForConditionalGeneration in a plain loop, "stock Trainer" the same in its Trainer,
-  "+ckpt" with gradient checkpointing. LLaVA is its own code with its checkpointing on, as in its scripts.
-- "Above the loaded model" is the most memory of a run less what it holds before the first step.
-- A gate is what must be reached, a goal what was hoped for; "-" stands where there is none.
-- MFU is computed: measured tokens a second times the flops that a step needs, over the peak of the device.
+- A ratio is how many times as fast: above 1, llava-lite or the runner of the row needs less time than what it is
+  compared with. It is the ratio of the two medians over the rounds; its range is that of the ratios within a round.
+- In training, generation and start-up each runner works alone in its own process, as a user runs it, and the processes
+  of a round follow each other in random order. In training and generation a process warms up before it is timed. In
+  the first round of training all of transformers' runs take part, in the others the two fastest. The runners of the
+  MoE layer, of images and of the ablation take turns in one process.
+- "Over itself" is one runner that is called twice a round: how far from 1 a ratio may lie by chance.
+- Stage 1 trains the connector, stage 2 connector and language model, stage 3 connector and MLPs; every second MLP is a
+  layer of experts.
+- Size S is a small model with AdamW. Its vocabulary head is a far larger fraction of the decoder than in a 7B model.
+  In size V the head is 2%, as in a 7B model; the optimizer is SGD, because Adam's pass over the weights would take too
+  large a fraction of a step with so few tokens.
+- "transformers" is Hugging Face's LlavaForConditionalGeneration in a plain loop, "transformers Trainer" the same in
+  its Trainer, "+ckpt" with gradient checkpointing. LLaVA is its own code with gradient checkpointing, as in its
+  scripts.
+- "Above the loaded model" is the peak memory of a run minus what it holds before the first step. Memory fractions
+  divide the medians of two runs.
+- A gate must be reached, a goal is desirable; "-" stands where there is none.
+- MFU is computed: measured tokens per second times the flops of a step per token, over the peak of the device. The
+  rivals of the GPU suite run one after another.
 """
-SPEED_AXIS, SHARE_AXIS = "times as fast, more is better", "share, less is better"
+SPEED_AXIS, FRACTION_AXIS = "times as fast, more is better", "fraction, less is better"
 
 
-def write_page(reports: dict, folder: Path) -> list[str]:
+def write_page(reports: dict, directory: Path) -> list[str]:
     """Write the page and, where there is something to draw, the plot; return their paths."""
-    drawn = draw(reports, folder / PLOT)
+    drawn = draw(reports, directory / PLOT)
     parts = [HEAD, machine_lines(reports), as_markdown(table(reports))]
     parts += [f"![ratios, memory and ablation]({PLOT})"] if drawn else []
     parts += [*training_parts(reports), *ablation_parts(reports), *detail_parts(reports), *suite_parts(reports)]
-    page = folder / PAGE
+    page = directory / PAGE
     page.write_text("\n\n".join(part.strip() for part in parts if part) + "\n", encoding="utf-8")
-    return [str(page), *([str(folder / PLOT)] if drawn else [])]
+    return [str(page), *([str(directory / PLOT)] if drawn else [])]
 
 
 def machine_lines(reports: dict) -> str:
-    """Return when and on what each report was made."""
+    """Return a line for each report: date, machine and versions."""
     lines = []
     for name, report in reports.items():
         machine = report["machine"]
         versions = ", ".join(f"{library} {version}" for library, version in machine["versions"].items())
-        where = f"{machine['processor']}, {machine['num_cores']} cores, {machine['num_threads']} threads"
+        where = f"{machine['processor']} ({machine['vector_width']}), {machine['num_cores']} cores, "
+        where += f"{machine['num_threads']} threads"
         where += "" if machine["device"] == "cpu" else f", {machine['device']}"
         lines.append(
             f"- {name}: {machine['date']}, {where}; Python {machine['python']}, {versions}; {machine['commit']}"
@@ -58,7 +66,7 @@ def machine_lines(reports: dict) -> str:
 
 
 def training_parts(reports: dict) -> list[str]:
-    """Return a table of rivals for each size and stage."""
+    """Return a table of the rivals for each size and stage."""
     parts = ["## Training"] if "training" in reports else []
     for size, stages in (dig(reports, "training", "results") or {}).items():
         for stage, result in stages.items():
@@ -73,32 +81,32 @@ def training_parts(reports: dict) -> list[str]:
 
 
 def about_batches(result: dict, stage: str) -> str:
-    """Return what a size and stage worked on, and how far its figures can be trusted."""
+    """Return what the batches of a size and stage hold, and how far from 1 ours is over itself."""
     batches = result["batches"]
-    against = result["against_stock"]
-    low, high = against["self_range"]
-    median = f"{against['self_ratio']:.2f}, " if "self_ratio" in against else ""
+    ours = result["over_transformers"]
+    low, high = ours["self_range"]
     return (
-        f"{batches['samples_a_step']} samples and {batches['tokens_a_step']:.0f} tokens a step, "
-        f"{100 * batches['learned_share']:.0f}% of them learned; padding, where there is some, "
-        f"{100 * batches['padding_share']:.0f}%; the vocabulary head is {100 * batches['logits_share']:.1f}% of the "
-        f"decoder's products; {batches['optimizer']}. Ours over itself: {median}{low:.2f}-{high:.2f}. "
+        f"{batches['samples_per_step']} samples and {batches['tokens_per_step']:.0f} tokens per step, "
+        f"{100 * batches['supervised_fraction']:.0f}% of them supervised; padding of runs that do not pack "
+        f"{100 * batches['padding_fraction']:.0f}%; the vocabulary head is {100 * batches['logits_fraction']:.1f}% of "
+        f"the decoder's weights that multiply a token; {batches['optimizer']}. "
+        f"Ours over itself: {ours['self_ratio']:.2f}, {low:.2f}-{high:.2f}. "
         f"Losses within {result['largest_loss_difference']:.0e} of ours"
-        + (", the balance loss apart, which the stock model leaves out." if stage == "3" else ".")
+        + (", without the balance loss, which transformers' model leaves out." if stage == "3" else ".")
     )
 
 
 WHAT_IS_OFF = (
-    "Each row leaves one item for what stock transformers does. Layers: its bodies of the decoder's layers. Rows: the "
-    "last layer at every position. Loss: that too, and logits of every position, whole. Experts: its function for "
-    "them. Packing: padded rows. oneDNN products: torch's own. Checkpointing and the feature cache are off elsewhere."
+    "Each row switches one path to its plain form. Loss: the logits of all positions, then cross-entropy. Experts: "
+    "transformers' function for experts. Packing: padded sequences. Matmul: torch's own. Gradient checkpointing and "
+    "the feature cache are off in all other rows."
 )
 
 
 def ablation_parts(reports: dict) -> list[str]:
-    """Return the table of what each item buys."""
+    """Return the table of what each path gains."""
     results = dig(reports, "ablation", "results") or {}
-    parts = ["## What each item buys", WHAT_IS_OFF] if results else []
+    parts = ["## What each path gains", WHAT_IS_OFF] if results else []
     for size, stages in results.items():
         names = variant_names(stages)
         lines = [["", *(f"stage {stage}" for stage in stages)]]
@@ -149,49 +157,49 @@ def draw(reports: dict, file: Path) -> bool:
 
     results = dig(reports, "ablation", "results") or {}
     widths = (3, 2, 4) if results else (3, 2)
-    # Three in a row, or two where there is no ablation.
+    # Three plots, or two where there is no ablation.
     figure, (speed, memory, *items) = pyplot.subplots(
         1, len(widths), figsize=(1.7 * sum(widths), 5), width_ratios=widths, layout="constrained"
     )
     shown = [
-        (rows.SPEED, "size S"),
-        (rows.SPEED_BY_TORCH, "size S, torch's products"),
-        (rows.SPEED_LIGHT_LOGITS, "size V, logits as in 7B"),
-        (rows.SPEED_OVER_LLAVA, "size S, over LLaVA's code"),
+        (lines_of_table.SPEED, "size S"),
+        (lines_of_table.SPEED_BY_TORCH, "size S, torch's matmul"),
+        (lines_of_table.SPEED_LIGHT_LOGITS, "size V, head as in 7B"),
+        (lines_of_table.SPEED_OVER_LLAVA, "size S, over LLaVA's code"),
     ]
     bars(speed, reports, [pair for pair in shown if any(pair[0].cells(reports))], SPEED_AXIS)
-    speed.set_title("Training speed over the fastest stock run")
-    bars(memory, reports, [(rows.MEMORY, "size S")], SHARE_AXIS)
-    memory.set_title("Memory over the leanest stock run")
+    speed.set_title("Training speed over transformers' fastest run")
+    bars(memory, reports, [(lines_of_table.MEMORY, "size S")], FRACTION_AXIS)
+    memory.set_title("Memory over transformers' leanest run")
     for axes in items:
         draw_ablation(axes, results)
-        axes.set_title("Step without an item over the step with all")
-        axes.set_xlabel("times as long, more is what the item buys")
+        axes.set_title("Step without a path over the step with all")
+        axes.set_xlabel("times as long; more: the path gains more")
     figure.savefig(file, dpi=110)
     pyplot.close(figure)
     return True
 
 
 def bars(axes, reports: dict, shown: list, unit: str) -> None:
-    """Draw a group of bars a stage with the ranges of their rounds, and a mark at each gate and each goal."""
+    """Draw a group of bars for each stage with the ranges of their rounds, and a line at each gate and goal."""
     width = 0.8 / max(len(shown), 1)
     for place, (row, label) in enumerate(shown):
         cells = row.cells(reports)
         at = [stage + (place - (len(shown) - 1) / 2) * width for stage in range(len(cells))]
         axes.bar(at, [cell or 0 for cell in cells], width * 0.9, label=label, color=f"C{place}")
-        # At the foot of the bar, below marks and ranges.
+        # At the foot of the bar, below lines and ranges.
         for x, cell in zip(at, cells, strict=True):
             text = "" if cell is None else f"{cell:.2f}"
             axes.annotate(text, (x, 0), (0, 4), textcoords="offset points", ha="center", color="white", fontsize=8)
         for x, cell, ends in zip(at, cells, row.ranges(reports), strict=False):
             if None not in (cell, ends):
                 axes.vlines(x + width * 0.3, *ends, color="black", linewidth=0.8)
-        for marks, style, name in ((row.gate, "k-", "gate"), (row.goal, "k:", "goal")):
-            for x, mark, cell in zip(at, marks, cells, strict=True):
-                if None not in (cell, mark):
+        for limits, style, name in ((row.gate, "k-", "gate"), (row.goal, "k:", "goal")):
+            for x, limit, cell in zip(at, limits, cells, strict=True):
+                if None not in (cell, limit):
                     first = place == 0 and x == at[0]
                     ends = [x - width * 0.45, x + width * 0.45]
-                    axes.plot(ends, [mark, mark], style, linewidth=1.2, label=name if first else None)
+                    axes.plot(ends, [limit, limit], style, linewidth=1.2, label=name if first else None)
     axes.axhline(1, color="grey", linewidth=0.6)
     axes.set_ylabel(unit)
     axes.set_xticks(range(len(STAGES)), [f"stage {stage}" for stage in STAGES])
@@ -199,7 +207,7 @@ def bars(axes, reports: dict, shown: list, unit: str) -> None:
 
 
 def draw_ablation(axes, results: dict) -> None:
-    """Draw for each item and stage the time without it over the time with all."""
+    """Draw for each path and stage the time without it over the time with all."""
     stages = next(iter(results.values()), {})
     names = [name for name in variant_names(stages) if name != "all on"]
     height = 0.8 / max(len(stages), 1)

@@ -1,12 +1,11 @@
-"""Build what trains, ours and stock, with the same seeded weights, and what a step of each is.
+"""Build our model and transformers' with the same seeded weights, and step through their training.
 
-A rival is a function (size, stage, schedule, options, tell): it sets up, tells None when it is ready, and from then on
-tells the Step that it just did; `tell` returns when the next one is wanted. schedule: a batch of examples a step.
+A rival is a function (size, stage, schedule, options, on_step): it builds model and optimizer, calls `on_step(None)`
+when it is ready, and then `on_step(Step)` after each step. schedule: a batch of examples for each step.
 """
 
 from __future__ import annotations
 
-import contextlib
 import tempfile
 from dataclasses import dataclass
 
@@ -17,20 +16,19 @@ from benchmarks.workload import PAD, Size, fill, moe_config, padded
 
 @dataclass
 class Step:
-    """What a step says of itself, to be compared: the language loss and the norm of the gradient before clipping."""
+    """What is compared between rivals: the language loss and the norm of the gradient before clipping."""
 
     loss: float
     gradient_norm: float
 
 
 def our_model(size: Size, stage: int, attn_implementation=None, dtype=None, plain_paths=(), packed=True, draws=True):
-    """Return our model in training mode; packed: rows will hold several samples; draws: seed its weights."""
+    """Return our model in training mode; packed: a sequence holds several samples; draws: initialise its weights."""
     from transformers.initialization import no_init_weights
 
     from llava_lite.model.attention import choose_attention
     from llava_lite.model.language_model.llava_llama import LlavaLlamaConfig, LlavaLlamaForCausalLM
-    from llava_lite.model.plain_paths import set_plain_paths
-    from llava_lite.model.products import take_faster_products
+    from llava_lite.model.plain_paths import install_fast_paths, set_plain_paths
 
     config = LlavaLlamaConfig(
         **size.text_config(),
@@ -45,19 +43,19 @@ def our_model(size: Size, stage: int, attn_implementation=None, dtype=None, plai
             config, attn_implementation=choose_attention(attn_implementation, packed=packed), **options
         )
     # As loading does.
-    take_faster_products(model)
+    install_fast_paths(model)
     if draws:
         fill({full_name(name): parameter for name, parameter in model.named_parameters()})
     set_plain_paths(model, plain_paths)
     return model.train()
 
 
-def stock_model(size: Size, stage: int, experts: str | None = None, dtype=None, attn_implementation=None):
+def hf_model(size: Size, stage: int, experts: str | None = None, dtype=None, attn_implementation=None):
     """Return transformers' LlavaForConditionalGeneration with the same weights, in training mode.
 
-    In stage 3 its text model is Mixtral, whose odd layers get a dense MLP in place of experts: stock modules
-    throughout, and the same function as ours but for the balance loss, which LlavaForConditionalGeneration leaves out.
-    experts: eager or grouped_mm.
+    In stage 3 its text model is Mixtral, whose odd layers get a dense MLP in place of experts: transformers' modules
+    throughout, and the same function as ours except for the balance loss, which LlavaForConditionalGeneration leaves
+    out. experts: eager or grouped_mm.
     """
     from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, MixtralConfig
     from transformers.initialization import no_init_weights
@@ -85,7 +83,7 @@ def stock_model(size: Size, stage: int, experts: str | None = None, dtype=None, 
             for layer in model.model.language_model.layers[1::2]:
                 layer.mlp = LlamaMLP(dense).to(model.dtype)
     if experts is not None:
-        # Only now: building the model sets the choice of all its parts anew.
+        # Set last: building the model sets it again for all parts.
         model.model.language_model.config._experts_implementation = experts
     fill({our_name(name): parameter for name, parameter in model.named_parameters()})
     # As transformers' Trainer does: a cache is of no use in training.
@@ -94,7 +92,7 @@ def stock_model(size: Size, stage: int, experts: str | None = None, dtype=None, 
 
 
 def full_name(name: str) -> str:
-    """Return LLaVA's name of a weight of ours: transformers 5 has left out the tower's `vision_model`."""
+    """Return LLaVA's name of one of our weights: transformers 5 leaves out the tower's `vision_model`."""
     short = "model.vision_tower.vision_tower."
     return name if "vision_model." in name else name.replace(short, f"{short}vision_model.")
 
@@ -110,7 +108,7 @@ def our_name(name: str) -> str:
 
 
 def choose_what_trains(model, stage: int) -> list[torch.nn.Parameter]:
-    """Mark what trains in a stage, by names of ours or of stock transformers, and return it."""
+    """Set requires_grad for a stage, by our names or by transformers', and return the trainable weights."""
     for name, parameter in model.named_parameters():
         tower, connector = "vision_tower" in name, "projector" in name
         parameter.requires_grad_(connector or (stage == 2 and not tower) or (stage == 3 and _is_mlp(name)))
@@ -122,45 +120,45 @@ def _is_mlp(name: str) -> bool:
 
 
 def make_optimizer(parameters, size: Size):
-    """Return the optimizer that --optim of transformers' Trainer makes, with nothing to learn but all of the work."""
+    """Return the optimizer that --optim of transformers' Trainer makes, with learning rate 0."""
     if size.optim == "sgd":
         return torch.optim.SGD(parameters, lr=0.0)
     return torch.optim.AdamW(parameters, lr=0.0, weight_decay=0.0, fused=True)
 
 
-def stock_loop(size, stage, schedule, options, tell):
-    """Step through stock transformers in a plain loop, the leanest way to use it."""
-    model = stock_model(size, stage, options.get("experts"))
+def transformers_loop(size, stage, schedule, options, on_step):
+    """Step through transformers' model in a plain loop, which adds the least to it."""
+    model = hf_model(size, stage, options.get("experts"))
     parameters = choose_what_trains(model, stage)
     if options.get("checkpointing"):
         model.gradient_checkpointing_enable({"use_reentrant": False})
     optimizer = make_optimizer(parameters, size)
-    tell(None)
+    on_step(None)
     for examples in schedule:
         loss = model(**padded(examples, size.vocab_size - 1)).loss
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        tell(Step(loss.item(), norm.item()))
+        on_step(Step(loss.item(), norm.item()))
 
 
 FLAGS = (
-    "--output_dir {folder} --use_cpu True --max_steps {steps} --learning_rate 0 --lr_scheduler_type constant "
+    "--output_dir {directory} --use_cpu True --max_steps {steps} --learning_rate 0 --lr_scheduler_type constant "
     "--warmup_steps 0 --max_grad_norm 1 --optim {optim} --save_strategy no --report_to none --disable_tqdm True "
-    "--per_device_train_batch_size {batch} --logging_steps 1"
+    "--per_device_train_batch_size {batch} --logging_steps 1 --train_sampling_strategy sequential"
 )
 
 
-class Rows(torch.utils.data.Dataset):
-    """The examples of a schedule in order, with what a sampler asks of a dataset."""
+class Examples(torch.utils.data.Dataset):
+    """The examples of a schedule in order, with the lengths and modalities that a sampler reads."""
 
     def __init__(self, schedule):
         import numpy as np
 
         self.examples = [example for examples in schedule for example in examples]
         self.lengths = np.array([len(example["input_ids"]) for example in self.examples])
-        self.has_picture = np.ones(len(self.examples), dtype=bool)
+        self.has_image = np.ones(len(self.examples), dtype=bool)
 
     def __len__(self):
         return len(self.examples)
@@ -170,78 +168,71 @@ class Rows(torch.utils.data.Dataset):
         return dict(self.examples[i])
 
 
-def our_trainer(size, stage, schedule, options, tell):
-    """Step through LLaVATrainer, its collator and its log, as a run does; options: flags, plain_paths, onednn."""
-    from llava_lite.arguments import parse_args
+def our_trainer(size, stage, schedule, options, on_step):
+    """Step through LLaVATrainer, its collator and log, as a run does; options: flags, plain_paths."""
+    from llava_lite.train.arguments.parse import parse_args
     from llava_lite.train.train import build_trainer
-    from llava_lite.train.tuning import choose_what_trains, settle_dtypes
+    from llava_lite.train.tuning import choose_what_trains, resolve_dtypes
 
     tunings = {1: "projector", 2: "full", 3: "moe"}
-    with tempfile.TemporaryDirectory() as folder:
-        flags = FLAGS.format(folder=folder, steps=len(schedule) + 1, optim=size.optim, batch=size.batch_size)
+    with tempfile.TemporaryDirectory() as directory:
+        flags = FLAGS.format(directory=directory, steps=len(schedule) + 1, optim=size.optim, batch=size.batch_size)
         model_args, data_args, training_args = parse_args(
             [*flags.split(), "--tuning", tunings[stage], *options.get("flags", [])]
         )
         plain, packed = options.get("plain_paths", ()), training_args.packing != "none"
         model = our_model(size, stage, model_args.attn_implementation, plain_paths=plain, packed=packed)
         model = choose_what_trains(model, model_args, training_args)
-        settle_dtypes(model, training_args)
-        trainer = build_trainer(model, _Pad(), Rows(schedule), None, data_args, training_args)
-        onednn = options.get("onednn", True)
-        with contextlib.nullcontext() if onednn else torch.backends.mkldnn.flags(enabled=False):
-            run_stepwise(trainer, tell)
+        resolve_dtypes(model, training_args)
+        trainer = build_trainer(model, _Pad(), Examples(schedule), None, data_args, training_args)
+        run_stepwise(trainer, on_step)
 
 
-def stock_trainer(size, stage, schedule, options, tell):
-    """Step through transformers' own Trainer over the stock model."""
+def transformers_trainer(size, stage, schedule, options, on_step):
+    """Step through transformers' own Trainer over its own model."""
     from transformers import HfArgumentParser, Trainer, TrainingArguments
 
-    model = stock_model(size, stage, options.get("experts"))
+    model = hf_model(size, stage, options.get("experts"))
     choose_what_trains(model, stage)
-    with tempfile.TemporaryDirectory() as folder:
-        flags = FLAGS.format(folder=folder, steps=len(schedule) + 1, optim=size.optim, batch=size.batch_size).split()
+    with tempfile.TemporaryDirectory() as directory:
+        flags = FLAGS.format(
+            directory=directory, steps=len(schedule) + 1, optim=size.optim, batch=size.batch_size
+        ).split()
         (args,) = HfArgumentParser(TrainingArguments).parse_args_into_dataclasses(
             [*flags, "--remove_unused_columns", "False", "--bf16", "False"]
         )
         trainer = Trainer(
             model,
             args,
-            train_dataset=Rows(schedule),
+            train_dataset=Examples(schedule),
             data_collator=lambda examples: padded(examples, size.vocab_size - 1),
         )
-        run_stepwise(trainer, tell)
+        run_stepwise(trainer, on_step)
 
 
 class _Pad:
-    """All that a trainer without anything to save asks of a tokenizer."""
+    """The part of a tokenizer that a trainer reads when it saves nothing."""
 
     pad_token_id = PAD
 
 
-def run_stepwise(trainer, tell):
-    """Run `trainer.train()` and tell after every step, its log included; the trainer goes on when `tell` returns."""
-    seen = {}
-    stock_loss, stock_log = trainer.compute_loss, trainer._maybe_log_save_evaluate
+def run_stepwise(trainer, on_step):
+    """Run `trainer.train()` and call `on_step` after every step, with what the trainer logged of it."""
+    from transformers import TrainerCallback
 
-    def compute_loss(*args, return_outputs=False, **kwargs):
-        loss, outputs = stock_loss(*args, return_outputs=True, **kwargs)
-        language = outputs.get("lm_loss")
-        seen["loss"] = (loss if language is None else language).detach()
-        return (loss, outputs) if return_outputs else loss
+    class EachStep(TrainerCallback):
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            if "loss" in logs:
+                # Ours adds the balance loss to the loss of experts and logs both.
+                on_step(Step(logs.get("lm_loss", logs["loss"]), logs["grad_norm"]))
 
-    def log(loss, gradient_norm, *args, **kwargs):
-        stock_log(loss, gradient_norm, *args, **kwargs)
-        tell(Step(float(seen["loss"]), float(gradient_norm)))
-
-    # Rows stand in the order that all rivals share.
-    trainer._get_train_sampler = lambda *args: torch.utils.data.SequentialSampler(trainer.train_dataset)
-    trainer.compute_loss, trainer._maybe_log_save_evaluate = compute_loss, log
-    tell(None)
+    trainer.add_callback(EachStep())
+    on_step(None)
     trainer.train()
 
 
 RIVALS = {
     "ours": our_trainer,
-    "stock loop": stock_loop,
-    "stock Trainer": stock_trainer,
+    "transformers loop": transformers_loop,
+    "transformers Trainer": transformers_trainer,
 }

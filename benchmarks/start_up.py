@@ -1,4 +1,4 @@
-"""Turn what a user types first into the CPU seconds until it answers: processes of their own, interleaved."""
+"""Measure the CPU seconds of the first commands of a user, each in its own process, by turns."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ ROOT = Path(__file__).resolve().parents[1]
 TRAINER = "torch and transformers' Trainer and LLaVA"
 IMPORTS = "imports of a training run"
 # What `llava-lite train` loads between its flags and its first step.
-OF_A_RUN = "train.train train.llava_trainer train.final train.card data.dataset data.collator model.builder processing"
+OF_A_RUN = (
+    "train.train train.llava_trainer train.saving.final train.publish.card data.dataset data.collator model.builder "
+    "processing.processor"
+)
 COMMANDS = {
     "python": ["-c", "pass"],
     "import llava_lite": ["-c", "import llava_lite"],
@@ -51,7 +54,7 @@ def measure(names, rounds: int) -> dict:
 
 def main(argv=None):
     """Print and write the figures."""
-    args = arguments(__doc__.splitlines()[0], argv)
+    args = arguments(__doc__.splitlines()[0], argv, rounds=3)
     results = measure(QUICK if args.quick else tuple(COMMANDS), args.rounds)
     for name, one in results.items():
         print(f"  {name:44} {one['cpu_s']:6.2f} CPU s  {one['of_trainer']:5.2f} of the base")

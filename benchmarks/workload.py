@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 
 IGNORE_INDEX = -100
-PICTURE = -200
+IMAGE = -200
 PAD, BOS = 0, 1
 # Every other layer from the first gets experts in stage 3, as in MoE-LLaVA's scripts.
 NUM_EXPERTS, TOP_K = 4, 2
@@ -20,7 +20,7 @@ NUM_EXPERTS, TOP_K = 4, 2
 
 @dataclass(frozen=True)
 class Size:
-    """Widths and depths of tower and decoder, samples a step, and the optimizer of transformers' --optim."""
+    """Widths and depths of tower and decoder, samples per step, and the optimizer of transformers' --optim."""
 
     hidden_size: int
     intermediate_size: int
@@ -36,16 +36,16 @@ class Size:
 
     @property
     def num_features(self) -> int:
-        """Tokens of a picture."""
+        """Tokens of an image."""
         return (self.image_size // self.patch_size) ** 2
 
     def layer_weights(self, has_experts=False) -> int:
-        """Weights of a decoder layer's products that one token meets."""
+        """Weights of a decoder layer's matrices that multiply one token."""
         mlp = 3 * self.hidden_size * self.intermediate_size
         return 4 * self.hidden_size**2 + (TOP_K * mlp if has_experts else mlp)
 
-    def logits_share(self, stage: int) -> float:
-        """Weights of the vocabulary head over those of all the decoder's products that a token meets, 0 to 1."""
+    def logits_fraction(self, stage: int) -> float:
+        """Weights of the vocabulary head over those of all the decoder's matrices that multiply one token, 0 to 1."""
         num_sparse = (self.num_layers + 1) // 2 if stage == 3 else 0
         layers = num_sparse * self.layer_weights(True) + (self.num_layers - num_sparse) * self.layer_weights()
         head = self.hidden_size * self.vocab_size
@@ -82,16 +82,16 @@ class Size:
         }
 
 
-# S: small enough for many rounds; the head is 39% of the decoder's products.
-# V: as many words, but the head is 2% as in a 7B model. At 2% the weights are 50 * 32000 * hidden_size whatever the
-# depth, hence the narrow width, the wide MLP (few layers to call), the small pictures, and SGD: with so few tokens a
-# step, Adam's pass over the weights would be a sixth of the step, at 7B and 128 samples it is a hundredth.
+# S: small enough for several rounds; the head is 39% of the decoder's matrices.
+# V: the same vocabulary, but the head is 2% as in a 7B model. At 2% the weights are 50 * 32000 * hidden_size whatever
+# the depth, hence the narrow width, the wide MLP (few layers to call), the small images, and SGD: with so few tokens
+# per step, Adam's pass over the weights would be a sixth of the step; at 7B and 128 samples it is a hundredth.
 SIZES = {
     "S": Size(512, 1376, 8, 8),
     "V": Size(192, 3072, 156, 3, image_size=112, batch_size=1, optim="sgd"),
     "toy": Size(64, 128, 2, 2, vocab_size=320, image_size=56, vision_width=64, vision_layers=2, batch_size=2),
 }
-# Captions are short; and with top-2 experts on half of the layers a token meets more weights a layer.
+# Captions are short; and with top-2 experts on half of the layers more weights per layer multiply a token.
 OF_STAGE = {("V", 1): {"batch_size": 4}, ("V", 3): {"num_layers": 108}}
 
 
@@ -117,12 +117,12 @@ def fill(parameters: dict[str, torch.Tensor]) -> None:
 
 
 def batches(size: Size, stage: int, count: int, seed: int = 0) -> list[list[dict]]:
-    """Return `count` batches of examples: id, input_ids and labels [L] with a placeholder a feature, images, sizes."""
+    """Return `count` batches of examples: id, input_ids and labels [L], one placeholder per feature, images, sizes."""
     rng, generator = random.Random(seed + stage), torch.Generator().manual_seed(seed + stage)
     side = size.image_size
     made = []
     for index in range(count * size.batch_size):
-        ids, labels = caption(size, rng) if stage == 1 else talk(size, rng)
+        ids, labels = caption(size, rng) if stage == 1 else conversation(size, rng)
         made.append(
             {
                 "id": f"seeded_{index}",
@@ -136,26 +136,26 @@ def batches(size: Size, stage: int, count: int, seed: int = 0) -> list[list[dict
 
 
 def caption(size: Size, rng: random.Random) -> tuple[list[int], list[int]]:
-    """Return ids and labels of stage 1: a picture, then 10 to 60 tokens of caption, all of them learned."""
+    """Return ids and labels of stage 1: an image, then 10 to 60 supervised tokens of caption."""
     words = [rng.randrange(3, size.vocab_size - 1) for _ in range(rng.randint(10, 60))]
-    return [BOS] + [PICTURE] * size.num_features + words, [IGNORE_INDEX] * (1 + size.num_features) + words
+    return [BOS] + [IMAGE] * size.num_features + words, [IGNORE_INDEX] * (1 + size.num_features) + words
 
 
-def talk(size: Size, rng: random.Random) -> tuple[list[int], list[int]]:
-    """Return ids and labels of stages 2 and 3: 35 system tokens, a picture, 50 to 300 of question and answer.
+def conversation(size: Size, rng: random.Random) -> tuple[list[int], list[int]]:
+    """Return ids and labels of stages 2 and 3: 35 system tokens, an image, 50 to 300 of question and answer.
 
-    15 to 25% of all positions are learned, in one to three turns.
+    15 to 25% of all tokens are supervised, in one to three turns.
     """
-    ids = [BOS] + [rng.randrange(3, size.vocab_size - 1) for _ in range(34)] + [PICTURE] * size.num_features
+    ids = [BOS] + [rng.randrange(3, size.vocab_size - 1) for _ in range(34)] + [IMAGE] * size.num_features
     labels = [IGNORE_INDEX] * len(ids)
     num_text = rng.randint(50, 300)
-    num_learned = min(round(rng.uniform(0.15, 0.25) * (len(ids) + num_text)), num_text - 12)
+    num_supervised = min(round(rng.uniform(0.15, 0.25) * (len(ids) + num_text)), num_text - 12)
     num_turns = rng.randint(1, 3)
     for turn in range(num_turns):
         last = turn == num_turns - 1
-        asked = (num_text - num_learned) // num_turns + last * ((num_text - num_learned) % num_turns)
-        learned = num_learned // num_turns + last * (num_learned % num_turns)
-        words = [rng.randrange(3, size.vocab_size - 1) for _ in range(asked + learned)]
+        asked = (num_text - num_supervised) // num_turns + last * ((num_text - num_supervised) % num_turns)
+        answered = num_supervised // num_turns + last * (num_supervised % num_turns)
+        words = [rng.randrange(3, size.vocab_size - 1) for _ in range(asked + answered)]
         ids += words
         labels += [IGNORE_INDEX] * asked + words[asked:]
     return ids, labels
@@ -166,17 +166,17 @@ def count_tokens(examples: list[dict]) -> int:
     return sum(len(example["input_ids"]) for example in examples)
 
 
-def padded(examples: list[dict], picture: int = PICTURE) -> dict:
-    """Return input_ids, labels, attention_mask [B, L] and pictures [N, 3, H, W], as LLaVA's and stock processors pad.
+def padded(examples: list[dict], image: int = IMAGE) -> dict:
+    """Return input_ids, labels, attention_mask [B, L] and images [N, 3, H, W], padded as LLaVA and transformers do.
 
-    picture: the id that stands for a feature of a picture.
+    image: the id of a feature of an image.
     """
     from torch.nn.utils.rnn import pad_sequence
 
-    ids = [torch.where(e["input_ids"] == PICTURE, picture, e["input_ids"]) for e in examples]
+    ids = [torch.where(e["input_ids"] == IMAGE, image, e["input_ids"]) for e in examples]
     return {
         "input_ids": pad_sequence(ids, batch_first=True, padding_value=PAD),
         "labels": pad_sequence([e["labels"] for e in examples], batch_first=True, padding_value=IGNORE_INDEX),
-        "attention_mask": pad_sequence([torch.ones_like(row) for row in ids], batch_first=True, padding_value=0),
-        "pixel_values": torch.stack([picture for e in examples for picture in e["images"]]),
+        "attention_mask": pad_sequence([torch.ones_like(one) for one in ids], batch_first=True, padding_value=0),
+        "pixel_values": torch.stack([image for e in examples for image in e["images"]]),
     }

@@ -1,15 +1,12 @@
 """Open the names that most users need, each loaded when it is first asked for."""
 
-import sys
 from importlib import import_module
-from importlib.util import find_spec, module_from_spec, spec_from_file_location
-from os.path import dirname, realpath
 
 __version__ = "0.1.0"
 
 # Public name -> the file it lives in. `import llava_lite` itself reads no other file, so it costs no torch.
 _EXPORTS = {
-    "ImageFeatureCache": "model.image_cache",
+    "ImageFeatureCache": "model.fusion.image_cache",
     "LlavaConfig": "model",
     "LlavaLlamaForCausalLM": "model",
     "LlavaMistralConfig": "model",
@@ -22,11 +19,11 @@ _EXPORTS = {
     "LlavaPhiForCausalLM": "model",
     "LlavaStableLmConfig": "model",
     "LlavaStableLmForCausalLM": "model",
-    "LlavaLiteProcessor": "processing",
+    "LlavaLiteProcessor": "processing.processor",
     "conv_templates": "conversation",
     "load": "inference",
     "load_pretrained_model": "model.builder",
-    "push_folder": "share",
+    "push_directory": "hub.push",
     "reply": "inference",
     "stream": "inference",
 }
@@ -48,19 +45,9 @@ def __dir__():
     return sorted({*globals(), *_EXPORTS})
 
 
-def _hand_over(name):
-    """Put llava_lite in the place of `name`, under which this file was found: the folder has a link, `llava` say."""
-    if find_spec("llava_lite") is None:
-        # Only the link is on the path.
-        file = realpath(__file__)
-        spec = spec_from_file_location("llava_lite", file, submodule_search_locations=[dirname(file)])
-        sys.modules["llava_lite"] = module_from_spec(spec)
-        spec.loader.exec_module(sys.modules["llava_lite"])
-    sys.modules[name] = import_module("llava_lite")
-
-
-if __name__ == "llava_lite":
-    # Lets `sys.modules["llava"] = llava_lite` open these same files, and no second copies of them.
-    import_module("llava_lite.alias").register()
-else:
-    _hand_over(__name__)
+if __name__ != "llava_lite":
+    # A link or a copy of the directory: its modules would be second ones, whose classes are not those of llava_lite.
+    raise ImportError(
+        f"{__file__} is the package llava_lite and was imported as {__name__!r}. Import llava_lite; for programs that "
+        "import llava, call llava_lite.alias.install('llava') first, or run: python -m llava_lite.alias SCRIPT"
+    )

@@ -1,29 +1,51 @@
-"""Open this package under the names of the two it stands in for: `llava` and `moellava`, in code that says so.
+"""Open this package under the names `llava` and `moellava`, or those of another system, for programs of theirs.
 
-`sys.modules["llava"] = llava_lite`, a link `llava -> llava_lite` on the path, `install("llava")` and
-`python -m llava_lite.alias SCRIPT ...` all lead to the modules of llava_lite themselves, never to second copies.
+`install("llava")` in a program and `python -m llava_lite.alias SCRIPT ...` lead to the modules of llava_lite
+themselves, never to second copies. Importing llava_lite alone changes nothing. `install("llama_adapter")` and
+`--system llama_adapter` are for programs of a system of SYSTEMS. Two of these are named `llama`, so one is chosen.
 
 One name is two things: LLaVA's `load_pretrained_model` gives an image processor and a model that generates new tokens
 only; MoE-LLaVA's gives a dict of processors and a model that repeats the prompt first. So `moellava.model.builder`
-leads to `llava_lite.model.moellava_builder`, which keeps MoE-LLaVA's word.
+leads to `llava_lite.model.compat.moellava_builder`, which does as MoE-LLaVA does.
 """
 
 import sys
-import warnings
 from contextlib import contextmanager
 from importlib import import_module
 from importlib.machinery import ModuleSpec
 from importlib.util import find_spec, spec_from_file_location
-from os.path import abspath, dirname, isfile, join, sep
+from os.path import abspath, dirname, isdir, isfile, join, sep
+
+from llava_lite.commands.alias import build_parser
 
 PACKAGE = "llava_lite"
 NAMES = ("llava", "moellava")
 # What LLaVA's programs import and this package does not need -> what brings it.
 OF_LLAVA = dict.fromkeys(("shortuuid", "requests", "pandas"), "'llava-lite[llava]'")
 OF_LLAVA |= {name: name for name in ("fastapi", "uvicorn", "openai", "ray", "editdistance", "pycocoevalcap", "httpx")}
-OF_LLAVA |= {"gradio": "'llava-lite[serve]'", "peft": "'llava-lite[peft]'", "deepspeed": "'llava-lite[train]'"}
+OF_LLAVA |= {"cv2": "opencv-python", "fairscale": "fairscale", "torchvision": "torchvision"}
+OF_LLAVA |= {"gradio": "gradio", "peft": "'llava-lite[peft]'", "deepspeed": "'llava-lite[train]'"}
 # Modules that an other name finds elsewhere than at the same place.
-ELSEWHERE = {"moellava.model.builder": "llava_lite.model.moellava_builder"}
+ELSEWHERE = {"moellava.model.builder": "llava_lite.model.compat.moellava_builder"}
+# Other systems -> the names that their programs import -> our module; None for a package that only holds others.
+SYSTEMS = {
+    # LLaMA-Adapter V2: its package is named `llama`.
+    "llama_adapter": dict.fromkeys(("llama", "llama.llama_adapter", "llama.utils"), "llava_lite.llama_adapter"),
+    # ImageBind-LLM: so is its.
+    "imagebind_llm": {
+        **dict.fromkeys(("llama", "llama.llama_adapter", "llama.utils"), "llava_lite.imagebind_llm"),
+        "ImageBind": "llava_lite.imagebind_llm",
+        "ImageBind.data": "llava_lite.imagebind_llm.data",
+    },
+    # LLaMA2-Accessory: from the root of its repository, and from within its directory `accessory`.
+    "accessory": {
+        "accessory": None,
+        "accessory.model": None,
+        "accessory.model.meta": "llava_lite.accessory",
+        "model": None,
+        "model.meta": "llava_lite.accessory",
+    },
+}
 
 
 class OtherNames:
@@ -52,7 +74,7 @@ class OtherNames:
         return ModuleSpec(fullname, self, is_package=found.submodule_search_locations is not None)
 
     def create_module(self, spec):
-        """Return the module that stands behind the other name."""
+        """Return the module that the other name means."""
         module = import_module(own_name(spec.name))
         spec.loader_state = module.__spec__
         return module
@@ -73,7 +95,46 @@ class OtherNames:
         return find_spec(own).loader.get_code(own)
 
 
-_FINDER = OtherNames()
+class SystemNames:
+    """Answers imports of the names of one system of SYSTEMS.
+
+    A package is made here, with the public names of our module; a module in it is ours itself. What a package lacks
+    comes from directories of its name on the path, as in a copy of the system.
+    """
+
+    def __init__(self):
+        self.homes = {}
+
+    def find_spec(self, fullname, path=None, target=None):
+        """Return a spec that this object loads, None for names that are not of the system."""
+        if fullname not in self.homes:
+            return None
+        is_package = any(name.startswith(f"{fullname}.") for name in self.homes)
+        spec = ModuleSpec(fullname, self, is_package=is_package)
+        if is_package:
+            last = fullname.rpartition(".")[2]
+            places = [join(entry, last) for entry in (sys.path if path is None else path)]
+            spec.submodule_search_locations = [place for place in places if isdir(place)]
+        return spec
+
+    def create_module(self, spec):
+        """Return our module, None for a package, which Python makes."""
+        if spec.submodule_search_locations is not None:
+            return None
+        module = import_module(self.homes[spec.name])
+        spec.loader_state = module.__spec__
+        return module
+
+    def exec_module(self, module):
+        """Give a package the names of our module, and our module its own spec back."""
+        spec = module.__spec__
+        if spec.submodule_search_locations is None:
+            module.__spec__ = spec.loader_state
+        elif (home := self.homes[spec.name]) is not None:
+            vars(module).update((k, v) for k, v in vars(import_module(home)).items() if not k.startswith("_"))
+
+
+_FINDER, _SYSTEM = OtherNames(), SystemNames()
 
 
 def own_name(fullname):
@@ -82,21 +143,21 @@ def own_name(fullname):
     return ELSEWHERE.get(fullname, f"{PACKAGE}{dot}{rest}")
 
 
-def register():
-    """Let imports find this package under other names; called when the package is imported."""
-    if _FINDER not in sys.meta_path:
-        sys.meta_path.insert(0, _FINDER)
-        # `python -m llava_lite.alias` finds this module imported by its package, as it should be.
-        warnings.filterwarnings("ignore", rf"'{PACKAGE}\.alias' found in sys\.modules", RuntimeWarning)
-
-
 def install(*names):
     """Make each of `names` (default: llava and moellava) this package, from now on and in this process.
 
-    Raises ImportError if a different package of that name has been imported already.
+    A name may be a system of SYSTEMS, whose own names then lead here. Raises ValueError for any other name,
+    ImportError if a different package of that name has been imported already, or another system has it.
     """
-    register()
+    known = (*NAMES, *SYSTEMS)
+    if unknown := [name for name in names if name not in known]:
+        raise ValueError(f"unknown name {unknown[0]!r}; known: {', '.join(known)}.")
     for name in names or NAMES:
+        if name in SYSTEMS:
+            _install_system(name)
+            continue
+        if _FINDER not in sys.meta_path:
+            sys.meta_path.insert(0, _FINDER)
         present = sys.modules.get(name)
         if present is not None and present is not sys.modules[PACKAGE]:
             where = getattr(present, "__file__", "elsewhere")
@@ -104,36 +165,46 @@ def install(*names):
         sys.modules[name] = sys.modules[PACKAGE]
 
 
+def _install_system(system):
+    """Let the names of a system of SYSTEMS lead here."""
+    wanted = SYSTEMS[system]
+    for name in wanted:
+        present = sys.modules.get(name)
+        if _SYSTEM.homes.get(name, wanted[name]) != wanted[name]:
+            raise ImportError(
+                f"{name!r} is that of {_SYSTEM.homes[name]} in this process, and {system} has one too; take one of "
+                "them a process."
+            )
+        if present is not None and name not in _SYSTEM.homes:
+            where = getattr(present, "__file__", "elsewhere")
+            raise ImportError(f"{name!r} is imported already, from {where}; install {system!r} before its import.")
+    _SYSTEM.homes |= wanted
+    if _SYSTEM not in sys.meta_path:
+        sys.meta_path.insert(0, _SYSTEM)
+
+
 def main(argv=None):
-    """Run a script or, after -m, a module with `llava` and `moellava` being this package."""
-    # Here, since the package imports this file.
-    import argparse
+    """Run a script or, after -m, a module, whose imports of LLaVA or of another system lead to this package."""
     import runpy
 
-    parser = argparse.ArgumentParser(
-        prog="python -m llava_lite.alias",
-        usage="%(prog)s SCRIPT [argument ...] | -m MODULE [argument ...]",
-        description="Run a program written for LLaVA or MoE-LLaVA, unchanged, on llava_lite.",
-        epilog="A MODULE that llava_lite has is its own; any other is looked for as a file below this directory.",
-        allow_abbrev=False,
-    )
-    parser.add_argument("-m", dest="module", action="store_true", help="SCRIPT is the name of a module")
-    parser.add_argument("script", metavar="SCRIPT", help="file to run")
-    parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...", help="arguments of the program")
+    parser = build_parser()
     options = parser.parse_args(argv)
     script, is_module = options.script, options.module
-    install()
+    known = (NAMES[0], *SYSTEMS)
+    if options.system not in known:
+        parser.error(f"unknown system {options.system!r}; known: {', '.join(known)}.")
+    install(*([] if options.system == NAMES[0] else [options.system]))
     if is_module:
         script, is_module = _module_or_file(script)
     if not is_module and not isfile(script):
         what = f"there is no module {options.script!r}, and" if options.module else "there is"
         parser.exit(2, f"{parser.prog}: {what} no file {script!r}.\n")
     sys.argv[:] = [script, *options.arguments]
-    with _device(), _told_what_to_install():
+    with _device(), _advice_to_install():
         if is_module:
             runpy.run_module(script, run_name="__main__", alter_sys=True)
             return
-        # As Python does for a script: its folder comes first, in place of that of this module.
+        # As Python does for a script: its directory comes first, in place of that of this module.
         sys.path[0] = dirname(abspath(script))
         _FINDER.beside = _checkout_of(script)
         runpy.run_path(script, run_name="__main__")
@@ -148,10 +219,11 @@ def _module_or_file(name):
         found = None
     if found is None:
         return file, False
-    if isfile(file) and name.partition(".")[0] in NAMES:
+    top = name.partition(".")[0]
+    if isfile(file) and top in NAMES:
         print(f"{name} is that of {PACKAGE}; for the file, leave out -m: {file}", file=sys.stderr)
     # By its own name, it has a file, which some libraries ask of every module.
-    return own_name(name) if name.partition(".")[0] in NAMES else name, True
+    return own_name(name) if top in NAMES else name, True
 
 
 def _checkout_of(script):
@@ -165,7 +237,7 @@ def _checkout_of(script):
 
 @contextmanager
 def _device():
-    """Let a program that sends tensors to CUDA run on a machine without it, and say so."""
+    """Let a program that sends tensors to CUDA run on a machine without it, with a message."""
     from importlib.util import find_spec as installed
 
     if installed("torch") is None:
@@ -184,17 +256,24 @@ def _device():
 
 
 @contextmanager
-def _told_what_to_install():
-    """End the process with a sentence if a program imports what LLaVA's installation brings and ours does not."""
+def _advice_to_install():
+    """End the process with a sentence if a program imports what its own installation brings and ours does not."""
     try:
         yield
     except ModuleNotFoundError as error:
         top = (error.name or "").partition(".")[0]
+        if top == "SPHINX":
+            sys.exit(f"{PACKAGE}.alias: the program imports 'SPHINX', whose mixtures of encoders are not supported.")
+        if top in {name.partition(".")[0] for name in _SYSTEM.homes}:
+            sys.exit(
+                f"{PACKAGE}.alias: the program imports {error.name!r}, which {PACKAGE} does not have; it has "
+                f"{', '.join(_SYSTEM.homes)}. Run the program from a copy of the system, which brings the rest."
+            )
         if top not in OF_LLAVA:
             raise
         sys.exit(f"{PACKAGE}.alias: the program imports {error.name!r}: pip install {OF_LLAVA[top]}")
 
 
 if __name__ == "__main__":
-    # As itself: this file runs under the name "__main__", and its finder would be a second one.
+    # As the module itself: this file runs under the name "__main__", and its finder would be a second one.
     import_module(f"{PACKAGE}.alias").main()

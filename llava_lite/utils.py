@@ -43,7 +43,7 @@ def build_logger(logger_name, logger_filename):
 
 
 class StreamToLogger:
-    """A stream that logs every whole line that is written to it.
+    """A stream that logs every complete line that is written to it.
 
     terminal: the stream whose place it takes, which answers everything but writing (LLaVA: always standard output).
     """
@@ -87,7 +87,7 @@ def violates_moderation(text):
 
 
 def pretty_print_semaphore(semaphore):
-    """Return a semaphore's free places and whether it is locked, in LLaVA's words."""
+    """Return a semaphore's free places and whether it is locked, as LLaVA writes it."""
     if semaphore is None:
         return "None"
     return f"Semaphore(value={semaphore._value}, locked={semaphore.locked()})"
@@ -116,7 +116,7 @@ def get_gating_logit_by_hook(model):
     """Return a HookTool for each layer with experts; after a forward, `fea` holds the router's logits [S, E].
 
     The routers of llava_lite are looked at, whose logits are those of MoE-LLaVA's `wg`; without padding S is all
-    tokens of the batch, pictures included. To count where tokens go, `llava_lite.eval.routes` needs no hooks.
+    tokens of the batch, images included. To count where tokens go, `llava_lite.eval.expert_routes` needs no hooks.
     """
     hooks = []
     for block in model.moe_layers().values():

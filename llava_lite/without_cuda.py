@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch.overrides import TorchFunctionMode
 
-# Methods whose first word names a place: Tensor.to, and what Module.to reads its own with.
-_TAKE_A_PLACE = ("to", "_parse_to")
+# Methods whose first argument names a device: Tensor.to, and what Module.to reads its own with.
+_TAKE_A_DEVICE = ("to", "_parse_to")
 
 
 class CudaOnCpu(TorchFunctionMode):
@@ -21,7 +21,7 @@ class CudaOnCpu(TorchFunctionMode):
         kwargs, name = dict(kwargs or {}), getattr(func, "__name__", "")
         if func is torch.Tensor.cuda:
             return args[0].cpu()
-        if name in _TAKE_A_PLACE:
+        if name in _TAKE_A_DEVICE:
             args = tuple(_on_cpu(value, numbers=True) for value in args)
         if "device" in kwargs:
             kwargs["device"] = _on_cpu(kwargs["device"], numbers=True)

@@ -3,13 +3,13 @@
 #
 #   bash scripts/test.sh [--slow | --oldest] [arguments of pytest]
 #
-#   --slow     also the tests that take minutes: ranks, launchers, whole stages
+#   --slow     also the tests that take minutes: ranks, launchers, complete stages
 #   --oldest   the core of the suite with the oldest transformers that is supported, in an environment of its own
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/lib/env.sh"
 
 # Packaging, scripts and the tiny world do not depend on the version of transformers.
-NOT_CORE=(--ignore=tests/test_package.py --ignore=tests/test_readme.py --ignore=tests/scripts --ignore=tests/playground)
+NOT_CORE=(--ignore=tests/test_package.py --ignore=tests/test_readme.py --ignore=tests/docs --ignore=tests/scripts --ignore=tests/playground)
 
 constraints=$ROOT/constraints.txt markers="not slow" paths=(tests)
 while [ $# -gt 0 ]; do

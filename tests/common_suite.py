@@ -1,6 +1,6 @@
 """Open the model tests of transformers' own source distribution as a package.
 
-The distribution holds `tests/test_*.py` and none of the folders beside them, so what those files import from there
+The distribution holds `tests/test_*.py` and none of the directories beside them, so what those files import from there
 stands here empty: nothing of it is run. `scripts/test.sh` fetches the files once, for the version that is installed.
 """
 
@@ -14,12 +14,12 @@ from unittest.mock import patch
 import transformers
 
 PACKAGE = "transformers_tests"
-# Where scripts/test.sh puts them, and the variable that names another folder.
-FOLDER = Path(os.environ.get("TRANSFORMERS_TESTS") or Path(sys.prefix) / PACKAGE / transformers.__version__)
+# Where scripts/test.sh puts them, and the variable that names another directory.
+DIRECTORY = Path(os.environ.get("TRANSFORMERS_TESTS") or Path(sys.prefix) / PACKAGE / transformers.__version__)
 
 
 class GenerationTesterMixin:
-    """Stand-in for what the distribution lacks; test_generate.py and test_stock_llava.py ask `generate`."""
+    """Stand-in for what the distribution lacks; test_generate.py and test_hf_llava.py ask `generate`."""
 
 
 class ExportTesterMixin:
@@ -35,10 +35,8 @@ ABSENT = {
 
 def why_not():
     """Return what keeps the tests from being opened, None if nothing does."""
-    if not (FOLDER / "test_modeling_common.py").is_file():
-        return (
-            f"the tests of transformers {transformers.__version__} are not in {FOLDER}; scripts/test.sh fetches them"
-        )
+    if not (DIRECTORY / "test_modeling_common.py").is_file():
+        return f"no tests of transformers {transformers.__version__} in {DIRECTORY}; scripts/test.sh fetches them"
     if importlib.util.find_spec("parameterized") is None:
         return "the tests of transformers need the package parameterized (pip install -e '.[dev]')"
     return None
@@ -47,13 +45,13 @@ def why_not():
 def open_suite(name):
     """Return a module of the distribution's tests, such as "test_modeling_common"."""
     if PACKAGE not in sys.modules:
-        add(PACKAGE, [str(FOLDER)])
+        add(PACKAGE, [str(DIRECTORY)])
         for absent, members in ABSENT.items():
-            folder = absent.partition(".")[0]
-            if not (FOLDER / f"{absent.replace('.', '/')}.py").is_file():
-                add(f"{PACKAGE}.{folder}", [])
+            directory = absent.partition(".")[0]
+            if not (DIRECTORY / f"{absent.replace('.', '/')}.py").is_file():
+                add(f"{PACKAGE}.{directory}", [])
                 add(f"{PACKAGE}.{absent}", None, **members)
-    # A file looks for transformers two folders up from where it lies in the repository.
+    # A file looks for transformers two directories up from where it lies in the repository.
     with patch("transformers.utils.direct_transformers_import", lambda path: transformers):
         return importlib.import_module(f"{PACKAGE}.{name}")
 

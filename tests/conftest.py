@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import random
@@ -14,10 +15,17 @@ from PIL import Image, ImageDraw
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
 
+
+def pytest_collection_finish(session):
+    """Keep what the libraries have made out of the garbage collector, which each training run starts once more."""
+    gc.collect()
+    gc.freeze()
+
+
 SENTENCES = (
     "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, "
     "and polite answers to the user's questions. USER: What colour is the square? ASSISTANT: The square is red. "
-    "How many circles are there? There are three blue circles and one green square in the picture. Human: Hello!"
+    "How many circles are there? There are three blue circles and one green square in the image. Human: Hello!"
 )
 WORDS = SENTENCES.split()
 BACKBONE_TYPES = ("llama", "mistral", "phi", "qwen2", "qwen3", "stablelm")
@@ -43,7 +51,7 @@ def toy_corpus(num_lines: int = 400) -> list[str]:
 
 
 def build_tokenizer(kind: str):
-    """Return a fast tokenizer: "llama" (BOS, blank pieces), "gpt2" (bytes, no BOS) or "qwen" (gpt2 with ChatML)."""
+    """Return a fast tokenizer: "llama" (BOS, space pieces), "gpt2" (bytes, no BOS) or "qwen" (gpt2 with ChatML)."""
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -53,7 +61,7 @@ def build_tokenizer(kind: str):
         tokenizer = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))
         tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
         trainer = trainers.BpeTrainer(vocab_size=700, special_tokens=specials + bytes_, show_progress=False)
-        # As SentencePiece does: merges never cross a blank, yet encoding splits nothing beforehand.
+        # As SentencePiece does: merges never cross a space, yet encoding splits nothing beforehand.
         tokenizer.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")
         tokenizer.train_from_iterator(toy_corpus(), trainer)
         tokenizer = Tokenizer.from_str(json.dumps(json.loads(tokenizer.to_str()) | {"pre_tokenizer": None}))
@@ -106,7 +114,7 @@ def toy_tokenizer(toy_tokenizer_for):
     return toy_tokenizer_for("llama")
 
 
-def write_tower(folder: Path, kind: str, width: int = 32, mlp_width: int = 48) -> Path:
+def write_tower(directory: Path, kind: str, width: int = 32, mlp_width: int = 48) -> Path:
     """Save a seeded tower of 32 px, patch 8 (16 patches), with its image processor."""
     from transformers import (
         CLIPVisionConfig,
@@ -127,7 +135,7 @@ def write_tower(folder: Path, kind: str, width: int = 32, mlp_width: int = 48) -
         model = Dinov2Model(Dinov2Config(**shape, mlp_ratio=2))
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
-    model.save_pretrained(folder)
+    model.save_pretrained(directory)
     processor = {
         "image_processor_type": {"clip": "CLIPImageProcessor", "siglip": "SiglipImageProcessor"}.get(
             kind, "BitImageProcessor"
@@ -144,13 +152,13 @@ def write_tower(folder: Path, kind: str, width: int = 32, mlp_width: int = 48) -
         "image_std": [0.26862954, 0.26130258, 0.27577711],
         "do_convert_rgb": True,
     }
-    (folder / "preprocessor_config.json").write_text(json.dumps(processor))
-    return folder
+    (directory / "preprocessor_config.json").write_text(json.dumps(processor))
+    return directory
 
 
 @pytest.fixture(scope="session")
 def toy_tower_dir(tmp_path_factory):
-    """Return a function: "clip" | "siglip" | "dinov2" -> folder of a tower."""
+    """Return a function: "clip" | "siglip" | "dinov2" -> directory of a tower."""
     built = {}
 
     def make(kind: str = "clip") -> Path:
@@ -186,7 +194,7 @@ def llm_config(model_type: str, vocab_size: int):
 
 @pytest.fixture(scope="session")
 def toy_llm_dir(tmp_path_factory, toy_tokenizer_for):
-    """Return a function: model_type of a text decoder -> folder of a model with its tokenizer."""
+    """Return a function: model_type of a text decoder -> directory of a model with its tokenizer."""
     from transformers import AutoModelForCausalLM
 
     built = {}
@@ -196,10 +204,10 @@ def toy_llm_dir(tmp_path_factory, toy_tokenizer_for):
             tokenizer = toy_tokenizer_for("llama")
             torch.manual_seed(2)
             model = AutoModelForCausalLM.from_config(llm_config(model_type, len(tokenizer)))
-            folder = tmp_path_factory.mktemp(f"llm_{model_type}")
-            model.save_pretrained(folder)
-            tokenizer.save_pretrained(folder)
-            built[model_type] = folder
+            directory = tmp_path_factory.mktemp(f"llm_{model_type}")
+            model.save_pretrained(directory)
+            tokenizer.save_pretrained(directory)
+            built[model_type] = directory
         return built[model_type]
 
     return make
@@ -209,15 +217,15 @@ def toy_llm_dir(tmp_path_factory, toy_tokenizer_for):
 def toy_model(toy_llm_dir, toy_tower_dir):
     """Return a function: model_type, moe dict, tower kind, config keys -> a model in eval mode, fp32."""
     from llava_lite.model.assemble import assemble
-    from llava_lite.model.upcycle import upcycle
+    from llava_lite.model.moe.upcycle import upcycle
 
     def make(model_type: str = "llama", moe: dict | None = None, tower: str | None = "clip", **overrides):
         overrides = {"mm_projector_type": "mlp2x_gelu"} | overrides
-        folder = str(toy_tower_dir(tower)) if tower else None
+        directory = str(toy_tower_dir(tower)) if tower else None
         llm = str(toy_llm_dir(model_type))
-        # Only now, since the first call of a session makes the folders.
+        # Only now, since the first call of a session makes the directories.
         torch.manual_seed(3)
-        model = assemble(llm, folder, config_overrides=overrides, dtype=torch.float32)
+        model = assemble(llm, directory, config_overrides=overrides, dtype=torch.float32)
         if moe is not None:
             upcycle(model, moe)
         return model.eval()
@@ -225,25 +233,72 @@ def toy_model(toy_llm_dir, toy_tower_dir):
     return make
 
 
-def draw_picture(seed: int, size: int = 40) -> Image.Image:
-    """Return a picture with one coloured square, seeded."""
+@pytest.fixture
+def checkpoint(toy_model, toy_tokenizer, toy_tower_dir, tmp_path):
+    """Return a function: directory name, config keys -> directory of a toy model with two images beside it."""
+    from llava_lite.media.preprocess import load_image_processor
+    from llava_lite.processing.processor import LlavaLiteProcessor
+
+    def make(name="llava-v1.5-toy", **keys):
+        model = toy_model(**keys)
+        processor = LlavaLiteProcessor.from_config(
+            model.config, toy_tokenizer, load_image_processor(toy_tower_dir("clip"))
+        )
+        model.save_pretrained(tmp_path / name)
+        toy_tokenizer.save_pretrained(tmp_path / name)
+        processor.image_processor.save_pretrained(tmp_path / name)
+        for i, colour in enumerate(((200, 80, 10), (20, 90, 200))):
+            Image.new("RGB", (40, 30 + 20 * i), colour).save(tmp_path / f"{i}.png")
+        return tmp_path / name
+
+    return make
+
+
+@pytest.fixture
+def tower_calls():
+    """Numbers of images that vision towers have been given, call by call, empty images too."""
+    from torch.nn.modules.module import register_module_forward_pre_hook
+
+    from llava_lite.model.encoders import VisionTower
+
+    calls = []
+    hook = register_module_forward_pre_hook(
+        lambda module, args: calls.append(len(args[0])) if isinstance(module, VisionTower) else None
+    )
+    yield calls
+    hook.remove()
+
+
+def draw_image(seed: int, size: int = 40) -> Image.Image:
+    """Return an image with one coloured square, seeded."""
     rng = random.Random(seed)
-    picture = Image.new("RGB", (size + seed % 9, size), (rng.randrange(256), rng.randrange(256), rng.randrange(256)))
+    image = Image.new("RGB", (size + seed % 9, size), (rng.randrange(256), rng.randrange(256), rng.randrange(256)))
     corner = rng.randrange(size // 2)
-    ImageDraw.Draw(picture).rectangle((corner, corner, corner + 12, corner + 12), fill=(255, 0, 0))
-    return picture
+    ImageDraw.Draw(image).rectangle((corner, corner, corner + 12, corner + 12), fill=(255, 0, 0))
+    return image
+
+
+def spoil(path):
+    """Write what is no image over a file, and leave its size and its time as they were."""
+    known = path.stat()
+    path.write_bytes(bytes(known.st_size))
+    os.utime(path, ns=(known.st_atime_ns, known.st_mtime_ns))
 
 
 @pytest.fixture(scope="session")
 def toy_data(tmp_path_factory):
-    """Return a function: folder, number of records, ... -> (json path, picture folder) in LLaVA's format."""
+    """Return a function: directory, number of records, ... -> (json path, image directory) in LLaVA's format."""
 
     def make(
-        folder: Path | None = None, num_records: int = 24, text_only_every: int = 3, num_turns: int = 2, seed: int = 0
+        directory: Path | None = None,
+        num_records: int = 24,
+        text_only_every: int = 3,
+        num_turns: int = 2,
+        seed: int = 0,
     ):
-        folder = Path(folder) if folder is not None else tmp_path_factory.mktemp("data")
-        pictures = folder / "images"
-        pictures.mkdir(parents=True, exist_ok=True)
+        directory = Path(directory) if directory is not None else tmp_path_factory.mktemp("data")
+        images = directory / "images"
+        images.mkdir(parents=True, exist_ok=True)
         rng = random.Random(seed)
         records = []
         for i in range(num_records):
@@ -253,13 +308,13 @@ def toy_data(tmp_path_factory):
                 turns.append({"from": "gpt", "value": " ".join(rng.choices(WORDS, k=rng.randint(1, 8)))})
             record = {"id": f"toy_{i:03d}", "conversations": turns}
             if not text_only_every or i % text_only_every:
-                draw_picture(seed * 1000 + i).save(pictures / f"{i}.png")
+                draw_image(seed * 1000 + i).save(images / f"{i}.png")
                 record["image"] = f"{i}.png"
                 turns[0]["value"] = "<image>\n" + turns[0]["value"]
             records.append(record)
-        path = folder / "toy.json"
+        path = directory / "toy.json"
         path.write_text(json.dumps(records))
-        return str(path), str(pictures)
+        return str(path), str(images)
 
     return make
 

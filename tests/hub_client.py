@@ -1,4 +1,4 @@
-"""Start the Hub of hub_server.py and say how a process finds it; for tests that push and load over HTTP."""
+"""Start the Hub of hub_server.py and return how a process finds it; for tests that push and load over HTTP."""
 
 import json
 import os
@@ -64,8 +64,8 @@ from PIL import Image
 from transformers import AutoModelForCausalLM, AutoProcessor
 import llava_lite.model
 from llava_lite.inference import load, reply
-from llava_lite.processing import LlavaLiteProcessor
-picture = Image.new("RGB", (40, 30), (200, 80, 10))
+from llava_lite.processing.processor import LlavaLiteProcessor
+image = Image.new("RGB", (40, 30), (200, 80, 10))
 """
 
 

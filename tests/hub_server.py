@@ -28,7 +28,7 @@ HUB_ID = r"[\w.-]+/[\w.-]+"
 
 repos = {}  # id -> {"private": bool, "gated": bool, "branches": {name: sha}, "tags": {name: sha}}
 commits = {}  # sha -> {path: bytes}
-messages = {}  # sha -> what the commit says
+messages = {}  # sha -> message of the commit
 large = {}  # sha256 -> bytes
 parts = {}  # (sha256, number) -> bytes
 log = []
@@ -59,8 +59,8 @@ def card_errors(content):
     ids = [("base_model", fields.get("base_model", [])), ("datasets", fields.get("datasets", []))]
     ids = [(key, [value] if isinstance(value, str) else value) for key, value in ids]
     wrong = [f"{key} {name}" for key, names in ids for name in names if not re.fullmatch(HUB_ID, name)]
-    choices = {"pipeline_tag": PIPELINES, "license": LICENCES, "base_model_relation": RELATIONS}
-    wrong += [f"{key} {fields[key]}" for key, known in choices.items() if key in fields and fields[key] not in known]
+    allowed = {"pipeline_tag": PIPELINES, "license": LICENCES, "base_model_relation": RELATIONS}
+    wrong += [f"{key} {fields[key]}" for key, known in allowed.items() if key in fields and fields[key] not in known]
     wrong += [f"tag {tag}" for tag in fields.get("tags", []) if not isinstance(tag, str)]
     return wrong
 
@@ -96,7 +96,7 @@ class Hub(BaseHTTPRequestHandler):
         """Return a repository that this user may see."""
         found, user = repos.get(name), self.user()
         if found is None or (found["private"] and user != name.split("/")[0]):
-            # Who may not see a repository is not told that it is there.
+            # Who may not see a repository does not learn that it exists.
             raise Refused(401 if user is None else 404, "RepoNotFound", "Repository not found")
         if name.split("/")[1].startswith("busy-") and user != name.split("/")[0]:
             raise Refused(429, "", "Too many requests", {"Retry-After": "1"})
@@ -233,15 +233,21 @@ class Hub(BaseHTTPRequestHandler):
 
     def history(self, body, repo, revision):
         sha, _ = tree_of(self.repo(repo), revision)
-        told = {"id": sha, "title": messages[sha], "message": "", "authors": [], "date": "2026-01-01T00:00:00.000Z"}
-        return 200, {}, [told]
+        reported = {
+            "id": sha,
+            "title": messages[sha],
+            "message": "",
+            "authors": [],
+            "date": "2026-01-01T00:00:00.000Z",
+        }
+        return 200, {}, [reported]
 
     def tree(self, body, repo, revision, path=""):
         _, files = tree_of(self.readable(repo), revision)
-        folder = f"{path}/" if path else ""
-        inside = {name: content for name, content in files.items() if name.startswith(folder)}
-        if folder and not inside:
-            raise Refused(404, "EntryNotFound", f"no folder {path}")
+        directory = f"{path}/" if path else ""
+        inside = {name: content for name, content in files.items() if name.startswith(directory)}
+        if directory and not inside:
+            raise Refused(404, "EntryNotFound", f"no directory {path}")
         entries = [{"type": "file", "path": n, "size": len(c), "oid": git_oid(c)} for n, c in inside.items()]
         return 200, {}, entries
 
@@ -323,7 +329,7 @@ class Hub(BaseHTTPRequestHandler):
     do_GET = do_HEAD = do_POST = do_PUT = handle_any
 
     def log_message(self, *args):
-        """Keep quiet: GET /_log tells."""
+        """Log nothing here: GET /_log returns the requests."""
 
 
 if __name__ == "__main__":

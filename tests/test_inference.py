@@ -5,15 +5,17 @@ import threading
 import numpy as np
 import pytest
 import torch
-from conftest import draw_picture
+from conftest import draw_image
 from PIL import Image
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from llava_lite import ImageFeatureCache
 from llava_lite.conversation import conv_templates
-from llava_lite.inference import _pieces_without_mark, end_mark, load, place_marks, prepare, reply, stream
-from llava_lite.mm_utils import load_image_processor, process_images, tokenizer_image_token
-from llava_lite.processing import LlavaLiteProcessor
+from llava_lite.conversation.images import add_placeholders
+from llava_lite.inference import _pieces_before_end_token, end_token, load, prepare, reply, stream
+from llava_lite.media.preprocess import load_image_processor
+from llava_lite.mm_utils import process_images, tokenizer_image_token
+from llava_lite.processing.processor import LlavaLiteProcessor
 
 EXPERTS = {
     "moe_enable": True,
@@ -24,7 +26,7 @@ EXPERTS = {
 }
 
 
-def picture(seed):
+def image(seed):
     image = Image.new("RGB", (40 + seed, 36), (seed * 40 % 256, 90, 250 - seed * 30))
     image.paste((255, 0, 0), (seed, 3, seed + 9, 12))
     return image
@@ -44,14 +46,14 @@ def toy_pair(toy_model, toy_tokenizer, toy_tower_dir):
 
 
 class Dictation(LogitsProcessor):
-    """Make the model say given tokens, row by row, after a prompt of any length."""
+    """Make the model generate given tokens, sequence by sequence, after a prompt of any length."""
 
-    def __init__(self, rows):
-        self.rows, self.step = rows, 0
+    def __init__(self, sequences):
+        self.sequences, self.step = sequences, 0
 
     def __call__(self, input_ids, scores):
         forced = torch.full_like(scores, -torch.inf)
-        for row, ids in enumerate(self.rows):
+        for row, ids in enumerate(self.sequences):
             forced[row, ids[min(self.step, len(ids) - 1)]] = 0
         self.step += 1
         return forced
@@ -65,17 +67,17 @@ def dictate(processor, *texts):
 def test_reply_is_what_llavas_own_steps_give(toy_pair):
     model, processor = toy_pair()
     tokenizer = processor.tokenizer
-    talk = conv_templates["v1"].copy()
-    talk.append_message(talk.roles[0], "<image>\nWhat colour is the square?")
-    talk.append_message(talk.roles[1], None)
-    ids = tokenizer_image_token(talk.get_prompt(), tokenizer, return_tensors="pt")[None]
-    pixels = process_images([picture(1)], processor.image_processor, model.config)
+    conversation = conv_templates["v1"].copy()
+    conversation.append_message(conversation.roles[0], "<image>\nWhat colour is the square?")
+    conversation.append_message(conversation.roles[1], None)
+    ids = tokenizer_image_token(conversation.get_prompt(), tokenizer, return_tensors="pt")[None]
+    pixels = process_images([image(1)], processor.image_processor, model.config)
     output = model.generate(ids, images=pixels, do_sample=False, max_new_tokens=12)
     expected = tokenizer.batch_decode(output, skip_special_tokens=True)[0].strip()
-    assert reply(model, processor, "What colour is the square?", picture(1), max_new_tokens=12) == expected
-    marked = "<image>\nWhat colour is the square?"
-    assert reply(model, processor, marked, [picture(1)], max_new_tokens=12) == expected
-    others = [reply(model, processor, marked, picture(i), max_new_tokens=12) for i in range(2, 9)]
+    assert reply(model, processor, "What colour is the square?", image(1), max_new_tokens=12) == expected
+    with_placeholder = "<image>\nWhat colour is the square?"
+    assert reply(model, processor, with_placeholder, [image(1)], max_new_tokens=12) == expected
+    others = [reply(model, processor, with_placeholder, image(i), max_new_tokens=12) for i in range(2, 9)]
     assert set(others) != {expected}
 
 
@@ -83,15 +85,15 @@ def test_reply_is_what_llavas_own_steps_give(toy_pair):
 @pytest.mark.parametrize("num_beams", [1, 3])
 def test_batch_gives_the_answers_of_its_questions_one_by_one(toy_pair, moe, num_beams):
     model, processor = toy_pair(moe=moe)
-    questions = ["How many circles are there?", "Hello!", "Human or assistant, <image> and <image> in the picture?"]
-    pictures = [picture(1), None, [picture(2), picture(3)]]
+    questions = ["How many circles are there?", "Hello!", "Human or assistant, <image> and <image> in the image?"]
+    images = [image(1), None, [image(2), image(3)]]
     asked = {"max_new_tokens": 10, "num_beams": num_beams}
-    together = reply(model, processor, questions, pictures, **asked)
-    assert together == [reply(model, processor, q, p, **asked) for q, p in zip(questions, pictures, strict=True)]
+    together = reply(model, processor, questions, images, **asked)
+    assert together == [reply(model, processor, q, p, **asked) for q, p in zip(questions, images, strict=True)]
     assert len(set(together)) > 1
 
 
-def test_text_only_questions_need_no_pictures(toy_pair, toy_llm_dir):
+def test_text_only_questions_need_no_images(toy_pair, toy_llm_dir):
     model, processor = toy_pair()
     answers = reply(model, processor, ["Hello!", "What colour is the square?"], max_new_tokens=6)
     assert answers[0] == reply(model, processor, "Hello!", max_new_tokens=6)
@@ -102,7 +104,7 @@ def test_text_only_questions_need_no_pictures(toy_pair, toy_llm_dir):
 
 def test_stored_format_is_the_one_used(toy_pair):
     model, processor = toy_pair(conv_template="llava_llama_2")
-    question = {"question": "What colour is the square?", "images": picture(1), "max_new_tokens": 8}
+    question = {"question": "What colour is the square?", "images": image(1), "max_new_tokens": 8}
     named = reply(model, processor, conv_template="llava_llama_2", **question)
     assert reply(model, processor, **question) == named
     prompts = [processor.render([("What?", None)], template).text for template in (None, "llava_llama_2", "v1")]
@@ -116,14 +118,14 @@ def test_history_is_written_as_training_writes_it(toy_pair):
     assert prompt.endswith(
         "USER: <image>\nWhat colour? ASSISTANT: red</s>USER: How many? ASSISTANT: three</s>USER: Hello! ASSISTANT:"
     )
-    inputs = processor(text=prompt, images=picture(1))
+    inputs = processor(text=prompt, images=image(1))
     output = model.generate(**inputs, do_sample=False, max_new_tokens=8)
     expected = processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
-    assert reply(model, processor, "Hello!", picture(1), history=history, max_new_tokens=8) == expected
+    assert reply(model, processor, "Hello!", image(1), history=history, max_new_tokens=8) == expected
 
 
 @pytest.mark.parametrize(
-    ("question", "history", "num_pictures", "placed"),
+    ("question", "history", "num_images", "placed"),
     [
         ("what?", None, 1, "<image>\nwhat?"),
         ("what?", [], 2, "<image>\n<image>\nwhat?"),
@@ -133,22 +135,22 @@ def test_history_is_written_as_training_writes_it(toy_pair):
         ("what?", None, 0, "what?"),
     ],
 )
-def test_pictures_without_a_mark_go_before_the_question(question, history, num_pictures, placed):
-    assert place_marks(question, history, num_pictures) == placed
+def test_images_without_a_placeholder_go_before_the_question(question, history, num_images, placed):
+    assert add_placeholders(question, history, num_images) == placed
 
 
-@pytest.mark.parametrize(("question", "num_pictures"), [("<image>", 0), ("<image> <image>", 1), ("<image>", 2)])
-def test_marks_that_do_not_fit_the_pictures_are_refused(toy_pair, question, num_pictures):
+@pytest.mark.parametrize(("question", "num_images"), [("<image>", 0), ("<image> <image>", 1), ("<image>", 2)])
+def test_placeholders_that_do_not_fit_the_images_are_refused(toy_pair, question, num_images):
     model, processor = toy_pair()
-    words = f"{question.count('<image>')} <image> marks in the conversation but {num_pictures} pictures"
+    words = f"{question.count('<image>')} <image> placeholders in the conversation but {num_images} images"
     with pytest.raises(ValueError, match=words):
-        reply(model, processor, question, [picture(i) for i in range(num_pictures)])
-    with pytest.raises(ValueError, match="2 questions, 1 entries of pictures"):
-        reply(model, processor, ["a", "b"], [picture(1)])
+        reply(model, processor, question, [image(i) for i in range(num_images)])
+    with pytest.raises(ValueError, match="2 questions, 1 entries of images"):
+        reply(model, processor, ["a", "b"], [image(1)])
 
 
 @pytest.mark.parametrize(
-    ("template", "mark"),
+    ("template", "end"),
     [
         ("v1", "</s>"),
         ("llava_v0", "###"),
@@ -160,24 +162,24 @@ def test_marks_that_do_not_fit_the_pictures_are_refused(toy_pair, question, num_
         ("qwen", "<|endoftext|>"),
     ],
 )
-@pytest.mark.parametrize("mark_is_a_token", [True, False])
-def test_answer_stops_at_the_formats_end_mark(toy_pair, toy_tokenizer_for, template, mark, mark_is_a_token):
+@pytest.mark.parametrize("end_is_a_token", [True, False])
+def test_answer_stops_at_the_formats_end_token(toy_pair, toy_tokenizer_for, template, end, end_is_a_token):
     model, processor = toy_pair()
-    # In this tokenizer a mark that is no token is several, of bytes that are not hidden in the text.
+    # In this tokenizer an end that is no token is several, of bytes that are not hidden in the text.
     processor.tokenizer = toy_tokenizer_for("gpt2")
-    if mark_is_a_token and mark != "\n":
-        processor.tokenizer.add_tokens([mark], special_tokens=True)
+    if end_is_a_token and end != "\n":
+        processor.tokenizer.add_tokens([end], special_tokens=True)
     model.resize_token_embeddings(len(processor.tokenizer))
-    assert end_mark(processor, template) == mark
-    question = {"question": "What?", "images": picture(1), "conv_template": template, "max_new_tokens": 60}
-    script = dictate(processor, f"The square is red.{mark} Human: How many")
+    assert end_token(processor, template) == end
+    question = {"question": "What?", "images": image(1), "conv_template": template, "max_new_tokens": 60}
+    script = dictate(processor, f"The square is red.{end} Human: How many")
     assert reply(model, processor, logits_processor=script, **question) == "The square is red."
-    script = dictate(processor, f"The square is red.{mark} Human: How many")
+    script = dictate(processor, f"The square is red.{end} Human: How many")
     assert "".join(stream(model, processor, logits_processor=script, **question)) == "The square is red."
     assert script[0].step < 60
 
 
-def test_rows_that_end_early_do_not_disturb_the_others(toy_pair):
+def test_sequences_that_end_early_do_not_disturb_the_others(toy_pair):
     model, processor = toy_pair()
     script = dictate(processor, "red.### blue", "There are three blue circles and one green square.###")
     answers = reply(model, processor, ["a", "b"], conv_template="llava_v0", logits_processor=script, max_new_tokens=80)
@@ -186,12 +188,12 @@ def test_rows_that_end_early_do_not_disturb_the_others(toy_pair):
 
 def test_pieces_of_a_stream_make_the_reply(toy_pair):
     model, processor = toy_pair()
-    question = {"question": "What colour is the square?", "images": picture(1), "max_new_tokens": 20}
+    question = {"question": "What colour is the square?", "images": image(1), "max_new_tokens": 20}
     pieces = list(stream(model, processor, **question))
     assert "".join(pieces) == reply(model, processor, **question)
-    script = dictate(processor, "There are three blue circles and one green square in the picture.</s>")
+    script = dictate(processor, "There are three blue circles and one green square in the image.</s>")
     pieces = list(stream(model, processor, **question | {"logits_processor": script, "max_new_tokens": 99}))
-    assert "".join(pieces) == "There are three blue circles and one green square in the picture."
+    assert "".join(pieces) == "There are three blue circles and one green square in the image."
     assert len(pieces) > 5
 
 
@@ -206,8 +208,8 @@ def test_pieces_of_a_stream_make_the_reply(toy_pair):
         ([], []),
     ],
 )
-def test_text_is_held_back_while_it_may_begin_the_end_mark(pieces, shown):
-    assert "".join(_pieces_without_mark(pieces, "###")) == "".join(shown)
+def test_text_is_held_back_while_it_may_begin_the_end_token(pieces, shown):
+    assert "".join(_pieces_before_end_token(pieces, "###")) == "".join(shown)
     joined = "".join(pieces).partition("###")[0].strip()
     assert "".join(shown) == joined
 
@@ -235,18 +237,18 @@ def test_caller_who_stops_listening_stops_the_model(toy_pair):
 
 def test_sampling_follows_the_seed_and_the_temperature(toy_pair):
     model, processor = toy_pair()
-    question = {"question": "What colour is the square?", "images": picture(1), "max_new_tokens": 20}
-    said = []
+    question = {"question": "What colour is the square?", "images": image(1), "max_new_tokens": 20}
+    outputs = []
     for seed in (0, 0, 1):
         torch.manual_seed(seed)
-        said.append(reply(model, processor, temperature=1.5, **question))
-    assert said[0] == said[1] != said[2]
+        outputs.append(reply(model, processor, temperature=1.5, **question))
+    assert outputs[0] == outputs[1] != outputs[2]
     assert reply(model, processor, **question) == reply(model, processor, **question)
 
 
-def test_repetition_penalty_sees_a_prompt_with_pictures(toy_pair):
+def test_repetition_penalty_sees_a_prompt_with_images(toy_pair):
     model, processor = toy_pair()
-    asked = {"question": "What colour is the square?", "images": picture(1), "max_new_tokens": 20}
+    asked = {"question": "What colour is the square?", "images": image(1), "max_new_tokens": 20}
     assert reply(model, processor, repetition_penalty=5.0, **asked) != reply(model, processor, **asked)
 
 
@@ -256,7 +258,7 @@ def test_load_gives_a_model_and_its_processor(toy_pair, tmp_path):
     processor.save_pretrained(tmp_path)
     loaded, reader = load(tmp_path, device="cpu", dtype=torch.float32)
     assert (reader.conv_template, reader.image_aspect_ratio, reader.num_image_tokens) == ("v1", "pad", 16)
-    question = ("What colour is the square?", picture(1))
+    question = ("What colour is the square?", image(1))
     assert reply(loaded, reader, *question, max_new_tokens=8) == reply(model, processor, *question, max_new_tokens=8)
 
 
@@ -271,7 +273,7 @@ def test_what_reply_cannot_return_is_refused(toy_pair):
 
 def test_what_a_base_asks_of_generate_does_not_change_a_reply(toy_pair):
     model, processor = toy_pair()
-    asked = {"images": picture(1), "max_new_tokens": 4}
+    asked = {"images": image(1), "max_new_tokens": 4}
     expected = reply(model, processor, "What?", **asked)
     for name, value in (("num_return_sequences", 2), ("return_dict_in_generate", True), ("do_sample", True)):
         setattr(model.generation_config, name, value)
@@ -282,11 +284,11 @@ def test_what_a_base_asks_of_generate_does_not_change_a_reply(toy_pair):
 def test_a_generation_config_beside_a_reply_is_read_or_refused(toy_pair):
     model, processor = toy_pair()
     config = GenerationConfig(max_new_tokens=3, do_sample=True, temperature=0.6)
-    said = r"max_new_tokens=3, do_sample=True, temperature=0\.6, which reply and stream take as arguments"
+    message = r"max_new_tokens=3, do_sample=True, temperature=0\.6, which reply and stream take as arguments"
     for ask in (reply, lambda *question, **more: list(stream(*question, **more))):
-        with pytest.raises(ValueError, match=said):
+        with pytest.raises(ValueError, match=message):
             ask(model, processor, "What?", generation_config=config)
-    asked = {"images": picture(1), "max_new_tokens": 12}
+    asked = {"images": image(1), "max_new_tokens": 12}
     expected = reply(model, processor, "What?", **asked, repetition_penalty=1.9)
     assert reply(model, processor, "What?", **asked) != expected
     config = GenerationConfig(repetition_penalty=1.9)
@@ -295,7 +297,7 @@ def test_a_generation_config_beside_a_reply_is_read_or_refused(toy_pair):
 
 def test_an_answer_may_end_at_words_of_the_caller(toy_pair):
     model, processor = toy_pair()
-    asked = {"images": picture(1), "max_new_tokens": 12}
+    asked = {"images": image(1), "max_new_tokens": 12}
     before, comma, after = reply(model, processor, "What?", **asked).partition(",")
     assert after
     assert reply(model, processor, "What?", **asked, stop_strings=[","]) == before + comma
@@ -310,65 +312,50 @@ def test_questions_are_prepared_without_a_history(toy_pair):
     assert inputs["input_ids"].shape[0] == 1
 
 
-def test_one_picture_for_many_questions_is_refused(toy_pair):
-    with pytest.raises(ValueError, match="2 questions but one picture; give a list"):
-        reply(*toy_pair(), ["What is it?", "And this?"], images="picture.jpg")
+def test_one_image_for_many_questions_is_refused(toy_pair):
+    with pytest.raises(ValueError, match="2 questions but one image; give a list"):
+        reply(*toy_pair(), ["What is it?", "And this?"], images="image.jpg")
 
 
 def test_an_array_of_pixels_is_an_image(toy_pair):
-    picture, pair = draw_picture(3), toy_pair()
-    expected = reply(*pair, "What is it?", picture, max_new_tokens=4)
-    assert reply(*pair, "What is it?", np.array(picture), max_new_tokens=4) == expected
-
-
-@pytest.fixture
-def encoded(monkeypatch):
-    """How many pictures each call of the tower was given."""
-    from llava_lite.model.vision_tower import VisionTower
-
-    counts, plain = [], VisionTower.forward
-
-    def counted(self, images):
-        counts.append(len(images))
-        return plain(self, images)
-
-    monkeypatch.setattr(VisionTower, "forward", counted)
-    return counts
+    image, pair = draw_image(3), toy_pair()
+    expected = reply(*pair, "What is it?", image, max_new_tokens=4)
+    assert reply(*pair, "What is it?", np.array(image), max_new_tokens=4) == expected
 
 
 @pytest.mark.parametrize(
     "layout", [{}, {"image_aspect_ratio": "anyres", "image_grid_pinpoints": [[32, 64], [64, 64]]}]
 )
-def test_a_picture_is_encoded_once_for_many_questions(layout, toy_pair, encoded):
+def test_an_image_is_encoded_once_for_many_questions(layout, toy_pair, tower_calls):
     model, processor = toy_pair(**layout)
     questions = ["What colour is the square?", "Hello!", "How many circles are there?"]
-    pictures = [picture(1), picture(2), picture(1)]
-    expected = [reply(model, processor, *one, max_new_tokens=8) for one in zip(questions, pictures, strict=True)]
-    encoded.clear()
+    images = [image(1), image(2), image(1)]
+    expected = [reply(model, processor, *one, max_new_tokens=8) for one in zip(questions, images, strict=True)]
+    tower_calls.clear()
     more = {"max_new_tokens": 8, "image_cache": ImageFeatureCache()}
-    assert reply(model, processor, questions, pictures, **more) == expected
-    first = list(encoded)
-    assert [reply(model, processor, questions[i], pictures[i], **more) for i in (2, 1)] == [expected[2], expected[1]]
-    assert "".join(stream(model, processor, questions[0], pictures[0], **more)) == expected[0]
+    assert reply(model, processor, questions, images, **more) == expected
+    first = list(tower_calls)
+    assert [reply(model, processor, questions[i], images[i], **more) for i in (2, 1)] == [expected[2], expected[1]]
+    assert "".join(stream(model, processor, questions[0], images[0], **more)) == expected[0]
     assert reply(model, processor, "Hello!", max_new_tokens=4, image_cache=more["image_cache"])
     assert len(first) == 1
-    assert encoded == first
-    reply(model, processor, questions[0], pictures[0], max_new_tokens=1)
-    assert len(encoded) == 2, "without the cache, nothing is kept"
+    assert tower_calls == first
+    reply(model, processor, questions[0], images[0], max_new_tokens=1)
+    assert len(tower_calls) == 2, "without the cache, nothing is kept"
 
 
-def test_only_the_last_pictures_are_kept(toy_pair, encoded):
+def test_only_the_last_images_are_kept(toy_pair, tower_calls):
     model, processor = toy_pair()
     cache = ImageFeatureCache(num_images=1)
     for seed in (1, 1, 2, 1):
-        reply(model, processor, "Hello!", picture(seed), max_new_tokens=1, image_cache=cache)
-    assert encoded == [1, 1, 1]
+        reply(model, processor, "Hello!", image(seed), max_new_tokens=1, image_cache=cache)
+    assert tower_calls == [1, 1, 1]
     with pytest.raises(ValueError, match="features of one model; make another for this one"):
-        reply(toy_pair()[0], processor, "Hello!", picture(1), max_new_tokens=1, image_cache=cache)
+        reply(toy_pair()[0], processor, "Hello!", image(1), max_new_tokens=1, image_cache=cache)
 
 
 @pytest.mark.parametrize(
-    ("question", "said"),
+    ("question", "message"),
     [
         (None, "a question is a text, or a list of texts; got NoneType"),
         (3, "got int"),
@@ -381,8 +368,8 @@ def test_only_the_last_pictures_are_kept(toy_pair, encoded):
     ],
     ids=str,
 )
-def test_what_is_no_question_is_named(toy_pair, question, said):
-    with pytest.raises(ValueError, match=said):
+def test_what_is_no_question_is_named(toy_pair, question, message):
+    with pytest.raises(ValueError, match=message):
         reply(*toy_pair(), question)
 
 

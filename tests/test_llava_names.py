@@ -65,7 +65,7 @@ FUNCTIONS = {
         "load_pretrained_model": "model_path model_base model_name load_8bit=False load_4bit=False "
         "device_map='auto' device='cuda' use_flash_attn=False",
     },
-    "model.moellava_builder": {
+    "model.compat.moellava_builder": {
         "load_pretrained_model": "model_path model_base model_name load_8bit=False load_4bit=False "
         "device_map='auto' device='cuda' padding_side='right' merge=False",
     },
@@ -221,7 +221,7 @@ def test_separator_styles_are_five_and_ours():
 
 
 def test_generate_takes_llavas_arguments_by_position():
-    """inputs, images, image_sizes; `images` left out is not None, which would be LLaVA's call without pictures."""
+    """inputs, images, image_sizes; `images` left out is not None, which would be LLaVA's call without images."""
     generate = inspect.signature(opened("model", "LlavaLlamaForCausalLM").generate)
     assert list(generate.parameters)[:4] == ["self", "inputs", "images", "image_sizes"]
     assert generate.parameters["inputs"].default is None
@@ -231,7 +231,7 @@ def test_generate_takes_llavas_arguments_by_position():
 def test_every_name_opens_from_llava_and_is_the_same():
     """All at once, in a process of its own, by the statements that clients write."""
     tables = (FUNCTIONS, FIELDS, {m: dict.fromkeys(n.split()) for m, n in OTHERS.items()}, {"constants": CONSTANTS})
-    lines = ["import sys, llava_lite", "sys.modules['llava'] = llava_lite"]
+    lines = ["import llava_lite.alias", "llava_lite.alias.install()"]
     for table in tables:
         for module, names in table.items():
             for name in sorted({name.partition(".")[0] for name in names}):

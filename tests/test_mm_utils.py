@@ -8,14 +8,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 from llava_lite.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
-from llava_lite.conversation import Rendered, conv_templates, get_template, place_images
-from llava_lite.mm_utils import (
-    KeywordsStoppingCriteria,
-    get_model_name_from_path,
-    tokenize_rendered,
-    tokenizer_image_token,
-    truncate_example,
-)
+from llava_lite.conversation import Rendered, conv_templates, get_template
+from llava_lite.conversation.images import place_images
+from llava_lite.conversation.tokenize import tokenize_rendered, truncate_example
+from llava_lite.mm_utils import KeywordsStoppingCriteria, get_model_name_from_path, tokenizer_image_token
 
 WORDS = [
     *("the", "square", "is", "red", "What?", "a.", ",", "12", "naïve", "猫", "🐈", "é", "'", '"', ":", "▁", "three"),
@@ -39,7 +35,7 @@ KINDS = ("llama", "unlegacy", "gpt2", "qwen")
 
 
 def unlegacy_tokenizer():
-    """Return a Llama-like tokenizer that puts a blank before the first word alone, not after special tokens."""
+    """Return a Llama-like tokenizer that puts a space before the first word alone, not after special tokens."""
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=True)
     specials = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
@@ -59,10 +55,10 @@ def tokenizer_for(toy_tokenizer_for):
     return lambda kind: unlegacy_tokenizer() if kind == "unlegacy" else toy_tokenizer_for(kind)
 
 
-def random_turns(rng, words, num_pictures=0):
-    """Return 1 to 4 rounds of random words, with marks for the pictures anywhere in the questions."""
+def random_turns(rng, words, num_images=0):
+    """Return 1 to 4 rounds of random words, with image placeholders anywhere in the questions."""
     turns = [[rng.choice(words) for _ in range(rng.randint(1, 12))] for _ in range(2 * rng.randint(1, 4))]
-    for _ in range(num_pictures):
+    for _ in range(num_images):
         question = rng.choice(turns[::2])
         question.insert(rng.randint(0, len(question)), "<image>")
     texts = [rng.choice([" ", " ", ""]).join(turn) for turn in turns]
@@ -77,6 +73,10 @@ def reference_ids(prompt, tokenizer):
     for i, chunk in enumerate(chunks):
         ids += ([IMAGE_TOKEN_INDEX] if i else []) + chunk[int(has_bos) :]
     return ids
+
+
+INSTRUCTIONS = ("alpaca", "alpaca_short", "question_generation", "caption", "bare")
+DIALOGUES = ("accessory_llava_v1", "accessory_vicuna", "bair_v1")
 
 
 def reference_labels(prompt, answers, tokenizer, has_image):
@@ -97,14 +97,14 @@ def reference_labels(prompt, answers, tokenizer, has_image):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("num_pictures", [0, 1, 3])
-def test_prompt_ids_are_those_of_llava(tokenizer_for, kind, num_pictures):
-    tokenizer, rng = tokenizer_for(kind), random.Random(num_pictures)
+@pytest.mark.parametrize("num_images", [0, 1, 3])
+def test_prompt_ids_are_those_of_llava(tokenizer_for, kind, num_images):
+    tokenizer, rng = tokenizer_for(kind), random.Random(num_images)
     for _ in range(100):
-        prompt = get_template("v1").with_turns(random_turns(rng, WORDS, num_pictures)).get_prompt()
+        prompt = get_template("v1").with_turns(random_turns(rng, WORDS, num_images)).get_prompt()
         ids = tokenizer_image_token(prompt, tokenizer)
         assert ids == reference_ids(prompt, tokenizer)
-        assert ids.count(IMAGE_TOKEN_INDEX) == num_pictures
+        assert ids.count(IMAGE_TOKEN_INDEX) == num_images
     tensor = tokenizer_image_token(prompt, tokenizer, image_token_index=7, return_tensors="pt")
     assert tensor.dtype == torch.long
     assert tensor.tolist() == [7 if token == IMAGE_TOKEN_INDEX else token for token in ids]
@@ -116,30 +116,35 @@ def test_unknown_kind_of_tensor_is_refused(toy_tokenizer):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", [name for name in conv_templates if name != "chat"])
-def test_answer_tokens_and_only_those_are_learned(tokenizer_for, kind, name):
+# The text of `bare` is the question, which may begin with the text of BOS.
+@pytest.mark.parametrize("name", [name for name in conv_templates if name not in ("chat", "bare")])
+def test_answer_tokens_and_only_those_are_supervised(tokenizer_for, kind, name):
     tokenizer, rng = tokenizer_for(kind), random.Random(name)
     for _ in range(30):
-        num_pictures = rng.choice([0, 1, 2]) if "plain" not in name else 1
+        num_images = rng.choice([0, 1, 2]) if "plain" not in name else 1
         template = get_template(name)
-        turns = random_turns(rng, WORDS, num_pictures)
-        if num_pictures:
+        turns = random_turns(rng, WORDS, num_images)
+        if num_images:
             turns = place_images(turns, template)
         rendered = template.with_turns(turns).render()
-        ids, labels = tokenize_rendered(rendered, tokenizer, has_image=num_pictures > 0)
+        ids, labels = tokenize_rendered(rendered, tokenizer, has_image=num_images > 0)
         assert ids == reference_ids(rendered.text, tokenizer)
-        assert labels == reference_labels(rendered.text, rendered.answers, tokenizer, num_pictures > 0)
+        assert labels == reference_labels(rendered.text, rendered.answers, tokenizer, num_images > 0)
         assert all(label in (IGNORE_INDEX, token) for token, label in zip(ids, labels, strict=True))
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "qwen"])
-@pytest.mark.parametrize("name", [name for name in conv_templates if "plain" not in name])
-def test_what_is_learned_reads_as_the_answers_and_their_end_marks(tokenizer_for, kind, name):
+# Nothing stands between question and answer in `bare`, so a token may hold letters of both, as in LLaMA2-Accessory.
+@pytest.mark.parametrize("name", [name for name in conv_templates if "plain" not in name and name != "bare"])
+def test_supervised_tokens_read_as_the_answers_and_their_end_tokens(tokenizer_for, kind, name):
     tokenizer, rng = tokenizer_for(kind), random.Random(name)
     if name == "chat" and kind == "gpt2":
         tokenizer.chat_template = tokenizer_for("qwen").chat_template
-    end_mark = {"chat": "<|im_end|>"}.get(name) or get_template(name).sep2 or get_template(name).sep
-    before = {"mpt": "", "chatml_direct": "", "mistral_direct": "", "chat": ""}.get(name, " ")
+    end_token = {"chat": "<|im_end|>"}.get(name) or get_template(name).sep2 or get_template(name).sep
+    end_token = {"accessory": "\n###", "accessory_multimodal": "\n###"}.get(name, end_token)
+    if name in INSTRUCTIONS or (name in DIALOGUES and end_token == "</s>"):
+        end_token = tokenizer.eos_token
+    before = dict.fromkeys(("mpt", "chatml_direct", "mistral_direct", "chat", *INSTRUCTIONS), "").get(name, " ")
     after = " " if name in ("llama_2", "llava_llama_2", "mistral_instruct") else ""
     for _ in range(20):
         turns = random_turns(rng, CLEAN_WORDS)
@@ -147,8 +152,8 @@ def test_what_is_learned_reads_as_the_answers_and_their_end_marks(tokenizer_for,
         ids, labels = tokenize_rendered(rendered, tokenizer, has_image=False)
         answers = [text for speaker, text in turns if speaker == "gpt"]
         assert tokenizer.decode(ids) == rendered.text
-        said = tokenizer.decode([label for label in labels if label != IGNORE_INDEX])
-        assert said == "".join(before + answer + after + end_mark for answer in answers)
+        output = tokenizer.decode([label for label in labels if label != IGNORE_INDEX])
+        assert output == "".join(before + answer + after + end_token for answer in answers)
 
 
 @pytest.mark.parametrize("name", ["v1", "vicuna_v1", "llava_v1", "mistral", "minicpm", "llama_2", "llava_llama_2"])
@@ -157,13 +162,13 @@ def test_labels_agree_with_llavas_rule_of_two_lengths(toy_tokenizer, name):
     tokenizer, rng = toy_tokenizer, random.Random(name)
     delimiter = "[/INST] " if "llama_2" in name else " ASSISTANT: "
     for i in range(200):
-        num_pictures = i % 2
+        num_images = i % 2
         template = get_template(name)
-        turns = random_turns(rng, CLEAN_WORDS, num_pictures)
-        turns = place_images(turns, template) if num_pictures else turns
+        turns = random_turns(rng, CLEAN_WORDS, num_images)
+        turns = place_images(turns, template) if num_images else turns
         turns = tuple((speaker, " ".join(text.split(" ")) or "x") for speaker, text in turns)
         rendered = template.with_turns(turns).render()
-        ids, labels = tokenize_rendered(rendered, tokenizer, has_image=bool(num_pictures))
+        ids, labels = tokenize_rendered(rendered, tokenizer, has_image=bool(num_images))
         expected, start = list(ids), 1
         expected[0] = IGNORE_INDEX
         for spoken in rendered.text.split("</s>")[:-1]:
@@ -175,13 +180,13 @@ def test_labels_agree_with_llavas_rule_of_two_lengths(toy_tokenizer, name):
         assert labels == expected
 
 
-def test_learned_tokens_of_a_talk_that_can_be_counted_by_hand(toy_tokenizer):
+def test_supervised_tokens_of_a_conversation_that_can_be_counted_by_hand(toy_tokenizer):
     turns = (("human", "<image>\nWhat?"), ("gpt", "red"), ("human", "square"), ("gpt", ""))
     rendered = get_template("v1").with_turns(turns).render()
     ids, labels = tokenize_rendered(rendered, toy_tokenizer, has_image=True)
-    learned = [token for token in labels if token != IGNORE_INDEX]
+    supervised = [token for token in labels if token != IGNORE_INDEX]
     end = toy_tokenizer.eos_token_id
-    assert learned == [
+    assert supervised == [
         *toy_tokenizer("red", add_special_tokens=False)["input_ids"],
         end,
         *toy_tokenizer.convert_tokens_to_ids(["▁▁"] if "▁▁" in toy_tokenizer.get_vocab() else ["▁", "▁"])[-1:],
@@ -206,7 +211,7 @@ def test_a_prompt_is_the_beginning_of_what_was_trained(tokenizer_for, kind, has_
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_mark_in_a_record_without_pictures_is_plain_text(tokenizer_for, kind):
+def test_a_placeholder_in_a_record_without_images_is_plain_text(tokenizer_for, kind):
     tokenizer = tokenizer_for(kind)
     rendered = get_template("v1").with_turns((("human", "Say <image>."), ("gpt", "<image>!"))).render()
     ids, labels = tokenize_rendered(rendered, tokenizer, has_image=False)
@@ -216,7 +221,7 @@ def test_a_mark_in_a_record_without_pictures_is_plain_text(tokenizer_for, kind):
 
 
 @pytest.mark.parametrize("special", [False, True])
-def test_a_mark_that_the_tokenizer_knows_stays_plain_text_too(toy_tokenizer_for, special):
+def test_a_placeholder_that_the_tokenizer_knows_stays_plain_text_too(toy_tokenizer_for, special):
     tokenizer = toy_tokenizer_for("gpt2")
     tokenizer.add_tokens(["<image>"], special_tokens=special)
     rendered = get_template("phi").with_turns((("human", "Say <image>."), ("gpt", "<image>! <image>"))).render()
@@ -246,7 +251,7 @@ def test_chat_ids_are_those_of_the_tokenizers_own_template(toy_tokenizer_for):
     assert ids == tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True)["input_ids"]
 
 
-def test_a_token_that_reaches_into_the_answer_is_learned(toy_tokenizer_for):
+def test_a_token_that_reaches_into_the_answer_is_supervised(toy_tokenizer_for):
     tokenizer = toy_tokenizer_for("gpt2")
     text = "square" + "x"
     ids, labels = tokenize_rendered(Rendered(text, ((5, 7),)), tokenizer, False)
@@ -256,12 +261,12 @@ def test_a_token_that_reaches_into_the_answer_is_learned(toy_tokenizer_for):
 
 
 def test_a_tokenizer_without_offsets_is_refused():
-    with pytest.raises(ValueError, match="ByT5Tokenizer does not tell which characters"):
+    with pytest.raises(ValueError, match="ByT5Tokenizer does not return the characters"):
         tokenize_rendered(Rendered("Q", ()), ByT5Tokenizer(), False)
 
 
 def expanded(*lengths):
-    """Return ids where a negative length is a picture of so many features, with labels equal to the ids."""
+    """Return ids where a negative length is an image of so many features, with labels equal to the ids."""
     ids = []
     for length in lengths:
         ids += [IMAGE_TOKEN_INDEX] * -length if length < 0 else list(range(1, length + 1))
@@ -270,34 +275,33 @@ def expanded(*lengths):
 
 def test_a_short_example_is_not_cut():
     ids, labels = expanded(2, -4, 3)
-    assert truncate_example(ids, labels, 9) == (ids, labels, 0)
+    assert truncate_example(ids, labels, 9, [4]) == (ids, labels, 0)
 
 
 def test_text_is_cut_at_the_end():
     ids, labels = expanded(2, -4, 3)
-    assert truncate_example(ids, labels, 7) == (ids[:7], labels[:7], 0)
-    assert truncate_example(ids, labels, 6, num_image_tokens=4) == (ids[:6], labels[:6], 0)
+    assert truncate_example(ids, labels, 7, [4]) == (ids[:7], labels[:7], 0)
+    assert truncate_example(ids, labels, 6, [4]) == (ids[:6], labels[:6], 0)
 
 
-def test_whole_pictures_behind_the_cut_are_counted():
+def test_complete_images_after_the_cut_are_counted():
     ids, labels = expanded(2, -4, 3, -4, -4, 1)
-    assert truncate_example(ids, labels, 8, num_image_tokens=4)[2] == 2
-    assert truncate_example(ids, labels, 13, num_image_tokens=4)[2] == 1
-    assert truncate_example(ids, labels, 2, num_image_tokens=4)[2] == 3
-    assert truncate_example(ids, labels, 8)[2] == 1
-    tensors = truncate_example(torch.tensor(ids), torch.tensor(labels), 8, num_image_tokens=4)
+    assert truncate_example(ids, labels, 8, [4, 4, 4])[2] == 2
+    assert truncate_example(ids, labels, 13, [4, 4, 4])[2] == 1
+    assert truncate_example(ids, labels, 2, [4, 4, 4])[2] == 3
+    assert truncate_example(ids, labels, 8, [4, 8])[2] == 1
+    tensors = truncate_example(torch.tensor(ids), torch.tensor(labels), 8, [4, 4, 4])
     assert tensors[0].tolist() == ids[:8]
     assert tensors[2] == 2
 
 
-@pytest.mark.parametrize("num_image_tokens", [None, 4])
-def test_a_cut_through_a_picture_is_refused_with_numbers(num_image_tokens):
+def test_a_cut_through_an_image_is_refused_with_numbers():
     ids, labels = expanded(2, -4, 3)
     with pytest.raises(ValueError, match=r"9 tokens .* maximum of 5, .* leave 3 of the 4 features"):
-        truncate_example(ids, labels, 5, num_image_tokens)
+        truncate_example(ids, labels, 5, [4])
     ids, labels = expanded(2, -4, -4)
     with pytest.raises(ValueError, match="leave 1 of the 4 features"):
-        truncate_example(ids, labels, 7, 4)
+        truncate_example(ids, labels, 7, [4, 4])
 
 
 @pytest.mark.parametrize(
@@ -315,7 +319,7 @@ def test_model_name_is_the_last_part_of_the_path(path, name):
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 @pytest.mark.parametrize("with_prompt", [True, False])
-def test_rows_stop_at_their_keyword_and_not_at_one_in_the_prompt(tokenizer_for, kind, with_prompt):
+def test_sequences_stop_at_their_keyword_and_not_at_one_in_the_prompt(tokenizer_for, kind, with_prompt):
     tokenizer = tokenizer_for(kind)
     prompt = torch.tensor([tokenizer("is ### red", add_special_tokens=False)["input_ids"]] * 3)
     prompt[:, 0] = IMAGE_TOKEN_INDEX

@@ -1,4 +1,4 @@
-"""Language models that LLaVA never trained: asked as their own chat template says, and refused in a sentence."""
+"""Language models that LLaVA never trained: prompted by their own chat template, and refused in a sentence."""
 
 import json
 import shutil
@@ -24,7 +24,7 @@ from transformers import (
 
 from llava_lite import ImageFeatureCache, load, reply, stream
 from llava_lite.inference import prepare
-from llava_lite.processing import LlavaLiteProcessor
+from llava_lite.processing.processor import LlavaLiteProcessor
 
 # As instruct models have one, and unlike any template of LLaVA's.
 OWN = (
@@ -59,8 +59,8 @@ def other_model(kind, num_words):
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory, toy_llm_dir):
-    """Return a function: decoder, own chat template or not -> the directory of a stock model."""
+def directory(tmp_path_factory, toy_llm_dir):
+    """Return a function: decoder, own chat template or not -> the directory of a model of transformers."""
     built = {}
 
     def make(kind, is_instruct=False):
@@ -91,8 +91,8 @@ def answer_of_transformers(path, messages):
 
 
 @pytest.mark.parametrize("kind", BACKBONE_TYPES + OTHERS)
-def test_instruct_model_is_asked_in_its_own_template(kind, folder):
-    path = folder(kind, True)
+def test_instruct_model_is_asked_in_its_own_template(kind, directory):
+    path = directory(kind, True)
     model, processor = load(path, device="cpu")
     assert processor.conv_template == "chat"
     first = reply(model, processor, "Hello!", max_new_tokens=8)
@@ -107,8 +107,8 @@ def test_instruct_model_is_asked_in_its_own_template(kind, folder):
 
 
 @pytest.mark.parametrize("kind", BACKBONE_TYPES + OTHERS)
-def test_base_model_is_asked_in_the_recipe_of_its_decoder(kind, folder):
-    model, processor = load(folder(kind), device="cpu")
+def test_base_model_is_asked_in_the_recipe_of_its_decoder(kind, directory):
+    model, processor = load(directory(kind), device="cpu")
     assert processor.conv_template == OF_BASE.get(kind, "v1")
     assert reply(model, processor, "Hello!", max_new_tokens=4) == "".join(
         stream(model, processor, "Hello!", max_new_tokens=4)
@@ -116,17 +116,17 @@ def test_base_model_is_asked_in_the_recipe_of_its_decoder(kind, folder):
 
 
 @pytest.mark.parametrize("is_instruct", [False, True])
-def test_image_for_a_plain_model_is_one_sentence(is_instruct, folder):
-    path = folder("llama", is_instruct)
+def test_image_for_a_plain_model_is_one_sentence(is_instruct, directory):
+    path = directory("llama", is_instruct)
     model, processor = load(path, device="cpu")
-    picture = Image.new("RGB", (8, 8))
+    image = Image.new("RGB", (8, 8))
     words = rf"^'{path}' has no vision tower: it reads text alone\."
     with pytest.raises(ValueError, match=words):
-        reply(model, processor, "What?", images=picture)
+        reply(model, processor, "What?", images=image)
     with pytest.raises(ValueError, match=words):
-        reply(model, processor, ["What?", "And?"], images=[None, [picture]])
+        reply(model, processor, ["What?", "And?"], images=[None, [image]])
     with pytest.raises(ValueError, match=words):
-        next(stream(model, processor, "What?", images=picture))
+        next(stream(model, processor, "What?", images=image))
 
 
 def write_config(path, **fields):
@@ -144,7 +144,7 @@ REMOTE = {"auto_map": {"AutoConfig": "configuration_x.X", "AutoModelForCausalLM"
         ({"model_type": "foobar"}, "has the model_type 'foobar', which transformers .* does not know"),
         ({"hidden_size": 32}, "names no model_type"),
         ({"model_type": "qwen", **REMOTE}, r"\(model_type 'qwen'\) is opened by Python code of its own"),
-        ({"model_type": "qwen2_vl"}, r"is no language model that goes on with a text \(model_type 'qwen2_vl'\)"),
+        ({"model_type": "qwen2_vl"}, r"is no language model that generates text \(model_type 'qwen2_vl'\)"),
         ({"model_type": "clip_vision_model"}, "is no language model"),
         ({"model_type": "llava_mpt"}, "is a LLaVA on a decoder that is not known here"),
     ],
@@ -158,18 +158,18 @@ def test_what_cannot_be_opened_is_one_sentence(fields, words, tmp_path, monkeypa
 
 
 @pytest.mark.parametrize(("kind", "what"), [("bert", "BertForMaskedLM"), ("t5", "model_type 't5'")])
-def test_model_that_writes_no_text_is_refused_before_its_weights_are_read(kind, what, folder, capfd):
-    with pytest.raises(ValueError, match=rf"is no language model that goes on with a text \({what}\)"):
-        load(folder(kind), device="cpu")
+def test_model_that_writes_no_text_is_refused_before_its_weights_are_read(kind, what, directory, capfd):
+    with pytest.raises(ValueError, match=rf"is no language model that generates text \({what}\)"):
+        load(directory(kind), device="cpu")
     assert "Loading weights" not in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "t5"])
-def test_training_on_another_decoder_names_those_that_are_known(kind, folder):
+def test_training_on_another_decoder_names_those_that_are_known(kind, directory):
     from llava_lite.model.assemble import assemble
 
     with pytest.raises(ValueError, match=f"unknown language model of model_type '{kind}'; known: llama, mistral"):
-        assemble(str(folder(kind)))
+        assemble(str(directory(kind)))
 
 
 # Where the prompt is another: texts are given in parts, or an answer without reasoning is asked for.
@@ -181,8 +181,8 @@ OTHER_PROMPTS = {
     "hunyuan: an empty block of reasoning in the prompt alone",
     "idefics3: parts alone",
     "llava-next of mistral: images first, parts alone",
-    "llava-1.5 of transformers: no end mark, parts alone",
-    "gpt-oss: a channel before an answer, another end mark behind the last",
+    "llava-1.5 of transformers: no end token, parts alone",
+    "gpt-oss: a channel before an answer, another end token after the last",
 }
 
 
@@ -200,10 +200,10 @@ def test_model_is_asked_by_every_kind_of_chat_template(name, history, toy_tokeni
         # A template of parts alone takes ours, and not the texts that transformers hands it.
         expected = None
     if expected is None and name not in OTHER_PROMPTS:
-        with pytest.raises(ValueError, match="does not take this conversation"):
+        with pytest.raises(ValueError, match="refuses this conversation"):
             prepare(processor, ["Why two?"], [None], None, [history])
         return
     inputs, _ = prepare(processor, ["Why two?"], [None], None, [history])
-    told = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=True)
-    assert inputs["input_ids"].tolist() == told.tolist()
+    reported = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=True)
+    assert inputs["input_ids"].tolist() == reported.tolist()
     assert (inputs["input_ids"][0].tolist() == expected) == (name not in OTHER_PROMPTS)

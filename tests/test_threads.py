@@ -5,15 +5,15 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from conftest import draw_picture
+from conftest import draw_image
 
 from llava_lite.constants import IGNORE_INDEX
 from llava_lite.inference import prepare, reply, stream
-from llava_lite.mm_utils import load_image_processor
-from llava_lite.processing import LlavaLiteProcessor
+from llava_lite.media.preprocess import load_image_processor
+from llava_lite.processing.processor import LlavaLiteProcessor
 
 MOE = {"moe_enable": True, "moe_mode": "sparse", "num_experts": [4], "top_k_experts": 2, "router_aux_loss_coef": 0.01}
-SHORT, LONG = "Hello!", "What colour is the square? How many circles are there in the picture? Three blue"
+SHORT, LONG = "Hello!", "What colour is the square? How many circles are there in the image? Three blue"
 NUM_THREADS = 8
 
 
@@ -51,9 +51,9 @@ def inputs_of(processor, *questions):
 def jobs_of(model, processor):
     """Return functions without arguments, of mixed shapes and ways to call; each returns something to compare."""
     batches = [
-        inputs_of(processor, (LONG, draw_picture(1)), (SHORT, None)),
-        inputs_of(processor, (SHORT, None), (LONG, draw_picture(2))),
-        inputs_of(processor, (SHORT + LONG, [draw_picture(3), draw_picture(4)])),
+        inputs_of(processor, (LONG, draw_image(1)), (SHORT, None)),
+        inputs_of(processor, (SHORT, None), (LONG, draw_image(2))),
+        inputs_of(processor, (SHORT + LONG, [draw_image(3), draw_image(4)])),
         inputs_of(processor, (SHORT, None), (LONG, None), (LONG + SHORT, None)),
     ]
 
@@ -65,7 +65,7 @@ def jobs_of(model, processor):
     def tokens(inputs, **more):
         return model.generate(**inputs, max_new_tokens=6, do_sample=False, eos_token_id=None, **more).tolist()
 
-    def go_on(inputs):
+    def continue_from(inputs):
         first = model.generate(
             **inputs, max_new_tokens=3, do_sample=False, eos_token_id=None, return_dict_in_generate=True
         )
@@ -75,12 +75,12 @@ def jobs_of(model, processor):
 
     jobs = [lambda batch=batch: loss(batch) for batch in batches]
     jobs += [lambda batch=batch: tokens(batch) for batch in batches]
-    jobs += [lambda: tokens(batches[0], num_beams=2), lambda: go_on(batches[3])]
+    jobs += [lambda: tokens(batches[0], num_beams=2), lambda: continue_from(batches[3])]
     jobs += [
-        lambda seed=seed: "".join(stream(model, processor, LONG, draw_picture(seed), max_new_tokens=6))
+        lambda seed=seed: "".join(stream(model, processor, LONG, draw_image(seed), max_new_tokens=6))
         for seed in (1, 2)
     ]
-    jobs += [lambda: reply(model, processor, [SHORT, LONG], [draw_picture(5), None], max_new_tokens=6)]
+    jobs += [lambda: reply(model, processor, [SHORT, LONG], [draw_image(5), None], max_new_tokens=6)]
     return jobs
 
 
@@ -100,10 +100,10 @@ def test_eight_threads_get_what_each_call_gets_alone(pair, options, attention):
 def test_a_reply_inside_a_loop_over_a_stream_changes_neither(pair, moe):
     model, processor = pair(moe=moe)
     questions = [SHORT, LONG]
-    streamed = "".join(stream(model, processor, LONG, draw_picture(1), max_new_tokens=12))
+    streamed = "".join(stream(model, processor, LONG, draw_image(1), max_new_tokens=12))
     replied = reply(model, processor, questions, max_new_tokens=12)
     pieces = []
-    for piece in stream(model, processor, LONG, draw_picture(1), max_new_tokens=12):
+    for piece in stream(model, processor, LONG, draw_image(1), max_new_tokens=12):
         pieces.append(piece)
         assert reply(model, processor, questions, max_new_tokens=12) == replied
     assert "".join(pieces) == streamed
@@ -117,7 +117,7 @@ def test_gradients_of_eight_threads_are_those_of_each_call_alone(pair, checkpoin
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     weights = [model.moe_layers()[0].gate.weight, model.model.mm_projector[0].weight]
     batches = [
-        inputs_of(processor, (SHORT, None), (LONG, draw_picture(seed)), (SHORT * seed, draw_picture(seed)))
+        inputs_of(processor, (SHORT, None), (LONG, draw_image(seed)), (SHORT * seed, draw_image(seed)))
         for seed in range(1, 5)
     ]
 

@@ -34,7 +34,7 @@ def test_what_is_logged_and_printed_goes_to_the_file_of_the_server_once(tmp_path
     assert done.stderr.count("third") == 1
 
 
-def test_stream_logs_whole_lines_and_the_rest_when_it_is_flushed(caplog):
+def test_stream_logs_complete_lines_and_the_rest_when_it_is_flushed(caplog):
     terminal = io.StringIO()
     stream = utils.StreamToLogger(logging.getLogger("stream"), logging.WARNING, terminal)
     with caplog.at_level(logging.WARNING, "stream"):
@@ -60,7 +60,7 @@ def test_no_text_is_sent_to_a_moderation_service(monkeypatch):
         utils.violates_moderation("Hello!")
 
 
-def test_semaphore_is_told_in_words():
+def test_a_semaphore_is_printed_with_its_value():
     assert utils.pretty_print_semaphore(None) == "None"
     semaphore = asyncio.Semaphore(3)
     assert utils.pretty_print_semaphore(semaphore) == "Semaphore(value=3, locked=False)"

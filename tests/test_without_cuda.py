@@ -1,4 +1,4 @@
-"""A program that sends its tensors to CUDA runs on a machine without it, as long as it is told to."""
+"""A program that sends its tensors to CUDA runs on a machine without it, inside `CudaOnCpu`."""
 
 import pytest
 import torch

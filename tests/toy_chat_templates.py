@@ -1,8 +1,8 @@
 """Chat templates of every structure that public ones have, each with a hand-written truth: what of it is supervised.
 
-A case says, for questions Q and answers A, what is supervised of an answer that another question follows (`inner`),
+A case lists, for questions Q and answers A, what is supervised of an answer that another question follows (`inner`),
 of the last one (`last`), and what stands before the answer to a single question "Q1" (`prompt`). A case with a
-`refused` says why its answers cannot be located.
+`refused` is the reason why its answers cannot be located.
 """
 
 from typing import NamedTuple
@@ -68,7 +68,7 @@ LLAMA3_ASKED = (
     "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\nQ1<|eot_id|>"
     "<|start_header_id|>assistant<|end_header_id|>\n\n"
 )
-LLAMA3_TOLD = "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nS1<|eot_id|>"
+LLAMA3_SYSTEM = "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nS1<|eot_id|>"
 MISTRAL_TOKENS = ("<s>", "</s>", "[INST]", "[/INST]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]")
 QWEN3 = """\
 {%- set ns = namespace(last=-1) -%}
@@ -162,14 +162,14 @@ CASES = {
         + "{%- if add_generation_prompt -%}{{- '<|start_header_id|>assistant<|end_header_id|>\n\n' -}}{%- endif -%}",
         **LLAMA3,
         prompt=LLAMA3_ASKED,
-        system=LLAMA3_TOLD,
+        system=LLAMA3_SYSTEM,
         reasoning=f"{REASONING}<|eot_id|>",
     ),
     "llama3, the header always open": Case(
         LLAMA3_LOOP + "{{- '<|start_header_id|>assistant<|end_header_id|>\n\n' -}}",
         **LLAMA3,
         prompt=LLAMA3_ASKED,
-        system=LLAMA3_TOLD,
+        system=LLAMA3_SYSTEM,
     ),
     "llama3.1, a system turn with today's date": Case(
         """\
@@ -230,7 +230,7 @@ CASES = {
         inner=" A</s>",
         last=" A</s>",
         prompt="<s>[INST] Q1[/INST]",
-        no_system="leaves out a system text in a conversation that ends in an answer",
+        no_system="leaves out a system text in a conversation that ends with an answer",
         bos="<s>",
     ),
     "tekken": Case(
@@ -375,7 +375,7 @@ CASES = {
         system="<|system|>\nS1<|end|>\n",
         eos="<|endoftext|>",
     ),
-    "phi4-mini: eos right after the last end mark": Case(
+    "phi4-mini: eos right after the last end token": Case(
         """\
 {%- for m in messages -%}{{- '<|' + m['role'] + '|>' + m['content'] + '<|end|>' -}}{%- endfor -%}
 {{- '<|assistant|>' if add_generation_prompt else eos_token -}}""",
@@ -525,26 +525,26 @@ CASES = {
         strips=True,
         bos="<s>",
     ),
-    "solar: no end mark at all": Case(
+    "solar: no end token at all": Case(
         """\
 {%- for m in messages -%}
 {{- '### ' + m['role'].title() + ':\n' + m['content'] + ('\n\n' if m['role'] != 'assistant' else '') -}}
 {%- endfor -%}
 {{- '### Assistant:\n' if add_generation_prompt else '' -}}""",
         ("<s>", "</s>"),
-        refused="has no end mark",
+        refused="has no end token",
         bos="<s>",
     ),
-    "minicpm: no end mark, marks that are no tokens": Case(
+    "minicpm: no end token, roles that are no tokens": Case(
         """\
 {%- for m in messages -%}
 {{- '<用户>' + m['content'] | trim + '<AI>' if m['role'] == 'user' else m['content'] | trim -}}
 {%- endfor -%}""",
         ("<s>", "</s>"),
-        refused="has no end mark",
+        refused="has no end token",
         bos="<s>",
     ),
-    "glm4: the next role mark ends an answer": Case(
+    "glm4: the next role token ends an answer": Case(
         """\
 {{- '[gMASK]<sop>' -}}
 {%- for m in messages if m['content'] -%}{{- '<|' + m['role'] + '|>\n' + m['content'] -}}{%- endfor -%}
@@ -553,11 +553,11 @@ CASES = {
         refused="starts a turn",
         eos="<|endoftext|>",
     ),
-    "glm-edge: an open header behind every conversation": Case(
+    "glm-edge: an open header after every conversation": Case(
         """\
 {%- for m in messages -%}{{- '<|' + m['role'] + '|>\n' + m['content'] -}}{%- endfor -%}{{- '<|assistant|>' -}}""",
         GLM,
-        refused="has no end mark",
+        refused="has no end token",
         eos="<|endoftext|>",
     ),
     "nemotron-mini: one token begins every turn": Case(
@@ -629,7 +629,7 @@ CASES = {
         eos="<|END_OF_TURN_TOKEN|>",
         bos="<BOS_TOKEN>",
     ),
-    "command r7b: an end mark of two tokens": Case(
+    "command r7b: an end token of two tokens": Case(
         COHERE_LOOP.replace("OPEN", "<|START_RESPONSE|>").replace("CLOSE", "<|END_RESPONSE|>"),
         COHERE,
         inner="A<|END_RESPONSE|><|END_OF_TURN_TOKEN|>",
@@ -692,7 +692,7 @@ CASES = {
         system="<<SYS>>\nS1\n<</SYS>>\n\n",
         bos="<s>",
     ),
-    "llava-1.5 of transformers: no end mark, parts alone": Case(
+    "llava-1.5 of transformers: no end token, parts alone": Case(
         """\
 {%- for m in messages -%}
 {%- if m['role'] != 'system' -%}{{- m['role'].upper() + ': ' -}}{%- endif -%}
@@ -701,10 +701,10 @@ CASES = {
 {%- endfor -%}
 {{- 'ASSISTANT:' if add_generation_prompt else '' -}}""",
         ("<s>", "</s>"),
-        refused="has no end mark",
+        refused="has no end token",
         bos="<s>",
     ),
-    "gpt-oss: a channel before an answer, another end mark behind the last": Case(
+    "gpt-oss: a channel before an answer, another end token after the last": Case(
         """\
 {%- for m in messages -%}
 {%- if m['role'] == 'assistant' -%}
@@ -728,7 +728,7 @@ CASES = {
         ("<s>", "</s>"),
         last="A\n\n</s>",
         prompt="### Instruction:\nQ1\n\n### Response:\n",
-        one_turn="another question follows, without an end mark",
+        one_turn="another question follows, without an end token",
         system="### Instruction:\nS1\n\n",
         bos="<s>",
     ),
@@ -759,7 +759,7 @@ CASES = {
         IM,
         refused="prompts for an answer with",
     ),
-    "blocks that hold answers and end marks": Case(
+    "blocks that hold answers and end tokens": Case(
         BLOCK.replace("BLOCK_END", "'<|im_end|>'").replace("AFTER", "'\n'"), IM, **CHATML
     ),
     "blocks that hold the line break too": Case(
@@ -767,7 +767,7 @@ CASES = {
         IM,
         **{**CHATML, "inner": "A<|im_end|>\n", "last": "A<|im_end|>\n"},
     ),
-    "blocks that leave the end mark out": Case(
+    "blocks that leave the end token out": Case(
         BLOCK.replace("BLOCK_END", "''").replace("AFTER", "'<|im_end|>\n'"), IM, **CHATML
     ),
     "blocks that hold questions": Case(

@@ -5,18 +5,18 @@ import json
 import random
 import tarfile
 
-from conftest import WORDS, draw_picture
+from conftest import WORDS, draw_image
 
 
-def picture_bytes(seed):
+def image_bytes(seed):
     """Return a PNG in bytes."""
     file = io.BytesIO()
-    draw_picture(seed).save(file, "PNG")
+    draw_image(seed).save(file, "PNG")
     return file.getvalue()
 
 
 def caption_of(number):
-    """Return a caption that says its number."""
+    """Return a caption that names its number."""
     return f"{number} " + " ".join(random.Random(number).choices(WORDS, k=4))
 
 
@@ -33,25 +33,27 @@ def tar_files(path, files):
 def caption_files(number):
     """Return the two files of a caption pair."""
     key = f"{number:06d}"
-    return [(f"{key}.png", picture_bytes(number)), (f"{key}.txt", caption_of(number).encode())]
+    return [(f"{key}.png", image_bytes(number)), (f"{key}.txt", caption_of(number).encode())]
 
 
-def talk_of(number, marks=1):
+def conversation_of(number, num_images=1):
     """Return the conversations of a record."""
     return [
-        {"from": "human", "value": "<image>\n" * marks + "What is it?"},
+        {"from": "human", "value": "<image>\n" * num_images + "What is it?"},
         {"from": "gpt", "value": f"It is {number}."},
     ]
 
 
-def write_caption_tars(folder, counts):
+def write_caption_tars(directory, counts):
     """Write a shard of `count` captions each, numbered through; return the pattern that names them all."""
-    folder.mkdir(parents=True, exist_ok=True)
+    directory.mkdir(parents=True, exist_ok=True)
     number = 0
     for k, count in enumerate(counts):
-        tar_files(folder / f"{k:05d}.tar", [file for n in range(number, number + count) for file in caption_files(n)])
+        tar_files(
+            directory / f"{k:05d}.tar", [file for n in range(number, number + count) for file in caption_files(n)]
+        )
         number += count
-    return str(folder / "*.tar")
+    return str(directory / "*.tar")
 
 
 def write_parquet(path, rows, **options):
@@ -67,20 +69,20 @@ def caption_row(number):
     """Return a caption pair as `datasets` stores it."""
     return {
         "id": f"{number:06d}",
-        "image": {"bytes": picture_bytes(number), "path": None},
+        "image": {"bytes": image_bytes(number), "path": None},
         "caption": caption_of(number),
     }
 
 
-def talk_row(number):
-    """Return a conversation as a row."""
+def conversation_row(number):
+    """Return a conversation as a parquet row."""
     return {
         "id": f"{number:06d}",
-        "image": {"bytes": picture_bytes(number), "path": None},
-        "conversations": talk_of(number),
+        "image": {"bytes": image_bytes(number), "path": None},
+        "conversations": conversation_of(number),
     }
 
 
-def talk_json(number):
+def conversation_json(number):
     """Return a conversation as the json of a tar file."""
-    return json.dumps({"id": f"{number:06d}", "conversations": talk_of(number)}).encode()
+    return json.dumps({"id": f"{number:06d}", "conversations": conversation_of(number)}).encode()

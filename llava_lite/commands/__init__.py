@@ -1,1 +1,1 @@
-"""The flags of each verb of `llava-lite`, apart from what the verb does, so that reading them imports no torch."""
+"""The command line of each verb of `llava-lite`; reading its flags imports no torch."""

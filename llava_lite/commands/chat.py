@@ -5,14 +5,14 @@ from llava_lite.commands.parser import CommandParser
 
 def build_parser():
     """Return the parser of `llava-lite chat` and `python -m llava_lite.serve.cli`."""
-    parser = CommandParser(prog="llava-lite chat", command="chat", description="Talk to a model in the terminal.")
+    parser = CommandParser(command="chat", description="Chat with a model in the terminal.")
     parser.add_argument("model", nargs="?", help="directory or hub id of the model")
     parser.add_argument("--model-path", help="the same, as in LLaVA")
     parser.add_argument("--model-base", help="base of a directory that holds only what was trained")
-    parser.add_argument("--image-file", action="append", default=[], help="image to talk about; may be repeated")
+    parser.add_argument("--image-file", action="append", default=[], help="image to ask about; may be repeated")
     parser.add_argument("--device", help="cuda, cuda:1, cpu (default: the GPU where there is one)")
     parser.add_argument("--conv-mode", help="prompt format (default: the one that trained the model)")
-    parser.add_argument("--temperature", type=float, default=0.2, help="0 for the likeliest answer (default: 0.2)")
+    parser.add_argument("--temperature", type=float, default=0.2, help="0 for greedy decoding (default: 0.2)")
     parser.add_argument("--max-new-tokens", type=int, default=512, help="longest answer (default: 512)")
     parser.add_argument("--load-8bit", action="store_true", help="quantise to 8 bit (bitsandbytes)")
     parser.add_argument("--load-4bit", action="store_true", help="quantise to 4 bit (bitsandbytes)")

@@ -1,4 +1,4 @@
-"""Turn the words behind `llava-lite check` into its flags, without importing what the check itself needs."""
+"""Turn the command line of `llava-lite check` into its flags, without importing what the check itself needs."""
 
 import argparse
 import os
@@ -8,15 +8,14 @@ from llava_lite.constants import ASPECT_RATIOS, MERGE_TYPES
 
 DESCRIPTION = """Look at every record and image of a training run before any GPU time is spent.
 
-Give it the flags of the run, or the YAML file that holds them: what has no effect on the data is passed over. It says
-how many records can be used, how long they are with the features of the model's own vision tower, and what is wrong
-with each of the others. It ends with one line, `ready to train` or `not ready`, and exits with 0 or 1."""
+Give it the flags of the run, or the YAML file that holds them: flags without effect on the data are ignored. It
+reports how many records can be used, how long they are with the features of the model's own vision tower, and what
+is wrong with each of the others. It ends with one line, `ready to train` or `not ready`, and exits with 0 or 1."""
 
 
 def build_parser() -> CommandParser:
     """Return the parser of the flags that matter to the data."""
     parser = CommandParser(
-        prog="llava-lite check",
         command="check",
         usage="llava-lite check [run.yaml] --data_path FILE ... --image_folder DIR --model_name_or_path MODEL [flags]",
         description=DESCRIPTION,
@@ -31,10 +30,14 @@ def build_parser() -> CommandParser:
     data.add_argument("--image_folder", metavar="DIR", help="directory that image paths start from")
     data.add_argument(
         "--bad_record", choices=("raise", "skip"), default="raise",
-        help="skip: records that cannot be used are left out of the run, up to --max_bad_share (default raise)",
+        help="skip: records that cannot be used are left out of the run, up to --max_bad_fraction (default raise)",
     )  # fmt: skip
     data.add_argument(
-        "--max_bad_share", metavar="N", type=float, default=0.01, help="largest share left out (default 0.01)"
+        "--max_bad_fraction",
+        metavar="N",
+        type=float,
+        default=0.01,
+        help="largest fraction of the records left out (default 0.01)",
     )
     data.add_argument("--follow_links", help="allow links that lead out of the image directory", **switch)
     data.add_argument("--placeholder_as_text", help="<image> in a record without images is plain text", **switch)
@@ -47,7 +50,7 @@ def build_parser() -> CommandParser:
     )
     model.add_argument("--version", metavar="TEMPLATE", default="v1", help="conversation template (default v1)")
     model.add_argument(
-        "--chat_end_mark",
+        "--chat_end_token",
         metavar="TOKEN",
         help="with --version chat: token that ends answers, where it has none",
     )
@@ -62,15 +65,28 @@ def build_parser() -> CommandParser:
     model.add_argument("--image_aspect_ratio", choices=ASPECT_RATIOS, help="anyres counts the crops of an image")
     model.add_argument("--image_grid_pinpoints", metavar="...", help="resolutions of anyres (default: the model's)")
     model.add_argument("--mm_patch_merge_type", choices=MERGE_TYPES, help="how crops are joined; default: the model's")
-    model.add_argument("--mm_vision_select_feature", choices=("patch", "cls_patch"), help="default: the model's")
+    model.add_argument(
+        "--mm_vision_select_feature", choices=("patch", "cls_patch", "pooled"), help="default: the model's"
+    )
+    model.add_argument(
+        "--mm_projector_type", metavar="NAME", help="connector; query_vit has features of its own number"
+    )
+    model.add_argument("--mm_query_len", metavar="N", type=int, help="features of a query_vit; default: the model's")
+    model.add_argument(
+        "--mm_injection", choices=("tokens", "adaption_prompt"), help="with adaption_prompt an image takes no token"
+    )
+    model.add_argument("--mm_image_position", choices=("placeholder", "front"), help="default: the model's")
+    model.add_argument("--mm_boundary_vectors", **(switch | {"default": None}), help="default: as the model")
     model.add_argument("--mm_use_im_start_end", **(switch | {"default": None}), help="default: as the model")
-    model.add_argument("--new_tokens", metavar="WORD", nargs="+", help="words that the run adds to the tokenizer")
+    model.add_argument("--new_tokens", metavar="TOKEN", nargs="+", help="tokens that the run adds to the tokenizer")
     model.add_argument("--mm_use_im_patch_token", **(switch | {"default": None}), help="default: as the model")
     model.add_argument("--tuning", metavar="...", help="projector: data without a single image are not ready")
     model.add_argument("--cache_dir", metavar="DIR", help="where downloaded files are kept")
     own = parser.add_argument_group("of the check alone")
     own.add_argument("--decode", help="decode every image too; slow", **switch)
-    own.add_argument("--ledger", metavar="FILE", help="write the bad records to this file, one JSON object a line")
+    own.add_argument(
+        "--bad_records_file", metavar="FILE", help="write the bad records to this file, one JSON object a line"
+    )
     own.add_argument(
         "--num_workers", "--dataloader_num_workers", metavar="N", type=int, default=os.cpu_count(),
         help="processes that count tokens of large files (default: one for each CPU)",

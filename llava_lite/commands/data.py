@@ -11,11 +11,11 @@ DESCRIPTION = """Rewrite records of another format as a JSON or JSONL file in LL
 and a training run read. It ends with how many records were written, what was left out and why.
 
 read directly by training (no conversion needed): LLaVA, ShareGPT, OpenAI messages with text and image parts, ms-swift
-messages, TRL prompt and completion, The Cauldron and FineVision, an image with its caption; in JSON, JSONL, and with
-the images inside in parquet, WebDataset tar files and directories that `datasets` saved.
+messages, TRL prompt and completion, The Cauldron and FineVision, Alpaca, an image with its caption; in JSON, JSONL,
+and with the images inside in parquet, WebDataset tar files and directories that `datasets` saved.
 
-converted here, beside all of these: Alpaca, query and response, question and answer, COCO captions, VQAv2, InternVL
-meta files, LLaMA-Factory's dataset_info.json, CSV and TSV tables, ImageFolder."""
+converted here, beside all of these: Alpaca with a history, query and response, question and answer, COCO captions,
+VQAv2, InternVL meta files, LLaMA-Factory's dataset_info.json, CSV and TSV tables, ImageFolder."""
 
 EXAMPLES = """examples:
   llava-lite data convert captions_train2017.json coco.json --answers first --image_folder train2017
@@ -89,17 +89,17 @@ def main(argv=None) -> int:
     flags = vars(parser.parse_args(words[1:]))
     source, out, image_out = flags.pop("source"), flags.pop("out"), flags.pop("image_out")
     placeholder_as_text, bad_record = flags.pop("placeholder_as_text"), flags.pop("bad_record")
-    from llava_lite.data.convert import convert
+    from llava_lite.data.converters.convert import convert
 
     written = convert(source, out, Options(**flags), image_out, placeholder_as_text)
     print("\n".join(written.lines(out)))
     if not written.num_records:
         print(f"nothing was written to {out}")
         return 1
-    folder = f" --image_folder {shlex.quote(written.image_folder)}" if written.image_folder else ""
-    if written.num_with_image and not folder:
-        folder = " --image_folder DIR"
-    flags = f"--data_path {shlex.quote(out)}{folder} --model_name_or_path MODEL --vision_tower TOWER"
+    directory = f" --image_folder {shlex.quote(written.image_folder)}" if written.image_folder else ""
+    if written.num_with_image and not directory:
+        directory = " --image_folder DIR"
+    flags = f"--data_path {shlex.quote(out)}{directory} --model_name_or_path MODEL --vision_tower TOWER"
     print(f"next: llava-lite check {flags}")
     if written.left_out and bad_record == "raise":
         print("exit status 1, since records were left out; --bad_record skip accepts that")

@@ -1,11 +1,11 @@
-"""Turn the words behind a command into options; a wrong one is answered in a sentence, without a page of usage."""
+"""Turn a command line into options; a wrong flag is answered in one sentence, without a page of usage."""
 
 import argparse
 import re
 import sys
 
-from llava_lite.commands.words import unknown_flags, words_left
 from llava_lite.constants import NO, YES
+from llava_lite.train.arguments.words import unknown_flags, words_left
 
 # A keyword of Python in a message: local_files_only=True, model_base=..., base='user/base'.
 _KEYWORD = re.compile(r"\b([a-z][a-z0-9_]*)=(True\b|'[^']*'|\.\.\.)?")
@@ -14,22 +14,23 @@ _KEYWORD = re.compile(r"\b([a-z][a-z0-9_]*)=(True\b|'[^']*'|\.\.\.)?")
 class CommandParser(argparse.ArgumentParser):
     """Reads the flags of one command.
 
-    command: its key in words.OURS. A flag is known by its whole name only, `--model` is never `--model-path`;
-    dashes and underscores in a name are the same. Wrong flags end the process with status 2, as argparse does.
+    command: its key in words.OURS. prog: None for that verb of `llava-lite`. A flag is known by its full name only,
+    `--model` is never `--model-path`; dashes and underscores in a name are the same. Wrong flags end the process with
+    status 2, as argparse does.
     """
 
-    def __init__(self, *args, command: str, **kwargs):
+    def __init__(self, *, command: str, prog: str | None = None, **kwargs):
         self.command, self.flags = command, {}
-        super().__init__(*args, allow_abbrev=False, **kwargs)
+        super().__init__(prog=prog or f"llava-lite {command}", allow_abbrev=False, **kwargs)
 
     def add_argument(self, *args, **kwargs):
-        """Declare a flag or a word, and remember how it is spelled."""
+        """Declare a flag or a positional argument, and remember how it is spelled."""
         action = super().add_argument(*args, **kwargs)
         self.flags |= {flag.replace("_", "-"): flag for flag in action.option_strings}
         return action
 
     def parse_args(self, args=None, namespace=None):
-        """Return the options; unknown flags are told before anything that is missing because of them."""
+        """Return the options; unknown flags are reported before whatever is missing because of them."""
         words = [self.as_declared(word) for word in (sys.argv[1:] if args is None else args)]
         unknown = [word for word in words if self.looks_unknown(word)]
         if unknown:
@@ -40,17 +41,27 @@ class CommandParser(argparse.ArgumentParser):
         return options
 
     def as_declared(self, word: str) -> str:
-        """Return a word with the name of a flag spelled as it was declared."""
+        """Return an argument with the name of its flag spelled as it was declared."""
         name, equals, value = word.partition("=")
         return f"{self.flags[name.replace('_', '-')]}{equals}{value}" if self.is_known(word) else word
 
     def is_known(self, word: str) -> bool:
-        """Tell whether a word names a flag of this command."""
+        """Return whether an argument names a flag of this command."""
         return word.partition("=")[0].replace("_", "-") in self.flags
 
     def looks_unknown(self, word: str) -> bool:
-        """Tell whether a word is meant as a flag and is none: a dash and a letter, and no blanks."""
+        """Return whether an argument looks like a flag and is none: a dash and a letter, and no spaces."""
         return re.match(r"--?[A-Za-z][\w-]*(=|$)", word) is not None and not self.is_known(word)
+
+    def add_checked_output(self):
+        """Declare the flags of a command that writes a model and opens it again."""
+        self.add_argument(
+            "--tolerance", type=float, default=1e-3, help="largest logit difference in float32 (default: 1e-3)"
+        )
+        self.add_argument("--max-shard-size", default="5GB", help="largest file of weights (default: 5GB)")
+        self.add_argument(
+            "--push-to-hub", metavar="USER/NAME", help="upload the directory once it has passed the check"
+        )
 
     def error(self, message):
         """End the process with one sentence and where to read on."""
@@ -77,10 +88,3 @@ def in_flags(message: str, parser: CommandParser | None) -> str:
         return flag if found[2] in (None, "True") else f"{flag} {found[2].strip(chr(39))}"
 
     return _KEYWORD.sub(as_flag, message)
-
-
-def sentence_of(error: BaseException) -> str:
-    """Return the words of an error; one that names a file only by its number is told with the file."""
-    if isinstance(error, OSError) and error.filename is not None:
-        return f"{str(error.filename)!r}: {error.strerror}."
-    return str(error) or type(error).__name__

@@ -1,20 +1,27 @@
-"""Turn the flags of `llava-lite push` into options."""
+"""Turn the flags of `llava-lite push` into a commit on the Hub."""
 
 from llava_lite.commands.parser import CommandParser
 
 
 def build_parser():
     """Return the parser of `llava-lite push`."""
-    parser = CommandParser(
-        prog="llava-lite push", command="push", description="Upload a finished directory to the Hub."
-    )
-    parser.add_argument("folder", metavar="directory", help="what a stage left, whole or a part")
+    parser = CommandParser(command="push", description="Upload a finished directory to the Hub.")
+    parser.add_argument("directory", help="what a stage left: a full model, a projector or LoRA")
     parser.add_argument("repo_id", help="user/name; made if it is not there")
     parser.add_argument("--private", action="store_true", default=None, help="make it private, if it is made now")
     parser.add_argument("--revision", help="branch, made if it is not there (default: main)")
     parser.add_argument("--create-pr", action="store_true", help="open a pull request")
-    parser.add_argument("--commit-message", default="Upload model", help="what the commit says")
+    parser.add_argument("--commit-message", default="Upload model", help="message of the commit")
     parser.add_argument("--base", help="hub id to name as the base of a part, in place of a directory of this machine")
     parser.add_argument("--tower", help="hub id to name as its vision tower, in place of a directory of this machine")
     parser.add_argument("--path-in-repo", default="", help="directory of the repository to upload to")
     return parser
+
+
+def main(argv=None):
+    """Upload a directory and print its address; the token is that of `hf auth login`."""
+    options = vars(build_parser().parse_args(argv))
+    from llava_lite.hub.push import push_directory
+
+    commit = push_directory(options.pop("directory"), options.pop("repo_id"), **options)
+    print(commit.pr_url or commit.commit_url)

@@ -1,1 +1,1 @@
-"""From annotation files and pictures to batches: records, index, check, dataset, collator, sampler."""
+"""From annotation files and images to batches: records, index, check, dataset, collator, sampler."""

@@ -1,135 +1,33 @@
-"""Turn records into examples: token ids with every feature of a picture, labels, and the pictures as tensors."""
+"""Turn annotation files into a data set: examples by number, made when they are asked for."""
 
-import logging
-
-import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
-from llava_lite.anyres import PictureLayout
-from llava_lite.constants import ASPECT_RATIOS, IGNORE_INDEX
 from llava_lite.conversation import Conversation
-from llava_lite.data.cache import file_key, key_of
-from llava_lite.data.check import BadRecord, Report, check_annotations
-from llava_lite.data.encode import RecordEncoder, expand_image_tokens
-from llava_lite.data.feature_cache import FeatureView, StoredPicture
-from llava_lite.data.index import Annotations, open_annotations
-from llava_lite.data.left_out import LeftOut, empty_example
-from llava_lite.data.picture_files import find_picture, open_image
-from llava_lite.data.records import Record, missing_images
-from llava_lite.data.scan import DataError
-from llava_lite.mm_utils import truncate_example
-from llava_lite.picture_steps import OtherSteps, read_steps
-from llava_lite.pictures import PictureError, picture_bytes, prepare_picture
-from llava_lite.resize import Resize
-
-logger = logging.getLogger(__name__)
-
-# LLaVA-1.5's tower, one crop a picture.
-CLIP_336 = PictureLayout(576)
-
-
-class ExampleMaker:
-    """Makes an example of a record and its opened pictures; what data in memory-mapped files and in shards share.
-
-    layout: how a picture is prepared and becomes features. max_length: tokens of an example, features counted; text
-    behind is cut. image_processor may be None where no record has pictures. picture_resize: make pictures bytes, which
-    the tower normalises as its own image processor would (it must be this one); None: numbers, normalised here.
-    placeholder_as_text: take `<image>` in a record without images for text; else such a record cannot be used.
-    """
-
-    def __init__(
-        self,
-        tokenizer,
-        image_processor,
-        conv_template: str | Conversation,
-        layout: PictureLayout = CLIP_336,
-        max_length: int = 2048,
-        mm_use_im_start_end: bool = False,
-        picture_resize: Resize | None = None,
-        placeholder_as_text: bool = False,
-    ):
-        if layout.aspect_ratio not in ASPECT_RATIOS:
-            known = ", ".join(ASPECT_RATIOS)
-            raise ValueError(f"unknown image_aspect_ratio {layout.aspect_ratio!r}; known: {known}.")
-        self.encoder = RecordEncoder(tokenizer, conv_template, mm_use_im_start_end)
-        self.image_processor = image_processor
-        self.layout = layout
-        self.max_length = max_length
-        self.picture_resize = picture_resize
-        self.placeholder_as_text = placeholder_as_text
-        self.steps = _steps_of(image_processor) if picture_resize and image_processor is not None else None
-
-    def example(self, record: Record, pictures: list[Image.Image | StoredPicture]) -> dict:
-        """Return {"id", "input_ids" [L], "labels" [L]} and, if the record has pictures, "images" and "image_sizes".
-
-        images: a tensor a picture, [3, H, W], or its crops [n, 3, H, W] under any-resolution, uint8 or float32;
-        image_sizes: width and height of each. Pictures whose features are stored give "image_features" in place of
-        images, [P, C] or [n, P, C]. Raises DataError naming the record where it cannot be used.
-        """
-        input_ids, labels = self._encode(record, pictures)
-        example = {"id": record.id, "input_ids": torch.tensor(input_ids), "labels": torch.tensor(labels)}
-        if pictures and isinstance(pictures[0], StoredPicture):
-            example["image_features"] = [picture.features for picture in pictures]
-        elif pictures:
-            example["images"] = [self.pixels_of(record, picture) for picture in pictures]
-        if pictures:
-            example["image_sizes"] = [picture.size for picture in pictures]
-        return example
-
-    def pixels(self, picture: Image.Image) -> torch.Tensor:
-        """Return a picture as the tower takes it."""
-        shape = self.layout.aspect_ratio, self.layout.pinpoints
-        if self.steps is None:
-            return prepare_picture(picture, self.image_processor, *shape)
-        return picture_bytes(picture, self.steps, *shape, self.picture_resize)
-
-    def pixels_of(self, record: Record, picture: Image.Image) -> torch.Tensor:
-        """Return a picture of a record as the tower takes it; DataError naming the record if that cannot be made."""
-        try:
-            return self.pixels(picture)
-        # An image processor may raise anything at an image of a shape that it does not expect.
-        except Exception as error:
-            width, height = picture.size
-            reason = f"{type(error).__name__}: {error}"
-            raise DataError(f"{record.name}: its image of {width} x {height} cannot be prepared: {reason}") from error
-
-    def empty(self, name: str) -> dict:
-        """Return the example that stands in the place of a record that is left out."""
-        return empty_example(name, self.encoder.tokenizer.pad_token_id)
-
-    def _encode(self, record: Record, pictures) -> tuple[list[int], list[int]]:
-        if not (record.images or self.placeholder_as_text) and (reason := missing_images(record)):
-            raise DataError(reason)
-        input_ids, labels = self.encoder(record)
-        lengths = [self.layout.num_tokens(picture.size) for picture in pictures]
-        input_ids, labels = expand_image_tokens(input_ids, labels, lengths)
-        length = len(input_ids)
-        try:
-            input_ids, labels, num_cut = truncate_example(input_ids, labels, self.max_length, lengths)
-        except ValueError as error:
-            raise DataError(f"{record.name}: {error}") from error
-        if num_cut:
-            raise DataError(f"{record.name}: {num_cut} pictures lie beyond the maximum of {self.max_length} tokens.")
-        if all(label == IGNORE_INDEX for label in labels):
-            raise DataError(f"{record.name} has nothing to learn in {len(labels)} of its {length} tokens.")
-        return input_ids, labels
-
-
-def _steps_of(image_processor):
-    try:
-        return read_steps(image_processor)
-    except OtherSteps as reason:
-        logger.info("pictures travel as float32, four times as many bytes, made by the image processor: %s.", reason)
-        return None
+from llava_lite.data.check.check import BadRecord, Report, check_annotations
+from llava_lite.data.encode import RecordEncoder
+from llava_lite.data.errors import DataError
+from llava_lite.data.examples import CLIP_336, ExampleMaker
+from llava_lite.data.feature_cache import FeatureView
+from llava_lite.data.image_files import find_image, open_record_image
+from llava_lite.data.index.annotations import Annotations, open_annotations
+from llava_lite.data.index.cache import file_key, get_key
+from llava_lite.data.media_files import LoadedMix, load_mix
+from llava_lite.data.records.media import MediaMix
+from llava_lite.data.records.record import Record
+from llava_lite.data.skipped import LeftOut
+from llava_lite.media.files import MediaError
+from llava_lite.media.image import ImageError
+from llava_lite.media.layout import ImageLayout
+from llava_lite.media.resize import Resize
 
 
 class LazySupervisedDataset(ExampleMaker, Dataset):
-    """Examples made when asked for; costs a worker nothing but paths, the tokenizer and the image processor.
+    """Examples made on demand; a worker receives only paths, the tokenizer and the image processor.
 
-    The arguments are those of ExampleMaker; image_folder: for records whose file names none. features: of the pictures
-    of these records, once they are stored; pictures are then neither opened nor encoded. left_out: the records that a
-    run leaves out; one that cannot be read then gives an empty example that says why under "left_out", and no error.
+    The arguments are those of ExampleMaker; image_folder: for annotation files without their own. features: of all
+    images of these records, if they are cached; images are then neither opened nor encoded. left_out: the records that
+    a run leaves out; with it, a record that cannot be read becomes an empty example with the reason under "left_out".
     """
 
     features: FeatureView | None = None
@@ -142,12 +40,14 @@ class LazySupervisedDataset(ExampleMaker, Dataset):
         image_processor,
         conv_template: str | Conversation,
         image_folder: str | None = None,
-        layout: PictureLayout = CLIP_336,
+        layout: ImageLayout = CLIP_336,
         max_length: int = 2048,
         mm_use_im_start_end: bool = False,
         follow_links: bool = False,
-        picture_resize: Resize | None = None,
+        image_resize: Resize | None = None,
         placeholder_as_text: bool = False,
+        injection: str = "tokens",
+        image_position: str = "placeholder",
     ):
         super().__init__(
             tokenizer,
@@ -156,13 +56,13 @@ class LazySupervisedDataset(ExampleMaker, Dataset):
             layout,
             max_length,
             mm_use_im_start_end,
-            picture_resize,
+            image_resize,
             placeholder_as_text,
+            injection,
+            image_position,
         )
-        if image_processor is None and annotations.has_picture.any():
-            raise ValueError(
-                "records have pictures but there is no image processor; name a tower with --vision_tower."
-            )
+        if image_processor is None and annotations.has_image.any():
+            raise ValueError("records have images but there is no image processor; name a tower with --vision_tower.")
         self.annotations = annotations
         self.image_folder = image_folder
         self.follow_links = follow_links
@@ -170,10 +70,16 @@ class LazySupervisedDataset(ExampleMaker, Dataset):
     def __len__(self):
         return len(self.annotations)
 
+    # Not set_epoch: accelerate's loader calls that with its own count, which begins with 0 after a resume.
+    def begin_epoch(self, epoch: int) -> None:
+        """Tell the data set and its workers the epoch, before a loader begins to read it."""
+        if self.crops is not None:
+            self.crops.begin(epoch)
+
     def __getitem__(self, i: int | tuple[int, ...]) -> dict | list[dict]:
         """Return the example of record i, or those of a pack of records.
 
-        DataError where one cannot be used, unless `left_out` takes it; most of these a check before the run finds.
+        DataError if one cannot be used, unless `left_out` is set; the check before the run finds most of these.
         """
         if isinstance(i, tuple):
             return [self[k] for k in i]
@@ -187,21 +93,22 @@ class LazySupervisedDataset(ExampleMaker, Dataset):
             return self._empty(i) | {"left_out": self.problem(i, error)}
 
     def read(self, i: int) -> dict:
-        """Return the example of record i; DataError where it cannot be used."""
+        """Return the example of record i; DataError if it cannot be used."""
         record = self.annotations[i]
         if self.features is None:
-            return self.example(record, [self.open(record, image) for image in record.images])
+            images = [self.open(record, image) for image in record.images]
+            return self.example(record, images, self.annotations.number(i))
         return {"image_features": [], **self.example(record, self.features[i])}
 
     def _empty(self, i: int) -> dict:
         file, position = self.annotations.place(i)
-        # The key of features tells the model that the tower runs on no rank, here as everywhere.
+        # By this key the model knows that the tower runs on no rank.
         features = {} if self.features is None else {"image_features": []}
         return features | self.empty(f"{file.name}[{position}]")
 
     def problem(self, i: int, error: ValueError) -> dict:
-        """Return a line of the log of skipped records for record i: which it is, its place and what is wrong."""
-        kind = "picture" if isinstance(error.__cause__, PictureError) else "record"
+        """Return the entry of record i in the skipped-records log: its number, file, position, id and the reason."""
+        kind = "image" if isinstance(error.__cause__, (ImageError, MediaError)) else "record"
         try:
             record_id = self.annotations[i].id
         except DataError:
@@ -210,35 +117,43 @@ class LazySupervisedDataset(ExampleMaker, Dataset):
         bad = BadRecord(file.source.path, position, record_id, kind, str(error))
         return {"place": self.annotations.number(i), **bad._asdict()}
 
-    def open(self, record: Record, image: str | bytes) -> Image.Image:
-        """Return a picture of a record; DataError naming the record if it cannot be used."""
+    def open(self, record: Record, image: str | bytes | MediaMix) -> Image.Image | LoadedMix:
+        """Return an image of a record, or its media; DataError with the name of the record if it cannot be used."""
+        if isinstance(image, MediaMix):
+            directory = record.image_folder or self.image_folder
+            return load_mix(directory, image, self.layout, record.name, self.follow_links)
         try:
-            return open_image(image if isinstance(image, bytes) else self.picture_path(record, image))
-        except PictureError as error:
+            return open_record_image(image if isinstance(image, bytes) else self.image_path(record, image))
+        except ImageError as error:
             raise DataError(f"{record.name}: {error}") from error
 
     @property
     def sources(self) -> list[tuple[str, int]]:
-        """The name of each file and how many of its records are used; for the card."""
+        """The name of each file and the number of its records in use; for the model card."""
         return [(file.name, len(positions)) for file, positions, _ in self.annotations.by_file()]
 
-    def picture_key(self, record: Record, image: str | bytes) -> str:
-        """Return a name for the content of a picture: its file as it is now, or its bytes."""
-        return key_of(image) if isinstance(image, bytes) else file_key(self.picture_path(record, image))
+    def image_key(self, record: Record, image: str | bytes) -> str:
+        """Return a key for the content of an image: of its file as it is now, or of its bytes."""
+        return get_key(image) if isinstance(image, bytes) else file_key(self.image_path(record, image))
 
-    def picture_path(self, record: Record, name: str) -> str:
-        """Return where a picture of a record lies; PictureError if there is none."""
-        return find_picture(record.image_folder or self.image_folder, name, self.follow_links)[0]
+    def image_path(self, record: Record, name: str) -> str:
+        """Return the path of an image of a record; ImageError if there is no such file."""
+        return find_image(record.image_folder or self.image_folder, name, self.follow_links)[0]
 
     @property
     def lengths(self):
-        """Tokens of each example, [N], known without making it; for the sampler."""
+        """Tokens of each example, [N], from the index; for the sampler."""
         return self.annotations.token_lengths.clip(max=self.max_length)
 
     @property
-    def has_picture(self):
-        """Which examples have pictures, [N] bool; for the sampler."""
-        return self.annotations.has_picture
+    def groups(self) -> list[str] | None:
+        """The group of each example, [N], if its file names one; for the sampler."""
+        return self.annotations.groups if self.annotations.has_groups else None
+
+    @property
+    def has_image(self):
+        """Which examples have images, [N] bool; for the sampler."""
+        return self.annotations.has_image
 
 
 def open_dataset(
@@ -247,23 +162,26 @@ def open_dataset(
     image_processor,
     conv_template: str | Conversation,
     image_folder: str | None = None,
-    layout: PictureLayout = CLIP_336,
+    layout: ImageLayout = CLIP_336,
     max_length: int = 2048,
     mm_use_im_start_end: bool = False,
     follow_links: bool = False,
     cache_dir: str | None = None,
     num_workers: int = 0,
-    picture_resize: Resize | None = None,
+    image_resize: Resize | None = None,
     placeholder_as_text: bool = False,
+    injection: str = "tokens",
+    image_position: str = "placeholder",
     **policy,
 ) -> tuple[LazySupervisedDataset, Report]:
     """Return the examples of annotation files, indexed and checked, and what the check found.
 
-    policy: bad_record, max_bad_share, ledger_path, decode, before of check_annotations. num_workers: processes that
-    count tokens the first time. picture_resize, placeholder_as_text: as in ExampleMaker.
+    policy: bad_record, max_bad_fraction, skipped_log_path, decode, before of check_annotations. num_workers: processes
+    that count tokens the first time. image_resize, placeholder_as_text: as in ExampleMaker. injection, image_position:
+    as in RecordEncoder.
     """
     annotations = open_annotations(data_path, image_folder, cache_dir, num_workers)
-    encoder = RecordEncoder(tokenizer, conv_template, mm_use_im_start_end)
+    encoder = RecordEncoder(tokenizer, conv_template, mm_use_im_start_end, injection, image_position)
     report = check_annotations(
         annotations,
         encoder,
@@ -284,7 +202,9 @@ def open_dataset(
         max_length,
         mm_use_im_start_end,
         follow_links,
-        picture_resize,
+        image_resize,
         placeholder_as_text,
+        injection,
+        image_position,
     )
     return dataset, report

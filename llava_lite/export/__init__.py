@@ -1,1 +1,1 @@
-"""Turn a model into a folder that another program opens, or into a whole one, and prove that it answers the same."""
+"""Write a model for another program, or merge its parts, and prove that it gives the same answers."""

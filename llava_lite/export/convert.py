@@ -1,7 +1,7 @@
-"""Turn a model of ours into a folder of transformers' own LLaVA, or back, and prove that it says the same.
+"""Turn a model of ours into a directory of transformers' own LLaVA, or back, and prove that its answers are equal.
 
-`llava-lite convert SOURCE TARGET [--to transformers|llava]`. The written folder is opened again, asked the same
-questions about the same pictures, and gets its name only if it gives the same answers.
+`llava-lite convert SOURCE TARGET [--to transformers|llava]`. The written directory is opened again, asked the same
+questions about the same images, and gets its name only if it gives the same answers.
 """
 
 import gc
@@ -12,29 +12,30 @@ import torch
 from tokenizers import Tokenizer
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedTokenizerFast
 
-from llava_lite.commands.convert import build_parser
-from llava_lite.companions import read_json
+from llava_lite.checkpoints.files import ADAPTER
+from llava_lite.checkpoints.source import Checkpoint
+from llava_lite.checkpoints.torch_files import is_torch_checkpoint
 from llava_lite.constants import IMAGE_TOKEN_INDEX
-from llava_lite.end_marks import add_end_mark, end_mark_of
-from llava_lite.export import witness
-from llava_lite.export.checked_folder import (
+from llava_lite.conversation.end_tokens import add_end_token, get_end_token
+from llava_lite.export import verify
+from llava_lite.export.hf_directory import check_expressible, write_hf
+from llava_lite.export.hf_processor import open_pil_processor, write_json
+from llava_lite.export.originals import convert_original, write_release
+from llava_lite.export.verified_directory import (
     TOLERANCE,
+    check_empty,
     check_full_precision,
-    finish_folder,
+    finish_directory,
+    get_our_answers,
+    new_directory,
     push,
-    refuse_full,
-    removed_on_error,
-    start_folder,
 )
-from llava_lite.export.stock_folder import refuse_inexpressible, write_stock
-from llava_lite.export.stock_processor import write_json
-from llava_lite.formats import transformers_llava as layout
-from llava_lite.hub import in_words, require_config
+from llava_lite.formats import hf_llava as layout
 from llava_lite.inference import load
-from llava_lite.model.loading import generation_arguments
-from llava_lite.model_source import check_source
+from llava_lite.model.builder import as_dtype
+from llava_lite.model.generation_config import read_generation_config
 
-# Model type, width, patch and picture side of a tower -> where it comes from.
+# Model type, width, patch and image side of a tower -> where it comes from.
 TOWERS = {
     ("clip_vision_model", 1024, 14, 224): "openai/clip-vit-large-patch14",
     ("clip_vision_model", 1024, 14, 336): "openai/clip-vit-large-patch14-336",
@@ -43,65 +44,88 @@ TOWERS = {
 
 
 def convert(
-    source, target, to=None, dtype=None, tolerance=TOLERANCE, max_shard_size="5GB", push_to_hub=None, say=print
+    source,
+    target,
+    to=None,
+    dtype=None,
+    tolerance=TOLERANCE,
+    max_shard_size="5GB",
+    push_to_hub=None,
+    base=None,
+    vision_tower=None,
+    tokenizer=None,
+    report=print,
 ):
-    """Write `source` to the folder `target` in another layout and return how far its answers are from the source's.
+    """Write `source` to the directory `target` in another layout and return how far its answers are from the source's.
 
-    to: `transformers` or `llava`; None for the one that the source is not in. say: takes each line of the report.
+    to: `transformers`, `llava` or `llama-adapter`; None for the one that the source is not in. base, vision_tower,
+    tokenizer: of a file or directory that another system wrote, see export/originals.py; such a source has no answers
+    of its own to compare, and every weight is accounted for instead. report: called with each line.
     Raises ValueError with the reason if the layout cannot hold the model, or if the answers differ; what was written
-    is then left beside `target` under a name that says so.
+    is then left beside `target`, named *.unchecked.
     """
-    source = str(source)
-    check_source(source)
-    refuse_full(target)
-    with in_words(source):
-        # Aloud: of a file that cannot be reached, read_json says only that there is none.
-        require_config(source, {})
-        config = read_json(source, "config.json", {})
-        check_full_precision(source)
-    is_stock = layout.claims(config)
-    to = to or ("llava" if is_stock else "transformers")
-    if (to == "llava") != is_stock:
-        found = "transformers' layout" if is_stock else "the layout of LLaVA and of this package"
-        raise ValueError(f"{str(source)!r} is in {found} already; nothing to convert.")
-    if not is_stock:
-        refuse_partial(source, config)
-        refuse_inexpressible(source)
-    unchecked = start_folder(target)
-    write = write_ours if is_stock else write_stock
-    with removed_on_error(unchecked):
-        expected, notes = write(source, unchecked, dtype, max_shard_size)
+    if to == "llama-adapter":
+        return write_release(source, target, report)
+    if is_torch_checkpoint(source):
+        if to == "transformers":
+            raise ValueError(f"{str(source)!r} is first converted to a directory of ours: leave --to out.")
+        convert_original(
+            source, target, base, vision_tower, tokenizer, dtype and as_dtype(dtype), max_shard_size, report
+        )
+        return push(target, push_to_hub, report)
+    given = {"--base": base, "--vision_tower": vision_tower, "--tokenizer": tokenizer}
+    for flag, value in given.items():
+        if value is not None:
+            raise ValueError(f"{flag} {value} is for files that another system wrote; {str(source)!r} is none.")
+    checkpoint = Checkpoint(source)
+    checkpoint.check()
+    check_empty(target)
+    checkpoint.require_config()
+    is_hf = checkpoint.format is layout
+    to = to or ("llava" if is_hf else "transformers")
+    if (to == "llava") != is_hf:
+        found = "transformers' layout" if is_hf else "the layout of LLaVA and of this package"
+        raise ValueError(f"{checkpoint.path!r} is in {found} already; nothing to convert.")
+    if not is_hf:
+        check_not_partial(checkpoint)
+    check_full_precision(checkpoint)
+    if not is_hf:
+        check_expressible(checkpoint)
+    write = write_ours if is_hf else write_hf
+    with new_directory(target) as unchecked:
+        expected, notes = write(checkpoint, unchecked, dtype, max_shard_size)
     gc.collect()
     for note in notes:
-        say(f"NOTE: {note}")
-    found = answers_of_ours(unchecked) if is_stock else answers_of_stock(unchecked)
-    gap = finish_folder(target, expected, found, tolerance, say)
-    if push_to_hub is not None:
-        say(push(target, push_to_hub))
+        report(f"NOTE: {note}")
+    found = get_our_answers(unchecked) if is_hf else get_hf_answers(unchecked)
+    gap = finish_directory(target, expected, found, tolerance, report)
+    push(target, push_to_hub, report)
     return gap
 
 
-def refuse_partial(source, config):
-    """Raise ValueError if a folder holds only what was trained; merging is another verb and says what it folded."""
-    adapter = read_json(source, "adapter_config.json", {})
-    if adapter or config.get("base_model_name_or_path"):
+def check_not_partial(checkpoint):
+    """Raise ValueError for a directory of trained weights alone, which `merge` merges into its base."""
+    if checkpoint.named_base is not None or checkpoint.file(ADAPTER) is not None:
         raise ValueError(
-            f"{str(source)!r} holds only what was trained, and transformers' LLaVA has no place for an adapter of "
-            f"ours. Fold it into its base first: llava-lite merge {source} FOLDER. It stays loadable here as it is."
+            f"{checkpoint.path!r} holds only what was trained, and transformers' LLaVA has no place for an adapter of "
+            f"ours. Merge it into its base first: llava-lite merge {checkpoint} DIRECTORY. It stays loadable here."
         )
 
 
-def write_ours(source, folder, dtype, max_shard_size):
-    """Write a folder of transformers' LLaVA as one of ours; return the source's own answers and what to tell."""
-    expected = answers_of_stock(source, dtype)
+def write_ours(checkpoint, directory, dtype, max_shard_size):
+    """Write a checkpoint of transformers' LLaVA as a directory of ours; return (its own answers, notes)."""
+    source = checkpoint.path
+    expected = get_hf_answers(source, dtype)
     model, processor = load(source, device="cpu", dtype=dtype or "auto")
-    # LLaVA's tools put -200 where a picture stands; the vocabulary may keep its `<image>`, which nobody writes then.
+    # LLaVA's tools put -200 where an image stands; the vocabulary keeps its `<image>`, which is not used then.
     model.config.image_token_index = processor.image_token_index = IMAGE_TOKEN_INDEX
-    grew = (read_json(source, "config.json", {}).get(layout.RECORD) or {}).get("vocabulary")
+    grew = (checkpoint.fields.get(layout.RECORD) or {}).get("vocabulary")
     model.config.conv_template = processor.conv_template
-    add_end_mark(model.generation_config, end_mark_of(processor.template(), processor.tokenizer), processor.tokenizer)
+    add_end_token(
+        model.generation_config, get_end_token(processor.template(), processor.tokenizer), processor.tokenizer
+    )
     if getattr(processor.image_processor, "do_pad", False):
-        # LLaVA's tools pad as the config says, and so does this package; not twice.
+        # LLaVA's tools and this package pad as config.json asks; not twice.
         processor.image_processor.do_pad = False
         model.config.image_aspect_ratio = processor.image_aspect_ratio = "pad"
     if grew is not None:
@@ -110,32 +134,33 @@ def write_ours(source, folder, dtype, max_shard_size):
         processor.tokenizer = without_tokens(processor.tokenizer, grew)
         processor.chat_template = processor.tokenizer.chat_template
     notes = name_tower(model.config)
-    for answer, mine in zip(expected, witness.readings(processor), strict=True):
-        if mine and not torch.equal(answer.input_ids, witness.placed(mine["input_ids"], IMAGE_TOKEN_INDEX)):
+    for answer, mine in zip(expected, verify.readings(processor), strict=True):
+        if mine and not torch.equal(answer.input_ids, verify.placed(mine["input_ids"], IMAGE_TOKEN_INDEX)):
             raise ValueError(
-                "LLaVA reads the text behind a picture as a text of its own, which gives other ids with the tokenizer "
-                f"of {source!r} than transformers' way. It stays loadable here as it is."
+                "LLaVA tokenizes the text after an image as a text of its own, which gives other ids with the "
+                f"tokenizer of {source!r} than transformers' way. It stays loadable here as it is."
             )
-    model.save_pretrained(folder, max_shard_size=max_shard_size)
-    processor.save_pretrained(folder)
+    model.save_pretrained(directory, max_shard_size=max_shard_size)
+    processor.save_pretrained(directory)
     if grew is not None:
-        path = Path(folder) / "tokenizer_config.json"
+        path = Path(directory) / "tokenizer_config.json"
         fields = json.loads(path.read_text(encoding="utf-8")) | {"tokenizer_class": grew["tokenizer_class"]}
         write_json(path, {key: value for key, value in fields.items() if value is not None})
     return expected, notes
 
 
 def name_tower(config):
-    """Name the tower that LLaVA's own loader builds before it takes the weights; return a line if none is known."""
+    """Set mm_vision_tower, which LLaVA's own loader needs; return a note if no name is known."""
     if config.mm_vision_tower is not None:
         return []
     tower = config.vision_config
     config.mm_vision_tower = TOWERS.get((tower.model_type, tower.hidden_size, tower.patch_size, tower.image_size))
     if config.mm_vision_tower is None:
         return [
-            "The tower is none of the usual ones; LLaVA's own code needs its name as mm_vision_tower, this does not."
+            "The name of the vision tower is not known; LLaVA's own code needs it as "
+            "mm_vision_tower, this package does not."
         ]
-    # The weights are in the folder and may have been trained.
+    # The weights are in the directory and may have been trained.
     config.unfreeze_mm_vision_tower = True
     return []
 
@@ -151,39 +176,24 @@ def without_tokens(tokenizer, grew):
     return PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=grew["chat_template"], **named)
 
 
-def answers_of_ours(folder):
-    """Return what a folder answers through this package, in float32."""
-    model, processor = load(folder, device="cpu", dtype="float32")
-    sees = model.get_vision_tower() is not None
-    return witness.answers(model, witness.readings(processor, sees), processor.image_token_index)
-
-
-def answers_of_stock(folder, dtype=None):
-    """Return what a folder answers through transformers alone, in float32 of the weights as `dtype` holds them."""
-    readable = generation_arguments(folder, AutoConfig.from_pretrained(folder), {}, {})
-    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype or "auto", **readable).eval().float()
+def get_hf_answers(directory, dtype=None):
+    """Return what a directory answers through transformers alone, in float32 of the weights as `dtype` holds them."""
+    generation = read_generation_config(Checkpoint(directory), AutoConfig.from_pretrained(directory))
+    model = AutoModelForImageTextToText.from_pretrained(directory, dtype=dtype or "auto", generation_config=generation)
+    model = model.eval().float()
     assert type(model).__module__.startswith("transformers."), type(model)
-    processor = stock_processor(folder)
-    said = witness.answers(model, witness.readings(processor), processor.image_token_id)
+    processor = hf_processor(directory)
+    answers = verify.answers(model, verify.readings(processor), processor.image_token_id)
     del model
     gc.collect()
-    return said
+    return answers
 
 
-def stock_processor(folder):
-    """Return transformers' processor of a folder, its pictures prepared with PIL.
+def hf_processor(directory):
+    """Return transformers' processor of a directory, its images prepared with PIL.
 
     With torchvision it would choose its other backend, which resizes a little differently.
     """
-    # From its own file: transformers 5.17 offers it at the top only where torchvision is installed.
-    from transformers.models.auto.image_processing_auto import AutoImageProcessor
-
-    processor = AutoProcessor.from_pretrained(folder)
-    processor.image_processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
+    processor = AutoProcessor.from_pretrained(directory)
+    processor.image_processor = open_pil_processor(directory)
     return processor
-
-
-def main(argv=None):
-    """Run `llava-lite convert`; errors are told in a line by llava_lite.cli."""
-    convert(**vars(build_parser().parse_args(argv)))
-    return 0

@@ -1,23 +1,24 @@
-"""Turn what was merged, and how it answered, into the card of the whole model: its own, not that of the run before."""
+"""Write the card of a merged model: its parts, the parity check, and the sections of the training run's card."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-CARD = "README.md"
-# Of the card of the run that trained the parts: what still is true of the weights, and tells how they came about.
+from llava_lite.hub.card import CARD, front_matter, public_name, usage
+
+# Parts of the training run's card that are still true of the merged weights.
 KEPT_METADATA = ("license", "license_name", "license_link", "datasets", "base_model")
 KEPT_SECTIONS = ("Data", "What trained", "Losses", "Expert load", "Recipe")
 
 
-def merged_card(name: str, source: str, folder, base: str, config, adapter: dict, checked: str) -> str:
+def merged_card(name: str, source: str, directory, base: str, config, adapter: dict, checked: str) -> str:
     """Return the text of README.md for a merged model.
 
-    name: of its directory. source, base: path or hub id of what was trained, and of what it stood on; folder: where
-    the former lies. config: of the merged model. adapter: adapter_config.json of the source, {} where it holds no
-    LoRA. checked: how its answers compare with those of the parts.
+    name: of its directory. source, base: path or hub id of the trained weights and of their base; directory: the local
+    copy of the source. config: of the merged model. adapter: adapter_config.json of the source, {} without LoRA.
+    checked: how its answers compare with those of the parts.
     """
-    metadata, sections = read_card(Path(folder) / CARD)
+    metadata, sections = read_card(Path(directory) / CARD)
     sees = getattr(config, "has_vision_tower", False)
     front = {
         "library_name": "llava-lite" if hasattr(config, "has_vision_tower") else "transformers",
@@ -27,15 +28,15 @@ def merged_card(name: str, source: str, folder, base: str, config, adapter: dict
     }
     if "base_model" in front:
         front["base_model_relation"] = "finetune"
-    origin = public(source)
+    origin = public_name(source)
     lines = [
         f"# {name}",
         "",
-        f"`{origin}` and its base `{public(base)}` as one model, written by `llava-lite merge`.",
+        f"`{origin}` and its base `{public_name(base)}` as one model, written by `llava-lite merge`.",
         "",
         *facts(config, adapter, checked, sees),
         "",
-        *usage(name, sees),
+        usage(name, sees),
     ]
     trained = [f"### {title}\n\n{body}" for title, body in sections.items() if title in KEPT_SECTIONS]
     text = "\n".join(lines)
@@ -44,15 +45,8 @@ def merged_card(name: str, source: str, folder, base: str, config, adapter: dict
     return f"{front_matter(front)}\n{text}\n"
 
 
-def front_matter(fields: dict) -> str:
-    """Return the YAML block that the Hub reads."""
-    import yaml
-
-    return f"---\n{yaml.safe_dump(fields, sort_keys=False)}---\n"
-
-
 def facts(config, adapter: dict, checked: str, sees: bool) -> list[str]:
-    """Return what the model is and what was done, a line each."""
+    """Return the lines about the model and the merge."""
     lines = []
     if adapter:
         lines.append(f"- merged: LoRA of rank {adapter.get('r')}, alpha {adapter.get('lora_alpha')}")
@@ -60,24 +54,10 @@ def facts(config, adapter: dict, checked: str, sees: bool) -> list[str]:
         lines.append("- merged: the weights that were trained")
     if sees:
         tower = config.mm_vision_tower or config.vision_config.model_type
-        lines += [f"- vision tower: `{public(tower)}`", f"- connector: `{config.mm_projector_type}`"]
+        lines += [f"- vision tower: `{public_name(tower)}`", f"- connector: `{config.mm_projector_type}`"]
     if getattr(config, "conv_template", None):
         lines.append(f"- prompt format: `{config.conv_template}`")
-    return [*lines, f"- this directory holds the whole model; beside its parts: {checked}"]
-
-
-def usage(name: str, sees: bool) -> list[str]:
-    """Return how to ask it something."""
-    question = 'reply(model, processor, "What is in this image?", images="image.jpg")'
-    question = question if sees else 'reply(model, processor, "Who are you?")'
-    code = ["from llava_lite import load, reply", "", f'model, processor = load("{name}")', f"print({question})"]
-    return ["## Use", "", "```python", *code, "```"]
-
-
-def public(name: str) -> str:
-    """Return a hub id as it is, and of a path of this machine the last part."""
-    path = Path(name)
-    return path.name if path.is_absolute() or path.exists() or str(name).startswith((".", "~")) else str(name)
+    return [*lines, f"- this directory holds the complete model; compared with its parts: {checked}"]
 
 
 def read_card(path: Path) -> tuple[dict, dict]:

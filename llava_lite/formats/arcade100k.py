@@ -12,6 +12,7 @@ from pathlib import Path
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 FILE = "arcade100k.tiktoken"
 END = "<|endoftext|>"
@@ -42,7 +43,7 @@ WORDS = (
 def read_arcade100k(file, pad_token: str | None = None, unk_token: str | None = None, **kwargs):
     """Return the tokenizer of an arcade100k.tiktoken; pad_token, unk_token, kwargs: of the tokenizer_config.json."""
     ranks = read_ranks(file)
-    letters = byte_letters()
+    letters = bytes_to_unicode()
     words = {token: "".join(letters[byte] for byte in token) for token in ranks}
     vocab = {words[token]: rank for token, rank in ranks.items()}
     merges = [tuple(words[part] for part in last_merge(token, ranks)) for token in ranks if len(token) > 1]
@@ -77,11 +78,3 @@ def last_merge(token: bytes, ranks: dict[bytes, int]) -> tuple[bytes, bytes]:
         at = pairs.index(min(pairs))
         parts[at : at + 2] = [parts[at] + parts[at + 1]]
     return parts[0], parts[1]
-
-
-def byte_letters() -> list[str]:
-    """Return the letter that byte-level tokenizers write for each of the 256 bytes."""
-    shown = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in shown]
-    letters = {byte: chr(byte) for byte in shown} | {byte: chr(256 + number) for number, byte in enumerate(others)}
-    return [letters[byte] for byte in range(256)]

@@ -7,7 +7,7 @@ layer are fused: `mlp.experts.gate_up_proj` [E, 2I, D] and `down_proj` [E, D, I]
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 
@@ -40,6 +40,7 @@ REFUSED = {
     "a checkpoint on Phi, StableLM, Qwen1.5, Mistral or Llama.",
 }
 
+_LAYER = re.compile(r"\.layers\.(\d+)\.")
 _OUR_EXPERTS = re.compile(r"(?P<layer>.*\.)mlp\.experts\.(?P<fused>gate_up_proj|up_proj|down_proj)(?P<bias>_bias)?")
 _THEIR_EXPERTS = re.compile(
     rf"(?P<layer>.*\.){re.escape(EXPERT)}(?P<expert>\d+)\.(?P<linear>\w+)\.(?P<kind>weight|bias)"
@@ -61,6 +62,46 @@ def moe_llava_names(name, num_experts=1, gated=None):
     return [
         f"{match['layer']}{EXPERT}{expert}.{linear}.{suffix}" for expert in range(num_experts) for linear in linears
     ]
+
+
+def get_layer(name):
+    """Return the layer that a parameter of this name belongs to, None for one outside the layers."""
+    found = _LAYER.search(name)
+    return None if found is None else int(found[1])
+
+
+def match_train_modules(
+    names: Iterable[str], entries: Iterable[str] | None, num_experts: Mapping[int, int]
+) -> list[str]:
+    """Return those of our parameter `names` whose name in MoE-LLaVA contains one of `entries`; None: all MLPs.
+
+    num_experts: experts by layer index. Raises ValueError for an entry that is part of no name, and for entries that
+    take a part of a fused weight only.
+    """
+    names = list(names)
+    if entries is None:
+        return [name for name in names if ".mlp." in name]
+    gated = any(name.endswith(".mlp.experts.gate_up_proj") for name in names)
+    theirs = {name: moe_llava_names(name, num_experts.get(get_layer(name), 1), gated) for name in names}
+    for entry in entries:
+        if not any(entry in alias for aliases in theirs.values() for alias in aliases):
+            known = sorted({alias.split(".")[-2] for aliases in theirs.values() for alias in aliases})
+            raise ValueError(
+                f"--train_modules {entry} trains nothing: no parameter is named so; known: {', '.join(known)}."
+            )
+    return [name for name, aliases in theirs.items() if takes_all(name, aliases, list(entries))]
+
+
+def takes_all(name, aliases, entries):
+    """Whether `entries` match every one of `aliases`, False if they match none; raises ValueError for some."""
+    matched = [alias for alias in aliases if any(entry in alias for entry in entries)]
+    if matched and len(matched) < len(aliases):
+        missed = next(alias for alias in aliases if alias not in matched)
+        raise ValueError(
+            f"--train_modules {' '.join(entries)} names {matched[0]} but not {missed}, and {name} holds both as one "
+            "weight. Name both or neither."
+        )
+    return bool(matched)
 
 
 def _replace_prefix(name, ours, theirs):
@@ -112,7 +153,7 @@ def _fuse(layer, weights):
     if wanted != set(weights):
         missing, unknown = sorted(wanted - set(weights)), sorted(set(weights) - wanted)
         raise ValueError(
-            f"the experts of {layer}mlp are not whole: missing {missing[:4]}, not known {unknown[:4]}. "
+            f"the experts of {layer}mlp are incomplete: missing {missing[:4]}, not known {unknown[:4]}. "
             "A checkpoint written under expert parallelism holds one rank's experts only; gather all ranks' files."
         )
     return {
@@ -149,7 +190,7 @@ def config_from(config: Mapping) -> dict:
     if config.get("mm_video_tower") is not None:
         raise ValueError(
             f"this checkpoint has a video tower, {config['mm_video_tower']!r}; videos are not supported here, only "
-            "MoE-LLaVA's models of pictures."
+            "MoE-LLaVA's models of images."
         )
     renamed = {CONFIG_KEYS.get(key, key): value for key, value in config.items() if CONFIG_KEYS.get(key) not in config}
     renamed = {key: value for key, value in renamed.items() if key not in VIDEO_KEYS}
@@ -159,7 +200,7 @@ def config_from(config: Mapping) -> dict:
 
 
 def _select_feature(config):
-    """Return the field that says which of the tower's tokens are read, where it means another thing here.
+    """Return the field that says which of the tower's tokens are read, if it has another meaning here.
 
     There "patch" leaves the first token out whatever it is. SigLIP's is a patch: its models were trained with 728
     features of 729.
@@ -182,18 +223,18 @@ def weights_from(state_dict: Mapping[str, torch.Tensor], config: Mapping) -> dic
     Phi's vocabulary head has a bias here and none in MoE-LLaVA, which drops it: it is 0 then.
     """
     plain = {plain_name(name): tensor for name, tensor in state_dict.items()}
-    weights = from_moe_llava(fold_lora(plain, config.get("lora")))
+    weights = from_moe_llava(merge_lora(plain, config.get("lora")))
     head = weights.get("lm_head.weight")
     if (config.get("model_type") or "").endswith("llava_phi") and head is not None:
         weights.setdefault("lm_head.bias", torch.zeros(len(head), dtype=head.dtype))
     return weights
 
 
-def fold_lora(state_dict: Mapping[str, torch.Tensor], lora: Mapping | None) -> dict[str, torch.Tensor]:
+def merge_lora(state_dict: Mapping[str, torch.Tensor], lora: Mapping | None) -> dict[str, torch.Tensor]:
     """Return the state dict with every `x.lora_A`, `x.lora_B` added to `x.weight`: W + lora_alpha / r * B A.
 
     MoE-LLaVA writes a tuned model with experts so, LoRA beside the weights. lora: the field `lora` of config.json.
-    Raises ValueError if that field is absent or a pair is not whole.
+    Raises ValueError if that field is absent or a pair is incomplete.
     """
     downs = {name.split(".lora_A.")[0]: tensor for name, tensor in state_dict.items() if ".lora_A." in name}
     ups = {name.split(".lora_B.")[0]: tensor for name, tensor in state_dict.items() if ".lora_B." in name}
@@ -203,12 +244,12 @@ def fold_lora(state_dict: Mapping[str, torch.Tensor], lora: Mapping | None) -> d
     if not lora or "lora_alpha" not in lora:
         raise ValueError(
             f"the checkpoint holds LoRA weights of {len(downs)} layers, such as {sorted(downs)[:2]}, and its "
-            "config.json does not say how to scale them: it lacks the field lora with lora_alpha, as in "
+            "config.json does not hold their scale: it lacks the field lora with lora_alpha, as in "
             '{"lora_enable": true, "lora_r": 128, "lora_alpha": 256}.'
         )
     incomplete = sorted(set(downs) ^ set(ups)) + [name for name in downs if f"{name}.weight" not in plain]
     if incomplete:
-        raise ValueError(f"LoRA of {incomplete[:4]} is not whole: lora_A, lora_B and the weight itself are needed.")
+        raise ValueError(f"LoRA of {incomplete[:4]} is incomplete: lora_A, lora_B and the weight itself are needed.")
     for name, down in downs.items():
         weight = plain[f"{name}.weight"]
         update = ups[name].float() @ down.float()

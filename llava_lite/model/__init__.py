@@ -9,13 +9,7 @@ from transformers import (
     AutoProcessor,
 )
 
-from llava_lite.model.language_model.llava_llama import LlavaConfig, LlavaLlamaConfig, LlavaLlamaForCausalLM
-from llava_lite.model.language_model.llava_mistral import LlavaMistralConfig, LlavaMistralForCausalLM
-from llava_lite.model.language_model.llava_phi import LlavaPhiConfig, LlavaPhiForCausalLM
-from llava_lite.model.language_model.llava_qwen2 import LlavaQwen2Config, LlavaQwen2ForCausalLM
-from llava_lite.model.language_model.llava_qwen3 import LlavaQwen3Config, LlavaQwen3ForCausalLM
-from llava_lite.model.language_model.llava_stablelm import LlavaStableLmConfig, LlavaStableLmForCausalLM
-from llava_lite.model.moe_llava_types import (
+from llava_lite.model.compat.moe_llava import (
     EvalMoELLaVALlamaForCausalLM,
     EvalMoELLaVAMistralForCausalLM,
     EvalMoELLaVAPhiForCausalLM,
@@ -36,7 +30,13 @@ from llava_lite.model.moe_llava_types import (
     MoELLaVAStablelmConfig,
     MoELLaVAStablelmForCausalLM,
 )
-from llava_lite.processing import LlavaLiteProcessor
+from llava_lite.model.language_model.llava_llama import LlavaConfig, LlavaLlamaConfig, LlavaLlamaForCausalLM
+from llava_lite.model.language_model.llava_mistral import LlavaMistralConfig, LlavaMistralForCausalLM
+from llava_lite.model.language_model.llava_phi import LlavaPhiConfig, LlavaPhiForCausalLM
+from llava_lite.model.language_model.llava_qwen2 import LlavaQwen2Config, LlavaQwen2ForCausalLM
+from llava_lite.model.language_model.llava_qwen3 import LlavaQwen3Config, LlavaQwen3ForCausalLM
+from llava_lite.model.language_model.llava_stablelm import LlavaStableLmConfig, LlavaStableLmForCausalLM
+from llava_lite.processing.processor import LlavaLiteProcessor
 
 BACKBONES = {
     "llama": LlavaLlamaForCausalLM,
@@ -49,9 +49,9 @@ BACKBONES = {
 
 
 def model_class_for(model_type: str) -> type:
-    """Return the model class of a text decoder ("llama") or of one of ours ("llava_llama").
+    """Return the model class for the model_type of a text decoder ("llama") or of a model here ("llava_llama").
 
-    Raises ValueError with the known ones.
+    Raises ValueError with the known types.
     """
     name = model_type.removeprefix("llava_")
     if name not in BACKBONES:
@@ -63,7 +63,7 @@ def model_class_for(model_type: str) -> type:
 
 for _model in BACKBONES.values():
     _config = _model.config_class
-    # exist_ok: the package may be imported once more, after a test or a notebook dropped it.
+    # exist_ok: a test or a notebook may remove the package from sys.modules and import it again.
     AutoConfig.register(_config.model_type, _config, exist_ok=True)
     AutoModel.register(_config, _model.decoder_class, exist_ok=True)
     AutoModelForCausalLM.register(_config, _model, exist_ok=True)

@@ -1,7 +1,7 @@
 """Choose the attention function, and attend sample by sample: in packed rows, and in batches with padding.
 
-A packed row is samples one behind the other; `cu_seq_lens_q` says where each ends, as flash attention's callers name
-it. B batch, H heads, Hkv heads of keys, G queries' heads a key's head, L positions, K cached positions, Dh width of a
+A packed row holds several samples in sequence; `cu_seq_lens_q`, flash attention's name, holds their boundaries. B
+batch, H heads, Hkv key heads, G query heads per key head, L positions, K cached positions, Dh width of a
 head, n tokens of a sample.
 """
 
@@ -23,12 +23,12 @@ CHOICES = ("auto", "flash_attention_2", "varlen", "sdpa", "eager")
 
 
 def choose_attention(name: str | None, device: str | None = None, packed: bool = False) -> str:
-    """Return the attention implementation that transformers is given.
+    """Return the name of the attention implementation for transformers.
 
-    name: one of CHOICES or a name that transformers knows; None and "auto" take the best that is installed for the
+    name: one of CHOICES or a name that transformers knows; None and "auto" choose the best that is installed for the
     device ("cuda" if there is one): flash-attn, else torch's varlen kernel, else sdpa. packed: rows will hold several
-    samples, for which varlen stands in place of sdpa: that is exact there too, by a mask as large as the row squared.
-    The choice is logged.
+    samples, for which varlen is chosen instead of sdpa; sdpa is exact too, with a mask of the row length squared. The
+    choice is logged.
     """
     if name not in (None, "auto"):
         return name
@@ -53,9 +53,9 @@ def find_varlen_kernel():
 
 
 def window_arguments(kernel, window: int | None) -> dict:
-    """Return how this version of `varlen_attn` is told to be causal: `is_causal` in 2.10, a window from 2.11 on.
+    """Return the argument that makes this version of `varlen_attn` causal: `is_causal` in 2.10, a window since 2.11.
 
-    window: how many keys a query sees, its own included; None for all before it.
+    window: number of keys that a query sees, its own included; None for all before it.
     """
     left = -1 if window is None else window - 1
     if "window_size" in inspect.signature(kernel).parameters:
@@ -83,20 +83,20 @@ def varlen_attention(
     """Attend within each sample of a packed row, or within each row's real tokens, without computing padding.
 
     query [B, H, L, Dh]; key, value [B, Hkv, K, Dh]; attention_mask: None, [B, L] bool (True is real), or the mask
-    [B, 1, L, K] that `varlen_mask` makes for queries with a cache. cu_seq_lens_q: where the samples of a packed row
-    begin, and its end, int [samples + 1]; max_length_q: the longest. Returns ([B, L, H, Dh], None), zeros at padding.
-    With a cache, with a ready mask, and where attention is not causal, SDPA attends as in transformers.
+    [B, 1, L, K] that `varlen_mask` makes for queries with a cache. cu_seq_lens_q: start of each sample of a packed row
+    and the row's end, int [samples + 1]; max_length_q: length of the longest. Returns ([B, L, H, Dh], None), zeros at
+    padding. With a cache, with a given mask, and where attention is not causal, SDPA computes as in transformers.
     """
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     if cu_seq_lens_q is None and attention_mask is None and causal and query.shape[2] == key.shape[2] > 1:
-        # Layers that hand on the positions alone: transformers' own, outside our models.
+        # Layers that pass positions alone: transformers' own, outside our models.
         found = find_segments(position_ids, len(query))
         cu_seq_lens_q, max_length_q = found.get("cu_seq_lens_q"), found.get("max_length_q")
     if cu_seq_lens_q is not None and causal:
         if query.shape[2] != key.shape[2]:
             raise ValueError(
-                f"a packed row of {query.shape[2]} queries and {key.shape[2]} keys: a packed row has no cache; pass "
-                "use_cache=False, or one sample a row."
+                f"a packed row of {query.shape[2]} queries and {key.shape[2]} keys: packed rows cannot have a cache; "
+                "pass use_cache=False, or one sample a row."
             )
         rows = [t.transpose(1, 2).flatten(0, 1) for t in (query, key, value)]  # [B * L, H, Dh], a view
         out = attend_segments(*rows, cu_seq_lens_q, max_length_q, scaling, sliding_window, dropout)
@@ -107,7 +107,7 @@ def varlen_attention(
     if attention_mask is None or attention_mask.dim() != 2 or not causal:
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, is_causal, **kwargs)
     packed = [t.transpose(1, 2)[attention_mask] for t in (query, key, value)]  # [tokens, H, Dh]
-    ends = ends_of(attention_mask.sum(1))
+    ends = get_ends(attention_mask.sum(1))
     packed_out = attend_segments(*packed, ends, None, scaling, sliding_window, dropout)
     out = query.new_zeros(query.shape[0], query.shape[2], query.shape[1], query.shape[3])
     out[attention_mask] = packed_out
@@ -115,9 +115,9 @@ def varlen_attention(
 
 
 def find_segments(position_ids: torch.Tensor | None, num_rows: int) -> dict:
-    """Return where samples begin in rows whose positions [B or 1, L] start anew, for attention; {} if none does.
+    """Return the boundaries of samples in rows whose positions [B or 1, L] start again, for attention; {} if none do.
 
-    For a caller who packs and gives positions alone, as transformers allows: our attention would not see it.
+    For a caller who packs rows and gives positions alone, as transformers allows.
     """
     if position_ids is None or torch.compiler.is_compiling():
         return {}
@@ -131,13 +131,13 @@ def find_segments(position_ids: torch.Tensor | None, num_rows: int) -> dict:
     return {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": longest, "max_length_k": longest}
 
 
-def ends_of(lengths: torch.Tensor) -> torch.Tensor:
-    """Return where segments of these lengths begin, and the end of the last, int32 [segments + 1]."""
+def get_ends(lengths: torch.Tensor) -> torch.Tensor:
+    """Return the start of each segment of these lengths and the end of the last, int32 [segments + 1]."""
     return F.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
 
 
 def repeat_heads(keys: torch.Tensor, num_heads: int, dim: int = 1) -> torch.Tensor:
-    """Return keys or values with a copy for every query head that shares them."""
+    """Return keys or values, each head repeated for every query head that uses it."""
     groups = num_heads // keys.shape[dim]
     return keys.repeat_interleave(groups, dim=dim) if groups > 1 else keys
 
@@ -145,8 +145,8 @@ def repeat_heads(keys: torch.Tensor, num_heads: int, dim: int = 1) -> torch.Tens
 def attend_segments(query, key, value, ends, longest=None, scaling=None, window=None, dropout=0.0) -> torch.Tensor:
     """Attend causally inside each segment of packed tokens, query [tokens, H, Dh], key and value [tokens, Hkv, Dh].
 
-    ends: int32 [segments + 1], 0 first; longest: tokens of the longest segment, asked of the device if None. On CUDA
-    in half precision one kernel serves all segments and nothing waits for the device; elsewhere SDPA runs once each.
+    ends: int32 [segments + 1], 0 first; longest: tokens of the longest segment, read from the device if None. On CUDA
+    in half precision one kernel runs all segments without waiting for the device; elsewhere SDPA runs once a segment.
     """
     kernel = find_varlen_kernel()
     if query.is_cuda and kernel is not None and query.dtype in (torch.float16, torch.bfloat16) and not dropout:
@@ -154,12 +154,12 @@ def attend_segments(query, key, value, ends, longest=None, scaling=None, window=
         return run_kernel(kernel, query, key, value, ends.to(torch.int32), longest, scaling, window)
     lengths = ends.diff().tolist()
     segments = zip(*(t.split(lengths) for t in (query, key, value)), strict=True)
-    # One split and one cat of views: quicker than writing into a buffer, and in the backward pass they are each other.
+    # One split and one cat: faster than writing into a buffer, and each is the other's backward pass.
     return torch.cat([attend_segment(*segment, scaling, window, dropout) for segment in segments])
 
 
 def run_kernel(kernel, query, key, value, ends, longest: int, scaling, window) -> torch.Tensor:
-    """Return what a `varlen_attn` of any version makes of packed tokens; shapes as in attend_segments."""
+    """Return the output of a `varlen_attn` of any version for packed tokens; shapes as in attend_segments."""
     options = window_arguments(kernel, window) | ({} if scaling is None else {"scale": scaling})
     if query.shape[1] != key.shape[1]:
         if "enable_gqa" in inspect.signature(kernel).parameters:
@@ -173,10 +173,10 @@ def attend_segment(query, key, value, scaling=None, window=None, dropout=0.0) ->
     """Attend causally in one sample by SDPA: query [n, H, Dh], key and value [n, Hkv, Dh] -> [n, H, Dh]."""
     length, num_heads, width = query.shape
     groups = num_heads // key.shape[1]
-    # Heads that share keys are rows of a batch, whose keys are one and the same memory: SDPA's own grouping copies.
+    # Query heads of one key head form a batch over expanded keys, without a copy; SDPA's own grouping copies keys.
     query = query.view(length, -1, groups, width).permute(2, 1, 0, 3)  # [G, Hkv, n, Dh]
     key, value = (t.transpose(0, 1).expand(groups, -1, -1, -1) for t in (key, value))
-    # Within the window's length everything before a token is seen.
+    # A sample no longer than the window needs no mask.
     mask = None if window is None or window >= length else window_mask(length, window, query.device)
     out = F.scaled_dot_product_attention(
         query, key, value, attn_mask=mask, is_causal=mask is None, dropout_p=dropout, scale=scaling
@@ -185,7 +185,7 @@ def attend_segment(query, key, value, scaling=None, window=None, dropout=0.0) ->
 
 
 def window_mask(length: int, window: int, device) -> torch.Tensor:
-    """Return which keys each query of a sample sees: itself and the window - 1 before it, bool [n, n]."""
+    """Return the keys that each query of a sample sees: itself and the window - 1 before it, bool [n, n]."""
     rows = torch.arange(length, device=device)[:, None]
     columns = torch.arange(length, device=device)[None]
     return (columns <= rows) & (columns > rows - window)
@@ -194,8 +194,8 @@ def window_mask(length: int, window: int, device) -> torch.Tensor:
 def varlen_mask(batch_size, q_length, kv_length, q_offset=0, kv_offset=0, attention_mask=None, **kwargs):
     """Return the mask that `varlen_attention` reads; a function of transformers' AttentionMaskInterface.
 
-    Where the queries are all there is, and no pattern of a caller's own is to be laid over: the padding mask [B, L]
-    as it is. Else the mask of SDPA [B, 1, L, K], as for queries with a cache.
+    Without a cache and without a mask function of the caller: the padding mask [B, L] unchanged. Else the mask of
+    SDPA [B, 1, L, K].
     """
     is_all = isinstance(q_offset, int) and q_offset == 0 == kv_offset and q_length == kv_length > 1
     if is_all and not kwargs.get("use_vmap") and not torch.compiler.is_compiling():

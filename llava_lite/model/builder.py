@@ -1,36 +1,37 @@
-"""Open a checkpoint by folder or hub id as (tokenizer, model, image_processor, context_len), LLaVA's way.
+"""Open a checkpoint by directory or hub id as (tokenizer, model, image_processor, context_len), LLaVA's way.
 
 The class comes from config.json and never from the name; LLaVA's `model_name` is accepted and not read.
 """
 
+import copy
 import importlib.util
 import logging
 from pathlib import Path
 
 import torch
-from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
-from transformers.utils import cached_file
+from transformers import AutoModelForCausalLM
 
-from llava_lite.companions import find_base, image_processor_of, load_tokenizer, read_json
+from llava_lite.checkpoints.config import check_generates, is_llava
+from llava_lite.checkpoints.files import readable_file_errors
+from llava_lite.checkpoints.load_report import missing_and_unexpected, own_accounting
+from llava_lite.checkpoints.partial import check_no_missing_or_unexpected, check_parts_found, merge_adapter
+from llava_lite.checkpoints.source import Checkpoint
+from llava_lite.checkpoints.step_weights import check_has_config
+from llava_lite.checkpoints.tokenizer import get_image_processor, load_tokenizer
+from llava_lite.checkpoints.torch_files import is_torch_checkpoint
+from llava_lite.checkpoints.vocabulary import fit_rows
 from llava_lite.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_PATCH_TOKEN
-from llava_lite.end_marks import add_end_mark, end_mark_of_config
-from llava_lite.formats import foreign_format, moe_llava
-from llava_lite.hub import everywhere, hub_arguments, in_words, reach_config, require_config
-from llava_lite.model import BACKBONES, model_class_for
-from llava_lite.model.accounting import own_accounting, strays
-from llava_lite.model.architectures import check_generates, check_model_type
-from llava_lite.model.checkpoint_weights import refuse_nameless
-from llava_lite.model.loading import generation_arguments
-from llava_lite.model.partial import base_of, merge_adapter, refuse_lost_parts, refuse_strays
-from llava_lite.model.placement import SPREADS, is_too_large, spread, take_places
+from llava_lite.conversation.end_tokens import add_end_token, get_config_end_token
+from llava_lite.formats import moe_llava
+from llava_lite.hub.errors import CONFIG
+from llava_lite.model import model_class_for
+from llava_lite.model.generation_config import read_generation_config
+from llava_lite.model.placement import SPREADS, is_too_large, pop_placement, spread
 from llava_lite.model.quantization import agreed, one_request, stored_quantization
-from llava_lite.model.vocabulary import fit_rows
-from llava_lite.model.weight_files import broken_files_in_words
-from llava_lite.model_source import check_source
 
 logger = logging.getLogger(__name__)
 
-# LLaVA's answer where a config does not say how long a prompt may be.
+# LLaVA's value if a config does not limit the length of a prompt.
 DEFAULT_CONTEXT_LEN = 2048
 
 
@@ -53,24 +54,29 @@ def load_pretrained_model(
 ):
     """Return (tokenizer, model, image_processor, context_len); image_processor is None for a plain LLM.
 
-    model_path: a whole model, or a folder of what was trained (projector, LoRA); such a folder names its base in
-    config.json, and model_base replaces that name. dtype: None for the checkpoint's own (float32 for a float16 one on
-    the CPU). device_map: a map of several places, or "auto" on several GPUs, spreads the model and needs accelerate;
+    model_path: a complete model, or a directory of trained weights (projector, LoRA), which names its base in
+    config.json; model_base replaces that name. dtype: None for the checkpoint's own (float32 for a float16 one on the
+    CPU). device_map: a map of several places, or "auto" on several GPUs, spreads the model and needs accelerate;
     otherwise the model goes to `device` itself. customized_config: a config, its fields or where to read it, in place
     of the checkpoint's; overwrite_config: fields to replace, those within `moe` one by one. model_name, multimodal:
     LLaVA's and lmms-eval's, accepted and not needed. Further keywords go to `from_pretrained`.
 
-    Experts lose no token and answer the same every time. MoE-LLaVA drops tokens above a capacity and draws the second
-    expert, at inference too: overwrite_config={"moe": {"moe_drop_tokens": True, "moe_second_expert_sampling":
+    No expert drops tokens, and routing is deterministic. MoE-LLaVA drops tokens above a capacity and samples the
+    second expert, at inference too: overwrite_config={"moe": {"moe_drop_tokens": True, "moe_second_expert_sampling":
     "always", "moe_count_padding": True}} asks for that.
     """
-    hub = hub_arguments(kwargs)
+    if is_torch_checkpoint(model_path):
+        return load_torch_checkpoint(
+            model_path, model_base, device, as_dtype(dtype if dtype is not None else torch_dtype), **kwargs
+        )
+    checkpoint = Checkpoint.open(model_path, kwargs, base=model_base)
     asked = one_request(load_8bit, load_4bit, kwargs.pop("quantization_config", None))
-    with in_words(model_path, **hub):
-        base = base_named(model_path, model_base, hub)
-        config = read_config(model_path, base, customized_config, overwrite_config, hub)
-        stored = stored_quantization(model_path, base, hub)
-    quantization = agreed(base or model_path, stored, asked)
+    checkpoint.check()
+    check_holds_model(checkpoint.path)
+    base = checkpoint.base
+    config = customise_config(checkpoint, customized_config, overwrite_config)
+    stored = stored_quantization(checkpoint)
+    quantization = agreed(base or checkpoint, stored, asked)
     is_quantised = stored is not None or asked is not None
     has_limits = any(kwargs.get(name) is not None for name in ("max_memory", "offload_folder"))
     device, device_map = placement(device, device_map, quantised=is_quantised, has_limits=has_limits)
@@ -80,123 +86,108 @@ def load_pretrained_model(
         # Cast while loading: a quantised model is not cast later.
         dtype = torch.float32
     arguments = {
-        "dtype": _as_dtype(dtype if dtype is not None else torch_dtype),
+        "dtype": as_dtype(dtype if dtype is not None else torch_dtype),
         "attn_implementation": "flash_attention_2" if use_flash_attn else attn_implementation,
         "device_map": device_map,
         "quantization_config": quantization,
         **kwargs,
     }
     arguments = {name: value for name, value in arguments.items() if value is not None}
-    # Before the weights: what is missing for it is told before they are fetched.
-    tokenizer = load_tokenizer(model_path, base, **hub)
-    with in_words(model_path, **hub):
-        model = _load_model(model_path, base, config, arguments, hub)
+    # Before the weights: a missing package or file is reported before they are fetched.
+    tokenizer = load_tokenizer(checkpoint)
+    with checkpoint.readable_errors():
+        model = _load_model(checkpoint, base, config, arguments)
     if device_map is None and is_too_large(model, device) and _is_installed("accelerate"):
-        logger.warning("the model has more weights than %s has free memory; what is over stays on the CPU.", device)
+        logger.warning("the model has more weights than %s has free memory; the rest stays on the CPU.", device)
         model = spread(model, "auto")
     elif device_map is None:
         model = model.to(device, dtype=torch.float32 if widens and model.dtype == torch.float16 else None)
     add_image_tokens(model, tokenizer)
-    if moe_llava.claims(read_json(model_path, "config.json", hub)):
-        # Its config.json may name another end than the tokenizer, whose end it was trained with.
+    if checkpoint.format is moe_llava:
+        # Its config.json may name another end token than the tokenizer, whose end token it was trained with.
         model.config.eos_token_id = model.generation_config.eos_token_id = tokenizer.eos_token_id
     if getattr(model.config, "conv_template", None) is not None:
-        add_end_mark(model.generation_config, end_mark_of_config(model.config, tokenizer), tokenizer)
-    return tokenizer, model.eval(), image_processor_of(model_path, model.config, **hub), context_len(model.config)
+        add_end_token(model.generation_config, get_config_end_token(model.config, tokenizer), tokenizer)
+    return tokenizer, model.eval(), get_image_processor(checkpoint, model.config), context_len(model.config)
 
 
-def base_named(model_path, model_base, hub):
-    """Return the base that a checkpoint stands on: the one given, else the one it names; None for a whole model."""
-    if isinstance(model_path, (str, Path)):
-        check_source(model_path, **hub)
-        _check_folder(model_path)
-        reach_config(model_path, hub)
-    named = read_json(model_path, "config.json", hub).get("base_model_name_or_path")
-    base = model_base or base_of(model_path, named, hub)
-    base = base and find_base(str(base), model_path)
-    if base is not None:
-        check_source(base, "base", **everywhere(hub))
-    return base
+def load_torch_checkpoint(path, base, device, dtype, **kwargs):
+    """Return what load_pretrained_model does, for a file or directory of another system; see model/originals.py.
+
+    kwargs: of load_original; in few bits, or on several devices, such a checkpoint is opened once it is converted.
+    """
+    from llava_lite.model.originals import load_original
+
+    known = ("vision_tower", "tokenizer", "attn_implementation", "mm_query_heads", "image_channels", "vision_config")
+    unknown = sorted(set(kwargs) - set(known))
+    if unknown:
+        raise ValueError(
+            f"{', '.join(unknown)} cannot be given for {str(path)!r}, which another system wrote; known: "
+            f"{', '.join(known)}. Convert it first: llava-lite convert {path} DIRECTORY --base BASE."
+        )
+    place = torch.device(device if device is not None and torch.cuda.is_available() else "cpu")
+    if dtype == "auto":
+        dtype = torch.float32 if place.type == "cpu" else None
+    tokenizer, model, image_processor = load_original(path, base, dtype=dtype, **kwargs)
+    return tokenizer, model.to(place), image_processor, context_len(model.config)
 
 
-def read_config(model_path, base, customized_config, overwrite_config, hub):
-    """Return the config of a checkpoint, with the base it stands on and the caller's changes."""
-    has_config = _has_file(model_path, "config.json", hub)
-    if base is None and customized_config is None:
-        require_config(model_path, hub)
-    source = customized_config or (model_path if has_config else base)
-    if isinstance(source, dict):
-        overwrite_config, source = {**source, **(overwrite_config or {})}, model_path if has_config else base
-    config = config_of(source, hub) if isinstance(source, (str, Path)) else source
+def customise_config(checkpoint, customized_config=None, overwrite_config=None):
+    """Return a copy of a checkpoint's config, with the base it stands on and the caller's changes."""
+    base, has_config = checkpoint.base, checkpoint.file(CONFIG) is not None
+    source = checkpoint if has_config or base is None else base
+    if isinstance(customized_config, dict):
+        overwrite_config = {**customized_config, **(overwrite_config or {})}
+    elif isinstance(customized_config, (str, Path)):
+        source = Checkpoint(customized_config, **checkpoint.keywords)
+    elif customized_config is not None:
+        source = None
+    config = customized_config if source is None else copy.deepcopy(source.config)
     for key, value in (overwrite_config or {}).items():
         old = getattr(config, key, None)
         setattr(config, key, {**old, **value} if isinstance(old, dict) and isinstance(value, dict) else value)
     if is_llava(config) and has_config:
-        config.base_model_name_or_path = base
+        config.base_model_name_or_path = None if base is None else base.path
     return config
 
 
-def config_of(name, hub):
-    """Return the config of a checkpoint, one of ours where its config.json is of a format that we read.
-
-    Not by AutoConfig alone: a LLaVA v1 and transformers' own LLaVA both say model_type "llava".
-    """
-    fields = read_json(name, "config.json", hub)
-    foreign = foreign_format(fields)
-    if foreign is None:
-        found = str(fields.get("model_type"))
-        if found.startswith(("llava", "moe_llava")) and found not in CONFIG_MAPPING:
-            # transformers would say to update it.
-            raise ValueError(
-                f"{str(name)!r} is a LLaVA on a decoder that is not known here (model_type {found!r}); "
-                f"known: {', '.join(sorted(BACKBONES))}, and what other systems call these."
-            )
-        check_model_type(name, fields)
-        return AutoConfig.from_pretrained(name, **hub)
-    fields = foreign.config_from(fields)
-    config = model_class_for(fields["model_type"]).config_class.from_dict(fields)
-    config._name_or_path = str(name)
-    return config
-
-
-def is_llava(config):
-    """Tell whether a config is one of this package's models, with or without a vision tower."""
-    return hasattr(config, "has_vision_tower")
-
-
-def _load_model(model_path, base, config, arguments, hub):
-    """Load the model that a config names; LoRA without a LLaVA config.json beside it is folded into its base."""
-    if is_llava(config) and (base is None or _has_file(model_path, "config.json", hub)):
-        # By class: transformers' Auto class would open the base that a LoRA folder names and forget the folder.
-        return model_class_for(config.model_type).from_pretrained(model_path, config=config, **arguments)
+def _load_model(checkpoint, base, config, arguments):
+    """Load the model that a config names; LoRA without a LLaVA config.json beside it is merged into its base."""
+    if is_llava(config) and (base is None or checkpoint.file(CONFIG) is not None):
+        # By class: transformers' Auto class would open the base that a LoRA directory names and forget the directory.
+        return model_class_for(config.model_type).from_pretrained(checkpoint, config=config, **arguments)
     if base is None:
-        check_generates(model_path, config)
+        check_generates(checkpoint, config)
         if arguments.get("attn_implementation") == "auto":
-            # What is best for a decoder of transformers' own, transformers knows; some have no sdpa.
+            # transformers knows what is best for its own decoders; some have no sdpa.
             del arguments["attn_implementation"]
-        return open_plain(model_path, config, arguments, hub)
-    refuse_lost_parts(model_path, hub)
-    arguments = {name: value for name, value in arguments.items() if name not in hub} | everywhere(hub)
-    places = take_places(arguments)
-    model = merge_adapter(_load_model(base, None, config, arguments, everywhere(hub)), model_path, hub)
+        return open_plain(checkpoint, config, arguments)
+    check_parts_found(checkpoint)
+    places = pop_placement(arguments)
+    model = merge_adapter(_load_model(base, None, config, arguments), checkpoint)
     return spread(model, **places) if places else model
 
 
-def open_plain(path, config, arguments, hub):
-    """Return a plain language model, every weight accounted for; transformers only warns of those that are missing."""
-    arguments = arguments | generation_arguments(path, config, hub, arguments)
-    with own_accounting(), broken_files_in_words(path, hub):
-        model, info = AutoModelForCausalLM.from_pretrained(path, config=config, output_loading_info=True, **arguments)
-    refuse_strays(path, type(model).__name__, *strays(info))
+def open_plain(checkpoint, config, arguments):
+    """Return a plain language model, every weight accounted for; transformers only warns of missing ones."""
+    generation = arguments.get("generation_config")
+    if generation is None:
+        generation = arguments["generation_config"] = read_generation_config(checkpoint, config)
+    with own_accounting(), readable_file_errors(checkpoint):
+        model, info = AutoModelForCausalLM.from_pretrained(
+            checkpoint.path, config=config, output_loading_info=True, **checkpoint.keywords, **arguments
+        )
+    model.generation_config = generation
+    check_no_missing_or_unexpected(checkpoint, type(model).__name__, *missing_and_unexpected(info))
     return model
 
 
 def placement(device, device_map, quantised=False, has_limits=False):
-    """Return (device, device_map) for loading: a device and None where the model can be moved there whole.
+    """Return (device, device_map) for loading: a device and None if the complete model can be moved there.
 
-    A map of one place is that place. "auto" and its kin spread a model over several GPUs where there are several
-    and accelerate is installed, and over whatever there is if the caller limits memory (has_limits). A quantised model
-    cannot be moved afterwards and gets a map.
+    A map of one place is that place. "auto", "balanced" and the like spread a model over several GPUs if accelerate is
+    installed, and over all devices if the caller limits memory (has_limits). A quantised model cannot be moved
+    afterwards and gets a map.
     """
     if isinstance(device_map, dict) and "disk" in device_map.values() and set(device_map.values()) <= {"cpu", "disk"}:
         return torch.device("cpu"), device_map
@@ -211,7 +202,7 @@ def placement(device, device_map, quantised=False, has_limits=False):
     device = "cuda" if device is None else f"cuda:{device}" if isinstance(device, int) else device
     device = torch.device(device)
     if device.type == "cuda" and not torch.cuda.is_available():
-        logger.warning("no CUDA device is available; the model goes to the CPU (device='cpu' says so at once).")
+        logger.warning("no CUDA device is available; the model goes to the CPU (device='cpu' avoids this warning).")
         device, device_map = torch.device("cpu"), device_map if has_limits else None
     has_several = device == torch.device("cuda") and torch.cuda.device_count() > 1
     if isinstance(device_map, str) and not (has_limits or (has_several and _is_installed("accelerate"))):
@@ -222,7 +213,7 @@ def placement(device, device_map, quantised=False, has_limits=False):
 
 
 def add_image_tokens(model, tokenizer):
-    """Give the tokenizer the picture tokens that the config trains with, and the model rows for them."""
+    """Give the tokenizer the image tokens that the config asks for, and the model vocabulary rows for them."""
     tokens = []
     if getattr(model.config, "mm_use_im_patch_token", False):
         tokens.append(DEFAULT_IMAGE_PATCH_TOKEN)
@@ -236,8 +227,9 @@ def add_image_tokens(model, tokenizer):
         return
     if any(weight.is_meta for weight in model.parameters()):
         raise ValueError(
-            f"the tokenizer has {len(tokenizer)} tokens and the model {num_rows} rows, and rows cannot be added to "
-            "weights that are offloaded. Open the model without a device map once, save it, and open what was saved."
+            f"the tokenizer has {len(tokenizer)} tokens and the model {num_rows} vocabulary rows, which cannot be "
+            "added to offloaded weights. Open the model without a device map once, save it, and open the "
+            "saved directory."
         )
     model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     fit_rows(model, len(tokenizer), num_rows, seed=0)
@@ -249,24 +241,20 @@ def context_len(config):
     return next((length for length in named if length is not None), DEFAULT_CONTEXT_LEN)
 
 
-def _check_folder(name):
-    """Raise OSError for a directory that lacks what makes it a checkpoint, with what it lacks; a hub id passes."""
+def check_holds_model(name):
+    """Raise OSError for a directory without config.json and adapter_config.json; a hub id passes."""
     path = Path(name)
     if not path.is_dir() or (path / "config.json").is_file() or (path / "adapter_config.json").is_file():
         return
-    refuse_nameless(path)
+    check_has_config(path)
     steps = [step.parent for step in path.glob("checkpoint-*/config.json") if step.parent.name[11:].isdigit()]
     newest = max(steps, key=lambda step: int(step.name[11:]), default=None)
     hint = "" if newest is None else f"; a checkpoint of it is {str(newest)!r}"
     raise OSError(f"{str(path)!r} is no checkpoint: it has no config.json{hint}.")
 
 
-def _has_file(name, file, hub):
-    return cached_file(name, file, _raise_exceptions_for_missing_entries=False, **hub) is not None
-
-
-def _as_dtype(dtype):
-    """Return a torch dtype or "auto" of what callers write: torch.float16, "float16", "auto", None."""
+def as_dtype(dtype):
+    """Return a torch dtype or "auto" for torch.float16, "float16", "auto" or None."""
     if dtype is None or dtype == "auto":
         return "auto"
     if isinstance(dtype, torch.dtype):

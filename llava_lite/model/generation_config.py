@@ -1,4 +1,4 @@
-"""Turn the generation config of any base into one that transformers reads and saves, and say what was left out.
+"""Turn the generation config of any base into one that transformers reads and saves, and report what is left out.
 
 transformers refuses to save a config that contradicts itself (Vicuna's: a temperature without do_sample), and to read
 some. Which fields are at fault is found by asking transformers about one field after another, so that the answer is
@@ -16,15 +16,14 @@ from pathlib import Path
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation.configuration_utils import WatermarkingConfig
 
-from llava_lite.companions import read_json
-from llava_lite.model.new_words import folded_state, grown_layers
-from llava_lite.model.quantization import bits_of
-from llava_lite.model.weight_files import find_file
+from llava_lite.hub.errors import CONFIG
+from llava_lite.model.new_words import grown_layers, merged_state
+from llava_lite.model.quantization import get_bits
 
 logger = logging.getLogger(__name__)
 
-FILE, CONFIG = "generation_config.json", "config.json"
-# Fields on which others depend: a value with which those are taken, and how to say it.
+FILE = "generation_config.json"
+# Fields on which others depend: a value that enables those, and how it is written in a message.
 MODES = {"do_sample": (True, "do_sample=True"), "num_beams": (2, "num_beams > 1")}
 MODES |= {name: (True, f"{name}=True") for name in ("return_dict_in_generate", "use_cache")}
 # Types of the fields that `generate` computes with; transformers checks few of them before it generates.
@@ -42,23 +41,37 @@ TYPES = dict.fromkeys(FLAGS, (bool,)) | dict.fromkeys(NUMBERS, (int, float)) | d
 TYPES |= dict.fromkeys(TOKENS, (int, list))
 
 
-def readable_generation_config(path, config, hub: dict) -> GenerationConfig | None:
-    """Return the generation config of a checkpoint without what cannot be used, None if all of it can.
+def read_generation_config(checkpoint, config) -> GenerationConfig | None:
+    """Return the generation config of a checkpoint, without fields that cannot be used; None without a checkpoint.
 
-    path: directory or hub id. config: the model's, which counts where generation_config.json is broken. What is left
-    out or changed is reported in one warning.
+    From config.json where there is no generation_config.json, as transformers does. config: the model's, which is used
+    if generation_config.json is broken. One warning lists the fields that are left out or changed.
     """
-    fields, file = ({}, CONFIG) if path is None else _read_fields(path, hub)
+    if checkpoint.path is None:
+        return None
+    fields, file = _read_fields(checkpoint)
     if fields is None:
         return GenerationConfig.from_model_config(config)
     kept, notes = _sort_out(fields, strict=False)
+    if not notes and file == FILE:
+        return GenerationConfig.from_pretrained(checkpoint.path, **checkpoint.keywords)
     if not notes:
-        return None
-    logger.warning("%s of %r is read %s.", file, str(path), _listed(notes))
+        return GenerationConfig.from_model_config(copy.deepcopy(checkpoint.fields))
+    logger.warning("%s of %r is read %s.", file, checkpoint.path, _listed(notes))
     # A token id that is no number is known from config.json.
     kept |= {name: getattr(config, name, None) for name in notes if name in TOKENS and name not in kept}
-    # So transformers marks what it takes from config.json, where other fields are not about generating.
-    return GenerationConfig(**kept, **({"_from_model_config": True} if file == CONFIG else {}))
+    if file == FILE:
+        return GenerationConfig(**kept)
+    # So that fields which are not about generation are left out, and transformers knows where the others come from.
+    return GenerationConfig.from_model_config(kept)
+
+
+def load_generation_config(model, checkpoint, config: GenerationConfig | None = None) -> None:
+    """Give a model a generation config: `config`, else that of the checkpoint's generation_config.json, if any."""
+    if config is None and checkpoint.file(FILE) is not None:
+        config = read_generation_config(checkpoint, model.config)
+    if config is not None:
+        model.generation_config = config
 
 
 def savable(config: GenerationConfig) -> tuple[GenerationConfig, str]:
@@ -78,16 +91,16 @@ def savable(config: GenerationConfig) -> tuple[GenerationConfig, str]:
     return mended, f"{FILE} is written {_listed(notes)}."
 
 
-def write_generation_config(config: GenerationConfig, folder) -> None:
+def write_generation_config(config: GenerationConfig, directory) -> None:
     """Write generation_config.json, with a warning if something had to be left out."""
     config, note = savable(config)
     if note:
         logger.warning(note)
-    config.save_pretrained(folder)
+    config.save_pretrained(directory)
 
 
 def savable_view(model: PreTrainedModel) -> PreTrainedModel:
-    """Return a model that shares all weights with `model` and can be saved whatever its generation config says.
+    """Return a model that shares all weights with `model` and can be saved with any generation config.
 
     Another object, since saving writes into the config, and the model may be generating in another thread.
     """
@@ -105,24 +118,24 @@ class SavingMixin:
 
     def save_pretrained(self, save_directory, *args, **kwargs):
         """Write the model as transformers does; of its generation config all that transformers saves."""
-        if bits_of(getattr(self.config, "quantization_config", None)) is not None:
+        if get_bits(getattr(self.config, "quantization_config", None)) is not None:
             # transformers cannot undo how it read weights in few bits, and has renamed none of ours.
             kwargs.setdefault("save_original_format", False)
         if kwargs.get("state_dict") is None and grown_layers(self):
-            # The rows of new words that train beside their matrices, in their places.
-            kwargs["state_dict"] = folded_state(self)
+            # The rows of new tokens that train beside their matrices, in their places.
+            kwargs["state_dict"] = merged_state(self)
         return super(SavingMixin, savable_view(self)).save_pretrained(save_directory, *args, **kwargs)
 
 
-def _read_fields(path, hub: dict) -> tuple[dict | None, str]:
-    """Return the fields of generation_config.json, else those of config.json that are about generating; the file.
+def _read_fields(checkpoint) -> tuple[dict | None, str]:
+    """Return the fields of generation_config.json, else those of config.json that are about generation; the file.
 
-    None for a generation_config.json that holds no fields, which is reported.
+    None for a generation_config.json without fields, with a warning.
     """
-    found = find_file(path, FILE, hub)
+    found = checkpoint.file(FILE)
     if found is None:
         known = vars(GenerationConfig())
-        return {name: value for name, value in read_json(path, CONFIG, hub).items() if name in known}, CONFIG
+        return {name: value for name, value in checkpoint.fields.items() if name in known}, CONFIG
     try:
         fields = json.loads(Path(found).read_text(encoding="utf-8"))
         reason = f"it holds a {type(fields).__name__} and no fields"
@@ -130,7 +143,7 @@ def _read_fields(path, hub: dict) -> tuple[dict | None, str]:
         fields, reason = None, f"it is no JSON: {error}"
     if isinstance(fields, dict):
         return fields, FILE
-    logger.warning("%r cannot be read (%s); what config.json says of generating is taken instead.", found, reason)
+    logger.warning("%r cannot be read (%s); the generation fields of config.json are used instead.", found, reason)
     return None, FILE
 
 
@@ -161,7 +174,7 @@ def _sort_out(fields: dict, strict: bool) -> tuple[dict, dict[str, tuple[str, st
 
 
 def _typed(name: str, value):
-    """Return a value in its field's type where a text or a number says the same: "0.9" is 0.9 and 512.0 is 512."""
+    """Return a value in its field's type if a text or a number means the same: "0.9" is 0.9 and 512.0 is 512."""
     if _has_type(name, value):
         return value
     meant = value
@@ -205,7 +218,7 @@ def _problem(name: str, value, kept: dict, strict: bool) -> str:
 
 
 def _refusal(fields: dict, strict: bool) -> str:
-    """Return what transformers says of fields that it refuses, in a line; "" if it takes them."""
+    """Return transformers' reason to refuse fields, in a line; "" if it accepts them."""
     config = GenerationConfig()
     try:
         for name, value in fields.items():
@@ -214,9 +227,9 @@ def _refusal(fields: dict, strict: bool) -> str:
         config.validate(strict=strict)
     # Comparing values of another kind raises nearly everything.
     except Exception as error:
-        said = str(error).removeprefix("GenerationConfig is invalid: \n- ")
+        reason = str(error).removeprefix("GenerationConfig is invalid: \n- ")
         # The first sentence; the others advise somebody who writes code.
-        return re.split(r"\n|\.(?=\s|$)", said, maxsplit=1)[0] or type(error).__name__
+        return re.split(r"\n|\.(?=\s|$)", reason, maxsplit=1)[0] or type(error).__name__
     return ""
 
 

@@ -1,7 +1,7 @@
-"""Spread a model over devices, and find where a module computes whose weights are elsewhere or come when needed.
+"""Distribute a model over devices, and find the device of a module whose weights are offloaded.
 
-With `device_map`, `cpu_offload`, `disk_offload` or `dispatch_model` accelerate keeps such weights on the meta device
-between calls of the module that holds them, and its hooks move that module's inputs.
+With `device_map`, `cpu_offload`, `disk_offload` or `dispatch_model` accelerate keeps offloaded weights on the meta
+device between calls of the module that holds them, and its hooks move that module's inputs.
 """
 
 from __future__ import annotations
@@ -11,23 +11,24 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-# Keywords of transformers' `from_pretrained` that say where weights lie.
+# Keywords of transformers' `from_pretrained` that place weights.
 PLACES = ("device_map", "max_memory", "offload_folder", "offload_buffers")
-# What transformers calls the ways to spread a model by itself.
+# Values of device_map with which transformers distributes a model by itself.
 SPREADS = ("auto", "balanced", "balanced_low_0", "sequential")
 
 
-def place_of(module: nn.Module, otherwise: torch.device) -> torch.device:
-    """Return the device of a module's weights; `otherwise` for weights that come when they are needed, or for none."""
+def get_device(module: nn.Module, otherwise: torch.device) -> torch.device:
+    """Return the device of a module's weights; `otherwise` for offloaded weights, or without weights."""
     weight = next(module.parameters(), None)
     return otherwise if weight is None or weight.is_meta else weight.device
 
 
 @contextmanager
 def present(module: nn.Module):
-    """Let the weights that a module holds itself be read beside its own call.
+    """Load a module's own offloaded weights for reading them outside its forward call.
 
-    accelerate has a function for this, which does not see a hook among several.
+    accelerate's align_module_device does this, but not for a hook inside a SequentialHook; hence `_hf_hook` here. A
+    module without the attribute has no hook of accelerate.
     """
     hook = getattr(module, "_hf_hook", None)
     is_away = any(weight.is_meta for weight in module.parameters(recurse=False))
@@ -42,24 +43,24 @@ def present(module: nn.Module):
 
 
 def may_offload(device_map) -> bool:
-    """Tell whether a device map may leave weights where they are only brought from: on the CPU or the disk."""
+    """Return whether a device map may offload weights to the CPU or the disk."""
     if isinstance(device_map, dict):
         places = set(device_map.values())
         return "disk" in places or ("cpu" in places and len(places) > 1)
     return isinstance(device_map, str) and device_map in SPREADS
 
 
-def take_places(arguments: dict) -> dict:
-    """Take the keywords that may offload weights out of others and return them, {} if there are none."""
+def pop_placement(arguments: dict) -> dict:
+    """Remove the keywords that may offload weights from `arguments` and return them, {} if there are none."""
     if not may_offload(arguments.get("device_map")):
         return {}
     return {name: arguments.pop(name) for name in PLACES if name in arguments}
 
 
 def spread(model, device_map, max_memory=None, offload_folder=None, offload_buffers=False):
-    """Return a model that lies on the CPU, its parts moved as transformers' `from_pretrained` would have laid them.
+    """Distribute a model that is on the CPU as transformers' `from_pretrained` would have; return it.
 
-    For weights that come from several checkpoints: those that are on the disk already could not be filled in.
+    For weights that come from several checkpoints, which cannot be written into weights on the disk.
     """
     from accelerate import dispatch_model, infer_auto_device_map
     from accelerate.utils import get_balanced_memory
@@ -71,11 +72,11 @@ def spread(model, device_map, max_memory=None, offload_folder=None, offload_buff
             max_memory = get_balanced_memory(model, max_memory, low_zero=is_low, **kept_together)
         device_map = infer_auto_device_map(model, max_memory, **kept_together)
     if set(device_map) == {""}:
-        # accelerate writes no weights of a module without a name.
+        # accelerate offloads no weights of a module without a name.
         device_map = dict.fromkeys((name for name, _ in model.named_children()), device_map[""])
     if "disk" in device_map.values() and offload_folder is None:
         raise ValueError(
-            "weights of this model go to the disk, as its device map says or since they do not fit elsewhere; give "
+            "weights of this model go to the disk, by its device map or since they do not fit elsewhere; give "
             "offload_folder=, a directory for them."
         )
     return dispatch_model(
@@ -88,7 +89,7 @@ def spread(model, device_map, max_memory=None, offload_folder=None, offload_buff
 
 
 def is_too_large(model, device: torch.device) -> bool:
-    """Tell whether a model's weights are more than the free memory of a CUDA device."""
+    """Return whether a model's weights are larger than the free memory of a CUDA device."""
     if device.type != "cuda":
         return False
     num_bytes = sum(part.numel() * part.element_size() for part in (*model.parameters(), *model.buffers()))

@@ -1,1 +1,1 @@
-"""Ways to talk to a model: a terminal chat."""
+"""Ways to chat with a model: a terminal chat."""

@@ -6,56 +6,65 @@ from importlib import import_module
 
 import torch
 
+from llava_lite.checkpoints.source import Checkpoint
 from llava_lite.commands.chat import build_parser
-from llava_lite.commands.parser import in_flags, sentence_of
+from llava_lite.commands.parser import in_flags
 from llava_lite.conversation import SeparatorStyle, get_template
-from llava_lite.image_inputs import upright_picture
-from llava_lite.inference import load, place_marks, stream
-from llava_lite.model.image_cache import ImageFeatureCache
-from llava_lite.serve.typed import Talk, is_command, obey
+from llava_lite.conversation.images import add_placeholders
+from llava_lite.errors import get_sentence
+from llava_lite.hub.errors import CONFIG
+from llava_lite.inference import load, stream
+from llava_lite.media.image import upright_image
+from llava_lite.model.fusion.image_cache import ImageFeatureCache
+from llava_lite.serve.typed import Conversation, is_command, obey
 
 INTRODUCTION = "Type a question; {images}/help lists the commands, an empty line ends the chat."
 
 
 def where_in_hub(options):
-    """Return the keywords of `load` that say where in the Hub to look; the token is that of `hf auth login`."""
+    """Return the keywords of `load` that name a place of the Hub; the token is that of `hf auth login`."""
     named = {name: getattr(options, name) for name in ("revision", "subfolder", "cache_dir", "local_files_only")}
     return {name: value for name, value in named.items() if value}
 
 
-def chat(model, processor, pictures, ask, say, conv_template=None, debug=False, **generation):
+def chat(model, processor, images, ask, say, conv_template=None, debug=False, **generation):
     """Hold a conversation until an empty line or /exit; return it as (question, answer) pairs.
 
-    ask: takes the prompt string and returns the user's line. say: takes a piece of text to show. The images go with
-    the first question, and those of /image with the next. Answers are kept without end marks: the format writes them
-    again each turn.
+    ask: takes the prompt string and returns the user's line. say: called with each piece of text to show. The
+    images go with the first question, and those of /image with the next. Answers are kept without end tokens: the
+    template writes them again each turn.
     """
     user, assistant = role_names(conv_template or processor.conv_template)
-    talk = Talk(images=list(pictures))
+    conversation = Conversation(images=list(images))
     while (line := ask(f"{user}: ")).strip():
         if is_command(line):
-            if not obey(line, talk, say, processor.image_processor is not None):
+            if not obey(line, conversation, say, processor.image_processor is not None):
                 break
             continue
         try:
-            question = place_marks(line.strip(), talk.history, len(talk.images))
+            question = add_placeholders(line.strip(), conversation.history, len(conversation.images))
             if debug:
-                prompt = processor.render([*talk.history, (question, None)], conv_template).text
+                prompt = processor.render([*conversation.history, (question, None)], conv_template).text
                 say(f"{prompt!r}\n")
-            pieces = stream(model, processor, question, talk.images, conv_template, talk.history, **generation)
+            pieces = stream(
+                model, processor, question, conversation.images, conv_template, conversation.history, **generation
+            )
             say(f"{assistant}: ")
             answer = show_answer(pieces, say)
         except ValueError as error:
             say(f"{error}\n")
+            if processor.ignores_placeholders and len(conversation.images) > 1:
+                conversation.images.pop()
+                say("The last image is left out; /clear starts a conversation about another one.\n")
             continue
         except torch.OutOfMemoryError:
-            say("\nThe device has no memory left for this conversation; /clear begins a shorter one.\n")
+            say("\nThe device has no memory left for this conversation; /clear starts a new one.\n")
             continue
         if answer:
-            talk.history.append((question, answer))
+            conversation.history.append((question, answer))
         if debug:
             say(f"{answer!r}\n")
-    return talk.history
+    return conversation.history
 
 
 def show_answer(pieces, say) -> str:
@@ -73,12 +82,12 @@ def show_answer(pieces, say) -> str:
 
 
 def load_image(image_file):
-    """Return the picture of a file or an address, upright and as RGB (LLaVA's name)."""
-    return upright_picture(image_file)
+    """Return the image of a file or an address, upright and as RGB (LLaVA's name)."""
+    return upright_image(image_file)
 
 
 def role_names(conv_template):
-    """Return what to call the two speakers: the roles where they are words, else plain ones."""
+    """Return the names of the two speakers: the template's roles where they are plain text."""
     template = get_template(conv_template)
     named = template.sep_style in (SeparatorStyle.SINGLE, SeparatorStyle.TWO, SeparatorStyle.LLAMA_2)
     return template.roles if named else ("user", "assistant")
@@ -90,16 +99,16 @@ def main(argv=None):
     argv: the flags; or, as LLaVA calls it, an object with their values (a missing one is the default).
     """
     parser = build_parser()
-    options = parser.parse_args(argv) if argv is None or isinstance(argv, list) else options_of(argv, parser)
+    options = parser.parse_args(argv) if argv is None or isinstance(argv, list) else get_options(argv, parser)
     path = options.model or options.model_path
     if path is None or (options.model and options.model_path):
         parser.error("name one model: llava-lite chat MODEL, or --model-path MODEL.")
     if options.temperature < 0 or options.max_new_tokens < 1:
         parser.error("--temperature is 0 or more, --max-new-tokens at least 1.")
     try:
-        model, processor, pictures = open_all(path, options)
+        model, processor, images = open_all(path, options)
     except (OSError, ValueError, ImportError) as error:
-        parser.exit(1, f"{parser.prog}: {in_flags(sentence_of(error), parser)}\n")
+        parser.exit(1, f"{parser.prog}: {in_flags(get_sentence(error), parser)}\n")
     sees = processor.image_processor is not None
     _say(INTRODUCTION.format(images="/image FILE shows an image, " if sees else "") + "\n")
     # Arrow keys and earlier lines, where Python was built with it.
@@ -108,7 +117,7 @@ def main(argv=None):
     chat(
         model,
         processor,
-        pictures,
+        images,
         _ask,
         _say,
         conv_template=options.conv_mode,
@@ -126,9 +135,9 @@ def open_all(path, options):
     check_device(options.device)
     if options.conv_mode is not None:
         get_template(options.conv_mode)
-    pictures = [upright_picture(file) for file in options.image_file]
-    if pictures:
-        refuse_without_tower(path, options.model_base, hub)
+    images = [upright_image(file) for file in options.image_file]
+    if images:
+        check_has_tower(Checkpoint(path, base=options.model_base, **hub))
     model, processor = load(
         path,
         device=options.device,
@@ -137,7 +146,7 @@ def open_all(path, options):
         load_4bit=options.load_4bit,
         **hub,
     )
-    return model, processor, pictures
+    return model, processor, images
 
 
 def check_device(name):
@@ -151,17 +160,17 @@ def check_device(name):
         raise ValueError(f"--device {name}: this machine has {found} CUDA devices, cuda:0 to cuda:{found - 1}.")
 
 
-def refuse_without_tower(path, model_base, hub):
-    """Raise ValueError if a model that is to be shown images sees none; only its config is read."""
-    from llava_lite.model.builder import base_named, read_config
-
-    config = read_config(path, base_named(path, model_base, hub), None, None, hub)
+def check_has_tower(checkpoint):
+    """Raise ValueError if a model without a vision tower is to be shown images; only its config is read."""
+    checkpoint.check()
+    has_config = checkpoint.has(CONFIG) or checkpoint.base is None
+    config = checkpoint.config if has_config else checkpoint.base.config
     if not getattr(config, "has_vision_tower", False):
-        raise ValueError(f"{path!r} has no vision tower: it reads text alone. Chat without --image-file.")
+        raise ValueError(f"{checkpoint.path!r} has no vision tower: it reads text alone. Chat without --image-file.")
 
 
-def options_of(args, parser):
-    """Return the parser's options with the values that an object holds; one picture may stand without a list."""
+def get_options(args, parser):
+    """Return the parser's options with the values that an object holds; one image may stand without a list."""
     options = parser.parse_args([])
     for name in vars(options):
         setattr(options, name, getattr(args, name, getattr(options, name)))

@@ -5,7 +5,7 @@ from pathlib import Path
 
 
 def __getattr__(name):
-    """Lead `train`, which LLaVA's file imports, on to its own place."""
+    """Return `train`, which LLaVA's file imports."""
     if name == "train":
         from llava_lite.train.train import train
 
@@ -14,7 +14,7 @@ def __getattr__(name):
 
 
 if __name__ == "__main__":
-    # A launcher puts this folder first on the path, where `train.py` and its neighbours would pass for packages.
+    # A launcher puts this directory first on the path, where `train.py` and its neighbours would pass for packages.
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
     from llava_lite.train.train import main

@@ -1,6 +1,6 @@
-"""Turn text into a small Llama: pre-training of the language model, which never sees a picture.
+"""Turn text into a small Llama: pre-training of the language model, which never sees an image.
 
-It learns the talk of this world from written notes; stages 1 to 3 then put pictures where the notes stood.
+It is trained on conversations about written notes; stages 1 to 3 then put images where the notes stood.
 Letters: `B` documents, `T` tokens.
 """
 
@@ -15,11 +15,11 @@ from .text import MAX_LEN, notes, scene_questions, text_question
 from .world import COLOURS, EMPTY, items
 
 BATCH = 48
-# Answers are what is to be learned; system prompt, questions and random notes only keep the rest of the text alive.
+# The loss is on answers; system prompt, questions and random notes weigh little, to keep the rest of the text alive.
 TEXT_WEIGHT = 0.05
 NOTE_KINDS = {"digit": 3, "colour": 2, "count": 1, "where": 3, "colour_of": 3, "caption": 1}
 # Looking up comes first, on short documents: without this a model of this size picks an item at random for ever.
-LOOK_UP_SHARE = 0.45
+LOOK_UP_FRACTION = 0.45
 SIZES = {
     "hidden_size": 128,
     "intermediate_size": 256,
@@ -40,7 +40,7 @@ def random_items(rng, max_count=4):
     return digit, np.where(filled, rng.integers(0, len(COLOURS), 4), EMPTY)
 
 
-def noted_talk(rng):
+def noted_conversation(rng):
     """Return turns about written notes."""
     digit, colour = random_items(rng)
     questions = scene_questions(digit, colour, int(rng.integers(2, 7)), rng, NOTE_KINDS)
@@ -48,7 +48,7 @@ def noted_talk(rng):
     return [turn for i, q in enumerate(questions) for turn in (("human", q.text if i else first), ("gpt", q.answer))]
 
 
-def plain_talk(rng):
+def plain_conversation(rng):
     """Return turns that need no notes."""
     questions = [text_question(rng) for _ in range(rng.integers(1, 4))]
     return [turn for q in questions for turn in (("human", q.text), ("gpt", q.answer))]
@@ -56,12 +56,12 @@ def plain_talk(rng):
 
 def notes_in_order(digit, colour, order, rng):
     """Return the items of a scene in a random order, each with its (colour, digit, place) in the given order."""
-    said = [text.split() for text in items(digit, colour, rng.permutation(4))]
-    return ", ".join(" ".join(words[i] for i in order) for words in said) + "."
+    texts = [text.split() for text in items(digit, colour, rng.permutation(4))]
+    return ", ".join(" ".join(words[i] for i in order) for words in texts) + "."
 
 
 def repeated_notes(rng):
-    """Return notes said three times, their words in another order each time, and the span of the repetitions.
+    """Return notes repeated three times, their words in another order each time, and the span of the repetitions.
 
     Repetition is where a small model finds out how to look things up (Olsson et al. 2022, "In-context learning and
     induction heads", https://arxiv.org/abs/2209.11895); the other orders teach it to do so from any word of an item.
@@ -90,13 +90,14 @@ def document(rng, is_early):
         return repeated_notes(rng) if drawn < 0.5 else short_quiz(rng)
     if drawn < 0.1:
         return repeated_notes(rng)
-    rendered = get_template("v1").with_turns(plain_talk(rng) if drawn < 0.2 else noted_talk(rng)).render()
+    rendered = (
+        get_template("v1").with_turns(plain_conversation(rng) if drawn < 0.2 else noted_conversation(rng)).render()
+    )
     return rendered.text, rendered.answers
 
 
-def batch_of(tokenizer, num, rng, is_early):
+def batch_of(tokenizer, documents):
     """Return input_ids and attention_mask [B, T], and the weight [B, T] of each token as a target."""
-    documents = [document(rng, is_early) for _ in range(num)]
     batch = tokenizer([text for text, _ in documents], padding=True, return_offsets_mapping=True, return_tensors="pt")
     offsets = batch["offset_mapping"]  # [B, T, 2]
     weight = TEXT_WEIGHT * batch["attention_mask"].float()
@@ -117,16 +118,22 @@ def weighted_loss(logits, input_ids, weight):
 def train_llm(tokenizer, num_steps, seed, learning_rate=2e-3):
     """Return a LlamaForCausalLM trained on `num_steps` batches of fresh text."""
     torch.manual_seed(seed)
-    rng = np.random.default_rng(seed)
     ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
     ends["pad_token_id"] = tokenizer.pad_token_id
     model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **SIZES, **ends))
+    num_early = LOOK_UP_FRACTION * num_steps
+    return fit(model, tokenizer, lambda rng, step: document(rng, step < num_early), num_steps, seed, learning_rate)
+
+
+def fit(model, tokenizer, draw_document, num_steps, seed, learning_rate):
+    """Return the model after `num_steps` batches of documents, each from `draw_document(rng, step)`; in eval mode."""
+    rng = np.random.default_rng(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.01, betas=(0.9, 0.98))
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, num_steps, pct_start=0.03)
     bar = tqdm(range(num_steps), desc="llm", unit="step", mininterval=2)
     for step in bar:
-        is_early = step < LOOK_UP_SHARE * num_steps
-        input_ids, attention_mask, weight = batch_of(tokenizer, BATCH, rng, is_early)
+        documents = [draw_document(rng, step) for _ in range(BATCH)]
+        input_ids, attention_mask, weight = batch_of(tokenizer, documents)
         logits = model(input_ids=input_ids, attention_mask=attention_mask).logits
         loss = weighted_loss(logits, input_ids, weight)
         optimizer.zero_grad()
@@ -140,7 +147,7 @@ def train_llm(tokenizer, num_steps, seed, learning_rate=2e-3):
 
 @torch.no_grad()
 def notes_accuracy(model, tokenizer, seed, num=300):
-    """Return {kind: share of answers right} on fresh notes of two items or more, one question each, greedy."""
+    """Return {kind: fraction of answers right} on fresh notes of two items or more, one question each, greedy."""
     rng = np.random.default_rng(seed)
     right = {}
     for kind in tqdm(NOTE_KINDS, desc="questions about notes", unit="kind"):

@@ -1,6 +1,7 @@
 """Turn scenes into text about them: the tokenizer's and the language model's only school.
 
-A talk's notes stand where a picture will stand later: "red 3 top-left, blue 7 bottom-right." and then the questions.
+A conversation's notes stand where an image will stand later: "red 3 top-left, blue 7 bottom-right." and then the
+questions.
 """
 
 import numpy as np
@@ -10,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 from .world import COLOUR_NAMES, COUNTS, PLACES, QUESTIONS, Question, filled_places, items
 
 MAX_LEN = 512
-PICTURE_KINDS = tuple(QUESTIONS)
+IMAGE_KINDS = tuple(QUESTIONS)
 
 
 def order_question(rng):
@@ -29,7 +30,7 @@ def sum_question(rng):
 
 
 def world_question(rng):
-    """Ask for a fact of this world that needs no picture."""
+    """Ask for a fact of this world that needs no image."""
     place = PLACES[rng.integers(0, 4)]
     side, other = place.split("-")
     return [
@@ -43,7 +44,7 @@ TEXT_QUESTIONS = (order_question, sum_question, world_question)
 
 
 def text_question(rng):
-    """Return a question that needs neither picture nor notes."""
+    """Return a question that needs neither image nor notes."""
     return TEXT_QUESTIONS[rng.integers(0, len(TEXT_QUESTIONS))](rng)
 
 
@@ -52,16 +53,30 @@ def notes(digit, colour, rng):
     return ", ".join(items(digit, colour, rng.permutation(4))) + "."
 
 
+def one_caption(digit, colour):
+    """Return the sentence about a scene of one digit."""
+    return f"{COLOUR_NAMES[colour.max()]} {digit.max()}."
+
+
+def one_digit_questions(digit, colour):
+    """Return a question of each kind about a scene of one digit."""
+    return [
+        Question("digit", "Which digit is there?", str(digit.max())),
+        Question("colour", "What colour is the digit?", COLOUR_NAMES[colour.max()]),
+        Question("caption", "Describe the picture.", one_caption(digit, colour)),
+    ]
+
+
 def scene_questions(digit, colour, num, rng, weights):
-    """Return `num` questions about one scene, kinds drawn by `weights` ({kind: share}), no question twice.
+    """Return `num` questions about one scene, kinds drawn by `weights` ({kind: fraction}), no question twice.
 
     Kinds that search are asked of scenes with two digits or more.
     """
     places = filled_places(digit)
     kinds = [kind for kind in weights if len(places) > 1 or kind not in ("where", "colour_of")]
-    share = np.array([weights[kind] for kind in kinds], dtype=float)
+    fraction = np.array([weights[kind] for kind in kinds], dtype=float)
     chosen = {}
-    for kind in rng.choice(kinds, size=2 * num, p=share / share.sum()):
+    for kind in rng.choice(kinds, size=2 * num, p=fraction / fraction.sum()):
         question = QUESTIONS[kind](digit, colour, places[rng.integers(0, len(places))])
         chosen[question.text] = question
     return list(chosen.values())[:num]
@@ -77,17 +92,17 @@ def sentences():
 
 
 def make_tokenizer(frames):
-    """Return a Llama-like tokenizer: a blank belongs to the word behind it, punctuation stands alone, BOS comes first.
+    """Return a Llama-like tokenizer: a space belongs to the word after it, punctuation stands alone, BOS comes first.
 
     frames: further texts that must be readable, such as a rendered conversation.
     """
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
-    blanks = pre_tokenizers.Metaspace(prepend_scheme="first")
+    spaces = pre_tokenizers.Metaspace(prepend_scheme="first")
     punctuation = pre_tokenizers.Split(Regex(r"[?.,:\n]"), "isolated")
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([blanks, punctuation])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([spaces, punctuation])
     tokenizer.decoder = decoders.Metaspace(prepend_scheme="first")
     printable = [chr(code) for code in range(33, 127)] + ["\n", "▁"]
-    # Every word of the world comes often enough to become one token, alone and after a blank.
+    # Every word of the world comes often enough to become one token, alone and after a space.
     words = [*map(str, range(10)), *PLACES, *COUNTS, *COLOUR_NAMES]
     texts = (sentences() + [f"{word} {word}" for word in words] + list(frames)) * 50
     special = ["<unk>", "<s>", "</s>"]

@@ -2,7 +2,7 @@
 
 The objective is CLIP's (Radford et al. 2021, https://arxiv.org/abs/2103.00020, section 2.3); the batches are ours:
 groups of near-identical scenes, so that only reading the digits tells them apart.
-Letters: `N` pictures, `P` patches, `C` tower width.
+Letters: `N` images, `P` patches, `C` tower width.
 """
 
 import numpy as np
@@ -38,11 +38,11 @@ def image_processor():
     return CLIPImageProcessor(size={"shortest_edge": CANVAS}, crop_size=size)
 
 
-def pixels_of(pictures, processor):
-    """Return pictures [N, H, W, 3] uint8, of the processor's size, as the processor would: [N, 3, H, W] float32."""
+def get_pixels(images, processor):
+    """Return images [N, H, W, 3] uint8, of the processor's size, as the processor would: [N, 3, H, W] float32."""
     mean = torch.tensor(processor.image_mean).view(3, 1, 1)
     std = torch.tensor(processor.image_std).view(3, 1, 1)
-    return (torch.from_numpy(pictures).permute(0, 3, 1, 2) / 255 - mean) / std
+    return (torch.from_numpy(images).permute(0, 3, 1, 2) / 255 - mean) / std
 
 
 def near_duplicates(num, tiles, rng):
@@ -68,27 +68,26 @@ def contrastive_loss(logits, captions):
 
 
 def caption_ids(captions, tokenizer):
-    """Return input_ids and attention_mask of captions, each closed by the end mark len(tokenizer)."""
+    """Return input_ids and attention_mask of captions, each closed by the end token len(tokenizer)."""
     ids = [[*row, len(tokenizer)] for row in tokenizer(captions).input_ids]
     return tokenizer.pad({"input_ids": ids}, return_tensors="pt")
 
 
-def train_tower(tokenizer, tiles, num_steps, seed, learning_rate=1.5e-3):
-    """Return a CLIPModel trained on `num_steps` batches of fresh scenes, and its image processor."""
-    torch.manual_seed(seed)
-    rng = np.random.default_rng(seed)
-    # The text side reads its sentence at an end mark of its own, the largest id, as CLIP's does.
+def make_clip(tokenizer, vision):
+    """Return a CLIPModel without training; vision: the sizes of its tower."""
+    # The text side reads its sentence at an end token of its own, the largest id, as CLIP's does.
     ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": len(tokenizer)}
     text = {**TEXT, **ends, "pad_token_id": tokenizer.pad_token_id, "vocab_size": len(tokenizer) + 1}
-    model = CLIPModel(CLIPConfig(text_config=text, vision_config=VISION, projection_dim=64))
-    processor = image_processor()
+    return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=64))
+
+
+def fit(model, tokenizer, draw_batch, num_steps, learning_rate=1.5e-3):
+    """Return the CLIPModel after `num_steps` batches of pixels and captions from `draw_batch()`; in eval mode."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.05, betas=(0.9, 0.98))
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, num_steps, pct_start=0.05)
     bar = tqdm(range(num_steps), desc="tower", unit="step", mininterval=2)
     for _ in bar:
-        scenes = near_duplicates(BATCH, tiles, rng)
-        captions = [caption(*row) for row in zip(scenes.digit, scenes.colour, strict=True)]
-        pixels = pixels_of(draw(scenes, tiles, rng), processor)
+        pixels, captions = draw_batch()
         out = model(pixel_values=pixels, **caption_ids(captions, tokenizer))
         loss = contrastive_loss(out.logits_per_image, captions)
         optimizer.zero_grad()
@@ -97,13 +96,28 @@ def train_tower(tokenizer, tiles, num_steps, seed, learning_rate=1.5e-3):
         optimizer.step()
         schedule.step()
         bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
-    return model.eval(), processor
+    return model.eval()
+
+
+def train_tower(tokenizer, tiles, num_steps, seed, learning_rate=1.5e-3):
+    """Return a CLIPModel trained on `num_steps` batches of fresh scenes, and its image processor."""
+    torch.manual_seed(seed)
+    rng = np.random.default_rng(seed)
+    processor = image_processor()
+
+    def draw_batch():
+        scenes = near_duplicates(BATCH, tiles, rng)
+        captions = [caption(*row) for row in zip(scenes.digit, scenes.colour, strict=True)]
+        return get_pixels(draw(scenes, tiles, rng), processor), captions
+
+    model = make_clip(tokenizer, VISION)
+    return fit(model, tokenizer, draw_batch, num_steps, learning_rate), processor
 
 
 @torch.no_grad()
 def place_features(vision_model, processor, scenes, tiles, rng):
     """Return the patches of layer -2, by place: [N, 4, P / 4 * C]."""
-    pixels = pixels_of(draw(scenes, tiles, rng), processor)
+    pixels = get_pixels(draw(scenes, tiles, rng), processor)
     features = vision_model(pixels, output_hidden_states=True).hidden_states[-2][:, 1:]  # [N, P, C]
     half = CANVAS // PATCH // 2
     features = features.reshape(len(features), 2, half, 2, half, -1).permute(0, 1, 3, 2, 4, 5)

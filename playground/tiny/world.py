@@ -1,6 +1,6 @@
-"""Turn scikit-learn's scans of handwritten digits into coloured pictures and questions about them.
+"""Turn scikit-learn's scans of handwritten digits into coloured images and questions about them.
 
-A scene is one row of three arrays: up to four digits, each in a quadrant of its own. Letters: `N` scenes, `M` tiles.
+A scene is one index of three arrays: up to four digits, each in a quadrant of its own. Letters: `N` scenes, `M` tiles.
 """
 
 from typing import NamedTuple
@@ -39,7 +39,7 @@ class Tiles(NamedTuple):
 
 
 class Scenes(NamedTuple):
-    """Pictures before they are drawn; EMPTY where a place holds nothing."""
+    """Images before they are drawn; EMPTY where a place holds nothing."""
 
     digit: np.ndarray  # [N, 4]
     colour: np.ndarray  # [N, 4] index into COLOUR_NAMES
@@ -55,7 +55,7 @@ class Question(NamedTuple):
 
 
 def scans_of_folds(folds):
-    """Return the scans i with i % NUM_FOLDS in `folds`: pictures [S, 8, 8] uint8, digits [S], numbers [S]."""
+    """Return the scans i with i % NUM_FOLDS in `folds`: images [S, 8, 8] uint8, digits [S], numbers [S]."""
     from sklearn.datasets import load_digits
 
     scans = load_digits()
@@ -65,12 +65,12 @@ def scans_of_folds(folds):
 
 
 def training_folds(held_out_fold=HELD_OUT_FOLD):
-    """Return the folds to learn from. HELD_OUT_FOLD is never among them, whichever fold is asked about."""
+    """Return the folds to train on. HELD_OUT_FOLD is never among them, whichever fold is asked about."""
     return [fold for fold in range(NUM_FOLDS) if fold not in (held_out_fold, HELD_OUT_FOLD)]
 
 
 def draw_tile(pixels, rng):
-    """Return a scan [8, 8] enlarged, turned a little and put somewhere in a tile [TILE, TILE]."""
+    """Return a scan [8, 8] enlarged, rotated a little and put somewhere in a tile [TILE, TILE]."""
     size = int(rng.integers(22, TILE + 1))
     digit = Image.fromarray(pixels).resize((size, size), Image.Resampling.BICUBIC)
     digit = digit.rotate(float(rng.uniform(-10, 10)), Image.Resampling.BICUBIC)
@@ -96,7 +96,7 @@ def pick_tiles(digit, tiles, rng):
 
 
 def sample_scenes(num, tiles, rng, counts=(1, 2, 3, 4)):
-    """Return `num` random scenes: how many digits is drawn from `counts`; no digit stands in a picture twice."""
+    """Return `num` random scenes: how many digits is drawn from `counts`; no digit stands in an image twice."""
     count = rng.choice(counts, size=num)  # [N]
     filled = np.argsort(rng.random((num, 4)), axis=1) < count[:, None]  # [N, 4]
     digit = np.argsort(rng.random((num, 10)), axis=1)[:, :4]
@@ -106,7 +106,7 @@ def sample_scenes(num, tiles, rng, counts=(1, 2, 3, 4)):
 
 
 def draw(scenes, tiles, rng):
-    """Return pictures [N, CANVAS, CANVAS, 3] uint8: coloured digits on a dark ground of a random shade."""
+    """Return images [N, CANVAS, CANVAS, 3] uint8: coloured digits on a dark ground of a random shade."""
     filled = scenes.tile != EMPTY  # [N, 4]
     alpha = tiles.alpha[scenes.tile] * filled[..., None, None]  # [N, 4, TILE, TILE]
     alpha = alpha.reshape(-1, 2, 2, TILE, TILE).transpose(0, 1, 3, 2, 4).reshape(-1, CANVAS, CANVAS)
@@ -126,7 +126,7 @@ def items(digit, colour, order=range(4)):
 
 
 def caption(digit, colour):
-    """Return the sentence that says all of one scene, in reading order."""
+    """Return the sentence that describes all of one scene, in reading order."""
     return ", ".join(items(digit, colour)) + "."
 
 

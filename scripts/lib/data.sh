@@ -2,7 +2,7 @@
 # Set DATA_PATHS (annotation files) and IMAGE_FOLDER of a stage from DATA_ROOT. Sourced by the recipes.
 #   LLaVA-1.5:  LLaVA-Pretrain/images, LLaVA-Finetune/data/{coco,gqa,ocr_vqa,textvqa,vg}; or LLaVA's own playground/data
 #   MoE-LLaVA:  llava_image, llava_image_tune, lvis_tune, lrv_tune, svit_tune, mimicit_tune/LA, and train_json beside them
-# DATA_PATH (files, separated by blanks), IMAGE_FOLDER and JSON_FOLDER say otherwise.
+# DATA_PATH (files, separated by spaces), IMAGE_FOLDER and JSON_DIRECTORY override the defaults.
 
 DATA_ROOT=${DATA_ROOT:-./playground/data}
 
@@ -22,21 +22,21 @@ moe_llava_data() { # stage
         finetune) names=(la_tune_256k.json lrv_tune_331k.json lvis_tune_220k_.json svit_tune_157k.json nlp_tune.json) ;;
         moe) names=(llava_image_tune_.json nlp_tune.json) ;;
     esac
-    local json_folder=${JSON_FOLDER:-$(first_existing "${candidates[@]}")}
-    DATA_PATHS=("${names[@]/#/$json_folder/}")
-    FOLDER=$DATA_ROOT
+    local json_directory=${JSON_DIRECTORY:-$(first_existing "${candidates[@]}")}
+    DATA_PATHS=("${names[@]/#/$json_directory/}")
+    DIRECTORY=$DATA_ROOT
 }
 
 llava_data() { # stage
     if [ "$1" = pretrain ]; then
         DATA_PATHS=("$DATA_ROOT/LLaVA-Pretrain/blip_laion_cc_sbu_558k.json")
-        FOLDER=$DATA_ROOT/LLaVA-Pretrain/images
+        DIRECTORY=$DATA_ROOT/LLaVA-Pretrain/images
     elif [ -e "$DATA_ROOT/llava_v1_5_mix665k.json" ]; then
         DATA_PATHS=("$DATA_ROOT/llava_v1_5_mix665k.json")
-        FOLDER=$DATA_ROOT
+        DIRECTORY=$DATA_ROOT
     else
         DATA_PATHS=("$DATA_ROOT/LLaVA-Finetune/llava_v1_5_mix665k.json")
-        FOLDER=$DATA_ROOT/LLaVA-Finetune/data
+        DIRECTORY=$DATA_ROOT/LLaVA-Finetune/data
     fi
 }
 
@@ -49,5 +49,14 @@ choose_data() { # stage: pretrain | finetune | moe
     # shellcheck disable=SC2034  # The recipes read both.
     [ -z "${DATA_PATH:-}" ] || read -ra DATA_PATHS <<<"$DATA_PATH"
     # shellcheck disable=SC2034
-    IMAGE_FOLDER=${IMAGE_FOLDER:-$FOLDER}
+    IMAGE_FOLDER=${IMAGE_FOLDER:-$DIRECTORY}
+}
+
+# For recipes of other systems, whose data has no fixed layout: DATA_PATH and IMAGE_FOLDER, by default files below DATA_ROOT
+# whose image paths are absolute.
+choose_named_data() { # file
+    # shellcheck disable=SC2034
+    read -ra DATA_PATHS <<<"${DATA_PATH:-$DATA_ROOT/$1}"
+    # shellcheck disable=SC2034
+    IMAGE_FOLDER=${IMAGE_FOLDER:-/}
 }

@@ -1,9 +1,9 @@
 # shellcheck shell=bash
-# Make one Python environment for everything in this repository, once, and say what a machine lacks before it is tried.
+# Make one Python environment for everything in this repository, once, and report what a machine lacks before it is tried.
 # Sourced by quickstart.sh and test.sh; ROOT is the clone.
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
-EXTRAS=train,peft,quant,fast,dev
+EXTRAS=train,peft,quant,eval,dev,docs
 MIN_FREE_GIB=4
 
 say() { printf '%s\n' "$@" >&2; }
@@ -46,7 +46,7 @@ check_machine() { # python
     fi
 }
 
-check_disk() { # folder that the environment goes to
+check_disk() { # directory that the environment goes to
     local parent=$1 free_gib
     while [ ! -d "$parent" ]; do parent=$(dirname "$parent"); done
     free_gib=$(($(df -Pk "$parent" | awk 'NR == 2 { print $4 }') / 1048576))
@@ -72,7 +72,7 @@ quietly() { # title, log, command...
     [ -t 2 ] && printf '\r%80s\r' '' >&2
     if [ "$status" -ne 0 ]; then
         tail -n 20 "$log" >&2
-        fail "$title: failed with status $status; the whole output is in $log."
+        fail "$title: failed with status $status; the full output is in $log."
     fi
     say "  done in $((SECONDS - start)) s"
 }
@@ -82,14 +82,14 @@ stamp_of() { # constraints file
     { echo "$EXTRAS"; cat "$ROOT/pyproject.toml" "$1"; } | cksum
 }
 
-# Make or reuse the environment and put it first on PATH. LLAVA_LITE_VENV names another folder than ./.venv.
+# Make or reuse the environment and put it first on PATH. LLAVA_LITE_VENV names another directory than ./.venv.
 ensure_environment() { # constraints file
     local constraints=$1 default=.venv python index=()
     [ "$(basename "$constraints")" = constraints.txt ] || default=.venv-$(basename "$constraints" .txt | sed 's/^constraints-//')
     VENV=${LLAVA_LITE_VENV:-$ROOT/$default}
     if [ "$(cat "$VENV/.llava_lite" 2>/dev/null)" != "$(stamp_of "$constraints")" ]; then
         if [ -d "$VENV" ] && [ ! -f "$VENV/pyvenv.cfg" ] && [ -n "$(ls -A "$VENV")" ]; then
-            fail "$VENV exists and is no Python environment. Name another folder: LLAVA_LITE_VENV=/path."
+            fail "$VENV exists and is no Python environment. Name another directory: LLAVA_LITE_VENV=/path."
         fi
         check_disk "$VENV"
         if [ ! -x "$VENV/bin/python" ]; then
@@ -134,17 +134,17 @@ remove_dead_buffers() {
 }
 
 # Fetch transformers' own tests of models, which only its source distribution holds; once a version, 10 MB, half a minute.
-# Offline nothing is lost: tests/model/test_common.py says that it is skipped.
+# Offline nothing is lost: tests/model/test_common.py reports that it is skipped.
 fetch_model_tests() {
-    local version folder parent
+    local version directory parent
     version=$(python -c 'from importlib.metadata import version; print(version("transformers"))')
-    parent=$(python -c 'import sys; print(sys.prefix)')/transformers_tests folder=$parent/$version
-    [ ! -d "$folder" ] || return 0
+    parent=$(python -c 'import sys; print(sys.prefix)')/transformers_tests directory=$parent/$version
+    [ ! -d "$directory" ] || return 0
     mkdir -p "$parent"
     say "Fetching the tests of transformers $version (log: $parent/fetch.log)"
     if python -m pip download --no-deps --no-binary transformers --dest "$parent/source" "transformers==$version" >"$parent/fetch.log" 2>&1 &&
         tar -xzf "$parent/source/transformers-$version.tar.gz" -C "$parent/source" "transformers-$version/tests"; then
-        mv "$parent/source/transformers-$version/tests" "$folder"
+        mv "$parent/source/transformers-$version/tests" "$directory"
     else
         say "  not there: $(tail -n 1 "$parent/fetch.log"). Its tests of models are skipped."
     fi

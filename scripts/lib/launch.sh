@@ -6,7 +6,7 @@
 #   HOSTFILE     nodes and their slots, for LAUNCHER=deepspeed: scripts/hostfile.example
 #   NNODES NODE_RANK MASTER_ADDR MASTER_PORT    one call a node, for torchrun and accelerate: scripts/slurm
 #                (with deepspeed and HOSTFILE, NODE_RANK starts this node only, without ssh)
-#   ZERO         2 | 3, or the path of a DeepSpeed JSON; default: the recipe's. scripts/zero3_offload_nvme.json wants a folder, or a
+#   ZERO         2 | 3, or the path of a DeepSpeed JSON; default: the recipe's. scripts/zero3_offload_nvme.json wants a directory, or a
 #                link to one, /local_nvme on the disk of every node, and libaio (apt-get install libaio-dev)
 #   LAUNCHER_ARGS  further options of the launcher: LAUNCHER_ARGS="--include worker-0:0,1"
 #   LAUNCHER_CMD a command to use in place of the launcher and its options

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Stage 2 with LoRA: projector and adapters on the LLM learn; tower and LLM stay as they are. LLaVA-1.5's recipe for 8 GPUs.
+# Stage 2 with LoRA: projector and adapters on the LLM are trained; tower and LLM are frozen. LLaVA-1.5's recipe for 8 GPUs.
 #
 #   DATA_ROOT=/data PROJECTOR=checkpoints/pretrain/mm_projector.bin OUTPUT=checkpoints/llava-lora bash scripts/v1_5/finetune_lora.sh [flags]
 #

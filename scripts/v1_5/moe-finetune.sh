@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Stage 3 (LLaVA-FT MoE): every other MLP becomes four experts; experts, router, MLPs and projector learn. MoE-LLaVA's recipe for 8 GPUs.
+# Stage 3 (LLaVA-FT MoE): every other MLP becomes four experts; experts, router, MLPs and projector are trained. MoE-LLaVA's recipe for 8 GPUs.
 #
 #   DATA_ROOT=/data MODEL=checkpoints/llava OUTPUT=checkpoints/llava-moe bash scripts/v1_5/moe-finetune.sh [flags]
 #
 # Variables: MODEL (the dense output of stage 2, which knows its tower and projector), TRAIN_MODULES ("fc1 fc2 wg" for Phi),
 # VERSION, OUTPUT below; the others as in pretrain.sh. Flags come last and win. Keep devices x batch x accumulation at 128.
-# With --ep_size 2 two ranks share the experts of a layer, each holding half of them; ZeRO-2 or 3, same losses, same folder.
+# With --ep_size 2 two ranks divide the experts of a layer; ZeRO-2 or 3, same losses, same directory.
 # Tokens over capacity are dropped, as MoE-LLaVA did, with --moe_drop_tokens True; else the capacity factor has no effect.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)

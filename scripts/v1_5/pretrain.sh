@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Stage 1 (LLaVA-PT): the projector learns from captions; tower and LLM stay as they are. LLaVA-1.5's recipe for 8 GPUs.
+# Stage 1 (LLaVA-PT): the projector is trained on captions; tower and LLM are frozen. LLaVA-1.5's recipe for 8 GPUs.
 #
 #   DATA_ROOT=/data MODEL=lmsys/vicuna-7b-v1.5 OUTPUT=checkpoints/pretrain bash scripts/v1_5/pretrain.sh [flags]
 #
 # Variables: MODEL, VISION_TOWER, OUTPUT below; DATA_ROOT, DATA_PATH, IMAGE_FOLDER in ../lib/data.sh; LAUNCHER, NUM_GPUS,
 # HOSTFILE, ZERO in ../lib/launch.sh. Flags come last and win. Keep devices x batch x accumulation at 256.
-# The records of a micro-batch stand in one row without padding: a step is the published 256 records, and learns the same.
+# The records of a micro-batch are packed into one sequence: a step is the published 256 records, with the same loss.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 source "$here/../lib/launch.sh"

@@ -1,8 +1,9 @@
-"""Commands know their flags by whole names in either spelling, and say what is wrong in one sentence."""
+"""Commands know their flags by full names in either spelling, and report what is wrong in one sentence."""
 
 import pytest
 
-from llava_lite.commands.parser import CommandParser, in_flags, sentence_of
+from llava_lite.commands.parser import CommandParser, in_flags
+from llava_lite.errors import get_sentence
 
 
 @pytest.fixture
@@ -20,10 +21,10 @@ def refusal(parser, capsys, *words):
     with pytest.raises(SystemExit) as stopped:
         parser.parse_args(list(words))
     assert stopped.value.code == 2
-    said = capsys.readouterr().err
-    assert said.endswith(" `llava-lite chat --help` lists the flags.\n")
-    assert len(said.splitlines()) == 1
-    return said.removeprefix("llava-lite chat: ").removesuffix(" `llava-lite chat --help` lists the flags.\n")
+    output = capsys.readouterr().err
+    assert output.endswith(" `llava-lite chat --help` lists the flags.\n")
+    assert len(output.splitlines()) == 1
+    return output.removeprefix("llava-lite chat: ").removesuffix(" `llava-lite chat --help` lists the flags.\n")
 
 
 def test_dashes_and_underscores_are_the_same(parser):
@@ -37,7 +38,7 @@ def test_dashes_and_underscores_are_the_same(parser):
         (["--model", "m"], "unknown flag --model: write the model as the first word, llava-lite chat MODEL."),
         (["m", "--image", "a.png"], "unknown flag --image: write --image-file."),
         (["m", "-i", "a.png"], "unknown flag -i."),
-        (["m", "a.png"], "'a.png' belongs to no flag. Put quotes around a value with blanks."),
+        (["m", "a.png"], "'a.png' belongs to no flag. Put quotes around a value with spaces."),
         (["m", "--max-new-tokens", "x"], "argument --max_new_tokens: invalid int value: 'x'."),
         (["m", "--max-new-tokens"], "argument --max_new_tokens: expected one argument."),
     ],
@@ -46,7 +47,7 @@ def test_what_is_wrong_is_one_sentence(words, answer, parser, capsys):
     assert refusal(parser, capsys, *words) == answer
 
 
-def test_an_unknown_flag_is_told_before_what_is_missing_because_of_it(capsys):
+def test_an_unknown_flag_is_reported_before_what_is_missing_because_of_it(capsys):
     parser = CommandParser(prog="llava-lite chat", command="check")
     parser.add_argument("--data_path", required=True)
     assert refusal(parser, capsys, "--data", "x.json") == "unknown flag --data: write --data_path."
@@ -75,6 +76,6 @@ def test_keywords_of_python_are_shown_as_flags(message, shown, parser):
 def test_an_error_of_a_file_names_it(tmp_path):
     with pytest.raises(OSError, match="No such file") as error:
         (tmp_path / "gone").read_text()
-    assert sentence_of(error.value) == f"'{tmp_path}/gone': No such file or directory."
-    assert sentence_of(ValueError("words")) == "words"
-    assert sentence_of(ValueError()) == "ValueError"
+    assert get_sentence(error.value) == f"'{tmp_path}/gone': No such file or directory."
+    assert get_sentence(ValueError("words")) == "words"
+    assert get_sentence(ValueError()) == "ValueError"

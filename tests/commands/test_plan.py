@@ -3,7 +3,7 @@
 import pytest
 
 from llava_lite.commands.plan import build_parser
-from llava_lite.train.scale import Cluster
+from llava_lite.train.estimate.scale import Cluster
 
 
 def test_defaults_are_those_of_the_cluster():

@@ -3,7 +3,7 @@
 import pytest
 
 from llava_lite.commands import convert, merge
-from llava_lite.export.checked_folder import TOLERANCE
+from llava_lite.export.verified_directory import TOLERANCE
 
 
 @pytest.mark.parametrize("verb", [convert, merge])

@@ -1,4 +1,4 @@
-"""A small data set with the oddities of the public ones, and an index folder of its own for every test."""
+"""A small data set with the oddities of the public ones, and an index directory of its own for every test."""
 
 import json
 
@@ -7,11 +7,11 @@ from PIL import Image
 
 
 @pytest.fixture(autouse=True)
-def index_folder(tmp_path_factory, monkeypatch):
+def index_directory(tmp_path_factory, monkeypatch):
     """Keep the indexes of a test away from the user's and from those of other tests."""
-    folder = tmp_path_factory.mktemp("index")
-    monkeypatch.setenv("LLAVA_LITE_CACHE", str(folder))
-    return folder
+    directory = tmp_path_factory.mktemp("index")
+    monkeypatch.setenv("LLAVA_LITE_CACHE", str(directory))
+    return directory
 
 
 def record(record_id, *texts, image=None, **more):
@@ -20,8 +20,8 @@ def record(record_id, *texts, image=None, **more):
     return {"id": record_id, "conversations": turns} | ({"image": image} if image else {}) | more
 
 
-def write_picture(path, size=(40, 24), colour=(200, 30, 30), **options):
-    """Save a picture of one colour."""
+def write_image(path, size=(40, 24), colour=(200, 30, 30), **options):
+    """Save an image of one colour."""
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new("RGB", size, colour).save(path, **options)
 
@@ -40,21 +40,21 @@ def write_json(tmp_path):
 
 @pytest.fixture
 def oddities(tmp_path, write_json):
-    """Return (json path, image folder, ids that cannot be used) of 13 records as the public data sets have them."""
+    """Return (json path, image directory, ids that cannot be used) of 13 records as the public data sets have them."""
     images = tmp_path / "images"
     for name in ("coco/train2017/1.jpg", "vg/VG_100K/2.jpg", "gqa/images/5.jpg", "textvqa/train_images/9.jpg"):
-        write_picture(images / name)
-    write_picture(images / "ocr_vqa/images/as_png.png", (24, 40))
-    write_picture(images / "ocr_vqa/images/as_gif.gif")
+        write_image(images / name)
+    write_image(images / "ocr_vqa/images/as_png.png", (24, 40))
+    write_image(images / "ocr_vqa/images/as_gif.gif")
     # A png under the name of a jpg.
-    write_picture(images / "coco/train2017/png_inside.jpg", format="PNG")
+    write_image(images / "coco/train2017/png_inside.jpg", format="PNG")
     say_first = {"from": "gpt", "value": "How can I help?"}
     first_from_gpt = record("gpt first", "<image>\nWhat colour is it?", "Red.", image="coco/train2017/1.jpg")
     first_from_gpt["conversations"].insert(0, say_first)
     records = [
         record("plain", "<image>\nWhat colour is it?", "Red.", image="coco/train2017/1.jpg"),
         first_from_gpt,
-        record(33, "What does the mark <picture> mean in HTML?", "Several files of one image."),
+        record(33, "What does the tag <picture> mean in HTML?", "Several files of one image."),
         record("ocr missing", "<image>\nWho wrote this?", "Nobody.", image="ocr_vqa/images/missing.jpg"),
         record("ocr png", "<image>\nWho wrote this?", "Ann.", image="ocr_vqa/images/as_png.jpg"),
         record("ocr gif", "<image>\nWho wrote this?", "Bob.", image="ocr_vqa/images/as_gif.jpg"),

@@ -6,11 +6,11 @@ import torch
 from llava_lite.data.collator import DataCollatorForSupervisedDataset, PackedCollator
 
 
-def example(name, ids, labels, num_pictures=0, dtype=torch.float32):
+def example(name, ids, labels, num_images=0, dtype=torch.float32):
     made = {"id": name, "input_ids": torch.tensor(ids), "labels": torch.tensor(labels)}
-    if num_pictures:
-        made["images"] = list(torch.full((num_pictures, 3, 2, 2), len(ids)).to(dtype))
-        made["image_sizes"] = [(2, 2)] * num_pictures
+    if num_images:
+        made["images"] = list(torch.full((num_images, 3, 2, 2), len(ids)).to(dtype))
+        made["image_sizes"] = [(2, 2)] * num_images
     return made
 
 
@@ -35,7 +35,7 @@ def test_left_padding_moves_everything():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.uint8])
-def test_pictures_of_the_batch_stand_in_order(dtype):
+def test_images_of_the_batch_stand_in_order(dtype):
     examples = [
         example("a", [1], [1], 2, dtype),
         example("b", [1, 2], [1, 2]),
@@ -44,6 +44,19 @@ def test_pictures_of_the_batch_stand_in_order(dtype):
     images = DataCollatorForSupervisedDataset(pad_token_id=0)(examples)["images"]
     assert images.dtype == dtype
     assert images[:, 0, 0, 0].tolist() == [1, 1, 3]
+
+
+@pytest.mark.parametrize("collate", [DataCollatorForSupervisedDataset(pad_token_id=0), PackedCollator()])
+def test_images_of_a_batch_with_media_are_a_list_in_order(collate):
+    sound = {"audio": (torch.ones(3, 1, 2, 2), 0.5)}
+    mixed = example("b", [1, 2], [1, 2]) | {"images": [sound], "image_sizes": [(2, 2)], "in_text": False}
+    first = example("a", [1], [1], 1, torch.uint8) | {"in_text": False}
+    batch = collate([first, example("t", [3], [3]), mixed])
+    assert isinstance(batch["images"], list)
+    assert torch.equal(batch["images"][0], first["images"][0])
+    assert batch["images"][1] is sound
+    assert batch["image_rows"].tolist() == [0, 2]
+    assert collate([mixed])["images"] == [sound]
 
 
 def test_a_missing_pad_token_is_refused():
@@ -83,7 +96,7 @@ def test_packing_leaves_the_examples_as_they_were():
 
 
 @pytest.mark.parametrize("crops", [False, True])
-def test_pictures_of_a_packed_row_are_those_of_the_padded_batch(crops):
+def test_images_of_a_packed_row_are_those_of_the_padded_batch(crops):
     examples = [example("a", [1], [1], 2), example("b", [1, 2], [1, 2]), example("c", [1, 2, 3], [1] * 3, 1)]
     if crops:
         examples[0]["images"][0] = torch.zeros(4, 3, 2, 2)
@@ -94,7 +107,7 @@ def test_pictures_of_a_packed_row_are_those_of_the_padded_batch(crops):
     assert [p.shape for p in packed["images"]] == [p.shape for p in padded["images"]]
 
 
-def test_positions_that_learn_are_those_before_a_learned_token():
+def test_supervised_positions_are_those_before_a_supervised_token():
     batch = DataCollatorForSupervisedDataset(pad_token_id=0)(EXAMPLES)
-    # Rows of three: of the first both, of the second the token alone, which nothing comes before.
+    # Batch of three: of the first both, of the second only the token, which nothing precedes.
     assert batch["supervised_positions"].tolist() == [0, 1]

@@ -8,18 +8,18 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from llava_lite.anyres import PictureLayout
 from llava_lite.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava_lite.data.collator import DataCollatorForSupervisedDataset
 from llava_lite.data.dataset import LazySupervisedDataset, open_dataset
 from llava_lite.data.encode import RecordEncoder, expand_image_tokens
-from llava_lite.data.index import open_annotations
-from llava_lite.data.records import Record
+from llava_lite.data.errors import DataError
+from llava_lite.data.index.annotations import open_annotations
+from llava_lite.data.records.record import Record
 from llava_lite.data.sampler import ModalityLengthGroupedSampler
-from llava_lite.data.scan import DataError
-from llava_lite.mm_utils import load_image_processor
-from llava_lite.picture_steps import read_steps
-from llava_lite.pictures import open_picture, prepare_picture
+from llava_lite.media.image import open_image
+from llava_lite.media.layout import ImageLayout
+from llava_lite.media.preprocess import load_image_processor, prepare_image
+from llava_lite.media.transform import read_transform
 
 P = 16
 
@@ -31,29 +31,29 @@ def processor(toy_tower_dir):
 
 @pytest.fixture
 def opened(oddities, toy_tokenizer, processor):
-    """The oddities as a dataset of square and of padded pictures, bad records left out."""
-    path, folder, _ = oddities
+    """The oddities as a dataset of square and of padded images, bad records left out."""
+    path, directory, _ = oddities
 
     def make(**options):
-        options = {"max_bad_share": 0.2, "bad_record": "skip", "layout": PictureLayout(P)} | options
-        return open_dataset(path, toy_tokenizer, processor, "v1", folder, **options)
+        options = {"max_bad_fraction": 0.2, "bad_record": "skip", "layout": ImageLayout(P)} | options
+        return open_dataset(path, toy_tokenizer, processor, "v1", directory, **options)
 
     return make
 
 
-def test_marks_become_as_many_placeholders_as_features():
+def test_placeholders_are_repeated_for_every_feature():
     ids, labels = expand_image_tokens([1, -200, 5, -200, 6], [-100, -100, 5, -100, 6], [3, 1])
     assert ids == [1, -200, -200, -200, 5, -200, 6]
     assert labels == [-100, -100, -100, -100, 5, -100, 6]
-    with pytest.raises(ValueError, match="2 placeholders in the tokens but 1 pictures"):
+    with pytest.raises(ValueError, match="2 placeholders in the tokens but 1 images"):
         expand_image_tokens([-200, -200], [-100, -100], [3])
 
 
 @pytest.mark.parametrize("aspect_ratio", ["square", "pad"])
 def test_public_oddities_go_through_sampler_dataset_and_collator(opened, toy_tokenizer, aspect_ratio):
-    dataset, report = opened(layout=PictureLayout(P, aspect_ratio=aspect_ratio))
+    dataset, report = opened(layout=ImageLayout(P, aspect_ratio=aspect_ratio))
     assert len(dataset) == 11
-    sampler = ModalityLengthGroupedSampler(dataset.lengths, dataset.has_picture, batch_size=3, world_size=1)
+    sampler = ModalityLengthGroupedSampler(dataset.lengths, dataset.has_image, batch_size=3, world_size=1)
     collate = DataCollatorForSupervisedDataset(pad_token_id=toy_tokenizer.unk_token_id)
     seen = []
     for batch in DataLoader(dataset, batch_size=3, sampler=sampler, collate_fn=collate):
@@ -61,10 +61,10 @@ def test_public_oddities_go_through_sampler_dataset_and_collator(opened, toy_tok
         assert num_placeholders == P * len(batch.get("images", ()))
         assert batch["input_ids"].shape == batch["labels"].shape == batch["attention_mask"].shape
         assert batch["input_ids"].shape[1] <= 2048
-        learned = batch["labels"] != IGNORE_INDEX
-        assert learned.any(dim=1).all()
-        assert torch.equal(batch["labels"][learned], batch["input_ids"][learned])
-        assert not learned[batch["attention_mask"] == 0].any()
+        supervised = batch["labels"] != IGNORE_INDEX
+        assert supervised.any(dim=1).all()
+        assert torch.equal(batch["labels"][supervised], batch["input_ids"][supervised])
+        assert not supervised[batch["attention_mask"] == 0].any()
         seen += batch["sample_ids"]
     assert sorted(seen) == sorted(record.id for record in report.annotations)
 
@@ -73,7 +73,7 @@ def test_lengths_known_beforehand_are_those_of_the_examples(opened):
     dataset, report = opened()
     examples = [dataset[i] for i in range(len(dataset))]
     assert dataset.lengths.tolist() == [len(example["input_ids"]) for example in examples]
-    assert dataset.has_picture.tolist() == ["images" in example for example in examples]
+    assert dataset.has_image.tolist() == ["images" in example for example in examples]
     assert report.num_tokens == sum(len(example["input_ids"]) for example in examples)
     assert max(dataset.lengths) == 2048
 
@@ -82,20 +82,20 @@ def by_id(dataset, name):
     return next(dataset[i] for i in range(len(dataset)) if dataset.annotations[i].id == name)
 
 
-def test_a_placeholder_without_an_image_is_refused_or_learned_as_plain_text(write_json, toy_tokenizer, processor):
+def test_a_placeholder_without_an_image_is_refused_or_read_as_plain_text(write_json, toy_tokenizer, processor):
     turns = [{"from": "human", "value": "What does the tag <image> mean?"}, {"from": "gpt", "value": "An image."}]
     path = write_json([{"id": "html", "conversations": turns}])
     with pytest.raises(DataError, match=r"1 <image> placeholder in the conversation but no image in record 'html'"):
-        open_dataset(path, toy_tokenizer, processor, "v1", layout=PictureLayout(P))
-    unchecked = LazySupervisedDataset(open_annotations(path), toy_tokenizer, processor, "v1", layout=PictureLayout(P))
+        open_dataset(path, toy_tokenizer, processor, "v1", layout=ImageLayout(P))
+    unchecked = LazySupervisedDataset(open_annotations(path), toy_tokenizer, processor, "v1", layout=ImageLayout(P))
     with pytest.raises(DataError, match="--placeholder_as_text True"):
         unchecked[0]
-    options = {"layout": PictureLayout(P), "placeholder_as_text": True}
+    options = {"layout": ImageLayout(P), "placeholder_as_text": True}
     dataset, report = open_dataset(path, toy_tokenizer, processor, "v1", **options)
     assert "images" not in dataset[0]
     assert IMAGE_TOKEN_INDEX not in dataset[0]["input_ids"]
     assert "the tag <image> mean" in toy_tokenizer.decode(dataset[0]["input_ids"])
-    assert "1 record with an image mark and no image, taken as plain text" in report.summary()
+    assert "1 record with an image placeholder and no image, used as plain text" in report.summary()
     assert "record 'html' (train.json[0])" in report.summary().splitlines()[-1]
 
 
@@ -109,19 +109,19 @@ def test_an_image_inside_a_record_is_the_image_of_its_file(write_json, toy_token
             ["gqa/images/5.jpg", f"data:image/jpeg;base64,{text}", text, {"bytes": text, "path": None}]
         )
     ]
-    options = {"layout": PictureLayout(P)}
+    options = {"layout": ImageLayout(P)}
     dataset, report = open_dataset(
         write_json(records, "inline.json"), toy_tokenizer, processor, "v1", oddities[1], **options
     )
     for k in range(4):
         assert torch.equal(dataset[k]["images"][0], dataset[0]["images"][0])
         assert dataset[k]["image_sizes"] == [(40, 24)]
-    assert report.annotations.picture_sizes.tolist() == [[40, 24]] * 4
-    keys = [dataset.picture_key(record, record.images[0]) for record in dataset.annotations]
+    assert report.annotations.image_sizes.tolist() == [[40, 24]] * 4
+    keys = [dataset.image_key(record, record.images[0]) for record in dataset.annotations]
     assert len(set(keys)) == 2
     assert keys[1] == keys[2] == keys[3]
     broken = write_json([{**records[0], "image": base64.b64encode(data[:-200]).decode()}], "broken.json")
-    with pytest.raises(DataError, match=r"record '0' \(broken.json\[0\]\): cannot use the picture 'in the record'"):
+    with pytest.raises(DataError, match=r"record '0' \(broken.json\[0\]\): cannot use the image 'in the record'"):
         open_dataset(broken, toy_tokenizer, processor, "v1", oddities[1], **options)
 
 
@@ -133,34 +133,34 @@ def test_a_greeting_from_gpt_changes_nothing(opened):
 
 
 @pytest.mark.parametrize("aspect_ratio", ["square", "pad"])
-def test_the_picture_is_the_one_that_mm_utils_prepares(opened, oddities, processor, aspect_ratio):
-    example = by_id(opened(layout=PictureLayout(P, aspect_ratio=aspect_ratio))[0], "ocr png")
-    picture = open_picture(f"{oddities[1]}/ocr_vqa/images/as_png.png")
+def test_the_image_is_the_one_that_mm_utils_prepares(opened, oddities, processor, aspect_ratio):
+    example = by_id(opened(layout=ImageLayout(P, aspect_ratio=aspect_ratio))[0], "ocr png")
+    image = open_image(f"{oddities[1]}/ocr_vqa/images/as_png.png")
     assert [pixels.shape for pixels in example["images"]] == [(3, 32, 32)]
-    assert torch.equal(example["images"][0], prepare_picture(picture, processor, aspect_ratio))
+    assert torch.equal(example["images"][0], prepare_image(image, processor, aspect_ratio))
 
 
 @pytest.mark.parametrize("aspect_ratio", ["square", "pad", "anyres"])
-def test_bytes_of_a_picture_are_its_numbers_before_they_are_normalised(opened, processor, aspect_ratio):
-    layout = PictureLayout(P, 4, 32, aspect_ratio, pinpoints=((32, 64), (64, 32)))
-    numbers, pixels = (opened(layout=layout, picture_resize=resize)[0] for resize in (None, "exact"))
+def test_bytes_of_an_image_are_its_numbers_before_they_are_normalised(opened, processor, aspect_ratio):
+    layout = ImageLayout(P, 4, 32, aspect_ratio, pinpoints=((32, 64), (64, 32)))
+    numbers, pixels = (opened(layout=layout, image_resize=resize)[0] for resize in (None, "exact"))
     for i in range(len(numbers)):
         for one, other in zip(numbers[i].get("images", ()), pixels[i].get("images", ()), strict=True):
             assert other.dtype == torch.uint8
-            assert torch.equal(read_steps(processor).normalise(other), one)
+            assert torch.equal(read_transform(processor).normalise(other), one)
     collate = DataCollatorForSupervisedDataset(pad_token_id=0)
     images = collate([pixels[0], pixels[1]])["images"]
-    assert all(picture.dtype == torch.uint8 for picture in images)
+    assert all(image.dtype == torch.uint8 for image in images)
 
 
-def test_a_processor_of_other_steps_makes_numbers_and_the_reason_is_told_once(opened, processor, caplog):
+def test_a_processor_with_another_transform_makes_float32_and_the_reason_is_reported_once(opened, processor, caplog):
     processor.do_rescale = False
-    with caplog.at_level("INFO", logger="llava_lite.data.dataset"):
-        dataset, _ = opened(picture_resize="fast")
-        pictures = [dataset[i]["images"][0] for i in range(len(dataset)) if dataset.has_picture[i]]
-    assert {picture.dtype for picture in pictures} == {torch.float32}
+    with caplog.at_level("INFO", logger="llava_lite.data.examples"):
+        dataset, _ = opened(image_resize="fast")
+        images = [dataset[i]["images"][0] for i in range(len(dataset)) if dataset.has_image[i]]
+    assert {image.dtype for image in images} == {torch.float32}
     assert [line.getMessage() for line in caplog.records] == [
-        "pictures travel as float32, four times as many bytes, made by the image processor: do_rescale is off."
+        "images are normalised by the image processor, as float32 of four times the bytes: do_rescale is off."
     ]
 
 
@@ -173,19 +173,17 @@ def test_workers_get_paths_not_records(opened):
 
 
 def unchecked(oddities, tokenizer, processor, max_length=2048):
-    path, folder, _ = oddities
-    annotations = open_annotations(path, folder)
-    return LazySupervisedDataset(
-        annotations, tokenizer, processor, "v1", layout=PictureLayout(P), max_length=max_length
-    )
+    path, directory, _ = oddities
+    annotations = open_annotations(path, directory)
+    return LazySupervisedDataset(annotations, tokenizer, processor, "v1", layout=ImageLayout(P), max_length=max_length)
 
 
 @pytest.mark.parametrize(
     ("position", "max_length", "words"),
     [
-        (3, 2048, r"record 'ocr missing' \(train.json\[3\]\): cannot use the picture"),
-        (7, 2048, r"record 'long question' \(train.json\[7\]\) has nothing to learn"),
-        (0, 10, r"record 'plain' \(train.json\[0\]\): 1 pictures lie beyond the maximum of 10"),
+        (3, 2048, r"record 'ocr missing' \(train.json\[3\]\): cannot use the image"),
+        (7, 2048, r"record 'long question' \(train.json\[7\]\) has no supervised token"),
+        (0, 10, r"record 'plain' \(train.json\[0\]\): 1 images lie beyond the maximum of 10"),
     ],
 )
 def test_an_unchecked_record_that_cannot_be_used_names_itself(
@@ -195,22 +193,22 @@ def test_an_unchecked_record_that_cannot_be_used_names_itself(
         unchecked(oddities, toy_tokenizer, processor, max_length)[position]
 
 
-def test_a_picture_is_never_cut_in_two(oddities, toy_tokenizer, processor):
-    whole = unchecked(oddities, toy_tokenizer, processor)[0]
-    first = whole["input_ids"].tolist().index(IMAGE_TOKEN_INDEX)
-    with pytest.raises(DataError, match=r"record 'plain' .* features of a picture"):
+def test_an_image_is_never_cut_in_two(oddities, toy_tokenizer, processor):
+    full = unchecked(oddities, toy_tokenizer, processor)[0]
+    first = full["input_ids"].tolist().index(IMAGE_TOKEN_INDEX)
+    with pytest.raises(DataError, match=r"record 'plain' .* features of an image"):
         unchecked(oddities, toy_tokenizer, processor, first + P - 1)[0]
 
 
 def test_an_unknown_aspect_ratio_is_refused(oddities, toy_tokenizer, processor):
-    path, folder, _ = oddities
+    path, directory, _ = oddities
     with pytest.raises(ValueError, match="unknown image_aspect_ratio 'round'; known: square, pad"):
         LazySupervisedDataset(
-            open_annotations(path, folder),
+            open_annotations(path, directory),
             toy_tokenizer,
             processor,
             "v1",
-            layout=PictureLayout(P, aspect_ratio="round"),
+            layout=ImageLayout(P, aspect_ratio="round"),
         )
 
 
@@ -231,5 +229,5 @@ def test_system_text_of_a_record_replaces_the_templates_and_unsupervised_answers
     ids, labels = RecordEncoder(toy_tokenizer, "v1")(record)
     text = toy_tokenizer.decode(ids, skip_special_tokens=True)
     assert text == "Hello human USER: How many? ASSISTANT: three USER: Which colour? ASSISTANT: red"
-    learned = [label for label in labels if label != IGNORE_INDEX]
-    assert toy_tokenizer.decode(learned) == "red</s>"
+    supervised = [label for label in labels if label != IGNORE_INDEX]
+    assert toy_tokenizer.decode(supervised) == "red</s>"

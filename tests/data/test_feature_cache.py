@@ -43,7 +43,7 @@ def write(store, *numbers):
 
 
 def one_each(store, *numbers):
-    """Return the features of records with one picture each."""
+    """Return the features of records with one image each."""
     return store.view(keys(*numbers), np.arange(len(numbers) + 1))
 
 
@@ -56,14 +56,14 @@ def test_what_was_written_is_read_bit_for_bit(tmp_path, dtype, shape):
         for number, one in enumerate(written):
             writer.add(key(number), one, (10 + number, 20))
     view = store.view(keys(4, 0, 0, 3), np.array([0, 1, 1, 4]))
-    assert [[picture.size for picture in view[i]] for i in range(3)] == [
+    assert [[image.size for image in view[i]] for i in range(3)] == [
         [(14, 20)],
         [],
         [(10, 20), (10, 20), (13, 20)],
     ]
-    for picture, number in zip([*view[0], *view[2]], (4, 0, 0, 3), strict=True):
-        assert picture.features.dtype == dtype
-        assert torch.equal(picture.features, written[number])
+    for image, number in zip([*view[0], *view[2]], (4, 0, 0, 3), strict=True):
+        assert image.features.dtype == dtype
+        assert torch.equal(image.features, written[number])
 
 
 def test_shards_of_several_writers_are_one_store(store, monkeypatch):
@@ -77,16 +77,16 @@ def test_shards_of_several_writers_are_one_store(store, monkeypatch):
         assert torch.equal(view[i][0].features, features(number))
 
 
-def test_a_picture_that_is_not_stored_is_named_by_number(store):
+def test_an_image_that_is_not_stored_is_named_by_number(store):
     write(store, 1)
-    with pytest.raises(KeyError, match="2 of 3 pictures have no features"):
+    with pytest.raises(KeyError, match="2 of 3 images have no features"):
         one_each(store, 1, 2, 3)
-    assert (FeatureStore(store.folder / "none", torch.float32, C).find(keys(1))["shard"] < 0).all()
+    assert (FeatureStore(store.directory / "none", torch.float32, C).find(keys(1))["shard"] < 0).all()
 
 
 def test_features_of_another_kind_are_refused(store):
     with FeatureWriter(store) as writer:
-        with pytest.raises(ValueError, match=r"torch.bfloat16 of width 6; this folder holds torch.float32"):
+        with pytest.raises(ValueError, match=r"torch.bfloat16 of width 6; this directory has torch.float32"):
             writer.add(key(1), features(1, dtype=torch.bfloat16), (1, 1))
         with pytest.raises(ValueError, match="width 5"):
             writer.add(key(1), features(1, P, 5), (1, 1))
@@ -110,14 +110,14 @@ def test_what_has_no_list_yet_is_not_read(store):
 
 def test_entries_beyond_the_end_of_a_cut_file_are_not_read(store):
     write(store, 1, 2, 3)
-    (path,) = store.folder.glob("*.bin")
+    (path,) = store.directory.glob("*.bin")
     os.truncate(path, 3 * P * C * 4 - 1)
     assert (store.find(keys(1, 2, 3))["shard"] >= 0).tolist() == [True, True, False]
 
 
 def test_an_empty_list_of_a_shard_is_named(store):
     write(store, 1)
-    (path,) = store.folder.glob("*.npy")
+    (path,) = store.directory.glob("*.npy")
     path.write_bytes(b"")
     with pytest.raises(ValueError, match=rf"{path.name} is not an array .* Delete the file"):
         store.find(keys(1))
@@ -125,12 +125,16 @@ def test_an_empty_list_of_a_shard_is_named(store):
 
 def test_only_old_remains_are_swept(store):
     write(store, 1)
-    old, fresh, draft = store.folder / "old.bin", store.folder / "fresh.bin", store.folder / "views" / "old.part"
+    old, fresh, draft = (
+        store.directory / "old.bin",
+        store.directory / "fresh.bin",
+        store.directory / "views" / "old.part",
+    )
     draft.parent.mkdir(exist_ok=True)
     for path in (old, fresh, draft):
         path.write_bytes(b"half")
     long_ago = time.time() - 2 * feature_cache.ORPHAN_S
-    for path in [old, draft, *store.folder.glob("*-*.bin")]:
+    for path in [old, draft, *store.directory.glob("*-*.bin")]:
         os.utime(path, (long_ago, long_ago))
     store.sweep()
     assert not old.exists()
@@ -149,26 +153,26 @@ def test_a_shard_that_comes_while_a_view_is_made_moves_no_other(store, tmp_path)
 
         def shards(self):
             names = super().shards()
-            for path in list(other.folder.glob("*.*")):
-                path.rename(self.folder / f"a{path.suffix}")
+            for path in list(other.directory.glob("*.*")):
+                path.rename(self.directory / f"a{path.suffix}")
             return names
 
-    view = one_each(Busy(store.folder, torch.float32, C), 1, 2)
+    view = one_each(Busy(store.directory, torch.float32, C), 1, 2)
     assert [torch.equal(view[i][0].features, features(i + 1)) for i in (0, 1)] == [True, True]
     assert one_each(store, 9)[0][0].size == (9, 18)
 
 
 def test_remains_that_another_rank_sweeps_at_the_same_time_are_no_error(store):
     write(store, 1)
-    # What another rank has thrown away since the folder was listed looks like this to whoever opens it.
-    (store.folder / "old.bin").symlink_to(store.folder / "gone")
+    # What another rank has thrown away since the directory was listed looks like this to whoever opens it.
+    (store.directory / "old.bin").symlink_to(store.directory / "gone")
     store.sweep()
     assert store.shards()
 
 
-def test_a_shard_that_the_disk_has_no_room_for_leaves_nothing_behind(store):
+def test_a_shard_that_the_disk_has_no_room_for_leaves_no_file(store):
     write(store, 1)
-    before = sorted(store.folder.iterdir())
+    before = sorted(store.directory.iterdir())
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (P * C * 4, limits[1]))
     try:
@@ -176,7 +180,7 @@ def test_a_shard_that_the_disk_has_no_room_for_leaves_nothing_behind(store):
             write(store, 2, 3)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert sorted(store.folder.iterdir()) == before
+    assert sorted(store.directory.iterdir()) == before
     write(store, 2, 3)
     assert torch.equal(one_each(store, 3)[0][0].features, features(3))
 
@@ -187,7 +191,7 @@ from pathlib import Path
 sys.path.insert(0, {tests!r})
 from data.test_feature_cache import feature_cache, FeatureStore, FeatureWriter, features, key, torch, C, P
 feature_cache.SHARD_BYTES = 8 * P * C * 4
-with FeatureWriter(FeatureStore(Path({folder!r}), torch.float32, C)) as writer:
+with FeatureWriter(FeatureStore(Path({directory!r}), torch.float32, C)) as writer:
     for number in range({first}, 10**9):
         writer.add(key(number), features(number), (1, 1))
         if number == {first} + 300:
@@ -195,11 +199,11 @@ with FeatureWriter(FeatureStore(Path({folder!r}), torch.float32, C)) as writer:
 """
 
 
-def test_two_writers_that_are_killed_leave_only_whole_features(store):
+def test_two_writers_that_are_killed_leave_only_complete_features(store):
     tests = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     writers = [
         subprocess.Popen(
-            [sys.executable, "-c", WRITER.format(tests=tests, folder=str(store.folder), first=first)],
+            [sys.executable, "-c", WRITER.format(tests=tests, directory=str(store.directory), first=first)],
             stdout=subprocess.PIPE,
             text=True,
         )

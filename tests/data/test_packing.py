@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from llava_lite.data import packing
-from llava_lite.data.packing import PackSampler, pack, refuse_longer
-from llava_lite.data.scan import DataError
+from llava_lite.data.errors import DataError
+from llava_lite.data.packing import PackSampler, check_pack_lengths, pack
 
 
 def random_lengths(seed):
@@ -49,7 +49,7 @@ def test_ranks_agree_and_seeds_differ():
     lengths = [1 + i % 30 for i in range(200)]
     torch.manual_seed(1)
     first = PackSampler(lengths, 100, seed=5)
-    torch.manual_seed(2)  # the global generator has no say
+    torch.manual_seed(2)  # the global generator has no effect
     assert list(first) == list(PackSampler(lengths, 100, seed=5))
     assert sorted(first) != sorted(PackSampler(lengths, 100, seed=6))
 
@@ -70,6 +70,8 @@ def test_epochs_have_the_same_packs_in_another_order_and_come_back():
 def test_a_record_longer_than_a_pack_is_named():
     records = [SimpleNamespace(name=f"record {name!r}") for name in "abc"]
     dataset = SimpleNamespace(lengths=np.array([5, 12, 11]), annotations=records)
-    with pytest.raises(DataError, match=r"record 'b' has 12 tokens and a pack holds 10; so it is with 2 of 3.*to 12,"):
-        refuse_longer(dataset, 10)
-    refuse_longer(dataset, 12)
+    with pytest.raises(
+        DataError, match=r"record 'b' has 12 tokens but a pack holds 10; 2 of 3 records are too long.*to 12,"
+    ):
+        check_pack_lengths(dataset, 10)
+    check_pack_lengths(dataset, 12)

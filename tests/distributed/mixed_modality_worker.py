@@ -1,4 +1,4 @@
-"""One rank: train toys whose ranks see pictures and text at random; write each step's loss as JSON.
+"""One rank: train toys whose ranks see images and text at random; write each step's loss as JSON.
 
 Run by test_mixed_modality.py with RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT in the environment.
 """
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-# SGD: Adam would blow rounding in gradients that are zero by symmetry (key biases) up to whole steps.
+# SGD: Adam would blow rounding in gradients that are zero by symmetry (key biases) up to full steps.
 NUM_STEPS = 6
 IMAGE = -200
 MOE = {"moe_enable": True, "moe_mode": "sparse", "num_experts": [4], "top_k_experts": 2, "router_aux_loss_coef": 0.01}
@@ -26,7 +26,7 @@ VISION = {
 }
 
 
-# Four grids of crops, with 2 to 5 crops and 9 to 24 features a picture of 2 x 2 patches.
+# Four grids of crops, with 2 to 5 crops and 9 to 24 features an image of 2 x 2 patches.
 SIZES = [(16, 40), (40, 16), (30, 30), (90, 20), (1, 300)]
 
 
@@ -52,22 +52,22 @@ def build_model(moe: bool, anyres: bool):
 
 
 def batch_of(step: int, rank: int, seed: int, anyres: bool) -> dict:
-    """Return this rank's micro-batch: all pictures, all text, or both, drawn at random."""
+    """Return this rank's micro-batch: all images, all text, or both, drawn at random."""
     rng = random.Random(f"{seed}/{step}/{rank}")
     generator = torch.Generator().manual_seed(rng.randrange(2**31))
     rows = rng.randint(1, 3)
     ids = torch.randint(3, 60, (rows, 8), generator=generator)
-    kind = rng.choice(["pictures", "text", "both"])
-    with_picture = [kind == "pictures" or (kind == "both" and rng.random() < 0.5) for _ in range(rows)]
-    for row, has in enumerate(with_picture):
+    kind = rng.choice(["images", "text", "both"])
+    with_image = [kind == "images" or (kind == "both" and rng.random() < 0.5) for _ in range(rows)]
+    for row, has in enumerate(with_image):
         if has:
             ids[row, rng.randint(1, 4)] = IMAGE
     labels = ids.masked_fill(ids == IMAGE, -100)
     labels[:, :3] = -100
     batch = {"input_ids": ids, "labels": labels, "attention_mask": torch.ones_like(ids)}
-    if any(with_picture):
-        batch["images"] = torch.randn(sum(with_picture), 3, 16, 16, generator=generator)
-    if any(with_picture) and anyres:
+    if any(with_image):
+        batch["images"] = torch.randn(sum(with_image), 3, 16, 16, generator=generator)
+    if any(with_image) and anyres:
         batch["image_sizes"] = [rng.choice(SIZES) for _ in batch["images"]]
         batch["images"] = [
             torch.randn(num_crops(size), 3, 16, 16, generator=generator) for size in batch["image_sizes"]
@@ -76,20 +76,20 @@ def batch_of(step: int, rank: int, seed: int, anyres: bool) -> dict:
 
 
 def num_crops(size) -> int:
-    """Return the crops of a picture of (width, height), the whole one included."""
-    from llava_lite.anyres import default_pinpoints, get_anyres_image_grid_shape
+    """Return the crops of an image of (width, height), the full one included."""
+    from llava_lite.media.anyres import default_pinpoints, get_anyres_image_grid_shape
 
     columns, rows = get_anyres_image_grid_shape(size, default_pinpoints(16), 16)
     return 1 + columns * rows
 
 
-def num_learned(step: int, world: int, seed: int, anyres: bool) -> int:
+def num_supervised(step: int, world: int, seed: int, anyres: bool) -> int:
     """Return the supervised tokens of a step over all ranks."""
     return sum(int((batch_of(step, rank, seed, anyres)["labels"] != -100).sum()) for rank in range(world))
 
 
 def answer(model) -> list[int]:
-    """Return what a model says greedily about a picture, the same on every rank."""
+    """Return a model's greedy answer about an image, the same on every rank."""
     size = SIZES[1]
     pixels = torch.randn(1, num_crops(size), 3, 16, 16, generator=torch.Generator().manual_seed(9))
     ids = torch.tensor([[1, IMAGE, 7, 8]])
@@ -105,8 +105,8 @@ def reference(moe: bool, world: int, seed: int, anyres: bool) -> tuple[list[floa
     for step in range(NUM_STEPS):
         total = 0.0
         for rank in range(world):
-            learned = num_learned(step, world, seed, anyres)
-            out = model(**batch_of(step, rank, seed, anyres), num_items_in_batch=learned)
+            supervised = num_supervised(step, world, seed, anyres)
+            out = model(**batch_of(step, rank, seed, anyres), num_items_in_batch=supervised)
             balance = 0 if out.moe_loss is None else out.moe_loss / world
             (out.lm_loss + balance).backward()
             total += float(out.lm_loss.detach())
@@ -145,8 +145,8 @@ def train(
     )
     losses = []
     for step in range(NUM_STEPS):
-        learned = num_learned(step, world, seed, anyres)
-        out = engine(**batch_of(step, rank, seed, anyres), num_items_in_batch=learned)
+        supervised = num_supervised(step, world, seed, anyres)
+        out = engine(**batch_of(step, rank, seed, anyres), num_items_in_batch=supervised)
         balance = 0 if out.moe_loss is None else out.moe_loss
         # The engine averages gradients over ranks; the sum over ranks is meant.
         engine.backward(out.lm_loss * world + balance)

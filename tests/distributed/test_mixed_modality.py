@@ -1,4 +1,4 @@
-"""Ranks with pictures and ranks with text, mixed at random: no hang, and the loss of one process."""
+"""Ranks with images and ranks with text, mixed at random: no hang, and the loss of one process."""
 
 import json
 import os
@@ -65,7 +65,7 @@ def test_mixed_ranks_neither_hang_nor_change_the_loss(world, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("anyres", [False, True])
 @pytest.mark.parametrize("stage", [2, 3])
-def test_without_the_dummy_picture_the_ranks_do_not_finish(stage, anyres, tmp_path):
+def test_without_the_dummy_image_the_ranks_do_not_finish(stage, anyres, tmp_path):
     case = [{"moe": False, "stage": stage, "seed": 0, "checkpointing": False, "anyres": anyres}]
     try:
         codes = spawn(2, tmp_path / "losses.json", 60, case, "--without_dummy")

@@ -13,40 +13,18 @@ from PIL import Image
 
 from llava_lite import load, reply
 from llava_lite.eval import run_llava
-from llava_lite.mm_utils import PictureError, load_image_processor
-from llava_lite.processing import LlavaLiteProcessor
-
-COLOURS = ((200, 80, 10), (20, 90, 200))
+from llava_lite.media.image import ImageError
 
 
-@pytest.fixture
-def checkpoint(toy_model, toy_tokenizer, toy_tower_dir, tmp_path):
-    """Return a function: folder name, config keys -> folder of a model with two pictures beside it."""
-
-    def make(name="llava-v1.5-toy", **keys):
-        model = toy_model(**keys)
-        processor = LlavaLiteProcessor.from_config(
-            model.config, toy_tokenizer, load_image_processor(toy_tower_dir("clip"))
-        )
-        model.save_pretrained(tmp_path / name)
-        toy_tokenizer.save_pretrained(tmp_path / name)
-        processor.image_processor.save_pretrained(tmp_path / name)
-        for i, colour in enumerate(COLOURS):
-            Image.new("RGB", (40, 30 + 20 * i), colour).save(tmp_path / f"{i}.png")
-        return tmp_path / name
-
-    return make
-
-
-def asked(folder, **changes):
+def asked(directory, **changes):
     """LLaVA's README makes such an object."""
     given = {
-        "model_path": str(folder),
+        "model_path": str(directory),
         "model_base": None,
         "model_name": "whatever",
         "query": "What colour is the square?",
         "conv_mode": None,
-        "image_file": str(folder.parent / "0.png"),
+        "image_file": str(directory.parent / "0.png"),
         "sep": ",",
         "temperature": 0,
         "top_p": None,
@@ -57,24 +35,24 @@ def asked(folder, **changes):
 
 
 def test_answer_is_that_of_reply(checkpoint, capsys):
-    folder = checkpoint(conv_template="v1")
-    model, processor = load(str(folder), device="cpu")
-    # What libraries say when they are first loaded.
+    directory = checkpoint(conv_template="v1")
+    model, processor = load(str(directory), device="cpu")
+    # What libraries print when they are first loaded.
     capsys.readouterr()
-    assert run_llava.eval_model(asked(folder)) is None
-    expected = reply(model, processor, "What colour is the square?", folder.parent / "0.png", max_new_tokens=8)
+    assert run_llava.eval_model(asked(directory)) is None
+    expected = reply(model, processor, "What colour is the square?", directory.parent / "0.png", max_new_tokens=8)
     assert capsys.readouterr().out == f"{expected}\n"
 
 
-def test_pictures_stand_where_the_query_puts_them(checkpoint, capsys):
-    folder = checkpoint(conv_template="v1")
-    files = [str(folder.parent / f"{i}.png") for i in (0, 1)]
-    model, processor = load(str(folder), device="cpu")
+def test_images_stand_where_the_query_puts_them(checkpoint, capsys):
+    directory = checkpoint(conv_template="v1")
+    files = [str(directory.parent / f"{i}.png") for i in (0, 1)]
+    model, processor = load(str(directory), device="cpu")
     for query, words in (
         ("Is <image-placeholder> like <image-placeholder>?", "Is <image> like <image>?"),
         ("Which is red?", "<image>\n<image>\nWhich is red?"),
     ):
-        run_llava.eval_model(asked(folder, query=query, image_file=" + ".join(files), sep=" + ", num_beams=2))
+        run_llava.eval_model(asked(directory, query=query, image_file=" + ".join(files), sep=" + ", num_beams=2))
         expected = reply(model, processor, words, files, max_new_tokens=8, num_beams=2)
         assert capsys.readouterr().out == f"{expected}\n"
 
@@ -93,39 +71,39 @@ def test_pictures_stand_where_the_query_puts_them(checkpoint, capsys):
     ],
 )
 def test_template_is_the_stored_one_then_what_the_name_means(stored, name, asked_for, used, checkpoint, capsys):
-    folder = checkpoint(name, conv_template=stored)
-    run_llava.eval_model(asked(folder, conv_mode=asked_for, query="Hello!"))
-    model, processor = load(str(folder), device="cpu")
-    expected = reply(model, processor, "Hello!", folder.parent / "0.png", conv_template=used, max_new_tokens=8)
+    directory = checkpoint(name, conv_template=stored)
+    run_llava.eval_model(asked(directory, conv_mode=asked_for, query="Hello!"))
+    model, processor = load(str(directory), device="cpu")
+    expected = reply(model, processor, "Hello!", directory.parent / "0.png", conv_template=used, max_new_tokens=8)
     assert capsys.readouterr().out == f"{expected}\n"
 
 
 def test_words_in_names_mean_a_template():
-    of_path = partial(run_llava.template_of_name, SimpleNamespace(conv_template=None))
+    of_path = partial(run_llava.get_template_for_name, SimpleNamespace(conv_template=None))
     assert of_path("/some/mpt/dolphin-7b") is None
     assert of_path("runs/llava-v1.5-13b/checkpoint-20/") == "llava_v1"
 
 
-def test_pictures_come_from_files_and_addresses(tmp_path):
+def test_images_come_from_files_and_addresses(tmp_path):
     Image.new("RGBA", (5, 7), (1, 2, 3, 0)).save(tmp_path / "a.png")
     handler = partial(http.server.SimpleHTTPRequestHandler, directory=str(tmp_path))
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         address = f"http://127.0.0.1:{server.server_address[1]}/a.png"
         args = SimpleNamespace(image_file=f"{address};{tmp_path / 'a.png'}", sep=";")
-        pictures = run_llava.load_images(run_llava.image_parser(args))
+        images = run_llava.load_images(run_llava.image_parser(args))
         server.shutdown()
-    assert [(picture.mode, picture.size) for picture in pictures] == [("RGB", (5, 7))] * 2
-    assert all(picture.getpixel((0, 0)) == (1, 2, 3) for picture in pictures)
-    with pytest.raises(PictureError, match="there is no such file"):
+    assert [(image.mode, image.size) for image in images] == [("RGB", (5, 7))] * 2
+    assert all(image.getpixel((0, 0)) == (1, 2, 3) for image in images)
+    with pytest.raises(ImageError, match="there is no such file"):
         run_llava.load_image(str(tmp_path / "b.png"))
 
 
 def test_flags_are_llavas_and_the_program_runs(checkpoint):
-    folder = checkpoint(conv_template="v1")
+    directory = checkpoint(conv_template="v1")
     flags = {
-        "--model-path": folder,
-        "--image-file": folder.parent / "1.png",
+        "--model-path": directory,
+        "--image-file": directory.parent / "1.png",
         "--query": "What colour?",
         "--conv-mode": "llava_v1",
         "--sep": ";",
@@ -143,9 +121,9 @@ def test_flags_are_llavas_and_the_program_runs(checkpoint):
         env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    model, processor = load(str(folder), device="cpu")
-    picture = folder.parent / "1.png"
-    expected = reply(model, processor, "What colour?", picture, conv_template="llava_v1", max_new_tokens=5)
+    model, processor = load(str(directory), device="cpu")
+    image = directory.parent / "1.png"
+    expected = reply(model, processor, "What colour?", image, conv_template="llava_v1", max_new_tokens=5)
     assert done.stdout == f"{expected}\n"
     options = run_llava.build_parser().parse_args(["--model-path", "m", "--image-file", "i", "--query", "q"])
     assert (options.temperature, options.num_beams, options.max_new_tokens, options.sep) == (0.2, 1, 512, ",")

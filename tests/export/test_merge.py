@@ -1,4 +1,4 @@
-"""merge: what was trained and its base in one folder, measured against W + scale * B A written out here."""
+"""merge: what was trained and its base in one directory, measured against W + scale * B A written out here."""
 
 import json
 import shutil
@@ -10,12 +10,12 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from llava_lite.export import witness
+from llava_lite.export import verify
 from llava_lite.export.merge import merge
 from llava_lite.inference import load
 from llava_lite.mm_utils import process_images, tokenizer_image_token
 
-peft = pytest.importorskip("peft", reason="LoRA folders are written and folded with peft")
+peft = pytest.importorskip("peft", reason="LoRA directories are written and merged with peft")
 NAMED = "base_model_name_or_path"
 RANK, ALPHA = 4, 8
 TARGETS = r"model\.layers\.\d+\.(self_attn\.[qv]_proj|mlp\.down_proj)"
@@ -36,7 +36,7 @@ def projector_of(model, prefix=""):
     return {prefix + k: v.detach().clone() for k, v in model.state_dict().items() if "mm_projector" in k}
 
 
-def folded_by_hand(tuned):
+def merged_by_hand(tuned):
     """Return the plain model's weights with each update added: alpha / rank * B A."""
     state, wanted = tuned.state_dict(), {}
     for name, weight in state.items():
@@ -58,70 +58,70 @@ def partial_config(model, base):
 
 
 @pytest.fixture
-def lora_folder(toy_model, toy_tokenizer, toy_llm_dir, tmp_path):
-    """Return a function: "ours" or "llava" -> (LoRA folder as that one writes it, the weights it stands for)."""
+def lora_directory(toy_model, toy_tokenizer, toy_llm_dir, tmp_path):
+    """Return a function: "ours" or "llava" -> (LoRA directory as that one writes it, the weights it stands for)."""
 
     def make(writer="ours", named=True):
         model = toy_model(conv_template="v1")
-        folder, base = tmp_path / "lora", str(toy_llm_dir("llama"))
+        directory, base = tmp_path / "lora", str(toy_llm_dir("llama"))
         config, projector = partial_config(model, base if named else None), projector_of(model)
         tuned = lora_model(model)
-        tuned.save_pretrained(folder)
-        adapter = json.loads((folder / "adapter_config.json").read_text()) | {NAMED: base}
-        (folder / "adapter_config.json").write_text(json.dumps(adapter if named else adapter | {NAMED: None}))
+        tuned.save_pretrained(directory)
+        adapter = json.loads((directory / "adapter_config.json").read_text()) | {NAMED: base}
+        (directory / "adapter_config.json").write_text(json.dumps(adapter if named else adapter | {NAMED: None}))
         if writer == "ours":
-            save_file(projector, folder / "trained.safetensors")
-            toy_tokenizer.save_pretrained(folder)
+            save_file(projector, directory / "trained.safetensors")
+            toy_tokenizer.save_pretrained(directory)
         else:
             others = {f"base_model.model.{name}": weight for name, weight in projector.items()}
-            torch.save(others, folder / "non_lora_trainables.bin")
+            torch.save(others, directory / "non_lora_trainables.bin")
             config.pop("base_model_name_or_path")
-        (folder / "config.json").write_text(json.dumps(config))
-        return folder, folded_by_hand(tuned)
+        (directory / "config.json").write_text(json.dumps(config))
+        return directory, merged_by_hand(tuned)
 
     return make
 
 
 @pytest.mark.parametrize("writer", ["ours", "llava"])
-def test_merged_weights_are_the_base_plus_the_update(lora_folder, tmp_path, writer):
-    folder, wanted = lora_folder(writer)
-    said = []
-    gap = merge(folder, tmp_path / "whole", say=said.append)
+def test_merged_weights_are_the_base_plus_the_update(lora_directory, tmp_path, writer):
+    directory, wanted = lora_directory(writer)
+    output = []
+    gap = merge(directory, tmp_path / "full", report=output.append)
     assert gap.logits == 0
-    assert any(line.startswith("LoRA beside its base and folded in: ") for line in said)
-    found = load_file(tmp_path / "whole" / "model.safetensors")
+    assert any(line.startswith("LoRA beside its base and merged: ") for line in output)
+    found = load_file(tmp_path / "full" / "model.safetensors")
     assert {name for name in wanted if name not in found} == set()
     assert set(found) == set(wanted)
     for name, weight in wanted.items():
         torch.testing.assert_close(found[name], weight, atol=1e-6, rtol=1e-6)
 
 
-def test_merged_folder_opens_alone_and_says_what_the_adapter_said(lora_folder, toy_model, tmp_path):
-    folder, wanted = lora_folder()
+def test_merged_directory_opens_alone_and_answers_as_the_adapter_did(lora_directory, toy_model, tmp_path):
+    directory, wanted = lora_directory()
     tuned = toy_model(conv_template="v1")
     tuned.load_state_dict(wanted)
-    merge(folder, tmp_path / "whole", say=str)
-    for path in folder.iterdir():
+    merge(directory, tmp_path / "full", report=str)
+    for path in directory.iterdir():
         path.unlink()
-    model, processor = load(tmp_path / "whole", device="cpu")
+    model, processor = load(tmp_path / "full", device="cpu")
     assert model.config.base_model_name_or_path is None
     assert (model.config.conv_template, processor.conv_template) == ("v1", "v1")
     ids = tokenizer_image_token("USER: <image>\nHello! ASSISTANT:", processor.tokenizer, return_tensors="pt")[None]
-    pixels = process_images([witness.draw(40, 30)], processor.image_processor, model.config)
+    pixels = process_images([verify.draw(40, 30)], processor.image_processor, model.config)
     with torch.no_grad():
         torch.testing.assert_close(
             model(ids, images=pixels).logits, tuned(ids, images=pixels).logits, atol=1e-5, rtol=1e-5
         )
 
 
-def test_folder_of_a_trained_connector_becomes_whole(toy_model, toy_llm_dir, tmp_path):
-    model, folder = toy_model(), tmp_path / "stage1"
-    folder.mkdir()
-    torch.save(projector_of(model), folder / "mm_projector.bin")
-    (folder / "config.json").write_text(json.dumps(partial_config(model, None)))
-    gap = merge(folder, tmp_path / "whole", base=str(toy_llm_dir("llama")), say=str)
+def test_directory_of_a_trained_connector_becomes_a_full_model(toy_model, toy_llm_dir, tmp_path):
+    model, directory = toy_model(), tmp_path / "stage1"
+    directory.mkdir()
+    torch.save(projector_of(model), directory / "mm_projector.bin")
+    (directory / "config.json").write_text(json.dumps(partial_config(model, None)))
+    gap = merge(directory, tmp_path / "full", base=str(toy_llm_dir("llama")), report=str)
     assert gap.logits == 0
-    found, wanted = load_file(tmp_path / "whole" / "model.safetensors"), model.state_dict()
+    found, wanted = load_file(tmp_path / "full" / "model.safetensors"), model.state_dict()
     assert found.keys() == wanted.keys()
     assert all(torch.equal(found[name], wanted[name]) for name in wanted)
 
@@ -138,7 +138,7 @@ tags: [llava, lora]
 
 # lora
 
-- this folder holds what was trained; the base is opened with it
+- this directory holds what was trained; the base is opened with it
 
 ## Use
 
@@ -156,11 +156,11 @@ tags: [llava, lora]
 """
 
 
-def test_card_is_that_of_the_merged_model(lora_folder, toy_llm_dir, tmp_path):
-    folder, _ = lora_folder()
-    (folder / "README.md").write_text(CARD_OF_THE_RUN)
-    merge(folder, tmp_path / "whole", say=str)
-    text = (tmp_path / "whole" / "README.md").read_text()
+def test_card_is_that_of_the_merged_model(lora_directory, toy_llm_dir, tmp_path):
+    directory, _ = lora_directory()
+    (directory / "README.md").write_text(CARD_OF_THE_RUN)
+    merge(directory, tmp_path / "full", report=str)
+    text = (tmp_path / "full" / "README.md").read_text()
     _, front, body = text.split("---\n", 2)
     assert yaml.safe_load(front) == {
         "library_name": "llava-lite",
@@ -171,81 +171,83 @@ def test_card_is_that_of_the_merged_model(lora_folder, toy_llm_dir, tmp_path):
         "base_model": "lmsys/vicuna-7b-v1.5",
         "base_model_relation": "finetune",
     }
-    assert body.startswith("\n# whole\n")
+    assert body.startswith("\n# full\n")
     assert f"`lora` and its base `{toy_llm_dir('llama').name}` as one model, written by `llava-lite merge`." in body
     assert f"- merged: LoRA of rank {RANK}, alpha {ALPHA}\n" in body
-    assert "beside its parts: prompt ids equal; largest pixel difference 0; largest logit difference 0;" in body
-    assert 'load("whole")' in body
+    assert "compared with its parts: prompt ids equal; largest pixel difference 0; largest logit difference 0;" in body
+    assert 'load("full")' in body
     assert "## How `lora` was trained\n\n### Losses\n\n| step | loss |\n" in body
     for stale in ("loss.png", 'load("lora")', "holds what was trained", "Versions", str(tmp_path)):
         assert stale not in text
 
 
 def test_card_of_parts_without_a_card_says_what_was_merged(toy_model, toy_llm_dir, tmp_path):
-    folder = tmp_path / "stage1"
-    folder.mkdir()
-    torch.save(projector_of(toy_model()), folder / "mm_projector.bin")
-    (folder / "config.json").write_text(json.dumps(partial_config(toy_model(), str(toy_llm_dir("llama")))))
-    merge(folder, tmp_path / "whole", say=str)
-    text = (tmp_path / "whole" / "README.md").read_text()
+    directory = tmp_path / "stage1"
+    directory.mkdir()
+    torch.save(projector_of(toy_model()), directory / "mm_projector.bin")
+    (directory / "config.json").write_text(json.dumps(partial_config(toy_model(), str(toy_llm_dir("llama")))))
+    merge(directory, tmp_path / "full", report=str)
+    text = (tmp_path / "full" / "README.md").read_text()
     assert "- merged: the weights that were trained\n" in text
     assert "was trained\n\n###" not in text
 
 
-def test_half_precision_rounds_once_after_folding(lora_folder, tmp_path):
-    folder, wanted = lora_folder()
-    gap = merge(folder, tmp_path / "whole", dtype="bfloat16", say=str)
+def test_half_precision_rounds_once_after_merging(lora_directory, tmp_path):
+    directory, wanted = lora_directory()
+    gap = merge(directory, tmp_path / "full", dtype="bfloat16", report=str)
     assert gap.logits == 0
-    found = load_file(tmp_path / "whole" / "model.safetensors")
+    found = load_file(tmp_path / "full" / "model.safetensors")
     name = "model.layers.0.self_attn.q_proj.weight"
     assert found[name].dtype == torch.bfloat16
     # One step of bfloat16 where the float32 sums differ by their last bit.
     torch.testing.assert_close(found[name].float(), wanted[name], atol=0, rtol=2**-8)
 
 
-def test_whole_folder_and_full_target_are_refused_in_words(toy_model, toy_tokenizer, lora_folder, tmp_path):
+def test_a_full_model_and_an_occupied_target_are_refused_with_reasons(
+    toy_model, toy_tokenizer, lora_directory, tmp_path
+):
     toy_model().save_pretrained(tmp_path / "model")
     toy_tokenizer.save_pretrained(tmp_path / "model")
-    with pytest.raises(ValueError, match="holds a whole model already; there is nothing to merge"):
-        merge(tmp_path / "model", tmp_path / "whole", say=str)
-    folder, _ = lora_folder()
+    with pytest.raises(ValueError, match="holds a complete model already; there is nothing to merge"):
+        merge(tmp_path / "model", tmp_path / "full", report=str)
+    directory, _ = lora_directory()
     with pytest.raises(ValueError, match="is there already and not empty"):
-        merge(folder, tmp_path / "model", say=str)
+        merge(directory, tmp_path / "model", report=str)
     with pytest.raises(OSError, match="there is no such directory"):
-        merge(tmp_path / "absent", tmp_path / "whole", say=str)
+        merge(tmp_path / "absent", tmp_path / "full", report=str)
 
 
-def test_base_that_nothing_names_is_asked_for(lora_folder, tmp_path):
-    folder, _ = lora_folder(named=False)
+def test_base_that_nothing_names_is_asked_for(lora_directory, tmp_path):
+    directory, _ = lora_directory(named=False)
     with pytest.raises(ValueError, match="names no base"):
-        merge(folder, tmp_path / "whole", say=str)
+        merge(directory, tmp_path / "full", report=str)
 
 
-def test_update_that_is_not_the_adapters_own_fails_the_check(lora_folder, tmp_path, monkeypatch):
-    folder, _ = lora_folder()
+def test_update_that_is_not_the_adapters_own_fails_the_check(lora_directory, tmp_path, monkeypatch):
+    directory, _ = lora_directory()
     from peft.tuners.lora.layer import Linear
 
     right = Linear.get_delta_weight
     monkeypatch.setattr(Linear, "get_delta_weight", lambda self, adapter: 2 * right(self, adapter))
-    with pytest.raises(ValueError, match="folding changed the answers"):
-        merge(folder, tmp_path / "whole", say=str)
-    assert not (tmp_path / "whole").exists()
+    with pytest.raises(ValueError, match="merging changed the answers"):
+        merge(directory, tmp_path / "full", report=str)
+    assert not (tmp_path / "full").exists()
 
 
-def test_llavas_own_flags_are_accepted(lora_folder, toy_llm_dir, tmp_path):
-    folder, _ = lora_folder("llava", named=False)
-    flags = ["--model-path", folder, "--model-base", toy_llm_dir("llama"), "--save-model-path", tmp_path / "whole"]
+def test_llavas_own_flags_are_accepted(lora_directory, toy_llm_dir, tmp_path):
+    directory, _ = lora_directory("llava", named=False)
+    flags = ["--model-path", directory, "--model-base", toy_llm_dir("llama"), "--save-model-path", tmp_path / "full"]
     command = [sys.executable, "-m", "llava_lite.cli", "merge", *map(str, flags)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "largest logit difference" in done.stdout
-    assert (tmp_path / "whole" / "model.safetensors").is_file()
+    assert (tmp_path / "full" / "model.safetensors").is_file()
     bare = subprocess.run(command[:4], capture_output=True, text=True, timeout=240)
     assert bare.returncode == 2
     assert "SOURCE (or --model-path) is needed" in bare.stderr
 
 
-def test_adapter_of_a_plain_language_model_is_folded_too(toy_llm_dir, tmp_path):
+def test_adapter_of_a_plain_language_model_is_merged_too(toy_llm_dir, tmp_path):
     from transformers import AutoModelForCausalLM
 
     base = str(toy_llm_dir("llama"))
@@ -254,40 +256,40 @@ def test_adapter_of_a_plain_language_model_is_folded_too(toy_llm_dir, tmp_path):
     ids = torch.arange(1, 20)[None]
     with torch.no_grad():
         expected = tuned(ids).logits
-    assert merge(tmp_path / "lora", tmp_path / "whole", base=base, say=str).logits == 0
-    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "whole")
+    assert merge(tmp_path / "lora", tmp_path / "full", base=base, report=str).logits == 0
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "full")
     with torch.no_grad():
         torch.testing.assert_close(merged(ids).logits, expected, atol=1e-5, rtol=1e-5)
 
 
-def test_lora_on_a_model_of_transformers_becomes_a_whole_one_of_ours(toy_model, toy_tokenizer, tmp_path):
+def test_lora_on_a_model_of_transformers_becomes_a_full_one_of_ours(toy_model, toy_tokenizer, tmp_path):
     from llava_lite.export.convert import convert
 
     model = toy_model(conv_template="v1")
     model.save_pretrained(tmp_path / "model")
     toy_tokenizer.save_pretrained(tmp_path / "model")
-    convert(tmp_path / "model", tmp_path / "stock", say=str)
-    begun, processor = load(tmp_path / "stock", device="cpu")
+    convert(tmp_path / "model", tmp_path / "hf", report=str)
+    begun, processor = load(tmp_path / "hf", device="cpu")
     tuned = lora_model(begun)
     tuned.save_pretrained(tmp_path / "tuned")
-    config = begun.config.to_dict() | {NAMED: str(tmp_path / "stock")}
+    config = begun.config.to_dict() | {NAMED: str(tmp_path / "hf")}
     (tmp_path / "tuned" / "config.json").write_text(json.dumps(config))
-    wanted = folded_by_hand(tuned)
-    assert merge(tmp_path / "tuned", tmp_path / "whole", say=str).logits == 0
-    found = load_file(tmp_path / "whole" / "model.safetensors")
+    wanted = merged_by_hand(tuned)
+    assert merge(tmp_path / "tuned", tmp_path / "full", report=str).logits == 0
+    found = load_file(tmp_path / "full" / "model.safetensors")
     assert set(found) == set(wanted)
     for name, weight in wanted.items():
         torch.testing.assert_close(found[name], weight, atol=1e-6, rtol=1e-6)
-    _, again = load(tmp_path / "whole", device="cpu")
+    _, again = load(tmp_path / "full", device="cpu")
     assert (again.conv_template, again.image_token_index) == ("v1", processor.image_token_index)
 
 
-def test_a_base_whose_generation_config_contradicts_itself_is_merged(lora_folder, toy_llm_dir, tmp_path, caplog):
+def test_a_base_with_an_invalid_generation_config_is_merged(lora_directory, toy_llm_dir, tmp_path, caplog):
     base = shutil.copytree(toy_llm_dir("llama"), tmp_path / "base")
     ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "max_length": 4096}
     (base / "generation_config.json").write_text(json.dumps(ids | {"temperature": 0.9, "num_return_sequences": 3}))
-    folder, _ = lora_folder()
-    merge(folder, tmp_path / "whole", base=str(base), say=str)
-    saved = json.loads((tmp_path / "whole" / "generation_config.json").read_text())
+    directory, _ = lora_directory()
+    merge(directory, tmp_path / "full", base=str(base), report=str)
+    saved = json.loads((tmp_path / "full" / "generation_config.json").read_text())
     assert {name: saved.get(name) for name in (*ids, "temperature")} == ids | {"temperature": None}
     assert "without temperature 0.9 (needs do_sample=True)" in caplog.text

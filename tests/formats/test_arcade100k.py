@@ -1,4 +1,4 @@
-"""StableLM 2's tokenizer as MoE-LLaVA's folders hold it: ids by byte-pair merging, special tokens, decoding."""
+"""StableLM 2's tokenizer as MoE-LLaVA's directories hold it: ids by byte-pair merging, special tokens, decoding."""
 
 import base64
 import json
@@ -7,9 +7,10 @@ from itertools import pairwise
 
 import pytest
 import regex
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from llava_lite.companions import load_tokenizer
-from llava_lite.formats.arcade100k import FILE, byte_letters, read_arcade100k, read_ranks
+from llava_lite.checkpoints.tokenizer import load_tokenizer
+from llava_lite.formats.arcade100k import FILE, read_arcade100k, read_ranks
 
 # The rule of OpenAI's cl100k, with one change: digits stand alone.
 PATTERN = (
@@ -24,9 +25,9 @@ TEXTS = (
 
 
 @pytest.fixture
-def folder(toy_tokenizer_for, tmp_path):
-    """A folder with the words of a toy vocabulary as tiktoken ranks them: bytes first, then in order of merging."""
-    letters = {letter: byte for byte, letter in enumerate(byte_letters())}
+def directory(toy_tokenizer_for, tmp_path):
+    """A directory with the words of a toy vocabulary as tiktoken ranks them: bytes first, then in order of merging."""
+    letters = {letter: byte for byte, letter in bytes_to_unicode().items()}
     vocab = sorted((index, word) for word, index in toy_tokenizer_for("gpt2").get_vocab().items() if "<|" not in word)
     tokens = [bytes(letters[letter] for letter in word) for _, word in vocab]
     lines = [f"{base64.b64encode(token).decode()} {rank}" for rank, token in enumerate(tokens)]
@@ -53,16 +54,16 @@ def merged(text, ranks):
     return ids
 
 
-def test_ids_are_those_of_merging_by_rank(folder):
-    tokenizer, ranks = load_tokenizer(folder), read_ranks(folder / FILE)
+def test_ids_are_those_of_merging_by_rank(directory):
+    tokenizer, ranks = load_tokenizer(directory), read_ranks(directory / FILE)
     for text in TEXTS:
         ids = tokenizer(text)["input_ids"]
         assert ids == merged(text, ranks)
         assert tokenizer.decode(ids) == unicodedata.normalize("NFC", text)
 
 
-def test_special_tokens_have_their_places(folder):
-    tokenizer = load_tokenizer(folder)
+def test_special_tokens_have_their_places(directory):
+    tokenizer = load_tokenizer(directory)
     places = {"<|endoftext|>": 100257, "<|fim_pad|>": 100261, "<gh_stars>": 100262, "<reponame>": 100275}
     places |= {"<|endofprompt|>": 100276, "<|im_start|>": 100277, "<|reg0|>": 100280, "<|extra0|>": 100288}
     for token, index in places.items():
@@ -73,15 +74,15 @@ def test_special_tokens_have_their_places(folder):
     assert tokenizer.decode([100257, *tokenizer("Hi")["input_ids"]], skip_special_tokens=True) == "Hi"
 
 
-def test_it_is_saved_as_a_tokenizer_that_needs_no_code(folder, tmp_path):
-    tokenizer = load_tokenizer(folder)
+def test_it_is_saved_as_a_tokenizer_that_needs_no_code(directory, tmp_path):
+    tokenizer = load_tokenizer(directory)
     tokenizer.save_pretrained(tmp_path / "again")
     again = load_tokenizer(tmp_path / "again")
     assert [again(text)["input_ids"] for text in TEXTS] == [tokenizer(text)["input_ids"] for text in TEXTS]
     assert again.eos_token == "<|endoftext|>"
 
 
-def test_a_broken_file_is_named(folder):
-    (folder / FILE).write_text("version https://git-lfs.github.com/spec/v1\n")
+def test_a_broken_file_is_named(directory):
+    (directory / FILE).write_text("version https://git-lfs.github.com/spec/v1\n")
     with pytest.raises(ValueError, match=r"arcade100k\.tiktoken' is no list of tokens and ranks"):
-        read_arcade100k(folder / FILE)
+        read_arcade100k(directory / FILE)

@@ -1,4 +1,4 @@
-"""Whole checkpoints that LLaVA wrote, in every form of its releases: the logits are those of the stock parts."""
+"""Full checkpoints that LLaVA wrote, in every form of its releases: the logits are those of Hugging Face's parts."""
 
 import json
 
@@ -43,18 +43,18 @@ TOWER = "model.vision_tower.vision_tower."
 
 
 class Written:
-    """A LLaVA checkpoint: `config` and `state`, and the stock parts whose logits it must give."""
+    """A LLaVA checkpoint: `config` and `state`, and Hugging Face's parts whose logits it must give."""
 
     def __init__(self, llm_dir, tower_dir, projector="mlp2x_gelu"):
         torch.manual_seed(5)
-        self.stock = AutoModelForCausalLM.from_pretrained(llm_dir, dtype=torch.float32).eval()
+        self.hf = AutoModelForCausalLM.from_pretrained(llm_dir, dtype=torch.float32).eval()
         self.tower = CLIPVisionModel.from_pretrained(tower_dir, dtype=torch.float32)
-        fields = self.stock.config.to_dict()
+        fields = self.hf.config.to_dict()
         fields["rope_theta"] = fields.pop("rope_parameters")["rope_theta"]
         self.config = fields | FIELDS | {"mm_vision_tower": str(tower_dir), "mm_projector_type": projector}
         layers = [nn.Linear(32, 32), nn.GELU(), nn.Linear(32, 32)]
         self.projector = layers[0] if projector == "linear" else nn.Sequential(*layers)
-        self.state = {k: v.clone() for k, v in self.stock.state_dict().items()}
+        self.state = {k: v.clone() for k, v in self.hf.state_dict().items()}
         self.state |= {f"model.mm_projector.{k}": v.detach() for k, v in self.projector.state_dict().items()}
         # Saved by transformers 4.31, made by the constructor today.
         for layer in range(4):
@@ -67,10 +67,10 @@ class Written:
         }
         return {k: (v + change).to(dtype) if v.is_floating_point() else v for k, v in named.items()}
 
-    def write(self, folder, form="one bin", tokenizer=None):
+    def write(self, directory, form="one bin", tokenizer=None):
         """Write config.json and the weights: "one bin", "bin shards", "one safetensors" or "safetensors shards"."""
-        folder.mkdir()
-        (folder / "config.json").write_text(json.dumps(self.config))
+        directory.mkdir()
+        (directory / "config.json").write_text(json.dumps(self.config))
         names = sorted(self.state)
         halves = [names] if form.startswith("one") else [names[::2], names[1::2]]
         stem, ending = ("pytorch_model", "bin") if "bin" in form else ("model", "safetensors")
@@ -78,24 +78,24 @@ class Written:
         for number, half in enumerate(halves, 1):
             file = f"{stem}.{ending}" if len(halves) == 1 else f"{stem}-{number:05}-of-00002.{ending}"
             tensors = {name: self.state[name].clone().contiguous() for name in half}
-            torch.save(tensors, folder / file) if ending == "bin" else save_file(
-                tensors, folder / file, {"format": "pt"}
+            torch.save(tensors, directory / file) if ending == "bin" else save_file(
+                tensors, directory / file, {"format": "pt"}
             )
             weight_map |= dict.fromkeys(half, file)
         if len(halves) > 1:
             index = {"metadata": {"total_size": 1}, "weight_map": weight_map}
-            (folder / f"{stem}.{ending}.index.json").write_text(json.dumps(index))
+            (directory / f"{stem}.{ending}.index.json").write_text(json.dumps(index))
         if tokenizer is not None:
-            tokenizer.save_pretrained(folder)
-        return folder
+            tokenizer.save_pretrained(directory)
+        return directory
 
     def expected(self, pixels):
-        """Return the logits of IDS by the stock decoder, tower and connector."""
+        """Return the logits of IDS by Hugging Face's decoder and tower and the connector."""
         with torch.no_grad():
             features = self.tower(pixels, output_hidden_states=True).hidden_states[-2][:, 1:]
-            words = self.stock.get_input_embeddings()(IDS.clamp(min=0))[0]
+            words = self.hf.get_input_embeddings()(IDS.clamp(min=0))[0]
             embeds = torch.cat([words[:3], self.projector(features)[0], words[4:]])[None]
-            return self.stock(inputs_embeds=embeds).logits
+            return self.hf(inputs_embeds=embeds).logits
 
 
 @pytest.fixture
@@ -128,13 +128,13 @@ def test_a_release_opens_in_every_form_of_its_files(
     if tower_inside:
         # LLaVA saves the tower in half precision and does not read it again; neither is it read here.
         there.state |= there.tower_state(change=1.0)
-    folder = there.write(tmp_path / "qwen-lora-x91", form, toy_tokenizer)
-    _, loaded, image_processor, _ = load_pretrained_model(str(folder), None, "mpt-7b-lora", device="cpu")
+    directory = there.write(tmp_path / "qwen-lora-x91", form, toy_tokenizer)
+    _, loaded, image_processor, _ = load_pretrained_model(str(directory), None, "mpt-7b-lora", device="cpu")
     assert type(loaded) is LlavaLlamaForCausalLM
     assert image_processor.crop_size["height"] == 32
-    # The same products in another order.
+    # The same matmul summed in another order.
     torch.testing.assert_close(logits_of(loaded, pixels), there.expected(pixels), rtol=0, atol=1e-5)
-    direct = LlavaLlamaForCausalLM.from_pretrained(folder)
+    direct = LlavaLlamaForCausalLM.from_pretrained(directory)
     assert torch.equal(logits_of(direct, pixels), logits_of(loaded, pixels))
     assert loaded.config.a_key_that_nobody_knows == [1, 2]
 
@@ -143,11 +143,11 @@ def test_a_release_opens_in_every_form_of_its_files(
 def test_the_auto_classes_open_llavas_own_model_types(decoder, written, pixels, toy_tokenizer, tmp_path):
     there = written(decoder)
     there.config["model_type"] = f"llava_{decoder}"
-    folder = there.write(tmp_path / "x91", tokenizer=toy_tokenizer)
-    assert AutoConfig.from_pretrained(folder).mm_vision_tower == there.config["mm_vision_tower"]
-    model = AutoModelForCausalLM.from_pretrained(folder)
+    directory = there.write(tmp_path / "x91", tokenizer=toy_tokenizer)
+    assert AutoConfig.from_pretrained(directory).mm_vision_tower == there.config["mm_vision_tower"]
+    model = AutoModelForCausalLM.from_pretrained(directory)
     torch.testing.assert_close(logits_of(model, pixels), there.expected(pixels), rtol=0, atol=1e-5)
-    assert AutoProcessor.from_pretrained(folder).image_aspect_ratio == "pad"
+    assert AutoProcessor.from_pretrained(directory).image_aspect_ratio == "pad"
 
 
 @pytest.mark.parametrize("model_type", ["llava_llama", "llava"])
@@ -171,10 +171,10 @@ def test_a_tower_that_was_trained_is_read_from_the_checkpoint(written, pixels, t
     there.state |= there.tower_state(change=0.1, dtype=torch.float32)
     there.config["unfreeze_mm_vision_tower"] = True
     model = LlavaLlamaForCausalLM.from_pretrained(there.write(tmp_path / "x"))
-    stock = logits_of(model, pixels)
+    hf = logits_of(model, pixels)
     for parameter in there.tower.parameters():
         parameter.data += 0.1
-    torch.testing.assert_close(stock, there.expected(pixels), rtol=0, atol=1e-5)
+    torch.testing.assert_close(hf, there.expected(pixels), rtol=0, atol=1e-5)
 
 
 def test_a_tower_that_the_config_does_not_use_is_left_out(written, tmp_path):
@@ -185,7 +185,7 @@ def test_a_tower_that_the_config_does_not_use_is_left_out(written, tmp_path):
     assert model.get_vision_tower() is None
     ids = IDS.clamp(min=0)
     with torch.no_grad():
-        assert torch.allclose(model(ids).logits, there.stock(ids).logits, atol=1e-5)
+        assert torch.allclose(model(ids).logits, there.hf(ids).logits, atol=1e-5)
 
 
 @pytest.mark.parametrize("model_type", ["llava_llama", "llava"])
@@ -196,10 +196,10 @@ def test_missing_and_unexpected_weights_are_named(model_type, form, written, toy
     del there.state["model.mm_projector.2.bias"], there.state["model.layers.3.mlp.up_proj.weight"]
     there.state["model.vision_resampler.query"] = torch.ones(2)
     there.state["model.layers.9.mlp.up_proj.weight"] = torch.ones(2)
-    folder = there.write(tmp_path / "x", form, toy_tokenizer)
+    directory = there.write(tmp_path / "x", form, toy_tokenizer)
     for opened in (LlavaLlamaForCausalLM.from_pretrained, lambda path: load_pretrained_model(path, device="cpu")):
         with pytest.raises(ValueError, match=r"2 missing, such as .* 2 unexpected, such as") as error:
-            opened(folder)
+            opened(directory)
         for name in ("mm_projector.2.bias", "layers.3.mlp.up_proj", "vision_resampler.query", "layers.9.mlp.up_proj"):
             assert name in str(error.value)
 

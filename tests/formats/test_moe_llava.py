@@ -7,8 +7,14 @@ from transformers import LlamaConfig, PhiConfig
 from transformers.models.llama.modeling_llama import LlamaMLP
 from transformers.models.phi.modeling_phi import PhiMLP
 
-from llava_lite.formats.moe_llava import config_from, from_moe_llava, moe_llava_names, to_moe_llava
-from llava_lite.model.experts import Experts, MlpShape
+from llava_lite.formats.moe_llava import (
+    config_from,
+    from_moe_llava,
+    match_train_modules,
+    moe_llava_names,
+    to_moe_llava,
+)
+from llava_lite.model.moe.experts import Experts, MlpShape
 
 SHAPE = {"hidden_size": 8, "intermediate_size": 12, "num_attention_heads": 2}
 LAYER = "model.layers.0.mlp.deepspeed_moe"
@@ -79,7 +85,7 @@ def test_a_parameter_is_found_by_the_names_of_train_modules():
 def test_a_checkpoint_with_one_ranks_experts_is_refused():
     _, theirs = their_layer("llama")
     del theirs[f"{LAYER}.experts.deepspeed_experts.1.up_proj.weight"]
-    with pytest.raises(ValueError, match=r"layers\.0\.mlp are not whole: missing \[\('up_proj', 'weight', 1\)\]"):
+    with pytest.raises(ValueError, match=r"layers\.0\.mlp are incomplete: missing \[\('up_proj', 'weight', 1\)\]"):
         from_moe_llava(theirs)
 
 
@@ -107,3 +113,57 @@ def test_state_of_a_dense_model_passes_unchanged():
     state = nn.Linear(2, 2).state_dict()
     assert from_moe_llava(state) == state
     assert to_moe_llava(state) == state
+
+
+# The names that --train_modules is written in.
+
+GATED = [
+    "model.layers.0.mlp.gate.weight",
+    "model.layers.0.mlp.experts.gate_up_proj",
+    "model.layers.0.mlp.experts.down_proj",
+    "model.layers.0.self_attn.q_proj.weight",
+    "model.layers.1.mlp.gate_proj.weight",
+    "model.layers.1.mlp.up_proj.weight",
+    "model.layers.1.mlp.down_proj.weight",
+    "lm_head.weight",
+]
+PHI = [
+    "model.layers.0.mlp.gate.weight",
+    "model.layers.0.mlp.experts.up_proj",
+    "model.layers.0.mlp.experts.up_proj_bias",
+    "model.layers.0.mlp.experts.down_proj",
+    "model.layers.0.mlp.experts.down_proj_bias",
+    "model.layers.1.mlp.fc1.weight",
+    "model.layers.1.mlp.fc2.bias",
+    "model.layers.1.self_attn.dense.weight",
+]
+EXPERTS = {0: 2}
+
+
+def test_recipe_of_the_gated_backbones_takes_experts_dense_mlps_and_router():
+    matched = match_train_modules(GATED, ["gate_proj", "up_proj", "down_proj", "wg"], EXPERTS)
+    assert set(GATED) - set(matched) == {"model.layers.0.self_attn.q_proj.weight", "lm_head.weight"}
+
+
+def test_recipe_of_phi():
+    matched = match_train_modules(PHI, ["fc1", "fc2", "wg"], EXPERTS)
+    assert set(PHI) - set(matched) == {"model.layers.1.self_attn.dense.weight"}
+
+
+def test_without_entries_all_mlps_train():
+    assert match_train_modules(GATED, None, EXPERTS) == [name for name in GATED if ".mlp." in name]
+
+
+def test_down_projections_alone():
+    assert match_train_modules(GATED, ["down_proj"], EXPERTS) == [GATED[2], GATED[6]]
+
+
+@pytest.mark.parametrize("entry", ["w1", "mlp.c_proj", "fc1", "gate_up_proj"])
+def test_an_entry_that_trains_nothing_is_an_error(entry):
+    with pytest.raises(ValueError, match=f"--train_modules {entry} trains nothing.*known: .*gate_proj.*wg"):
+        match_train_modules(GATED, ["down_proj", entry], EXPERTS)
+
+
+def test_half_of_a_fused_weight_is_an_error():
+    with pytest.raises(ValueError, match=r"--train_modules up_proj names .*up_proj.weight but not .*gate_proj.weight"):
+        match_train_modules(GATED, ["up_proj"], EXPERTS)

@@ -1,4 +1,4 @@
-"""Variable-length attention against plain SDPA, and the choice of an implementation."""
+"""Variable-length attention against plain SDPA, and the selection of an implementation."""
 
 from types import SimpleNamespace
 
@@ -19,7 +19,7 @@ CAUSAL = SimpleNamespace(is_causal=True)
 
 
 def plain(query, key, value, window=None):
-    """Attend one row by the formula."""
+    """Attend one sequence by the formula."""
     scores = query @ key.transpose(-1, -2) / query.shape[-1] ** 0.5  # [H, L, L]
     n = query.shape[-2]
     rows, columns = torch.arange(n)[:, None], torch.arange(n)[None]
@@ -29,7 +29,7 @@ def plain(query, key, value, window=None):
 
 @pytest.mark.parametrize("window", [None, 3])
 @pytest.mark.parametrize("left", [False, True])
-def test_padded_rows_equal_each_row_alone(left, window):
+def test_padded_sequences_equal_each_sequence_alone(left, window):
     torch.manual_seed(0)
     query, key, value = torch.randn(3, 4, 9, 8), torch.randn(3, 2, 9, 8), torch.randn(3, 2, 9, 8)
     mask = torch.zeros(3, 9, dtype=torch.bool)
@@ -78,26 +78,31 @@ def test_a_packed_row_equals_each_sample_alone_and_so_do_its_gradients(num_keys,
 
 def test_a_packed_row_with_a_cache_is_refused():
     query, key = torch.randn(1, 2, 3, 4), torch.randn(1, 2, 5, 4)
-    with pytest.raises(ValueError, match="3 queries and 5 keys: a packed row has no cache"):
+    with pytest.raises(ValueError, match="3 queries and 5 keys: packed rows cannot have a cache"):
         varlen_attention(CAUSAL, query, key, key, None, cu_seq_lens_q=torch.tensor([0, 1, 3]))
 
 
-def test_the_kernel_gets_keys_once_where_it_can_share_them():
-    told = {}
+def test_the_kernel_gets_keys_once_where_it_supports_grouped_queries():
+    reported = {}
 
     def newer(query, key, value, cu_q, cu_k, max_q, max_k, *, scale=None, window_size=(-1, -1), enable_gqa=False):
-        told.update(key=key, ends=cu_q, longest=max_k, scale=scale, window=window_size, shares=enable_gqa)
+        reported.update(key=key, ends=cu_q, longest=max_k, scale=scale, window=window_size, gqa=enable_gqa)
 
     def older(query, key, value, cu_q, cu_k, max_q, max_k, *, scale=None, window_size=(-1, -1)):
-        told.update(key=key, ends=cu_q, longest=max_k, scale=scale, window=window_size, shares=False)
+        reported.update(key=key, ends=cu_q, longest=max_k, scale=scale, window=window_size, gqa=False)
 
     query, key, ends = torch.randn(5, 4, 8), torch.randn(5, 2, 8), torch.tensor([0, 2, 5])
     run_kernel(newer, query, key, key, ends, 3, 0.5, 7)
-    assert (told["key"] is key, told["shares"]) == (True, True)
-    assert (told["ends"] is ends, told["longest"], told["scale"], told["window"]) == (True, 3, 0.5, (6, 0))
+    assert (reported["key"] is key, reported["gqa"]) == (True, True)
+    assert (reported["ends"] is ends, reported["longest"], reported["scale"], reported["window"]) == (
+        True,
+        3,
+        0.5,
+        (6, 0),
+    )
     run_kernel(older, query, key, key, ends, 3, None, None)
-    assert torch.equal(told["key"], key[:, [0, 0, 1, 1]])
-    assert (told["scale"], told["window"]) == (None, (-1, 0))
+    assert torch.equal(reported["key"], key[:, [0, 0, 1, 1]])
+    assert (reported["scale"], reported["window"]) == (None, (-1, 0))
 
 
 def test_a_decoding_step_sees_the_cache_but_not_its_padding():
@@ -126,7 +131,7 @@ def test_without_a_gpu_auto_is_sdpa_and_a_name_is_kept():
     assert choose_attention("sdpa", "cpu", packed=True) == "sdpa"
 
 
-def test_packed_rows_get_attention_sample_by_sample_where_auto_would_mask_them():
+def test_packed_sequences_get_attention_sample_by_sample_where_auto_would_mask_them():
     assert choose_attention("auto", "cpu", packed=True) == "varlen"
 
 
@@ -140,7 +145,7 @@ def test_auto_takes_the_best_that_is_installed_on_cuda(flash, kernel, chosen, mo
     assert choose_attention("auto", "cuda") == chosen
 
 
-def test_both_signatures_of_torchs_kernel_are_told_to_be_causal():
+def test_both_signatures_of_torchs_kernel_are_called_as_causal():
     assert window_arguments(lambda q, *, window_size=(-1, -1): q, None) == {"window_size": (-1, 0)}
     assert window_arguments(lambda q, *, window_size=(-1, -1): q, 4) == {"window_size": (3, 0)}
     assert window_arguments(lambda q, is_causal=False: q, None) == {"is_causal": True}

@@ -1,4 +1,4 @@
-"""load_pretrained_model: every kind of folder, from any name, on any device that there is."""
+"""load_pretrained_model: every kind of directory, from any name, on any device that there is."""
 
 import importlib.util
 import json
@@ -15,10 +15,9 @@ from transformers import AutoConfig
 from llava_lite.inference import reply
 from llava_lite.mm_utils import process_images, tokenizer_image_token
 from llava_lite.model import LlavaLlamaConfig, LlavaLlamaForCausalLM, LlavaQwen2ForCausalLM
-from llava_lite.model import builder as builder_page
 from llava_lite.model.builder import load_pretrained_model, placement
-from llava_lite.model.quantization import quantisation
-from llava_lite.processing import LlavaLiteProcessor
+from llava_lite.model.quantization import one_request
+from llava_lite.processing.processor import LlavaLiteProcessor
 
 MOE = {
     "moe_enable": True,
@@ -27,16 +26,16 @@ MOE = {
     "top_k_experts": 2,
     "router_aux_loss_coef": 0.01,
 }
-PICTURE = Image.new("RGB", (40, 30), (200, 80, 10))
+IMAGE = Image.new("RGB", (40, 30), (200, 80, 10))
 
 
 def logits(model, tokenizer, image_processor):
     ids = tokenizer_image_token("USER: <image>\nHello! ASSISTANT:", tokenizer, return_tensors="pt")[None]
     with torch.no_grad():
-        return model(ids, images=process_images([PICTURE], image_processor, model.config)).logits
+        return model(ids, images=process_images([IMAGE], image_processor, model.config)).logits
 
 
-def projector_folder(model, path, base, tokenizer=None):
+def projector_directory(model, path, base, tokenizer=None):
     """Write what LLaVA's stage 1 leaves: config.json and mm_projector.bin."""
     path.mkdir()
     state = {k: v.clone() for k, v in model.state_dict().items() if "mm_projector" in k}
@@ -49,8 +48,8 @@ def projector_folder(model, path, base, tokenizer=None):
 
 
 @pytest.mark.parametrize(("model_type", "moe"), [("llama", None), ("qwen2", None), ("llama", MOE)])
-@pytest.mark.parametrize("name", ["a-folder-of-any-name", "vicuna-mpt-lora-moe-qwen"])
-def test_whole_folder_opens_under_any_name(toy_model, toy_tokenizer, tmp_path, model_type, moe, name):
+@pytest.mark.parametrize("name", ["a-directory-of-any-name", "vicuna-mpt-lora-moe-qwen"])
+def test_full_checkpoint_opens_under_any_name(toy_model, toy_tokenizer, tmp_path, model_type, moe, name):
     model = toy_model(model_type, moe=moe)
     model.save_pretrained(tmp_path / name)
     toy_tokenizer.save_pretrained(tmp_path / name)
@@ -97,35 +96,35 @@ def test_customized_config_replaces_the_checkpoints(toy_model, toy_tokenizer, tm
         assert loaded.config.image_aspect_ratio == "pad"
 
 
-def test_projector_goes_on_the_base_that_is_given(toy_model, toy_tokenizer, toy_llm_dir, tmp_path):
+def test_projector_is_loaded_on_the_base_that_is_given(toy_model, toy_tokenizer, toy_llm_dir, tmp_path):
     model = toy_model()
-    folder = projector_folder(model, tmp_path / "stage1", base=None)
-    tokenizer, loaded, image_processor, _ = load_pretrained_model(folder, str(toy_llm_dir("llama")), device="cpu")
+    directory = projector_directory(model, tmp_path / "stage1", base=None)
+    tokenizer, loaded, image_processor, _ = load_pretrained_model(directory, str(toy_llm_dir("llama")), device="cpu")
     assert type(loaded) is LlavaLlamaForCausalLM
     assert torch.equal(logits(loaded, tokenizer, image_processor), logits(model, toy_tokenizer, image_processor))
 
 
-def test_partial_folder_names_its_base(toy_model, toy_tokenizer, toy_llm_dir, tmp_path):
+def test_partial_directory_names_its_base(toy_model, toy_tokenizer, toy_llm_dir, tmp_path):
     model = toy_model("qwen2", conv_template="plain")
-    folder = projector_folder(model, tmp_path / "stage1", str(toy_llm_dir("qwen2")), toy_tokenizer)
-    tokenizer, loaded, image_processor, _ = load_pretrained_model(folder, device="cpu")
+    directory = projector_directory(model, tmp_path / "stage1", str(toy_llm_dir("qwen2")), toy_tokenizer)
+    tokenizer, loaded, image_processor, _ = load_pretrained_model(directory, device="cpu")
     assert type(loaded) is LlavaQwen2ForCausalLM
     assert loaded.config.conv_template == "plain"
     assert torch.equal(logits(loaded, tokenizer, image_processor), logits(model, toy_tokenizer, image_processor))
     # Another base may be named, as after a move.
     shutil.copytree(toy_llm_dir("qwen2"), tmp_path / "moved")
-    _, moved, _, _ = load_pretrained_model(folder, str(tmp_path / "moved"), device="cpu")
+    _, moved, _, _ = load_pretrained_model(directory, str(tmp_path / "moved"), device="cpu")
     assert torch.equal(logits(moved, tokenizer, image_processor), logits(model, toy_tokenizer, image_processor))
     with pytest.raises(OSError, match="nowhere"):
-        load_pretrained_model(folder, str(tmp_path / "nowhere"), device="cpu")
+        load_pretrained_model(directory, str(tmp_path / "nowhere"), device="cpu")
 
 
 def test_base_may_itself_be_only_what_was_trained(toy_model, toy_tokenizer, toy_llm_dir, tmp_path):
-    first = projector_folder(toy_model(), tmp_path / "first", str(toy_llm_dir("llama")), toy_tokenizer)
+    first = projector_directory(toy_model(), tmp_path / "first", str(toy_llm_dir("llama")), toy_tokenizer)
     model = toy_model(conv_template="v1")
     with torch.no_grad():
         model.model.mm_projector[0].weight.mul_(2)
-    second = projector_folder(model, tmp_path / "second", str(first))
+    second = projector_directory(model, tmp_path / "second", str(first))
     tokenizer, loaded, image_processor, _ = load_pretrained_model(second, device="cpu")
     assert loaded.config.conv_template == "v1"
     assert loaded.config.base_model_name_or_path is None
@@ -133,23 +132,23 @@ def test_base_may_itself_be_only_what_was_trained(toy_model, toy_tokenizer, toy_
 
 
 @pytest.mark.skipif(importlib.util.find_spec("peft") is None, reason="needs the extra 'peft'")
-def test_lora_folder_is_merged_into_its_base(toy_model, toy_tokenizer, toy_llm_dir, tmp_path):
+def test_lora_directory_is_merged_into_its_base(toy_model, toy_tokenizer, toy_llm_dir, tmp_path):
     from peft import LoraConfig, get_peft_model
 
     model = toy_model()
     lora = LoraConfig(r=4, target_modules=r"model\.layers\.\d+\.self_attn\.q_proj", init_lora_weights=False)
     tuned = get_peft_model(toy_model(), lora)
-    folder = tmp_path / "tuned"
-    tuned.save_pretrained(folder)
+    directory = tmp_path / "tuned"
+    tuned.save_pretrained(directory)
     config = model.config.to_dict() | {"base_model_name_or_path": str(toy_llm_dir("llama")), "vision_config": None}
-    (folder / "config.json").write_text(json.dumps(config))
+    (directory / "config.json").write_text(json.dumps(config))
     state = {k: v.clone() for k, v in model.state_dict().items() if "mm_projector" in k}
-    save_file(state, folder / "trained.safetensors")
-    toy_tokenizer.save_pretrained(folder)
-    tokenizer, loaded, image_processor, _ = load_pretrained_model(folder, device="cpu")
+    save_file(state, directory / "trained.safetensors")
+    toy_tokenizer.save_pretrained(directory)
+    tokenizer, loaded, image_processor, _ = load_pretrained_model(directory, device="cpu")
     expected = logits(tuned.eval().merge_and_unload(), toy_tokenizer, image_processor)
     found = logits(loaded, tokenizer, image_processor)
-    # The same products summed in another order.
+    # The same matmul summed in another order.
     assert torch.allclose(found, expected, atol=1e-5)
     assert not torch.allclose(found, logits(model, tokenizer, image_processor), atol=1e-3)
 
@@ -236,7 +235,6 @@ def test_model_goes_to_its_device_itself_unless_it_must_be_spread(
 ):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: num_gpus > 0)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: num_gpus)
-    monkeypatch.setattr(builder_page, "_is_installed", lambda name: True)
     with caplog.at_level(logging.WARNING):
         found, found_map = placement(device, device_map)
     assert (found, found_map) == (torch.device(expected[0]), expected[1])
@@ -250,8 +248,8 @@ def test_missing_bitsandbytes_says_what_to_install(monkeypatch, toy_llm_dir):
     with pytest.raises(ImportError, match=r"load_4bit=True needs bitsandbytes.*llava-lite\[quant\]"):
         load_pretrained_model(toy_llm_dir("llama"), device="cpu", load_4bit=True)
     with pytest.raises(ValueError, match="exclude each other"):
-        quantisation(True, True)
-    assert quantisation(False, False) is None
+        one_request(True, True, None)
+    assert one_request(False, False, None) is None
 
 
 def wide_model(toy_tower_dir, moe=None):
@@ -339,7 +337,7 @@ def test_a_model_is_spread_as_a_map_says(layout, toy_model, toy_tokenizer, toy_t
     assert torch.equal(logits(loaded, tokenizer, image_processor), logits(model, toy_tokenizer, image_processor))
 
 
-def test_folder_that_is_no_checkpoint_says_so(tmp_path):
+def test_directory_that_is_no_checkpoint_says_so(tmp_path):
     with pytest.raises(OSError, match="there is no such directory"):
         load_pretrained_model(tmp_path / "absent", device="cpu")
     (tmp_path / "run" / "checkpoint-7").mkdir(parents=True)
@@ -348,8 +346,8 @@ def test_folder_that_is_no_checkpoint_says_so(tmp_path):
         load_pretrained_model(tmp_path / "run", device="cpu")
 
 
-def test_a_tokenizer_that_cannot_be_read_is_told_before_the_weights_are(toy_model, tmp_path, monkeypatch):
-    # There are no weights here: whoever looked for them first would say so.
+def test_a_tokenizer_that_cannot_be_read_is_reported_before_the_weights_are_read(toy_model, tmp_path, monkeypatch):
+    # There are no weights here: an attempt to open them first would fail with another message.
     toy_model().config.save_pretrained(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}')
     (tmp_path / "tokenizer.model").write_bytes(b"")
@@ -358,7 +356,7 @@ def test_a_tokenizer_that_cannot_be_read_is_told_before_the_weights_are(toy_mode
         load_pretrained_model(str(tmp_path), device="cpu")
 
 
-def test_a_llava_on_an_unknown_decoder_is_told_with_the_known_ones(toy_model, tmp_path):
+def test_a_llava_on_an_unknown_decoder_is_reported_with_the_known_ones(toy_model, tmp_path):
     toy_model().config.save_pretrained(tmp_path)
     fields = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(fields | {"model_type": "llava_mpt"}))

@@ -10,10 +10,10 @@ IMAGE = -200
 MOE = {"moe_enable": True, "moe_mode": "sparse", "num_experts": [4], "top_k_experts": 2, "router_aux_loss_coef": 0.01}
 
 
-def batch(num_rows=2):
-    ids = torch.tensor([[1, 300, IMAGE, 301, 302, 303], [1, IMAGE, 304, 305, 306, 307]])[:num_rows]
+def batch(batch_size=2):
+    ids = torch.tensor([[1, 300, IMAGE, 301, 302, 303], [1, IMAGE, 304, 305, 306, 307]])[:batch_size]
     labels = torch.where(ids > 302, ids, -100)
-    pixels = torch.randn(num_rows, 3, 32, 32, generator=torch.Generator().manual_seed(5))
+    pixels = torch.randn(batch_size, 3, 32, 32, generator=torch.Generator().manual_seed(5))
     return {"input_ids": ids, "labels": labels, "pixel_values": pixels}
 
 
@@ -82,12 +82,12 @@ def test_lora_is_trained_saved_loaded_and_merged(moe, toy_model, tmp_path):
     with torch.no_grad():
         assert torch.allclose(merged(**batch()).logits, model(**batch()).logits, atol=1e-4)
     merged.save_pretrained(tmp_path / "merged")
-    whole = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
-    assert torch.equal(answer(whole), answer(merged))
+    full = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert torch.equal(answer(full), answer(merged))
 
 
-class Rows(torch.utils.data.Dataset):
-    """Rows as a processor gives them, one picture each."""
+class Sequences(torch.utils.data.Dataset):
+    """Sequences as a processor gives them, one image each."""
 
     def __len__(self):
         return 8
@@ -97,7 +97,7 @@ class Rows(torch.utils.data.Dataset):
 
 
 @pytest.mark.parametrize("moe", [None, MOE], ids=["dense", "experts"])
-def test_stock_trainer_fits_the_rows_and_accumulation_changes_nothing(moe, toy_model, tmp_path):
+def test_hf_trainer_fits_the_sequences_and_accumulation_changes_nothing(moe, toy_model, tmp_path):
     finals = []
     for size, steps in ((4, 1), (2, 2)):
         # Averages of the balance loss over micro-batches differ by how they are cut, so it is left out.
@@ -117,7 +117,7 @@ def test_stock_trainer_fits_the_rows_and_accumulation_changes_nothing(moe, toy_m
                 use_cpu=True,
                 seed=3,
             ),
-            train_dataset=Rows(),
+            train_dataset=Sequences(),
         )
         trainer.train()
         losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
@@ -129,7 +129,7 @@ def test_stock_trainer_fits_the_rows_and_accumulation_changes_nothing(moe, toy_m
     assert torch.equal(answer(again), answer(trainer.model.eval()))
 
 
-def test_stock_trainer_tells_the_loss_of_an_evaluation(toy_model, tmp_path):
+def test_hf_trainer_reports_the_loss_of_an_evaluation(toy_model, tmp_path):
     model = toy_model()
     rows = [{name: values[row] for name, values in batch().items()} for row in range(2)]
     arguments = TrainingArguments(
@@ -224,7 +224,7 @@ def test_a_tuned_prompt_answers_text_as_its_own_steps_do(kind, toy_model):
     assert torch.equal(out, expected)
 
 
-def test_tuned_norms_generate_what_they_say(toy_model):
+def test_tuned_norms_generate_what_their_logits_say(toy_model):
     peft = pytest.importorskip("peft", reason="peft is an extra")
     config = peft.LNTuningConfig(target_modules=["input_layernorm"])
     model = peft.get_peft_model(toy_model(), config).eval()
@@ -237,8 +237,10 @@ def test_tuned_norms_generate_what_they_say(toy_model):
     assert torch.equal(model.generate(**given, max_new_tokens=6, do_sample=False), expected)
 
 
-def test_hooks_of_all_modules_are_called_while_generating(toy_model):
-    seen = []
-    with torch.nn.modules.module.register_module_forward_hook(lambda module, *_: seen.append(type(module).__name__)):
-        answer(toy_model())
-    assert {"LlamaDecoderLayer", "LlamaMLP"} <= set(seen)
+def test_hooks_of_layers_and_of_what_is_in_them_are_called_while_generating(toy_model):
+    model, seen = toy_model(), []
+    layer = model.model.layers[0]
+    for module in (layer, layer.mlp, layer.self_attn, layer.input_layernorm):
+        module.register_forward_hook(lambda module, *_: seen.append(module))
+    answer(model)
+    assert {layer, layer.mlp, layer.self_attn, layer.input_layernorm} == set(seen)

@@ -25,7 +25,7 @@ IMAGE = 0
 
 
 class Tester:
-    """What the mixin asks for: sizes, and a config with inputs; every row is a picture of 16 features and 7 words."""
+    """What the mixin asks for: sizes, a config and inputs; every sequence is an image of 16 features and 7 words."""
 
     is_training = True
     batch_size, seq_length, num_image_tokens = 3, 23, 16
@@ -50,7 +50,7 @@ class Tester:
         return self.model_class.config_class(
             vocab_size=self.vocab_size,
             hidden_size=self.hidden_size,
-            # Rows of 16 bytes in half precision too, so that experts run grouped.
+            # A multiple of 16 bytes in half precision too, so that experts run grouped.
             intermediate_size=40,
             num_hidden_layers=self.num_hidden_layers,
             num_attention_heads=self.num_attention_heads,
@@ -66,7 +66,7 @@ class Tester:
         )
 
     def prepare_config_and_inputs_for_common(self):
-        """Return a config and a batch of as many pictures as rows."""
+        """Return a config and a batch of as many images as sequences."""
         ids = common.ids_tensor([self.batch_size, self.seq_length], self.vocab_size - 4) + 4
         ids[:, : self.num_image_tokens] = IMAGE
         size = self.image_size
@@ -78,7 +78,7 @@ class Tester:
 
 
 class CommonTests(common.ModelTesterMixin, GenerationTesterMixin):
-    """The mixin, told which of its lists our classes belong to; a subclass names `backbone`."""
+    """The mixin, with the lists that our classes belong to; a subclass names `backbone`."""
 
     backbone: str
     moe = None
@@ -88,7 +88,7 @@ class CommonTests(common.ModelTesterMixin, GenerationTesterMixin):
     test_all_params_have_gradient = "intentionally_frozen" in inspect.getsource(common)
 
     def setUp(self):
-        """Build the tester and enter the class in the lists by which the mixin knows what has labels and pictures."""
+        """Build the tester and enter the class in the lists by which the mixin knows what has labels and images."""
         model_class = BACKBONES[self.backbone]
         stack = model_class.decoder_class
         self.all_model_classes = (stack, model_class) if self._is_composite else (model_class,)
@@ -102,7 +102,7 @@ class CommonTests(common.ModelTesterMixin, GenerationTesterMixin):
             patch.dict(common.MODEL_MAPPING_NAMES, {model_class.config_class.model_type: stack.__name__}),
             patch.dict(common.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, entry),
             patch.dict(common.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, entry),
-            # The class alone cannot tell; this tester knows.
+            # The class alone does not show it; this tester knows.
             patch.object(stack, "_can_set_experts_implementation", has_experts),
             patch.object(model_class, "_can_set_experts_implementation", has_experts),
         ):
@@ -120,12 +120,12 @@ class CommonTests(common.ModelTesterMixin, GenerationTesterMixin):
         with pytest.raises(ValueError, match="has experts, whose balance loss gets no gradient from reentrant"):
             model.gradient_checkpointing_enable({"use_reentrant": True})
 
-    def test_as_many_pictures_as_marks(self):
+    def test_as_many_images_as_placeholders(self):
         config, inputs = self.model_tester.prepare_config_and_inputs_for_common()
         model = self.all_model_classes[0](config).eval()
         model(**inputs)
         fewer = copy.deepcopy(inputs) | {"pixel_values": inputs["pixel_values"][:1]}
-        with pytest.raises(ValueError, match="48 image placeholders in input_ids but 1 pictures"):
+        with pytest.raises(ValueError, match="48 image placeholders in input_ids but 1 images"):
             model(**fewer)
 
 

@@ -1,4 +1,4 @@
-"""A base's generation_config.json, contradictory or broken, is read and saved; only what is refused goes, reported."""
+"""A base's generation_config.json, inconsistent or broken, is read and saved; only what is refused goes, reported."""
 
 import json
 import shutil
@@ -8,11 +8,12 @@ import torch
 from conftest import llm_config
 from transformers import AutoModelForCausalLM, GenerationConfig
 
+from llava_lite.checkpoints.source import Checkpoint
 from llava_lite.export.convert import convert
 from llava_lite.model import LlavaLlamaForCausalLM
 from llava_lite.model.assemble import assemble
-from llava_lite.model.generation_config import readable_generation_config, savable, savable_view
-from llava_lite.train.final import save_final
+from llava_lite.model.generation_config import read_generation_config, savable, savable_view
+from llava_lite.train.saving.final import save_final
 
 # As Vicuna's, whose temperature has no do_sample beside it.
 IDS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "max_length": 4096}
@@ -46,8 +47,8 @@ REFUSED = [
 ]
 
 
-def write_config(folder, fields):
-    (folder / "generation_config.json").write_text(fields if isinstance(fields, str) else json.dumps(fields))
+def write_config(directory, fields):
+    (directory / "generation_config.json").write_text(fields if isinstance(fields, str) else json.dumps(fields))
 
 
 @pytest.fixture
@@ -55,15 +56,15 @@ def base(toy_llm_dir, tmp_path):
     """Return a function: fields of generation_config.json -> directory of a plain language model with them."""
 
     def make(fields):
-        folder = shutil.copytree(toy_llm_dir("llama"), tmp_path / "base")
-        write_config(folder, fields)
-        return folder
+        directory = shutil.copytree(toy_llm_dir("llama"), tmp_path / "base")
+        write_config(directory, fields)
+        return directory
 
     return make
 
 
-def saved_fields(folder):
-    return json.loads((folder / "generation_config.json").read_text())
+def saved_fields(directory):
+    return json.loads((directory / "generation_config.json").read_text())
 
 
 @pytest.mark.parametrize(("extra", "gone"), REFUSED, ids=lambda value: "-".join(map(str, value)))
@@ -98,7 +99,7 @@ def test_only_what_transformers_refuses_goes_and_the_rest_is_saved(base, toy_tow
 )
 def test_a_value_of_another_type_is_read_as_what_it_says(tmp_path, caplog, field, written, meant):
     write_config(tmp_path, {"do_sample": True, field: written})
-    read = readable_generation_config(tmp_path, llm_config("llama", 100), {})
+    read = read_generation_config(Checkpoint(tmp_path), llm_config("llama", 100))
     assert getattr(read, field) == meant
     assert type(getattr(read, field)) is type(meant)
     assert f"{field} {meant!r} in place of {written!r}" in caplog.text
@@ -106,33 +107,33 @@ def test_a_value_of_another_type_is_read_as_what_it_says(tmp_path, caplog, field
 
 def test_a_token_id_that_is_no_number_comes_from_config_json(tmp_path, caplog):
     write_config(tmp_path, IDS | {"eos_token_id": "</s>"})
-    read = readable_generation_config(tmp_path, llm_config("llama", 100), {})
+    read = read_generation_config(Checkpoint(tmp_path), llm_config("llama", 100))
     assert (read.eos_token_id, read.max_length) == (2, 4096)
     assert "eos_token_id '</s>' (expected int or list)" in caplog.text
 
 
 @pytest.mark.parametrize(
-    ("text", "said"), [("{", "it is no JSON"), ("[1]", "a list and no fields"), ("null", "a NoneType and no fields")]
+    ("text", "output"), [("{", "it is no JSON"), ("[1]", "a list and no fields"), ("null", "a NoneType and no fields")]
 )
-def test_a_file_without_fields_is_reported_and_config_json_counts(base, toy_tower_dir, caplog, text, said):
+def test_a_file_without_fields_is_reported_and_config_json_counts(base, toy_tower_dir, caplog, text, output):
     model = assemble(str(base(text)), str(toy_tower_dir()), dtype=torch.float32)
     assert model.generation_config.eos_token_id == 2
-    assert said in caplog.text
+    assert output in caplog.text
 
 
 def test_fields_about_generating_in_config_json_do_not_stop_a_load(base, toy_tower_dir, tmp_path, caplog):
-    folder = base({})
-    (folder / "generation_config.json").unlink()
-    fields = json.loads((folder / "config.json").read_text()) | {"num_return_sequences": 3, "max_length": 99}
-    (folder / "config.json").write_text(json.dumps(fields))
-    model = assemble(str(folder), str(toy_tower_dir()), dtype=torch.float32)
+    directory = base({})
+    (directory / "generation_config.json").unlink()
+    fields = json.loads((directory / "config.json").read_text()) | {"num_return_sequences": 3, "max_length": 99}
+    (directory / "config.json").write_text(json.dumps(fields))
+    model = assemble(str(directory), str(toy_tower_dir()), dtype=torch.float32)
     assert (model.generation_config.num_return_sequences, model.generation_config.max_length) == (None, 99)
     assert "config.json" in caplog.text
     model.save_pretrained(tmp_path / "out")
     assert saved_fields(tmp_path / "out")["max_length"] == 99
 
 
-def test_a_good_config_is_the_same_object_and_nothing_is_said(caplog):
+def test_a_good_config_is_the_same_object_and_nothing_is_reported(caplog):
     config = GenerationConfig(do_sample=True, temperature=0.7, eos_token_id=[2, 5])
     assert savable(config) == (config, "")
     assert savable(config)[0] is config
@@ -156,12 +157,12 @@ def test_a_plain_language_model_is_saved_too(base, tmp_path):
     assert saved_fields(tmp_path / "out").keys() - {"transformers_version"} == IDS.keys()
 
 
-@pytest.mark.parametrize("whole", [False, True])
-def test_the_final_directory_of_a_stage_is_written(base, toy_tower_dir, tmp_path, caplog, whole):
-    folder = base(VICUNA)
-    model = assemble(str(folder), str(toy_tower_dir()), dtype=torch.float32)
+@pytest.mark.parametrize("full", [False, True])
+def test_the_final_directory_of_a_stage_is_written(base, toy_tower_dir, tmp_path, caplog, full):
+    directory = base(VICUNA)
+    model = assemble(str(directory), str(toy_tower_dir()), dtype=torch.float32)
     model.generation_config.pad_token_id = 7
-    save_final(model, tmp_path / "out", base=str(folder), whole=whole, conv_template="v1")
+    save_final(model, tmp_path / "out", base=str(directory), full=full, conv_template="v1")
     assert saved_fields(tmp_path / "out").keys() - {"transformers_version"} == IDS.keys()
     assert caplog.text.count("without temperature 0.9, top_p 0.6 (needs do_sample=True)") == 1
     opened = LlavaLlamaForCausalLM.from_pretrained(tmp_path / "out")
@@ -175,13 +176,13 @@ def test_convert_writes_both_ways_and_says_what_is_missing(toy_model, toy_tokeni
     model.save_pretrained(tmp_path / "ours")
     toy_tokenizer.save_pretrained(tmp_path / "ours")
     write_config(tmp_path / "ours", IDS | extra)
-    said = []
-    convert(tmp_path / "ours", tmp_path / "theirs", say=said.append)
+    output = []
+    convert(tmp_path / "ours", tmp_path / "theirs", report=output.append)
     assert saved_fields(tmp_path / "theirs")["max_length"] == 4096
-    assert any("without temperature 0.9 (needs do_sample=True)" in line for line in said) == ("temperature" in extra)
+    assert any("without temperature 0.9 (needs do_sample=True)" in line for line in output) == ("temperature" in extra)
     # transformers cannot read this one at all.
     write_config(tmp_path / "theirs", IDS | extra | {"early_stopping": "soon"})
-    convert(tmp_path / "theirs", tmp_path / "back", say=said.append)
+    convert(tmp_path / "theirs", tmp_path / "back", report=output.append)
     saved = saved_fields(tmp_path / "back")
     assert saved["max_length"] == 4096
     assert saved.get("num_beams") == extra.get("num_beams")

@@ -1,4 +1,4 @@
-"""Folders opened as models: whole, on a base, LLaVA's own layout; nothing missing in silence."""
+"""Directories opened as models: full, on a base, LLaVA's own layout; nothing missing in silence."""
 
 import json
 import shutil
@@ -25,8 +25,8 @@ def same_weights(a, b):
     return left.keys() == right.keys() and all(torch.equal(left[k], right[k]) for k in left)
 
 
-def edit_config(folder, **changes):
-    path = folder / "config.json"
+def edit_config(directory, **changes):
+    path = directory / "config.json"
     config = json.loads(path.read_text()) | changes
     path.write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
 
@@ -34,16 +34,16 @@ def edit_config(folder, **changes):
 @pytest.mark.parametrize("model_type", ["llama", "phi"])
 @pytest.mark.parametrize("moe", [None, MOE], ids=["dense", "moe"])
 @pytest.mark.parametrize("tower", ["clip", "siglip", "dinov2"])
-def test_a_saved_model_reopens_bit_equal_from_a_random_folder_name(
+def test_a_saved_model_reopens_bit_equal_from_a_random_directory_name(
     model_type, moe, tower, toy_model, tmp_path, toy_tower_dir
 ):
     model = toy_model(model_type, moe=moe, tower=tower)
-    folder = tmp_path / "x91"
-    model.save_pretrained(folder)
-    again = AutoModelForCausalLM.from_pretrained(folder)
+    directory = tmp_path / "x91"
+    model.save_pretrained(directory)
+    again = AutoModelForCausalLM.from_pretrained(directory)
     assert type(again) is type(model)
     assert same_weights(model, again)
-    assert AutoConfig.from_pretrained(folder).mm_projector_type == "mlp2x_gelu"
+    assert AutoConfig.from_pretrained(directory).mm_projector_type == "mlp2x_gelu"
 
 
 def test_weights_on_disk_carry_llavas_names(toy_model, tmp_path):
@@ -64,13 +64,13 @@ def test_missing_and_unexpected_weights_are_named(toy_model, tmp_path):
         LlavaLlamaForCausalLM.from_pretrained(tmp_path)
 
 
-def llava_layout(model, folder, tower):
+def llava_layout(model, directory, tower):
     """Save as LLaVA does: no vision_config, the tower named, its stale copy among the weights."""
-    model.save_pretrained(folder)
-    edit_config(folder, vision_config=None, mm_vision_tower=str(tower))
-    weights = load_file(folder / "model.safetensors")
+    model.save_pretrained(directory)
+    edit_config(directory, vision_config=None, mm_vision_tower=str(tower))
+    weights = load_file(directory / "model.safetensors")
     stale = {k: v + 1 if "vision_tower" in k else v for k, v in weights.items()}
-    save_file(stale, folder / "model.safetensors", metadata={"format": "pt"})
+    save_file(stale, directory / "model.safetensors", metadata={"format": "pt"})
     return weights
 
 
@@ -106,7 +106,7 @@ def test_a_tower_that_is_nowhere_is_an_error_that_says_what_to_do(toy_llm_dir, t
         assemble(str(toy_llm_dir()), "no/such-tower")
 
 
-def test_a_tower_that_is_gone_is_told_before_weights_are_read(toy_model, toy_llm_dir, tmp_path, capfd):
+def test_a_missing_tower_is_reported_before_weights_are_read(toy_model, toy_llm_dir, tmp_path, capfd):
     write_partial(toy_model(), tmp_path / "part", toy_llm_dir(), ["mm_projector"])
     gone = str(tmp_path / "clip")
     edit_config(tmp_path / "part", mm_vision_tower=gone)
@@ -125,23 +125,23 @@ def test_a_tower_of_another_kind_is_no_copy_of_the_own_one(kind, toy_model, toy_
         assemble(str(tmp_path / "part"), str(toy_tower_dir(kind)))
 
 
-def write_partial(model, folder, base, names):
-    """Write a folder that holds only the named weights and names its base."""
-    model.config.save_pretrained(folder)
-    edit_config(folder, base_model_name_or_path=str(base), architectures=["LlavaLlamaForCausalLM"])
+def write_partial(model, directory, base, names):
+    """Write a directory that holds only the named weights and names its base."""
+    model.config.save_pretrained(directory)
+    edit_config(directory, base_model_name_or_path=str(base), architectures=["LlavaLlamaForCausalLM"])
     state = {k: v for k, v in model.state_dict().items() if any(n in k for n in names)}
-    save_file(state, folder / "trained.safetensors", metadata={"format": "pt"})
+    save_file(state, directory / "trained.safetensors", metadata={"format": "pt"})
 
 
 def test_a_tower_of_several_scales_is_refused(toy_model, tmp_path):
     toy_model().save_pretrained(tmp_path)
     fields = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(fields | {"s2": True, "s2_scales": "32,64"}))
-    with pytest.raises(ValueError, match=r"several scales \(s2\), which is not known"):
+    with pytest.raises(ValueError, match=r"has s2, a tower that reads an image at several scales"):
         LlavaLlamaForCausalLM.from_pretrained(tmp_path)
 
 
-def test_a_projector_folder_opens_on_its_plain_llm(toy_model, toy_llm_dir, tmp_path):
+def test_a_projector_directory_opens_on_its_plain_llm(toy_model, toy_llm_dir, tmp_path):
     model = toy_model()
     with torch.no_grad():
         model.model.mm_projector[0].weight.add_(1)
@@ -151,7 +151,7 @@ def test_a_projector_folder_opens_on_its_plain_llm(toy_model, toy_llm_dir, tmp_p
     assert again.config.base_model_name_or_path is None
 
 
-def test_a_projector_folder_with_llavas_bin_file_alone_opens_too(toy_model, toy_llm_dir, tmp_path):
+def test_a_projector_directory_with_llavas_bin_file_alone_opens_too(toy_model, toy_llm_dir, tmp_path):
     model = toy_model()
     write_partial(model, tmp_path, toy_llm_dir(), ["mm_projector"])
     (tmp_path / "trained.safetensors").unlink()
@@ -159,7 +159,7 @@ def test_a_projector_folder_with_llavas_bin_file_alone_opens_too(toy_model, toy_
     assert same_weights(AutoModelForCausalLM.from_pretrained(tmp_path), model)
 
 
-def test_a_partial_folder_may_name_a_base_relative_to_itself(toy_model, toy_llm_dir, tmp_path):
+def test_a_partial_directory_may_name_a_base_relative_to_itself(toy_model, toy_llm_dir, tmp_path):
     model = toy_model()
     shutil.copytree(toy_llm_dir(), tmp_path / "base")
     (tmp_path / "stage1").mkdir()
@@ -197,7 +197,7 @@ def test_a_connector_of_the_wrong_width_is_refused_with_both_shapes(toy_model, t
 
 
 def test_unknown_connector_and_decoder_are_refused_with_the_known_ones(toy_llm_dir, toy_tower_dir, tmp_path):
-    with pytest.raises(ValueError, match="unknown connector 'mlp3x'; known: identity, linear, mlpNx_gelu"):
+    with pytest.raises(ValueError, match="unknown connector 'mlp3x'; known: gated_mlpNx, identity, linear"):
         assemble(str(toy_llm_dir()), str(toy_tower_dir()), config_overrides={"mm_projector_type": "mlp3x"})
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
     with pytest.raises(ValueError, match="unknown language model of model_type 'gpt2'; known: llama, mistral"):

@@ -1,4 +1,4 @@
-"""A packed row is its samples, each alone: losses, gradients, and nothing that leaks from one to the next."""
+"""A packed sequence equals its samples one by one: losses, gradients, and nothing leaks from one to the next."""
 
 import pytest
 import torch
@@ -13,9 +13,9 @@ ANYRES |= {"mm_patch_merge_type": "spatial_unpad"}
 
 
 def draw_examples(model, num_examples=4, seed=0):
-    """Return seeded examples of 5 to 40 words; every other one with one or two pictures in it."""
+    """Return seeded examples of 5 to 40 words; every other one with one or two images in it."""
     torch.manual_seed(seed)
-    layout, examples = model.config.picture_layout, []
+    layout, examples = model.config.image_layout, []
     for number in range(num_examples):
         length = int(torch.randint(5, 40, ()))
         ids = torch.randint(3, model.config.vocab_size, (length,))
@@ -27,9 +27,9 @@ def draw_examples(model, num_examples=4, seed=0):
             shape = (3, 3, 32, 32) if layout.is_anyres else (3, 32, 32)
             example["images"] = [torch.randn(shape) for _ in sizes]
             example["image_sizes"] = sizes
-            marks = [torch.full((layout.num_tokens(size),), IMAGE_TOKEN_INDEX) for size in sizes]
-            example["input_ids"] = torch.cat([ids[:2], *marks, ids[2:]])
-            example["labels"] = torch.cat([labels[:2], *(torch.full_like(m, -100) for m in marks), labels[2:]])
+            placeholders = [torch.full((layout.num_tokens(size),), IMAGE_TOKEN_INDEX) for size in sizes]
+            example["input_ids"] = torch.cat([ids[:2], *placeholders, ids[2:]])
+            example["labels"] = torch.cat([labels[:2], *(torch.full_like(m, -100) for m in placeholders), labels[2:]])
         examples.append(example)
     return examples
 
@@ -58,7 +58,7 @@ def assert_packed_equals_padded(model, examples):
 
 @pytest.mark.parametrize("moe", [None, MOE], ids=["dense", "experts"])
 @pytest.mark.parametrize("backbone", BACKBONE_TYPES)
-def test_a_packed_row_learns_what_padded_rows_learn(toy_model, backbone, moe):
+def test_packed_sequences_train_as_padded_sequences_do(toy_model, backbone, moe):
     model = toy_model(backbone, moe)
     model.set_attn_implementation("varlen")
     assert_packed_equals_padded(model, draw_examples(model))
@@ -82,7 +82,7 @@ def test_a_sliding_window_slides_within_each_sample(toy_model, backbone, impleme
 
 @pytest.mark.parametrize("moe", [None, MOE], ids=["dense", "experts"])
 @pytest.mark.parametrize("implementation", ["varlen", "sdpa", "eager"])
-def test_every_attention_keeps_samples_apart_with_pictures_of_any_resolution(toy_model, implementation, moe):
+def test_every_attention_keeps_samples_apart_with_images_of_any_resolution(toy_model, implementation, moe):
     model = toy_model(moe=moe, **ANYRES)
     model.set_attn_implementation(implementation)
     assert_packed_equals_padded(model, draw_examples(model))
@@ -126,19 +126,19 @@ def test_changing_one_sample_changes_nothing_in_the_others(toy_model, implementa
 
 
 @pytest.mark.parametrize("implementation", ["varlen", "sdpa"])
-def test_positions_that_start_anew_are_enough_to_keep_samples_apart(toy_model, implementation):
+def test_positions_that_restart_are_enough_to_keep_samples_apart(toy_model, implementation):
     model = toy_model()
     model.set_attn_implementation(implementation)
     batch = PackedCollator()(draw_examples(model))
     kept = {key: batch[key] for key in ("input_ids", "position_ids", "images", "image_sizes")}
-    told = {key: batch[key] for key in batch if "_length_" in key or "cu_seq" in key}
+    reported = {key: batch[key] for key in batch if "_length_" in key or "cu_seq" in key}
     with torch.no_grad():
-        # As a caller of transformers packs, whose cache is on unless told.
-        torch.testing.assert_close(model(**kept).logits, model(**kept, **told).logits, atol=0, rtol=0)
+        # As a caller of transformers packs, whose cache is on by default.
+        torch.testing.assert_close(model(**kept).logits, model(**kept, **reported).logits, atol=0, rtol=0)
 
 
 @pytest.mark.parametrize("implementation", ["varlen", "sdpa"])
-def test_positions_of_one_row_hold_for_all_rows(toy_model, implementation):
+def test_positions_of_one_sequence_hold_for_all_sequences(toy_model, implementation):
     model = toy_model()
     model.set_attn_implementation(implementation)
     ids = torch.arange(30, 46).view(2, 8)
@@ -156,7 +156,7 @@ def test_positions_of_one_row_hold_for_all_rows(toy_model, implementation):
     torch.testing.assert_close(*losses)
 
 
-def test_a_packed_row_whose_pictures_are_not_expanded_is_refused(toy_model):
+def test_a_packed_row_whose_images_are_not_expanded_is_refused(toy_model):
     model = toy_model()
     ids = torch.tensor([[5, IMAGE_TOKEN_INDEX, 6, 5, IMAGE_TOKEN_INDEX, 6]])
     positions = torch.tensor([[0, 1, 2, 0, 1, 2]])

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import draw_picture
+from conftest import draw_image
 from safetensors.torch import save_file
 
 from llava_lite import load, reply, stream
@@ -36,26 +36,26 @@ NAMES += ["model.vision_tower", "model.mm_projector"]
 
 
 @pytest.fixture
-def folder_of(toy_model, toy_tokenizer, toy_tower_dir, tmp_path):
-    """Return a function: arguments of toy_model -> directory of a whole model."""
+def directory_of(toy_model, toy_tokenizer, toy_tower_dir, tmp_path):
+    """Return a function: arguments of toy_model -> directory of a full model."""
 
     def make(**arguments):
-        folder = tmp_path / "whole"
-        if not folder.exists():
-            toy_model(conv_template="v1", **arguments).save_pretrained(folder)
-            toy_tokenizer.save_pretrained(folder)
+        directory = tmp_path / "full"
+        if not directory.exists():
+            toy_model(conv_template="v1", **arguments).save_pretrained(directory)
+            toy_tokenizer.save_pretrained(directory)
             tower = toy_tower_dir(arguments.get("tower", "clip"))
-            shutil.copy(tower / "preprocessor_config.json", folder)
-        return folder
+            shutil.copy(tower / "preprocessor_config.json", directory)
+        return directory
 
     return make
 
 
 def answers(model, processor):
-    """Return what a model makes of pictures and text in every way that it is asked."""
-    pictures = [[draw_picture(1)], None]
-    inputs = processor(images=pictures, text=["USER: <image>\nWhat? ASSISTANT:", "USER: Hi ASSISTANT:"])
-    alone = processor(images=[draw_picture(2)], text="<image>\nHello!")
+    """Return what a model makes of images and text in every way that it is asked."""
+    images = [[draw_image(1)], None]
+    inputs = processor(images=images, text=["USER: <image>\nWhat? ASSISTANT:", "USER: Hi ASSISTANT:"])
+    alone = processor(images=[draw_image(2)], text="<image>\nHello!")
     labels = inputs["input_ids"].clone()
     labels[:, :-4] = -100
     greedy = {"max_new_tokens": 4, "do_sample": False}
@@ -71,8 +71,8 @@ def answers(model, processor):
             "LLaVA's way": model.generate(
                 short, images=alone["pixel_values"], image_sizes=alone.get("image_sizes"), **greedy
             ),
-            "reply": reply(model, processor, ["What?", "Hi"], pictures, max_new_tokens=4),
-            "stream": "".join(stream(model, processor, "What?", draw_picture(2), max_new_tokens=4)),
+            "reply": reply(model, processor, ["What?", "Hi"], images, max_new_tokens=4),
+            "stream": "".join(stream(model, processor, "What?", draw_image(2), max_new_tokens=4)),
         }
 
 
@@ -89,18 +89,18 @@ def on_disk(names, model):
     return places | ({"model.image_newline": "disk"} if model.config.has_newline else {})
 
 
-# How a model that is in memory is offloaded; folder: where to.
+# How a model that is in memory is offloaded; directory: where to.
 OFFLOADS = {
-    "cpu_offload": lambda model, folder: accelerate.cpu_offload(model, execution_device="cpu"),
-    "disk_offload": lambda model, folder: accelerate.disk_offload(model, folder, execution_device="cpu"),
-    "cpu_offload of the stack alone": lambda model, folder: (
+    "cpu_offload": lambda model, directory: accelerate.cpu_offload(model, execution_device="cpu"),
+    "disk_offload": lambda model, directory: accelerate.disk_offload(model, directory, execution_device="cpu"),
+    "cpu_offload of the stack alone": lambda model, directory: (
         accelerate.cpu_offload(model.model, execution_device="cpu") and model
     ),
-    "dispatch_model": lambda model, folder: accelerate.dispatch_model(
-        model, {"model": "disk", "lm_head": "cpu"}, main_device="cpu", offload_dir=folder
+    "dispatch_model": lambda model, directory: accelerate.dispatch_model(
+        model, {"model": "disk", "lm_head": "cpu"}, main_device="cpu", offload_dir=directory
     ),
-    "spread": lambda model, folder: spread(model, {"": "disk"}, offload_folder=folder),
-    "spread by size": lambda model, folder: spread(model, "auto", {"cpu": 150_000}, offload_folder=folder),
+    "spread": lambda model, directory: spread(model, {"": "disk"}, offload_folder=directory),
+    "spread by size": lambda model, directory: spread(model, "auto", {"cpu": 150_000}, offload_folder=directory),
 }
 
 
@@ -109,8 +109,8 @@ OFFLOADS = {
     [(kind, offload) for kind in ("dense", "moe", "anyres") for offload in OFFLOADS]
     + [(kind, "cpu_offload") for kind in ("siglip", "dinov2")],
 )
-def test_an_offloaded_model_answers_as_the_plain_one(folder_of, tmp_path, kind, offload):
-    model, processor = load(folder_of(**KINDS[kind]), device="cpu")
+def test_an_offloaded_model_answers_as_the_plain_one(directory_of, tmp_path, kind, offload):
+    model, processor = load(directory_of(**KINDS[kind]), device="cpu")
     expected = answers(model, processor)
     away = OFFLOADS[offload](copy.deepcopy(model), tmp_path / "offload")
     assert any(weight.is_meta for weight in away.parameters())
@@ -134,11 +134,11 @@ DEVICE_MAPS = {
     [("anyres", places) for places in DEVICE_MAPS]
     + [(kind, places) for kind in ("dense", "moe") for places in ("all on the disk", "auto with too little memory")],
 )
-def test_a_directory_opens_with_a_device_map(folder_of, tmp_path, kind, places):
-    folder = folder_of(**KINDS[kind])
-    model, processor = load(folder, device="cpu")
+def test_a_directory_opens_with_a_device_map(directory_of, tmp_path, kind, places):
+    directory = directory_of(**KINDS[kind])
+    model, processor = load(directory, device="cpu")
     given = DEVICE_MAPS[places](model) | {"offload_folder": str(tmp_path / "offload")}
-    away, processor = load(folder, device="cpu", **given)
+    away, processor = load(directory, device="cpu", **given)
     assert any(weight.is_meta for weight in away.parameters())
     assert_same(answers(away, processor), answers(model, processor))
     away.save_pretrained(tmp_path / "again")
@@ -146,54 +146,54 @@ def test_a_directory_opens_with_a_device_map(folder_of, tmp_path, kind, places):
     assert all(torch.equal(weight, model.state_dict()[name]) for name, weight in again.state_dict().items())
 
 
-def tower_elsewhere(folder, tower):
+def tower_elsewhere(directory, tower):
     """Lay a checkpoint out as LLaVA does: it names its tower, whose weights are in another directory."""
-    path = folder / "config.json"
+    path = directory / "config.json"
     fields = json.loads(path.read_text()) | {"vision_config": None, "mm_vision_tower": str(tower)}
     path.write_text(json.dumps(fields))
-    return folder
+    return directory
 
 
-def part_on_base(folder, base, tower, model):
+def part_on_base(directory, base, tower, model):
     """Write what stage 1 leaves: a connector, and the names of base and tower."""
-    folder.mkdir()
+    directory.mkdir()
     weights = {f"model.mm_projector.{k}": v + 0.5 for k, v in model.model.mm_projector.state_dict().items()}
-    save_file(weights, folder / "trained.safetensors")
+    save_file(weights, directory / "trained.safetensors")
     fields = model.config.to_dict() | {"base_model_name_or_path": str(base)}
-    (folder / "config.json").write_text(json.dumps(fields))
-    return tower_elsewhere(folder, tower)
+    (directory / "config.json").write_text(json.dumps(fields))
+    return tower_elsewhere(directory, tower)
 
 
 @pytest.mark.parametrize("layout", ["tower elsewhere", "part on its base", "LoRA"])
 @pytest.mark.parametrize("places", ["all on the disk", "the tower on the disk", "auto with too little memory"])
 def test_weights_of_several_directories_are_put_together_before_they_are_offloaded(
-    folder_of, toy_llm_dir, toy_tower_dir, tmp_path, layout, places
+    directory_of, toy_llm_dir, toy_tower_dir, tmp_path, layout, places
 ):
-    folder = folder_of()
-    model, _ = load(folder, device="cpu")
+    directory = directory_of()
+    model, _ = load(directory, device="cpu")
     if layout == "tower elsewhere":
-        folder = tower_elsewhere(folder, toy_tower_dir())
+        directory = tower_elsewhere(directory, toy_tower_dir())
     elif layout == "LoRA":
         peft = pytest.importorskip("peft", reason="LoRA is put on with peft")
         config = peft.LoraConfig(r=4, target_modules=r"model\.layers\..*q_proj", init_lora_weights=False)
         peft.get_peft_model(copy.deepcopy(model), config).save_pretrained(tmp_path / "lora")
         path = tmp_path / "lora" / "adapter_config.json"
-        path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": str(folder)}))
-        folder = tmp_path / "lora"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": str(directory)}))
+        directory = tmp_path / "lora"
     else:
         shutil.copytree(toy_llm_dir("llama"), tmp_path / "base")
-        folder = part_on_base(tmp_path / "part", tmp_path / "base", toy_tower_dir(), model)
-    plain, processor = load(folder, device="cpu")
+        directory = part_on_base(tmp_path / "part", tmp_path / "base", toy_tower_dir(), model)
+    plain, processor = load(directory, device="cpu")
     given = DEVICE_MAPS[places](model) | {"offload_folder": str(tmp_path / "offload")}
-    away, processor = load(folder, device="cpu", **given)
+    away, processor = load(directory, device="cpu", **given)
     assert any(weight.is_meta for weight in away.parameters())
     assert_same(answers(away, processor), answers(plain, processor))
 
 
-def test_a_part_without_a_directory_to_offload_to_is_refused(folder_of, toy_tower_dir):
-    folder = tower_elsewhere(folder_of(), toy_tower_dir())
+def test_a_part_without_a_directory_to_offload_to_is_refused(directory_of, toy_tower_dir):
+    directory = tower_elsewhere(directory_of(), toy_tower_dir())
     with pytest.raises(ValueError, match="give offload_folder="):
-        load(folder, device="cpu", device_map={"model": "disk", "lm_head": "cpu"})
+        load(directory, device="cpu", device_map={"model": "disk", "lm_head": "cpu"})
 
 
 def test_weights_cannot_be_put_into_an_offloaded_model(toy_model, tmp_path):
@@ -204,12 +204,12 @@ def test_weights_cannot_be_put_into_an_offloaded_model(toy_model, tmp_path):
         load_connector(away, str(tmp_path / "c.bin"))
 
 
-def test_rows_cannot_be_added_to_an_offloaded_model(folder_of, tmp_path):
-    folder = folder_of()
-    fields = json.loads((folder / "config.json").read_text()) | {"mm_use_im_start_end": True}
-    (folder / "config.json").write_text(json.dumps(fields))
-    with pytest.raises(ValueError, match="rows cannot be added to weights that are offloaded"):
-        load(folder, device="cpu", device_map={"": "disk"}, offload_folder=str(tmp_path / "offload"))
+def test_vocabulary_rows_cannot_be_added_to_an_offloaded_model(directory_of, tmp_path):
+    directory = directory_of()
+    fields = json.loads((directory / "config.json").read_text()) | {"mm_use_im_start_end": True}
+    (directory / "config.json").write_text(json.dumps(fields))
+    with pytest.raises(ValueError, match="rows, which cannot be added to offloaded weights"):
+        load(directory, device="cpu", device_map={"": "disk"}, offload_folder=str(tmp_path / "offload"))
 
 
 def test_a_map_that_parts_the_experts_is_refused_and_not_answered_wrongly(toy_model, tmp_path):
@@ -230,14 +230,14 @@ def test_a_model_built_on_the_meta_device_takes_the_weights_of_another(toy_model
 
 
 @pytest.mark.parametrize("kind", ["moe", "anyres"])
-def test_accelerates_own_loader_fills_an_empty_model(folder_of, tmp_path, kind):
-    folder = folder_of(**KINDS[kind])
-    model, processor = load(folder, device="cpu")
+def test_accelerates_own_loader_fills_an_empty_model(directory_of, tmp_path, kind):
+    directory = directory_of(**KINDS[kind])
+    model, processor = load(directory, device="cpu")
     with accelerate.init_empty_weights():
         made = type(model)(model.config)
     filled = accelerate.load_checkpoint_and_dispatch(
         made,
-        str(folder / "model.safetensors"),
+        str(directory / "model.safetensors"),
         device_map="auto",
         max_memory={"cpu": 200_000},
         no_split_module_classes=list(model._no_split_modules),
@@ -251,7 +251,6 @@ def test_present_brings_a_weight_and_takes_it_away_again(toy_model):
     value = model.model.image_newline.detach().clone()
     # Two hooks on one module, as on the root of a model.
     accelerate.cpu_offload(model.model, execution_device="cpu")
-    assert type(model.model._hf_hook).__name__ == "SequentialHook"
     with present(model.model):
         assert torch.equal(model.model.image_newline, value)
     assert model.model.image_newline.is_meta
@@ -289,15 +288,15 @@ def test_limits_of_memory_keep_a_device_map_without_cuda(monkeypatch, device_map
     assert placement("cuda", device_map, has_limits=has_limits) == (torch.device(expected[0]), expected[1])
 
 
-def test_a_misspelt_device_map_is_refused_on_any_machine(folder_of):
+def test_a_misspelt_device_map_is_refused_on_any_machine(directory_of):
     with pytest.raises(ValueError, match=r"device_map is 'atuo'; known: auto, balanced, "):
-        load(folder_of(), device_map="atuo")
+        load(directory_of(), device_map="atuo")
 
 
-def test_a_model_too_large_for_the_only_device_is_spread(folder_of, monkeypatch, caplog):
+def test_a_model_too_large_for_the_only_device_is_spread(directory_of, monkeypatch, caplog):
     """Without a GPU: the free memory is made up, and "auto" finds the CPU alone."""
     monkeypatch.setattr(builder_page, "is_too_large", lambda model, device: True)
-    model = load_pretrained_model(folder_of(), device="cpu")[1]
+    model = load_pretrained_model(directory_of(), device="cpu")[1]
     assert "more weights than cpu has free memory" in caplog.text
     assert set(model.hf_device_map.values()) == {"cpu"}
 
@@ -309,13 +308,13 @@ def has_far_devices():
 
 
 @pytest.mark.skipif(not has_far_devices(), reason="this version of torch has no devices that are written in Python")
-def test_parts_on_several_devices_meet_on_one(folder_of):
+def test_parts_on_several_devices_meet_on_one(directory_of):
     """On two devices that are made up, which refuse each other's tensors as two GPUs do."""
-    folder = folder_of(**ANYRES, moe=MOE)
+    directory = directory_of(**ANYRES, moe=MOE)
     worker = Path(__file__).with_name("two_devices_worker.py")
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run(
-        [sys.executable, str(worker), str(folder)], capture_output=True, text=True, timeout=300, env=environment
+        [sys.executable, str(worker), str(directory)], capture_output=True, text=True, timeout=300, env=environment
     )
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout.splitlines()[-1])

@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from llava_lite.arguments import ModelArguments, parse_args
 from llava_lite.constants import IGNORE_INDEX
 from llava_lite.model.plain_paths import PLAIN_PATHS, set_plain_paths
+from llava_lite.train.arguments.fields import ModelArguments
+from llava_lite.train.arguments.parse import parse_args
 
 
 class Part(nn.Module):
@@ -17,7 +18,7 @@ class Part(nn.Module):
     plain_paths = frozenset()
 
 
-def test_every_part_that_has_a_faster_path_is_told_and_others_are_not():
+def test_plain_paths_are_set_on_every_part_that_has_one_and_on_no_other():
     inner, other = Part(), nn.Linear(1, 1)
     model = nn.Sequential(nn.Sequential(inner), other)
     set_plain_paths(model, ["experts", "loss"])
@@ -29,7 +30,7 @@ def test_every_part_that_has_a_faster_path_is_told_and_others_are_not():
     assert inner.plain_paths == frozenset()
 
 
-def test_whole_model_is_told():
+def test_the_full_model_has_no_plain_path_by_default():
     from llava_lite.model.llava_arch import LlavaMetaForCausalLM
 
     assert LlavaMetaForCausalLM.plain_paths == frozenset()
@@ -55,7 +56,7 @@ def test_plain_loss_asks_the_vocabulary_everywhere_and_is_the_same(moe, toy_mode
 
 
 def test_unknown_path_is_answered_with_the_known_ones():
-    with pytest.raises(ValueError, match="unknown plain path 'layer'; known: loss, experts"):
+    with pytest.raises(ValueError, match="unknown plain path 'layer'; known: loss, experts, matmul, liger"):
         set_plain_paths(nn.Linear(1, 1), ["layer"])
 
 

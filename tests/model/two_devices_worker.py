@@ -1,7 +1,7 @@
 """Run a model whose parts lie on devices that do not exist, and print where its answers differ from the plain model's.
 
-A tensor of such a device says so, holds a tensor of the CPU, and raises where it meets a tensor of another device, as
-CUDA does. `python two_devices_worker.py FOLDER` prints {name of a device map: {call: what went wrong}}.
+A tensor of such a device reports it, holds a tensor of the CPU, and raises where it meets a tensor of another device,
+as CUDA does. `python two_devices_worker.py DIRECTORY` prints {name of a device map: {call: what went wrong}}.
 """
 
 import copy
@@ -17,7 +17,7 @@ from torch.utils.backend_registration import _setup_privateuseone_for_python_bac
 
 from llava_lite import reply
 from llava_lite.model import LlavaLlamaForCausalLM
-from llava_lite.processing import LlavaLiteProcessor
+from llava_lite.processing.processor import LlavaLiteProcessor
 
 NAME = "far"
 
@@ -41,7 +41,7 @@ class FarTensor(torch.Tensor):
 
     @staticmethod
     def __new__(cls, near, number=0, requires_grad=False):
-        # accelerate makes parameters anew, by the class that they have.
+        # accelerate creates parameters again, by the class that they have.
         if isinstance(near, FarTensor):
             return near.detach().requires_grad_(requires_grad)
         if near.is_meta:
@@ -145,15 +145,15 @@ def device_maps():
 
 def calls(model, processor):
     """Return what is asked of a model, by name; every answer is plain Python."""
-    picture = Image.linear_gradient("L").resize((50, 40)).convert("RGB")
-    inputs = processor(images=[[picture], None], text=["USER: <image>\nWhat? ASSISTANT:", "USER: Hi ASSISTANT:"])
+    image = Image.linear_gradient("L").resize((50, 40)).convert("RGB")
+    inputs = processor(images=[[image], None], text=["USER: <image>\nWhat? ASSISTANT:", "USER: Hi ASSISTANT:"])
     labels = inputs["input_ids"].clone()
     labels[:, :-4] = -100
     return {
         "logits": lambda: model(**inputs).logits.tolist(),
         "loss": lambda: model(**inputs, labels=labels).loss.tolist(),
         "generate": lambda: model.generate(**inputs, max_new_tokens=3, do_sample=False).tolist(),
-        "reply": lambda: reply(model, processor, ["What?", "Hi"], [picture, None], max_new_tokens=3),
+        "reply": lambda: reply(model, processor, ["What?", "Hi"], [image, None], max_new_tokens=3),
     }
 
 
@@ -170,13 +170,13 @@ def failures(model, processor, expected):
 
 
 @torch.no_grad()
-def main(folder):
+def main(directory):
     """Print the failures of every device map."""
     _setup_privateuseone_for_python_backend(NAME, backend_module=FarDevices)
-    # In bodies that do the same on every kind of device.
+    # In forward implementations that do the same on every kind of device.
     plain = {"attn_implementation": "eager", "experts_implementation": "eager"}
-    model = LlavaLlamaForCausalLM.from_pretrained(folder, **plain).eval()
-    processor = LlavaLiteProcessor.from_pretrained(folder)
+    model = LlavaLlamaForCausalLM.from_pretrained(directory, **plain).eval()
+    processor = LlavaLiteProcessor.from_pretrained(directory)
     expected = {name: call() for name, call in calls(model, processor).items()}
     found = {}
     for name, device_map in device_maps().items():

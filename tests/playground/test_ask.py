@@ -23,7 +23,7 @@ def test_batches_hold_one_kind_and_every_record_once():
     assert all(len({record["kind"] for record in batch}) == 1 for batch in batches)
 
 
-def test_pictures_are_found_beside_the_questions(tmp_path):
+def test_images_are_found_beside_the_questions(tmp_path):
     (tmp_path / "questions.json").write_text(json.dumps(RECORDS))
     assert [record["image"] for record in ask.read_questions(tmp_path)] == [
         str(tmp_path / "a.png"),
@@ -33,18 +33,19 @@ def test_pictures_are_found_beside_the_questions(tmp_path):
     ]
 
 
-def test_accuracy_is_the_share_of_exact_answers_by_kind():
-    said = ["3", "red 3 top-left.", "9", "2"]
+def test_accuracy_is_the_fraction_of_exact_answers_by_kind():
+    output = ["3", "red 3 top-left.", "9", "2"]
     blank = ["1", None, "4", None]
-    asked = [{**r, "picture": p, "blank": b} for r, p, b in zip(RECORDS, said, blank, strict=True)]
+    asked = [{**r, "with_image": p, "blank": b} for r, p, b in zip(RECORDS, output, blank, strict=True)]
     assert ask.accuracy(asked) == {"digit": 0.5, "caption": 1.0, "text": 1.0}
     assert ask.accuracy(asked, "blank") == {"digit": 0.5}
 
 
-def test_each_question_is_asked_with_its_picture_and_then_with_a_blank_one(monkeypatch):
+def test_each_question_is_asked_with_its_image_and_then_with_a_blank_one(monkeypatch):
     calls = []
 
     def reply(model, processor, questions, images, conv_template, max_new_tokens):
+        assert conv_template == "v1"
         calls.append((tuple(questions), images))
         return [" 3 " if image == "a.png" else "7" for image in images]
 
@@ -52,8 +53,27 @@ def test_each_question_is_asked_with_its_picture_and_then_with_a_blank_one(monke
     asked = {record["question"]: record for record in ask.ask(None, None, RECORDS)}
     assert len(asked) == len(RECORDS)
     digit, caption = asked["Which digit is top-left?"], asked["Describe the picture."]
-    assert (digit["picture"], digit["blank"]) == ("3", "7")
-    assert (caption["picture"], caption["blank"]) == ("7", None)
-    blanks = [image for _, images in calls for image in images if isinstance(image, Image.Image)]
-    assert len(blanks) == 2
-    assert all(image.size == (56, 56) and image.getextrema() == ((0, 0),) * 3 for image in blanks)
+    assert (digit["with_image"], digit["blank"]) == ("3", "7")
+    assert (caption["with_image"], caption["blank"]) == ("7", None)
+    empty_images = [image for _, images in calls for image in images if isinstance(image, Image.Image)]
+    assert len(empty_images) == 2
+    assert all(image.size == (56, 56) and image.getextrema() == ((0, 0),) * 3 for image in empty_images)
+
+
+def test_a_sound_is_asked_about_alone_and_in_the_template_of_its_system(monkeypatch):
+    calls = []
+
+    def reply(model, processor, question, media, conv_template, max_new_tokens):
+        calls.append((question, media, conv_template))
+        return " 4"
+
+    monkeypatch.setattr(ask, "reply", reply)
+    record = {"kind": "sound", "image": None, "sound": "a.wav", "question": "Which digit is there?", "answer": "4"}
+    (asked,) = ask.ask(None, None, [record], template="alpaca")
+    assert calls == [("Which digit is there?", {"audio": "a.wav"}, "alpaca")]
+    assert (asked["with_image"], asked["blank"]) == ("4", None)
+
+
+def test_sounds_are_found_beside_the_questions(tmp_path):
+    (tmp_path / "questions.json").write_text(json.dumps([{"image": None, "sound": "sounds/0.wav"}]))
+    assert ask.read_questions(tmp_path) == [{"image": None, "sound": str(tmp_path / "sounds/0.wav")}]

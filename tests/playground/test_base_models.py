@@ -1,4 +1,4 @@
-"""The committed base models: small, opened by stock transformers, and able to do what the stages build on."""
+"""The committed base models: small, opened by transformers, and able to do what the stages build on."""
 
 from pathlib import Path
 
@@ -8,14 +8,15 @@ import pytest
 pytest.importorskip("sklearn", reason="the tiny world is drawn from scikit-learn's digits: pip install scikit-learn")
 
 import playground.tiny
-from playground.tiny import llm, tower, world
+from playground.tiny import imagebind, llm, tower, world
 
 TINY = Path(playground.tiny.__file__).parent
 
 
-def test_they_take_less_than_six_megabytes():
-    files = [path for folder in ("tower", "llm") for path in (TINY / folder).rglob("*")]
-    assert 0 < sum(path.stat().st_size for path in files) < 6e6
+def test_they_take_less_than_twelve_megabytes():
+    directories = ("tower", "llm", "alpaca_llm", "imagebind")
+    files = [path for directory in directories for path in (TINY / directory).rglob("*")]
+    assert 0 < sum(path.stat().st_size for path in files) < 12e6
 
 
 def test_the_tower_shows_held_out_digits_to_a_linear_probe():
@@ -26,6 +27,17 @@ def test_the_tower_shows_held_out_digits_to_a_linear_probe():
     seen, unseen = (world.draw_tiles(folds, 1, rng) for folds in (world.training_folds(), [world.HELD_OUT_FOLD]))
     # Measured 97%; the probe of fewer scenes is a little worse.
     assert tower.probe_accuracy(model, tower.image_processor(), seen, unseen, seed=0, num_scenes=1500) > 0.92
+
+
+def test_the_encoder_of_images_and_sounds_puts_a_digit_in_one_place():
+    from llava_lite.model.encoders.imagebind.opening import open_imagebind
+
+    model = open_imagebind(TINY / "imagebind")
+    rng = np.random.default_rng(1)
+    seen, unseen = (world.draw_tiles(folds, 1, rng) for folds in (world.training_folds(), [world.HELD_OUT_FOLD]))
+    image, sound = imagebind.nearest_digit(model, seen, unseen, seed=1, num=400)
+    # Measured 98.5% and 100% of 1,000 images and 250 sounds.
+    assert (image > 0.94, sound > 0.94) == (True, True), (image, sound)
 
 
 def test_the_language_model_answers_from_written_notes():
@@ -42,5 +54,5 @@ def test_the_committed_tokenizer_is_the_one_that_make_base_makes():
 
     from playground.tiny.make_base import world_tokenizer
 
-    said = "USER: red 3 top-left.\nWhat colour is the 3? ASSISTANT: red</s>"
-    assert AutoTokenizer.from_pretrained(TINY / "llm")(said).input_ids == world_tokenizer()(said).input_ids
+    output = "USER: red 3 top-left.\nWhat colour is the 3? ASSISTANT: red</s>"
+    assert AutoTokenizer.from_pretrained(TINY / "llm")(output).input_ids == world_tokenizer()(output).input_ids

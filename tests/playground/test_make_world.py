@@ -1,4 +1,4 @@
-"""The world on disk: LLaVA's layout, LLaVA's records, and held-out questions that a blank picture cannot answer."""
+"""The world on disk: LLaVA's layout, LLaVA's records, and held-out questions that a blank image cannot answer."""
 
 import json
 from collections import Counter
@@ -34,32 +34,32 @@ def read(path):
         ("MoE-LLaVA/ft_json/nlp_tune.json", "MoE-LLaVA"),
     ],
 )
-def test_records_take_turns_and_name_pictures_that_exist(root, annotations, images):
+def test_records_take_turns_and_name_images_that_exist(root, annotations, images):
     records = read(root / annotations)
     assert records
     assert len({record["id"] for record in records}) == len(records)
     for record in records:
         turns = record["conversations"]
         assert [turn["from"] for turn in turns] == ["human", "gpt"] * (len(turns) // 2)
-        marks = sum(turn["value"].count("<image>") for turn in turns)
-        assert marks == ("image" in record)
+        num_placeholders = sum(turn["value"].count("<image>") for turn in turns)
+        assert num_placeholders == ("image" in record)
         if "image" in record:
-            with Image.open(root / images / record["image"]) as picture:
-                assert (picture.size, picture.mode) == ((56, 56), "RGB")
+            with Image.open(root / images / record["image"]) as image:
+                assert (image.size, image.mode) == ((56, 56), "RGB")
 
 
-def test_the_second_stage_mixes_folders_of_llava_and_talks_without_a_picture(root):
+def test_the_second_stage_mixes_directories_of_llava_and_conversations_without_an_image(root):
     records = read(root / "LLaVA-Finetune/llava_v1_5_mix665k.json")
-    folders = Counter(record.get("image", "text").split("/")[0] for record in records)
-    assert set(folders) == {"coco", "gqa", "ocr_vqa", "textvqa", "vg", "text"}
+    directories = Counter(record.get("image", "text").split("/")[0] for record in records)
+    assert set(directories) == {"coco", "gqa", "ocr_vqa", "textvqa", "vg", "text"}
     assert all("image" not in record for record in read(root / "MoE-LLaVA/ft_json/nlp_tune.json"))
 
 
-def test_a_few_talks_lose_their_picture_and_none_that_describes_it():
+def test_a_few_conversations_lose_their_image_and_none_that_describes_it():
     rng = np.random.default_rng(0)
     tiles = world.draw_tiles([3], 1, rng)
     scenes = world.sample_scenes(4000, tiles, rng)
-    records = make_world.talk_records(scenes, rng, "")
+    records = make_world.conversation_records(scenes, rng, "")
     left = make_world.hide_some(scenes, records, rng)
     hidden = (left.tile == world.EMPTY).all(axis=1)
     assert (left.tile[~hidden] == scenes.tile[~hidden]).all()
@@ -77,8 +77,8 @@ def test_the_same_seed_makes_the_same_world(root, tmp_path):
 
 def test_no_constant_answer_is_better_than_another(root):
     questions = read(root / "held_out/questions.json")
-    share = {"digit": 1 / 10, "colour": 1 / 8, "count": 1 / 4, "where": 1 / 4, "colour_of": 1 / 8}
-    for kind, expected in share.items():
+    fractions = {"digit": 1 / 10, "colour": 1 / 8, "count": 1 / 4, "where": 1 / 4, "colour_of": 1 / 8}
+    for kind, expected in fractions.items():
         asked = [q for q in questions if q["kind"] == kind]
         answers = Counter(q["answer"] for q in asked)
         assert {count / len(asked) for count in answers.values()} == {expected}
@@ -88,7 +88,7 @@ def test_no_constant_answer_is_better_than_another(root):
             assert len(same) == round(1 / expected)
 
 
-def test_searching_questions_are_asked_of_pictures_with_two_digits_or_more():
+def test_searching_questions_are_asked_of_images_with_two_digits_or_more():
     tiles = world.draw_tiles([4], 1, np.random.default_rng(0))
     for kind in ("where", "colour_of"):
         scenes, questions = make_world.held_out_questions(kind, tiles, np.random.default_rng(1))
@@ -96,7 +96,7 @@ def test_searching_questions_are_asked_of_pictures_with_two_digits_or_more():
         assert (scenes.digit != world.EMPTY).sum(axis=1).min() >= 2
 
 
-def test_held_out_pictures_are_drawn_from_held_out_scans_alone(monkeypatch, tmp_path):
+def test_held_out_images_are_drawn_from_held_out_scans_alone(monkeypatch, tmp_path):
     drawn = []
     draw_tiles = world.draw_tiles
 

@@ -27,9 +27,9 @@ COLOUR, COUNT = "What colour is the digit top-left?", "How many digits are there
 
 
 @pytest.fixture(scope="module")
-def talks(tmp_path_factory):
-    """Return a folder of pictures with one or two digits and talks about colour and number."""
-    folder = tmp_path_factory.mktemp("talks")
+def data(tmp_path_factory):
+    """Return a directory of images with one or two digits and conversations about colour and number."""
+    directory = tmp_path_factory.mktemp("data")
     rng = np.random.default_rng(0)
     tiles = world.draw_tiles([0], 1, rng)
     scenes = world.sample_scenes(1200, tiles, rng, counts=(1, 2))
@@ -40,19 +40,19 @@ def talks(tmp_path_factory):
         {"id": f"{i}", "image": f"{i}.png", "conversations": make_world.turns_of(questions, "<image>\n")}
         for i, questions in enumerate(asked)
     ]
-    pictures = make_world.pictures_of(scenes, tiles, rng)
-    make_world.write_stage(folder / "talks.json", folder, records, pictures, "talks")
-    return folder
+    images = make_world.images_of(scenes, tiles, rng)
+    make_world.write_stage(directory / "data.json", directory, records, images, "data")
+    return directory
 
 
 @pytest.fixture(scope="module")
-def run(talks, tmp_path_factory):
-    """Return a function: name, tuning, base, steps and more flags -> folder of a finished stage."""
+def run(data, tmp_path_factory):
+    """Return a function: name, tuning, base, steps and more flags -> directory of a finished stage."""
 
     def make(name, tuning, base, max_steps, *more):
         output = tmp_path_factory.mktemp(name)
         flags = (
-            f"--model_name_or_path {base} --data_path {talks}/talks.json --image_folder {talks} --output_dir {output} "
+            f"--model_name_or_path {base} --data_path {data}/data.json --image_folder {data} --output_dir {output} "
             f"--tuning {tuning} --version v1 --image_aspect_ratio pad --max_steps {max_steps} --model_max_length 512 "
             "--per_device_train_batch_size 16 --save_strategy no --use_cpu True --disable_tqdm True --bf16 False"
         )
@@ -64,14 +64,14 @@ def run(talks, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def dense(run):
-    """Return the folder of a model that has learned colours and numbers of digits a little."""
+    """Return the directory of a model that was trained a little on colours and numbers of digits."""
     flags = ["--vision_tower", str(TINY / "tower"), "--mm_projector_type", "mlp2x_gelu", "--learning_rate", "2e-3"]
     return run("dense", "full", TINY / "llm", 100, *flags)
 
 
 @pytest.fixture(scope="module")
 def experts(run, dense):
-    """Return the folder of that model with four experts in every other layer."""
+    """Return the directory of that model with four experts in every other layer."""
     return run("experts", "moe", dense, 5, "--learning_rate", "5e-4", "--moe_mode", "sparse", "--num_experts", "4")
 
 
@@ -99,11 +99,11 @@ def execute(tmp_path, monkeypatch):
     return run_all
 
 
-def picture_of(name, call):
-    """Return the picture that a notebook's own `digit_picture` draws."""
+def image_of(name, call):
+    """Return the image that a notebook's own `digit_image` draws."""
     (path,) = (book for book in BOOKS if book.stem == name)
     cells = nbformat.read(path, as_version=4).cells
-    (source,) = (cell.source for cell in cells if "def digit_picture" in cell.source)
+    (source,) = (cell.source for cell in cells if "def digit_image" in cell.source)
     scope = {}
     exec(source, scope)
     return eval(call, scope)
@@ -124,63 +124,63 @@ def test_notebook_is_valid_short_and_without_outputs(path):
     assert all(not cell.outputs and cell.execution_count is None for cell in code)
     assert code[0].source.startswith("MODEL = ")
     imports = re.findall(r"(?m)^(?:from|import) (llava_lite[\w.]*)", "\n".join(cell.source for cell in code))
-    assert set(imports) <= {"llava_lite", "llava_lite.cli", "llava_lite.eval.routes", "llava_lite.train.train"}
+    assert set(imports) <= {"llava_lite", "llava_lite.cli", "llava_lite.eval.expert_routes", "llava_lite.train.train"}
 
 
 def test_load_and_ask(execute, dense):
     found = execute("1_load_and_ask", ["answer", "more", "same_answer"], MODEL=dense)
     model, processor = load(dense, device="cpu")
-    picture = picture_of("1_load_and_ask", "picture")
-    assert found["answer"] == found["same_answer"] == reply(model, processor, COLOUR, picture) == "red"
-    talk = f"<image>\n{COLOUR}"
-    assert found["more"] == reply(model, processor, COUNT, picture, history=[(talk, "red")]) == "one"
+    image = image_of("1_load_and_ask", "image")
+    assert found["answer"] == found["same_answer"] == reply(model, processor, COLOUR, image) == "red"
+    question = f"<image>\n{COLOUR}"
+    assert found["more"] == reply(model, processor, COUNT, image, history=[(question, "red")]) == "one"
 
 
 def test_batch_and_stream(execute, dense):
     names = ["answers", "alone", "pieces", "first_pieces", "varied"]
     found = execute("2_batch_and_stream", names, MODEL=dense)
     model, processor = load(dense, device="cpu")
-    red, blue = picture_of("2_batch_and_stream", "(red, blue)")
+    red, blue = image_of("2_batch_and_stream", "(red, blue)")
     assert found["answers"] == found["alone"]
     assert found["answers"][0] == reply(model, processor, COLOUR, red) == "red"
-    said = reply(model, processor, "Describe the picture.", blue, max_new_tokens=32)
-    assert "".join(found["pieces"]) == said
+    answer = reply(model, processor, "Describe the picture.", blue, max_new_tokens=32)
+    assert "".join(found["pieces"]) == answer
     assert found["first_pieces"] == found["pieces"][:2]
     assert len(found["varied"]) == 3
 
 
-def test_where_experts_send_pictures_and_words(execute, experts, tmp_path):
-    name = "3_where_experts_send_pictures_and_words"
-    plain = "{layer: {kind: vars(shares) for kind, shares in kinds.items()} for layer, kinds in found.items()}"
+def test_where_experts_send_images_and_words(execute, experts, tmp_path):
+    name = "3_where_experts_send_images_and_words"
+    plain = "{layer: {kind: vars(load) for kind, load in kinds.items()} for layer, kinds in found.items()}"
     values = execute(name, ["distances", plain], MODEL=experts)
-    shares = values[plain]
-    assert list(shares) == ["0", "2"]
-    for layer, kinds in shares.items():
-        # Three pictures of 16 patches.
-        assert kinds["pictures"]["num_tokens"] == 3 * 16
-        assert kinds["words"]["num_tokens"] > 20
+    loads = values[plain]
+    assert list(loads) == ["0", "2"]
+    for layer, kinds in loads.items():
+        # Three images of 16 patches.
+        assert kinds["image"]["num_tokens"] == 3 * 16
+        assert kinds["text"]["num_tokens"] > 20
         for kind in kinds.values():
             assert sum(kind["first"]) == pytest.approx(1)
-            assert sum(kind["chosen"]) == pytest.approx(1)
-            assert max(kind["chosen"]) <= 0.5 + 1e-9
-        pairs = zip(kinds["pictures"]["chosen"], kinds["words"]["chosen"], strict=True)
+            assert sum(kind["all_k"]) == pytest.approx(1)
+            assert max(kind["all_k"]) <= 0.5 + 1e-9
+        pairs = zip(kinds["image"]["all_k"], kinds["text"]["all_k"], strict=True)
         assert values["distances"][layer] == pytest.approx(sum(max(a - b, 0) for a, b in pairs))
     with Image.open(tmp_path / "routes.png") as drawn:
         assert len(drawn.convert("RGB").getcolors(1 << 20)) > 4
 
 
-def test_finetune_on_your_own_pictures(execute, dense, tmp_path):
-    names = ["before", "share_before", "after", "share_after", "share_unseen", "losses", "problems"]
-    found = execute("4_finetune_on_your_own_pictures", names, MODEL=dense)
+def test_finetune_on_your_own_images(execute, dense, tmp_path):
+    names = ["before", "accuracy_before", "after", "accuracy_after", "accuracy_unseen", "losses", "problems"]
+    found = execute("4_finetune_on_your_own_images", names, MODEL=dense)
     assert found["problems"] == 0
-    assert found["share_before"] == 0
+    assert found["accuracy_before"] == 0
     assert found["after"] == ["circle", "square", "triangle", "cross"] * 5
-    assert found["share_after"] == 1
-    assert found["share_unseen"] > 0.25
+    assert found["accuracy_after"] == 1
+    assert found["accuracy_unseen"] > 0.25
     assert found["losses"][-1] < found["losses"][0] / 5
     model, processor = load(tmp_path / "shapes-model", device="cpu")
-    pictures = [tmp_path / f"shapes/{number:02d}.png" for number in range(4)]
-    assert reply(model, processor, ["What shape is this?"] * 4, pictures, max_new_tokens=16) == found["after"][:4]
+    images = [tmp_path / f"shapes/{number:02d}.png" for number in range(4)]
+    assert reply(model, processor, ["What shape is this?"] * 4, images, max_new_tokens=16) == found["after"][:4]
     assert len(json.loads((tmp_path / "shapes.json").read_text())) == 20
 
 

@@ -8,16 +8,17 @@ from PIL import Image
 
 pytest.importorskip("sklearn", reason="the tiny world is drawn from scikit-learn's digits: pip install scikit-learn")
 
-from playground.tiny import picture, report
+from playground.tiny import figure, report
+from playground.tiny.systems import SYSTEMS
 
 GOOD = {
     "seconds": 600.0,
     "stages": [
-        {"stage": name, "loss": 0.1, "tokens_per_s": 1000.0, "seconds": 100.0, "accuracy": share}
-        for name, share in (("stage1", 0.3), ("stage2", 0.95), ("stage3", 0.96))
+        {"stage": name, "loss": 0.1, "tokens_per_s": 1000.0, "seconds": 100.0, "accuracy": fraction}
+        for name, fraction in (("stage1", 0.3), ("stage2", 0.95), ("stage3", 0.96))
     ],
     "accuracy": {
-        "picture": 0.96,
+        "with_image": 0.96,
         "blank": 0.16,
         "majority": 0.16,
         "by_kind": {"digit": 0.92, "colour": 0.97, "count": 1.0},
@@ -34,8 +35,8 @@ GOOD = {
 }
 
 
-def question(kind, answer, said, blank="?"):
-    return {"kind": kind, "image": None, "question": kind, "answer": answer, "picture": said, "blank": blank}
+def question(kind, answer, output, blank="?"):
+    return {"kind": kind, "image": None, "question": kind, "answer": answer, "with_image": output, "blank": blank}
 
 
 ASKED = [
@@ -53,8 +54,8 @@ ASKED = [
 ]
 
 
-def write_stage(folder, with_experts=False):
-    folder.mkdir()
+def write_stage(directory, with_experts=False):
+    directory.mkdir()
     lines = []
     for step in range(1, 21):
         line = {"step": step, "loss": 21.0 - step, "tokens_per_s": 1.0 if step == 1 else 500.0}
@@ -65,8 +66,8 @@ def write_stage(folder, with_experts=False):
             }
         lines.append(line)
     lines.append({"step": 20, "train_runtime": 3.0})
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    (folder / "answers.json").write_text(json.dumps({"seconds": 1.0, "records": ASKED}))
+    (directory / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (directory / "answers.json").write_text(json.dumps({"seconds": 1.0, "records": ASKED}))
 
 
 @pytest.fixture
@@ -90,12 +91,33 @@ def test_accuracy_is_reported_by_kind_with_search_and_captions_apart():
     assert found["by_kind"] == {"digit": 0.75, "colour": 1.0, "count": 0.5}
     assert found["blank_by_kind"] == {"digit": 0.25, "colour": 0.0, "count": 0.5}
     assert found["majority_by_kind"] == {"digit": 0.5, "colour": 0.5, "count": 0.5}
-    assert found["picture"] == pytest.approx(0.75)
+    assert found["with_image"] == pytest.approx(0.75)
     assert (found["search"], found["caption"]) == (0.5, 1.0)
 
 
 def test_expert_load_is_the_mean_of_the_last_steps(out):
     assert report.expert_load(out / "stage3") == {"0": [0.5, 0.5], "2": pytest.approx([0.4875, 0.5125])}
+
+
+def test_benchmarks_are_reported_with_their_score_or_that_of_each_task(out):
+    assert "benchmarks" not in report.make_report(out, 2, 0, SYSTEMS["llava"]._replace(has_experts=False))
+    common = {"interval_95": None, "num_questions": 4, "versions": {}}
+    pope = {"title": "POPE", "metric": "F1, %", "score": 96.04, "scores": {"random: F1": 97.0}}
+    mme = {"title": "MME", "metric": "sum", "score": None, "scores": {"count": 200.0, "count: accuracy": 100.0}}
+    for name, found in (("pope", pope), ("mme", mme)):
+        (out / "eval" / name).mkdir(parents=True)
+        (out / "eval" / name / "results.json").write_text(json.dumps(found | common))
+    found = report.make_report(out, 2, 0, SYSTEMS["llava"]._replace(has_experts=False))["benchmarks"]
+    assert found["POPE"] == {
+        "metric": "F1, %",
+        "score": 96.04,
+        "interval_95": None,
+        "num_questions": 4,
+        "scores": {"random: F1": 97.0},
+    }
+    lines = ["MME (4 questions): count 200.0", "POPE (4 questions): F1, % 96.0"]
+    assert report.benchmark_lines(found) == lines
+    assert report.table(GOOD | {"benchmarks": found}, [0.1, 0.15, 0.16]).splitlines()[-2:] == lines
 
 
 def test_a_stage_without_losses_is_named(tmp_path):
@@ -111,9 +133,9 @@ def test_a_good_report_misses_nothing():
 @pytest.mark.parametrize(
     ("path", "value", "words"),
     [
-        (("accuracy", "picture"), 0.89, "direct questions 89.0%"),
+        (("accuracy", "with_image"), 0.89, "direct questions 89.0%"),
         (("accuracy", "by_kind", "digit"), 0.79, "digit 79.0%"),
-        (("accuracy", "blank_by_kind", "count"), 0.31, "count of a blank picture 31.0%"),
+        (("accuracy", "blank_by_kind", "count"), 0.31, "count of a blank image 31.0%"),
         (("accuracy", "majority_by_kind", "colour"), 0.40, "most frequent answer to colour"),
         (("stages", 0, "accuracy"), 0.60, "after stage 1 60.0%"),
         (("experts", "load", "2"), [0.1, 0.3, 0.3, 0.3], "least used expert of layer 2 10.0%"),
@@ -133,7 +155,7 @@ def test_each_missed_figure_is_named(path, value, words):
 def test_moves_are_measured_from_the_upcycled_start(tmp_path, toy_model, monkeypatch):
     import torch
 
-    from llava_lite.model.upcycle import upcycle
+    from llava_lite.model.moe.upcycle import upcycle
 
     moe = {"moe_enable": True, "moe_mode": "sparse", "num_experts": [2], "top_k_experts": 2}
     now = copy.deepcopy(toy_model())
@@ -142,23 +164,23 @@ def test_moves_are_measured_from_the_upcycled_start(tmp_path, toy_model, monkeyp
         now.moe_layers()[0].gate.weight.mul_(1.5)
         now.moe_layers()[0].experts.down_proj[1].mul_(1.2)
     models = {"dense": copy.deepcopy(toy_model()), "moe": now}
-    monkeypatch.setattr(report, "load", lambda folder, **_: (models[folder], None))
+    monkeypatch.setattr(report, "load", lambda directory, **_: (models[directory], None))
     moves = report.expert_moves("dense", "moe", seed=7)
     assert moves["router_moved"] == {"0": pytest.approx(0.5), "2": 0.0}
     # Two weight tensors an expert: gate_up_proj stayed, down_proj went 0.2 of its size.
     assert moves["experts_moved"] == {"0": [0.0, pytest.approx(0.1)], "2": [0.0, 0.0]}
 
 
-def test_the_picture_of_the_report_is_drawn(out):
+def test_the_image_of_the_report_is_drawn(out):
     Image.new("RGB", (56, 56)).save(out / "a.png")
     asked = [{**record, "image": str(out / "a.png")} for record in ASKED]
     small = {**GOOD, "experts": {"load": report.expert_load(out / "stage3")}}
-    picture.draw_report(out, small, asked)
+    figure.draw_report(out, small, asked)
     with Image.open(out / "report.png") as drawn:
         assert min(drawn.size) > 500
 
 
-def test_the_table_says_every_stage_and_kind():
+def test_the_table_shows_every_stage_and_kind():
     text = report.table(GOOD, [0.1, 0.15, 0.16])
     for words in (
         "stage1",
@@ -173,3 +195,41 @@ def test_the_table_says_every_stage_and_kind():
         "experts of layer 2",
     ):
         assert words in text
+
+
+TWO_STAGES = SYSTEMS["imagebind"]
+GOOD_TWO = {
+    **{key: value for key, value in GOOD.items() if key != "experts"},
+    "stages": GOOD["stages"][:2],
+    "accuracy": {**GOOD["accuracy"], "sound": 0.7},
+}
+
+
+def test_a_system_of_two_stages_is_reported_without_experts(out):
+    image = out / "a.png"
+    Image.new("RGB", (56, 56)).save(image)
+    # ImageBind's world has no counting and no search, and asks about sounds.
+    kinds = ("digit", "colour", "caption")
+    asked = [{**record, "image": str(image)} for record in ASKED if record["kind"] in kinds]
+    asked += [question("sound", "3", "3", blank=None), question("sound", "4", "7", blank=None)]
+    for name in TWO_STAGES.stages:
+        (out / name / "answers.json").write_text(json.dumps({"seconds": 1.0, "records": asked}))
+    found = report.make_report(out, ranks=1, seed=42, system=TWO_STAGES)
+    assert "experts" not in found
+    assert [stage["stage"] for stage in found["stages"]] == ["stage1", "stage2"]
+    assert found["accuracy"]["by_kind"] == {"digit": 0.75, "colour": 1.0}
+    assert found["accuracy"]["sound"] == 0.5
+    assert "search" not in found["accuracy"]
+    assert "sound" in report.table(found, [0.1, 0.1])
+    figure.draw_report(out, found, asked)
+    with Image.open(out / "report.png") as drawn:
+        assert min(drawn.size) > 500
+
+
+def test_figures_are_those_of_the_system():
+    assert report.missed_figures(GOOD_TWO, TWO_STAGES) == []
+    bad = {**GOOD_TWO, "accuracy": {**GOOD_TWO["accuracy"], "with_image": 0.84, "sound": 0.59}}
+    assert report.missed_figures(bad, TWO_STAGES) == [
+        "direct questions 84.0%, expected 85%",
+        "by sound alone 59.0%, expected 60%",
+    ]

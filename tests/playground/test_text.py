@@ -18,17 +18,17 @@ def tokenizer():
     return world_tokenizer()
 
 
-def test_each_word_of_an_answer_is_one_token_before_the_end_mark(tokenizer):
+def test_each_word_of_an_answer_is_one_token_before_the_end_token(tokenizer):
     for word in [*map(str, range(10)), *world.PLACES, *world.COUNTS, *world.COLOUR_NAMES]:
         after_colon = tokenizer(f"ASSISTANT: {word}</s>", add_special_tokens=False).input_ids
         assert tokenizer.convert_ids_to_tokens(after_colon)[-2:] == [f"▁{word}", "</s>"]
 
 
 def test_text_comes_back_from_its_tokens_and_begins_with_bos_once(tokenizer):
-    said = "USER: red 3 top-left, blue 7 bottom-right.\nWhere is the 7? ASSISTANT: bottom-right"
-    ids = tokenizer(said).input_ids
+    output = "USER: red 3 top-left, blue 7 bottom-right.\nWhere is the 7? ASSISTANT: bottom-right"
+    ids = tokenizer(output).input_ids
     assert ids.count(tokenizer.bos_token_id) == 1
-    assert tokenizer.decode(ids, skip_special_tokens=True).strip() == said
+    assert tokenizer.decode(ids, skip_special_tokens=True).strip() == output
     assert tokenizer.unk_token_id not in ids
 
 
@@ -51,7 +51,7 @@ def answer_by_hand(question):
     return f"bottom-{side}" if "below" in words else f"{height}-right"
 
 
-def test_questions_without_a_picture_have_one_right_answer():
+def test_questions_without_an_image_have_one_right_answer():
     rng = np.random.default_rng(0)
     for _ in range(300):
         question = text.text_question(rng)
@@ -66,7 +66,7 @@ def test_questions_of_a_scene_are_of_the_wanted_kinds_and_never_twice():
         assert len({q.text for q in asked}) == len(asked) <= 3
 
 
-def test_a_picture_of_one_digit_is_never_searched():
+def test_an_image_of_one_digit_is_never_searched():
     alone = np.array([world.EMPTY, 4, world.EMPTY, world.EMPTY])
     rng = np.random.default_rng(2)
     kinds = {
@@ -77,18 +77,18 @@ def test_a_picture_of_one_digit_is_never_searched():
     assert kinds == {"digit", "colour", "count", "caption"}
 
 
-def test_notes_say_each_item_once_in_any_order():
+def test_notes_name_each_item_once_in_any_order():
     rng = np.random.default_rng(3)
     seen = {text.notes(DIGIT, COLOUR, rng) for _ in range(100)}
     assert len(seen) == 6
     expected = sorted(["red 3 top-left", "yellow 5 bottom-left", "blue 7 bottom-right"])
-    assert all(sorted(said.rstrip(".").split(", ")) == expected for said in seen)
+    assert all(sorted(output.rstrip(".").split(", ")) == expected for output in seen)
 
 
 def test_only_answers_and_repetitions_weigh_in_full(tokenizer):
     rng = np.random.default_rng(4)
     for is_early in (True, False):
-        ids, mask, weight = llm.batch_of(tokenizer, 16, rng, is_early)
+        ids, mask, weight = llm.batch_of(tokenizer, [llm.document(rng, is_early) for _ in range(16)])
         assert ids.shape == mask.shape == weight.shape
         is_known = (weight == 0) | (weight == 1) | torch.isclose(weight, torch.tensor(llm.TEXT_WEIGHT))
         assert is_known.all()
@@ -97,9 +97,9 @@ def test_only_answers_and_repetitions_weigh_in_full(tokenizer):
     assert all(document[start:end].endswith(("</s>", ".")) for start, end in spans)
 
 
-def test_repeated_notes_say_the_same_items_three_times():
-    said, ((start, end),) = llm.repeated_notes(np.random.default_rng(6))
-    once, again = said[:start], said[start:end]
-    assert end == len(said)
+def test_repeated_notes_name_the_same_items_three_times():
+    output, ((start, end),) = llm.repeated_notes(np.random.default_rng(6))
+    once, again = output[:start], output[start:end]
+    assert end == len(output)
     words = sorted(once.replace(",", "").replace(".", "").split())
     assert sorted(again.replace(",", "").replace(".", "").split()) == sorted(words * 2)

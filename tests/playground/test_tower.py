@@ -19,7 +19,7 @@ def tiles():
     return world.draw_tiles([3], 1, np.random.default_rng(0))
 
 
-def test_scenes_of_a_group_share_their_places_and_differ_in_what_stands_there(tiles):
+def test_scenes_of_a_group_have_the_same_places_and_differ_in_what_stands_there(tiles):
     scenes = tower.near_duplicates(64, tiles, np.random.default_rng(1))
     for first in range(0, 64, tower.GROUP):
         group = scenes.digit[first : first + tower.GROUP]
@@ -33,10 +33,10 @@ def test_scenes_of_a_group_share_their_places_and_differ_in_what_stands_there(ti
 
 def test_pixels_are_what_the_image_processor_makes(tiles):
     scenes = world.sample_scenes(3, tiles, np.random.default_rng(2))
-    pictures = world.draw(scenes, tiles, np.random.default_rng(3))
+    images = world.draw(scenes, tiles, np.random.default_rng(3))
     processor = tower.image_processor()
-    ours = tower.pixels_of(pictures, processor)
-    theirs = processor([Image.fromarray(picture) for picture in pictures], return_tensors="pt")["pixel_values"]
+    ours = tower.get_pixels(images, processor)
+    theirs = processor([Image.fromarray(image) for image in images], return_tensors="pt")["pixel_values"]
     # float32 rounding of (x / 255 - mean) / std in another order.
     assert torch.allclose(ours, theirs, atol=1e-5)
 
@@ -53,7 +53,7 @@ def test_contrastive_loss_leaves_equal_captions_out():
 
 def test_place_features_keep_the_patches_of_a_quadrant_together(tiles):
     class Echo:
-        """A tower whose patches say their own number."""
+        """A tower whose patches return their own number."""
 
         def __call__(self, pixels, output_hidden_states):
             numbers = torch.arange(-1, 16.0).view(1, 17, 1).repeat(len(pixels), 1, 1)
@@ -70,9 +70,9 @@ def test_place_features_keep_the_patches_of_a_quadrant_together(tiles):
 
 
 def test_a_tower_is_saved_as_transformers_opens_it(tmp_path):
-    from transformers import AutoModel
+    from transformers import AutoModel, CLIPVisionModel
 
     make_tower(tmp_path, num_steps=2, held_out_fold=4, seed=0)
     model = AutoModel.from_pretrained(tmp_path)
-    assert type(model).__name__ == "CLIPVisionModel"
+    assert isinstance(model, CLIPVisionModel)
     assert (tmp_path / "preprocessor_config.json").is_file()

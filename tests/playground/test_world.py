@@ -1,4 +1,4 @@
-"""Scenes, their pictures and what is said about them."""
+"""Scenes, their images and the questions about them."""
 
 import numpy as np
 import pytest
@@ -33,10 +33,10 @@ def test_a_tile_shows_the_digit_it_is_filed_under(tiles):
         assert set(target[tiles.scan[tiles.start[digit] : tiles.start[digit + 1]]]) == {digit}
 
 
-def test_pictures_hold_one_to_four_different_digits_equally_often(tiles):
+def test_images_hold_one_to_four_different_digits_equally_often(tiles):
     scenes = world.sample_scenes(4000, tiles, np.random.default_rng(1))
     counts = (scenes.digit != world.EMPTY).sum(axis=1)
-    # 4000 draws: three standard deviations of a share of 0.25 are 0.02.
+    # 4000 draws: three standard deviations of a fraction of 0.25 are 0.02.
     assert np.bincount(counts, minlength=5)[1:] / 4000 == pytest.approx([0.25] * 4, abs=0.02)
     for row in scenes.digit:
         shown = row[row != world.EMPTY]
@@ -45,9 +45,9 @@ def test_pictures_hold_one_to_four_different_digits_equally_often(tiles):
 
 def test_ink_stands_in_its_quadrant_in_its_colour_and_nowhere_else(tiles):
     scenes = world.Scenes(DIGIT[None], COLOUR[None], world.pick_tiles(DIGIT[None], tiles, np.random.default_rng(2)))
-    picture = world.draw(scenes, tiles, np.random.default_rng(3))[0].astype(int)
-    top_left, bottom_right = picture[:28, :28], picture[28:, 28:]
-    for empty in (picture[:28, 28:], picture[28:, :28]):
+    image = world.draw(scenes, tiles, np.random.default_rng(3))[0].astype(int)
+    top_left, bottom_right = image[:28, :28], image[28:, 28:]
+    for empty in (image[:28, 28:], image[28:, :28]):
         assert len(np.unique(empty.reshape(-1, 3), axis=0)) == 1
     for tile, name in ((top_left, "red"), (bottom_right, "blue")):
         brightest = tile.reshape(-1, 3)[tile.sum(axis=2).argmax()]

@@ -11,13 +11,13 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def bash(script, *arguments, path=None, cwd=None, **variables):
+def bash(script, *arguments, path=None, cwd=None, timeout=60, **variables):
     """Run a script with variables beside a plain environment and return the finished process."""
     kept = {name: os.environ[name] for name in ("HOME", "LANG", "TMPDIR") if name in os.environ}
-    folders = [str(folder) for folder in (path, Path(sys.executable).parent) if folder is not None]
-    env = {**kept, **variables, "PATH": os.pathsep.join([*folders, os.environ["PATH"]])}
+    directories = [str(directory) for directory in (path, Path(sys.executable).parent) if directory is not None]
+    env = {**kept, **variables, "PATH": os.pathsep.join([*directories, os.environ["PATH"]])}
     command = ["bash", str(script), *arguments]
-    return subprocess.run(command, env=env, cwd=cwd, capture_output=True, text=True, timeout=60)
+    return subprocess.run(command, env=env, cwd=cwd, capture_output=True, text=True, timeout=timeout)
 
 
 @pytest.fixture(name="bash")
@@ -28,14 +28,14 @@ def bash_fixture():
 
 @pytest.fixture
 def echo(tmp_path):
-    """Return a folder of launchers that print their own name and arguments as JSON and start nothing."""
-    folder = tmp_path / "bin with blank"
-    folder.mkdir()
+    """Return a directory of launchers that print their own name and arguments as JSON and start nothing."""
+    directory = tmp_path / "bin with space"
+    directory.mkdir()
     for name in ("deepspeed", "torchrun", "accelerate"):
-        script = folder / name
+        script = directory / name
         script.write_text(f"#!{sys.executable}\nimport json, sys\nprint(json.dumps(['{name}', *sys.argv[1:]]))\n")
         script.chmod(0o755)
-    return folder
+    return directory
 
 
 @pytest.fixture

@@ -5,6 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from llava_lite.train.deepspeed.files import CONFIGS as NAMES
+from llava_lite.train.deepspeed.files import DIRECTORY
+
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = sorted([*ROOT.glob("zero*.json"), *(ROOT / "scripts").glob("zero*.json")])
 
@@ -19,6 +22,12 @@ def test_deepspeed_reads_every_key_of_a_config(path):
     # Its reader refuses a key that it does not know.
     assert DeepSpeedZeroConfig(**zero).stage == stage
     assert not {"optimizer", "scheduler"} & set(config), "they would overrule the recipe's rates and its cosine"
+
+
+def test_the_package_carries_each_config_byte_for_byte():
+    packaged = {path.name: path.read_bytes() for path in DIRECTORY.iterdir() if path.suffix == ".json"}
+    assert packaged == {path.name: path.read_bytes() for path in CONFIGS}
+    assert sorted(packaged) == sorted(f"{name}.json" for name in NAMES)
 
 
 @pytest.mark.parametrize("max_grad_norm", [0.0, 0.5])

@@ -1,4 +1,4 @@
-"""The environment of quickstart.sh and test.sh: what is missing is said before anything is done."""
+"""The environment of quickstart.sh and test.sh: what is missing is reported before anything is done."""
 
 import mmap
 import os
@@ -59,7 +59,7 @@ def test_environment_with_the_right_stamp_is_used_as_it_is(tmp_path):
     assert done.stderr == ""
 
 
-def test_folder_that_is_no_environment_is_left_alone(tmp_path):
+def test_directory_that_is_no_environment_is_left_alone(tmp_path):
     (tmp_path / "thesis.tex").write_text("mine")
     done = in_env('ensure_environment "$ROOT/constraints.txt"', LLAVA_LITE_VENV=str(tmp_path))
     assert done.returncode == 1
@@ -100,7 +100,7 @@ def test_help_lists_every_option(script, bash):
     path = ROOT / "scripts" / script
     done = bash(path, "--help")
     assert done.returncode == 0, done.stderr
-    options = {"quickstart.sh": ["--out", "--ranks", "--zero"], "test.sh": ["--slow", "--oldest"]}[script]
+    options = {"quickstart.sh": ["--system", "--out", "--ranks", "--zero"], "test.sh": ["--slow", "--oldest"]}[script]
     assert all(option in done.stdout for option in options)
     assert "set -" not in done.stdout
 
@@ -108,7 +108,8 @@ def test_help_lists_every_option(script, bash):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--rank", "2"], "unknown option '--rank'; known: --out DIR, --ranks N, --zero 2|3, --help."),
+        (["--rank", "2"], "unknown option '--rank'; known: --system NAME, --out DIR, --ranks N, --zero 2|3, --help."),
+        (["--system", "blip"], "--system blip: llava, adapter, imagebind or accessory."),
         (["--ranks", "two"], "--ranks two: a number of processes."),
         (["--zero", "1"], "--zero 1: 2 or 3."),
         (["--out"], "--out needs a value"),

@@ -1,4 +1,4 @@
-"""The launchers: each gets its own options, and two ranks learn the same whichever way they are started."""
+"""The launchers: each gets its own options, and two ranks train the same whichever way they are started."""
 
 import json
 import os
@@ -127,11 +127,11 @@ def test_slurm_example_calls_the_recipe_once_a_rank(bash, echo, slurm):
     assert command[-2:] == ["--seed", "5"]
 
 
-@pytest.mark.parametrize(("status", "told"), [("75", ["requeue 12"]), ("1", [])])
-def test_slurm_job_is_queued_again_only_if_it_saved_in_time(status, told, bash, echo, slurm):
+@pytest.mark.parametrize(("status", "reported"), [("75", ["requeue 12"]), ("1", [])])
+def test_slurm_job_is_queued_again_only_if_it_saved_in_time(status, reported, bash, echo, slurm):
     done = bash(ROOT / "scripts/slurm/finetune.sbatch", "finetune", path=echo, cwd=ROOT, STATUS=status, **slurm)
     assert done.returncode == int(status)
-    assert [line for line in done.stdout.splitlines() if line.startswith("requeue")] == told
+    assert [line for line in done.stdout.splitlines() if line.startswith("requeue")] == reported
 
 
 def free_port():
@@ -155,20 +155,20 @@ exit $status
 class Cluster:
     """Two processes of stage 1 on toys, started in many ways; each must give the same losses."""
 
-    def __init__(self, folder, llm, tower, data):
-        self.folder, self.llm, self.tower = folder, llm, tower
+    def __init__(self, directory, llm, tower, data):
+        self.directory, self.llm, self.tower = directory, llm, tower
         self.data_path, self.image_folder = data
-        (folder / "hostfile").write_text("localhost slots=1\n127.0.0.1 slots=1\n")
-        (folder / "pdsh").write_text(PDSH)
-        (folder / "pdsh").chmod(0o755)
+        (directory / "hostfile").write_text("localhost slots=1\n127.0.0.1 slots=1\n")
+        (directory / "pdsh").write_text(PDSH)
+        (directory / "pdsh").chmod(0o755)
 
     def start(self, name, port, **variables):
         """Start pretrain.sh with the given variables of launch.sh, as a process."""
-        path = os.pathsep.join([str(self.folder), str(Path(sys.executable).parent), os.environ["PATH"]])
+        path = os.pathsep.join([str(self.directory), str(Path(sys.executable).parent), os.environ["PATH"]])
         env = {
             **os.environ,
             **{"PATH": path, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""},
-            **{"MODEL": str(self.llm), "VISION_TOWER": str(self.tower), "OUTPUT": str(self.folder / name)},
+            **{"MODEL": str(self.llm), "VISION_TOWER": str(self.tower), "OUTPUT": str(self.directory / name)},
             **{"DATA_PATH": self.data_path, "IMAGE_FOLDER": self.image_folder, "MASTER_PORT": port},
             **variables,
         }
@@ -183,8 +183,8 @@ class Cluster:
         outputs = [process.communicate(timeout=400)[0] for process in started]
         for process, output in zip(started, outputs, strict=True):
             assert process.returncode == 0, output[-6000:]
-        lines = (self.folder / name / "metrics.jsonl").read_text().splitlines()
-        assert (self.folder / name / "mm_projector.bin").is_file()
+        lines = (self.directory / name / "metrics.jsonl").read_text().splitlines()
+        assert (self.directory / name / "mm_projector.bin").is_file()
         return [record["loss"] for record in map(json.loads, lines) if "loss" in record]
 
 
@@ -226,7 +226,7 @@ WAYS = {
 @pytest.mark.parametrize("way", WAYS)
 def test_every_way_of_starting_two_ranks_gives_the_same_losses(way, cluster, losses_of_two_ranks):
     calls = [
-        {**call, **({"HOSTFILE": str(cluster.folder / "hostfile")} if "HOSTFILE" in call else {})}
+        {**call, **({"HOSTFILE": str(cluster.directory / "hostfile")} if "HOSTFILE" in call else {})}
         for call in WAYS[way]
     ]
     assert cluster.losses(way.replace(" ", "_"), *calls) == losses_of_two_ranks

@@ -11,11 +11,11 @@ import pytest
 from PIL import Image
 
 from llava_lite.inference import load, reply
-from llava_lite.mm_utils import load_image_processor
-from llava_lite.processing import LlavaLiteProcessor
+from llava_lite.media.preprocess import load_image_processor
+from llava_lite.processing.processor import LlavaLiteProcessor
 from llava_lite.serve import cli
 
-PICTURE = Image.new("RGB", (40, 30), (200, 80, 10))
+IMAGE = Image.new("RGB", (40, 30), (200, 80, 10))
 
 
 @pytest.fixture
@@ -30,7 +30,7 @@ def checkpoint(toy_pair, tmp_path):
     model, processor = toy_pair
     model.save_pretrained(tmp_path / "model")
     processor.save_pretrained(tmp_path / "model")
-    PICTURE.save(tmp_path / "a.png")
+    IMAGE.save(tmp_path / "a.png")
     return tmp_path
 
 
@@ -39,31 +39,31 @@ def typed(*lines):
     return lambda prompt: next(waiting)
 
 
-def test_every_turn_is_the_reply_to_the_talk_so_far(toy_pair):
+def test_every_turn_is_the_reply_to_the_conversation_so_far(toy_pair):
     model, processor = toy_pair
     shown = io.StringIO()
     asked = {"temperature": 0.0, "max_new_tokens": 9}
-    history = cli.chat(model, processor, [PICTURE], typed("What colour?", "How many?", ""), shown.write, **asked)
-    first = reply(model, processor, "What colour?", PICTURE, **asked)
-    talk = [("<image>\nWhat colour?", first)]
-    second = reply(model, processor, "How many?", PICTURE, history=talk, **asked)
-    assert history == [*talk, ("How many?", second)]
+    history = cli.chat(model, processor, [IMAGE], typed("What colour?", "How many?", ""), shown.write, **asked)
+    first = reply(model, processor, "What colour?", IMAGE, **asked)
+    conversation = [("<image>\nWhat colour?", first)]
+    second = reply(model, processor, "How many?", IMAGE, history=conversation, **asked)
+    assert history == [*conversation, ("How many?", second)]
     assert shown.getvalue() == f"ASSISTANT: {first}\nASSISTANT: {second}\n"
     assert "</s>" not in first + second
 
 
-def test_talk_without_a_picture_ends_at_a_blank_line(toy_pair):
+def test_conversation_without_an_image_ends_at_an_empty_line(toy_pair):
     model, processor = toy_pair
     history = cli.chat(model, processor, [], typed("Hello!", "   "), lambda text: None, max_new_tokens=3)
     assert [question for question, _ in history] == ["Hello!"]
 
 
-def test_mark_without_a_picture_is_answered_in_words_and_the_talk_goes_on(toy_pair):
+def test_placeholder_without_an_image_gets_a_message_and_the_conversation_continues(toy_pair):
     model, processor = toy_pair
     shown = io.StringIO()
     history = cli.chat(model, processor, [], typed("<image> What?", "Hello!", ""), shown.write, max_new_tokens=3)
     assert [question for question, _ in history] == ["Hello!"]
-    assert shown.getvalue().startswith("1 <image> marks in the conversation but 0 pictures.")
+    assert shown.getvalue().startswith("1 <image> placeholders in the conversation but 0 images.")
 
 
 def test_control_c_ends_the_chat_as_an_empty_line_does(monkeypatch):
@@ -74,19 +74,23 @@ def test_control_c_ends_the_chat_as_an_empty_line_does(monkeypatch):
     assert cli._ask("USER: ") == ""
 
 
-def test_control_c_stops_an_answer_and_the_chat_goes_on(toy_pair, monkeypatch):
+def test_control_c_stops_an_answer_and_the_chat_continues(toy_pair):
     model, processor = toy_pair
     shown = io.StringIO()
 
-    def interrupted(*args, **kwargs):
-        yield "The square "
-        raise KeyboardInterrupt
+    def say(text):
+        shown.write(text)
+        if not text.endswith((": ", "\n")):
+            # Ctrl-C comes after the first piece of an answer.
+            raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch:
-        patch.setattr(cli, "stream", interrupted)
-        history = cli.chat(model, processor, [], typed("What?", "And?", ""), shown.write)
-    assert history == [("What?", "The square "), ("And?", "The square ")]
-    assert shown.getvalue().count("ASSISTANT: The square  [stopped]\n") == 2
+    asked = {"temperature": 0.0, "max_new_tokens": 9}
+    history = cli.chat(model, processor, [], typed("What?", "And?", ""), say, **asked)
+    full = reply(model, processor, "What?", **asked)
+    assert [question for question, _ in history] == ["What?", "And?"]
+    assert 0 < len(history[0][1]) < len(full)
+    assert full.startswith(history[0][1])
+    assert f"ASSISTANT: {history[0][1]} [stopped]\nASSISTANT: {history[1][1]} [stopped]\n" == shown.getvalue()
 
 
 def test_image_that_is_shown_later_goes_with_the_next_question(toy_pair, checkpoint):
@@ -96,35 +100,36 @@ def test_image_that_is_shown_later_goes_with_the_next_question(toy_pair, checkpo
     asked = {"temperature": 0.0, "max_new_tokens": 6}
     history = cli.chat(model, processor, [], lines, shown.write, **asked)
     assert [question for question, _ in history] == ["Hello!", "<image>\nHow many?"]
-    said = reply(model, processor, "How many?", PICTURE, history=history[:1], **asked)
-    assert history[1][1] == said
+    output = reply(model, processor, "How many?", IMAGE, history=history[:1], **asked)
+    assert history[1][1] == output
     assert "An image (40 x 30) for the next question." in shown.getvalue()
 
 
-def test_no_answer_is_told_and_not_kept(toy_pair, monkeypatch):
+def test_no_answer_is_reported_and_not_kept(toy_pair):
     shown = io.StringIO()
-    monkeypatch.setattr(cli, "stream", lambda *args, **kwargs: iter(()))
-    assert cli.chat(*toy_pair, [], typed("What?", ""), shown.write) == []
+    # The end token first.
+    bias = [[[toy_pair[1].tokenizer.eos_token_id], 1e9]]
+    assert cli.chat(*toy_pair, [], typed("What?", ""), shown.write, sequence_bias=bias) == []
     assert shown.getvalue() == "ASSISTANT: [no answer]\n"
 
 
 def test_clear_begins_the_conversation_again(toy_pair, checkpoint):
     model, processor = toy_pair
     lines = typed("What colour?", "/clear", "How many?", "")
-    history = cli.chat(model, processor, [PICTURE], lines, lambda text: None, temperature=0.0, max_new_tokens=4)
+    history = cli.chat(model, processor, [IMAGE], lines, lambda text: None, temperature=0.0, max_new_tokens=4)
     assert history == [("How many?", reply(model, processor, "How many?", max_new_tokens=4))]
 
 
-def test_blank_before_a_slash_leads_to_the_model(toy_pair):
+def test_a_space_before_a_slash_sends_the_line_to_the_model(toy_pair):
     model, processor = toy_pair
-    history = cli.chat(model, processor, [], typed(" /help", ""), lambda text: None, max_new_tokens=3)
-    assert [question for question, _ in history] == ["/help"]
+    history = cli.chat(model, processor, [], typed(" /image", ""), lambda text: None, max_new_tokens=12)
+    assert [question for question, _ in history] == ["/image"]
 
 
 def test_debug_shows_the_prompt_as_the_model_sees_it(toy_pair):
     model, processor = toy_pair
     shown = io.StringIO()
-    cli.chat(model, processor, [PICTURE], typed("What?", ""), shown.write, debug=True, max_new_tokens=3)
+    cli.chat(model, processor, [IMAGE], typed("What?", ""), shown.write, debug=True, max_new_tokens=3)
     assert repr(processor.render([("<image>\nWhat?", None)]).text) in shown.getvalue()
 
 
@@ -149,14 +154,14 @@ def test_flags_are_llavas(toy_pair):
 
 
 def test_object_of_values_is_as_good_as_flags(checkpoint, toy_pair, monkeypatch, capsys):
-    """LLaVA's `main(args)` gets what its own parser made: one picture, no list."""
+    """LLaVA's `main(args)` gets what its own parser made: one image, no list."""
     lines = iter(["What colour?", ""])
     monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
-    picture = str(checkpoint / "a.png")
+    image = str(checkpoint / "a.png")
     args = SimpleNamespace(
         model_path=str(checkpoint / "model"),
         model_base=None,
-        image_file=picture,
+        image_file=image,
         device="cpu",
         conv_mode=None,
         temperature=0,
@@ -166,7 +171,7 @@ def test_object_of_values_is_as_good_as_flags(checkpoint, toy_pair, monkeypatch,
         debug=False,
     )
     cli.main(args)
-    answer = reply(*toy_pair, "What colour?", picture, max_new_tokens=6)
+    answer = reply(*toy_pair, "What colour?", image, max_new_tokens=6)
     assert capsys.readouterr().out.endswith(f"ASSISTANT: {answer}\n")
 
 
@@ -183,11 +188,11 @@ def test_chat_wants_one_model(arguments, capsys):
         (["nowhere", "--conv-mode", "v9"], "unknown conversation template 'v9'"),
         (["nowhere", "--device", "gpu"], "--device gpu: give cuda, cuda:1 or cpu."),
         (["nowhere", "--device", "0"], "--device 0: give cuda, cuda:1 or cpu."),
-        (["nowhere", "--image-file", "none.jpg"], "cannot use the picture 'none.jpg': there is no such file."),
+        (["nowhere", "--image-file", "none.jpg"], "cannot use the image 'none.jpg': there is no such file."),
         (["./nowhere"], "'./nowhere': there is no such directory."),
     ],
 )
-def test_what_is_wrong_is_said_in_a_line(arguments, words, capsys):
+def test_what_is_wrong_is_reported_in_a_line(arguments, words, capsys):
     with pytest.raises(SystemExit) as stopped:
         cli.main(arguments)
     assert stopped.value.code == 1
@@ -197,8 +202,8 @@ def test_what_is_wrong_is_said_in_a_line(arguments, words, capsys):
 def test_chat_runs_in_a_terminal(checkpoint, toy_pair):
     """As a program of its own, with typed lines and the end of the input."""
     model, processor = toy_pair
-    picture = str(checkpoint / "a.png")
-    command = [sys.executable, "-m", "llava_lite.cli", "chat", str(checkpoint / "model"), "--image-file", picture]
+    image = str(checkpoint / "a.png")
+    command = [sys.executable, "-m", "llava_lite.cli", "chat", str(checkpoint / "model"), "--image-file", image]
     done = subprocess.run(
         [*command, "--device", "cpu", "--temperature", "0", "--max-new-tokens", "6"],
         input="What colour?\n",
@@ -208,7 +213,7 @@ def test_chat_runs_in_a_terminal(checkpoint, toy_pair):
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    answer = reply(model, processor, "What colour?", picture, max_new_tokens=6)
+    answer = reply(model, processor, "What colour?", image, max_new_tokens=6)
     assert done.stdout.rstrip().endswith(f"USER: ASSISTANT: {answer}\nUSER:")
 
 
@@ -221,16 +226,16 @@ def test_chat_runs_in_a_terminal(checkpoint, toy_pair):
         (["a.png"], "'a.png' belongs to no flag."),
     ],
 )
-def test_wrong_flags_are_told_in_a_line(flags, words, capsys):
+def test_wrong_flags_are_reported_in_a_line(flags, words, capsys):
     with pytest.raises(SystemExit) as stopped:
         cli.main(["nowhere", *flags])
-    said = capsys.readouterr().err
+    output = capsys.readouterr().err
     assert stopped.value.code == 2
-    assert words in said
-    assert len(said.splitlines()) == 1
+    assert words in output
+    assert len(output.splitlines()) == 1
 
 
-def test_keywords_of_python_are_told_as_flags(capsys):
+def test_keywords_of_python_are_reported_as_flags(capsys):
     with pytest.raises(SystemExit):
         cli.main(["user/name", "--local-files-only"])
     assert "or run without --local-files-only." in capsys.readouterr().err

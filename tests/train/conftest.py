@@ -1,8 +1,13 @@
 """Toy stages: the flags of a run of seconds, and a function that runs them in this process."""
 
+import shutil
+import sys
+
 import pytest
 
-# What each stage says beside the common flags; MODEL and ADAPTER are filled in.
+from llava_lite.train.monitor.plots import has_matplotlib
+
+# The flags of each stage beside the common ones; MODEL and ADAPTER are filled in.
 STAGES = {
     "projector": "--tuning projector --version plain --learning_rate 1e-2",
     "full": "--tuning full --version v1 --image_aspect_ratio pad --learning_rate 1e-3",
@@ -13,7 +18,7 @@ STAGES = {
 
 @pytest.fixture
 def stage_flags(tmp_path, monkeypatch, toy_llm_dir, toy_tower_dir, toy_data):
-    """Return a function: (stage, output folder, more flags) -> flags of a run; later flags win."""
+    """Return a function: (stage, output directory, more flags) -> flags of a run; later flags win."""
     monkeypatch.setenv("LLAVA_LITE_CACHE", str(tmp_path / "cache"))
 
     def make(stage, output_dir, *more, data=None, model=None):
@@ -31,6 +36,32 @@ def stage_flags(tmp_path, monkeypatch, toy_llm_dir, toy_tower_dir, toy_data):
         return [*common.split(), *fresh.split(), *STAGES[stage].split(), *map(str, more)]
 
     return make
+
+
+@pytest.fixture
+def plots():
+    """For a test that needs the plots of a run."""
+
+
+@pytest.fixture(autouse=True)
+def without_plots(request, monkeypatch):
+    """Hide matplotlib from tests that do not ask for plots: drawing them is a fifth of a toy's run."""
+    if "plots" in request.fixturenames:
+        yield
+        return
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    has_matplotlib.cache_clear()
+    yield
+    has_matplotlib.cache_clear()
+
+
+@pytest.fixture
+def unloadable(tmp_path, toy_llm_dir):
+    """A language model whose config can be read and whose weights cannot."""
+    directory = tmp_path / "unloadable"
+    shutil.copytree(toy_llm_dir("llama"), directory)
+    (directory / "model.safetensors").write_bytes(b"no weights")
+    return directory
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Kill a run with SIGKILL in the middle of its saves, again and again: `killed_saves.py FOLDER VISITS RANDOM`.
+"""Kill a run with SIGKILL in the middle of its saves, again and again: `killed_saves.py DIRECTORY PASSES RANDOM`.
 
 Each round is a fork that resumes and saves after every step. Prints a line RESULT {json}: what was found after each
 kill, and whether the run that got through in the end has the weights and losses of one that was never killed.
@@ -13,31 +13,31 @@ import time
 from pathlib import Path
 
 import torch
-from plain_run import build_trainer, losses_of, weights_of
+from plain_run import build_trainer, get_losses, get_weights
 
-from llava_lite.train import manifest as paper
-from llava_lite.train.resume import find_checkpoint
+from llava_lite.train.saving import manifest as paper
+from llava_lite.train.saving.resume import find_checkpoint
 
 STEPS = {"save_steps": 1, "num_train_epochs": 4, "save_total_limit": 2}
 
 
-def train(folder):
-    """Train in this process, from the newest whole checkpoint if there is one."""
-    trainer = build_trainer(folder, **STEPS)
-    trainer.train(resume_from_checkpoint=find_checkpoint(folder, None))
+def train(directory):
+    """Train in this process, from the newest complete checkpoint if there is one."""
+    trainer = build_trainer(directory, **STEPS)
+    trainer.train(resume_from_checkpoint=find_checkpoint(directory, None))
     return trainer
 
 
 def die_at(place):
     """Make this process kill itself just before the n-th time that it reaches a place in the save."""
     name, count = place
-    stock, reached = getattr(paper, name), [0]
+    hf, reached = getattr(paper, name), [0]
 
     def deadly(*args, **kwargs):
         reached[0] += 1
         if reached[0] == count:
             os.kill(os.getpid(), signal.SIGKILL)
-        return stock(*args, **kwargs)
+        return hf(*args, **kwargs)
 
     setattr(paper, name, deadly)
 
@@ -53,51 +53,63 @@ def in_child(work):
     return child
 
 
-def round_of_kill(folder, place, rng):
+def round_of_kill(directory, place, rng):
     """Start a run and kill it, at a place in the save or at a random instant; return what it left."""
-    before = newest_step(folder)
+    before = newest_step(directory)
 
     def work():
         devnull = os.open(os.devnull, os.O_WRONLY)
         os.dup2(devnull, 1)
         if place is not None:
             die_at(place)
-        train(folder)
+        train(directory)
 
     child = in_child(work)
     if place is None:
         deadline = time.monotonic() + 30
-        while not Path(folder, f"checkpoint-{before + 2}").exists() and time.monotonic() < deadline:
+        while not Path(directory, f"checkpoint-{before + 2}").exists() and time.monotonic() < deadline:
             time.sleep(0.001)
         time.sleep(rng.uniform(0, 0.08))
         os.kill(child, signal.SIGKILL)
     _, status = os.waitpid(child, 0)
-    names = {path.name for path in Path(folder).glob("checkpoint-*")}
-    broken = [name for name in names if not paper.is_whole(Path(folder) / name)]
+    names = {path.name for path in Path(directory).glob("checkpoint-*")}
+    broken = [name for name in names if not paper.is_complete(Path(directory) / name)]
     killed = os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
-    return {"place": place, "killed": killed, "before": before, "after": newest_step(folder), "broken": broken}
+    return {"place": place, "killed": killed, "before": before, "after": newest_step(directory), "broken": broken}
 
 
-def newest_step(folder):
-    """Return the step of the newest whole checkpoint, -1 without one."""
-    return max((paper.step_of(path) for path in paper.checkpoints_in(folder) if paper.is_whole(path)), default=-1)
+def newest_step(directory):
+    """Return the step of the newest complete checkpoint, -1 without one."""
+    return max(
+        (paper.get_step(path) for path in paper.checkpoints_in(directory) if paper.is_complete(path)), default=-1
+    )
 
 
-def main(folder, num_visits, num_random):
-    """Kill at each named place on its first visits and at random instants, then let the run end and compare."""
+def main(directory, num_passes, num_random):
+    """Kill at each named place on its first passes and at random instants, then let the run end and compare."""
     torch.set_num_threads(1)
     rng = random.Random(0)
-    names = ("settle", "check_room", "fsync_tree", "digests", "write_json", "publish", "prune", "files_of", "fsync")
-    places = [(name, 1 + 2 * visit) for name in names for visit in range(int(num_visits))] + [None] * int(num_random)
+    names = (
+        "finish_saves",
+        "check_room",
+        "fsync_tree",
+        "digests",
+        "write_json",
+        "publish",
+        "prune",
+        "list_files",
+        "fsync",
+    )
+    places = [(name, 1 + 2 * i) for name in names for i in range(int(num_passes))] + [None] * int(num_random)
     rng.shuffle(places)
-    rounds = [round_of_kill(f"{folder}/killed", place, rng) for place in places]
-    whole, resumed = build_trainer(f"{folder}/whole", **STEPS), None
-    whole.train()
-    resumed = train(f"{folder}/killed")
-    expected = weights_of(whole)
-    same = all(torch.equal(weight, expected[name]) for name, weight in weights_of(resumed).items())
-    left = sorted(path.name for path in Path(folder, "killed").iterdir())
-    same_losses = losses_of(whole) == losses_of(resumed)
+    rounds = [round_of_kill(f"{directory}/killed", place, rng) for place in places]
+    full, resumed = build_trainer(f"{directory}/full", **STEPS), None
+    full.train()
+    resumed = train(f"{directory}/killed")
+    expected = get_weights(full)
+    same = all(torch.equal(weight, expected[name]) for name, weight in get_weights(resumed).items())
+    left = sorted(path.name for path in Path(directory, "killed").iterdir())
+    same_losses = get_losses(full) == get_losses(resumed)
     print("RESULT " + json.dumps({"rounds": rounds, "weights": same, "losses": same_losses, "left": left}))
 
 

@@ -1,22 +1,22 @@
-"""A small run of the stock Trainer with our checkpoints: half frozen, dropout, shuffled, accumulating."""
+"""A small run of Hugging Face's Trainer with our checkpoints: half frozen, dropout, shuffled, accumulating."""
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
-from llava_lite.train.checkpoint import CheckpointMixin
+from llava_lite.train.saving.checkpoint import CheckpointMixin
 
-NUM_ROWS = 22
+NUM_SEQUENCES = 22
 
 
 class PlainTrainer(CheckpointMixin, Trainer):
-    """The mixin on the stock Trainer, nothing of LLaVA between."""
+    """The mixin on Hugging Face's Trainer, nothing of LLaVA between."""
 
 
-class Rows(torch.utils.data.Dataset):
-    """Rows of 8 random token ids, each its own seed."""
+class Sequences(torch.utils.data.Dataset):
+    """Sequences of 8 random token ids, each with its own seed."""
 
     def __len__(self):
-        return NUM_ROWS
+        return NUM_SEQUENCES
 
     def __getitem__(self, i):
         ids = torch.randint(0, 50, (8,), generator=torch.Generator().manual_seed(i))
@@ -56,15 +56,15 @@ def build_trainer(output_dir, model=None, callbacks=(), **arguments):
     }
     args = TrainingArguments(output_dir=str(output_dir), **(defaults | arguments))
     model = build_model() if model is None else model
-    return PlainTrainer(model, args, train_dataset=Rows(), eval_dataset=Rows(), callbacks=list(callbacks))
+    return PlainTrainer(model, args, train_dataset=Sequences(), eval_dataset=Sequences(), callbacks=list(callbacks))
 
 
-def weights_of(trainer):
+def get_weights(trainer):
     """Return copies of all weights."""
     return {name: weight.clone() for name, weight in trainer.model.state_dict().items()}
 
 
-def losses_of(trainer):
+def get_losses(trainer):
     """Return what was logged, without what depends on the clock."""
     keys = ("step", "loss", "grad_norm", "learning_rate", "train_loss")
     return [{key: line[key] for key in keys if key in line} for line in trainer.state.log_history]

@@ -1,4 +1,4 @@
-"""Train toy stages on this rank and write what it saw: `rank_cases.py CASES.json RESULTS_FOLDER`.
+"""Train toy stages on this rank and write what it saw: `rank_cases.py CASES.json RESULTS_DIRECTORY`.
 
 Started by test_ranks.py with a launcher; one start runs many cases. A case: "name", "argv", "nan_on_rank".
 """
@@ -17,9 +17,9 @@ RANK = int(os.environ["RANK"])
 
 def run(case):
     """Return the losses of a case, or the error that ended it."""
-    stock = LlavaMetaForCausalLM.supervised_loss
+    hf = LlavaMetaForCausalLM.supervised_loss
     if case.get("nan_on_rank") == RANK:
-        LlavaMetaForCausalLM.supervised_loss = lambda self, *args: stock(self, *args) * float("nan")
+        LlavaMetaForCausalLM.supervised_loss = lambda self, *args: hf(self, *args) * float("nan")
     step, samples = LLaVATrainer.training_step, []
 
     def noting_step(trainer, model, inputs, *args, **kwargs):
@@ -32,7 +32,7 @@ def run(case):
     except Exception as error:
         return {"error": f"{type(error).__name__}: {error}"}
     finally:
-        LlavaMetaForCausalLM.supervised_loss, LLaVATrainer.training_step = stock, step
+        LlavaMetaForCausalLM.supervised_loss, LLaVATrainer.training_step = hf, step
     keys = ("loss", "lm_loss", "eval_loss")
     return {key: [line[key] for line in log if key in line] for key in keys} | {"samples": samples}
 

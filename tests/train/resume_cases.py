@@ -1,7 +1,7 @@
-"""Train toy stages, whole and resumed, and write what each run saw: `resume_cases.py CASES.json RESULTS_RANK.json`.
+"""Train toy stages, full and resumed, and write what each run saw: `resume_cases.py CASES.json RESULTS_RANK.json`.
 
 Started by test_resume.py, alone or by a launcher on several ranks; one start runs many cases. A case: "argv", "output"
-(a folder), "resume_from" (steps), "broken" (guards to take out, see BREAKS), "full_disk_on" (a rank).
+(a directory), "resume_from" (steps), "broken" (guards to take out, see BREAKS), "full_disk_on" (a rank).
 """
 
 import hashlib
@@ -17,25 +17,21 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from llava_lite.train.checkpoint import CheckpointMixin, SaveError, newest_whole_checkpoint
 from llava_lite.train.llava_trainer import LLaVATrainer
+from llava_lite.train.saving.manifest import SaveError, newest_complete_checkpoint
+from llava_lite.train.saving.trained_weights import trained_state
 from llava_lite.train.train import train
-from llava_lite.train.trained_weights import trained_state
 
 RANK = int(os.environ.get("RANK", "0"))
 # Depends on the clock.
 NOT_COMPARED = {"tokens_per_s", "mfu", "train_runtime", "train_samples_per_second", "train_steps_per_second"}
 
 
-def stock_epoch(trainer, *args, **kwargs):
-    """Run an epoch as transformers does."""
-    return super(CheckpointMixin, trainer)._run_epoch(*args, **kwargs)
-
-
 # Each takes one guard of the resume out, to show that the comparison sees it.
 BREAKS = {
     "random state": {"_load_rng_state": lambda trainer, checkpoint: None},
-    "epoch of the sampler": {"_run_epoch": stock_epoch},
+    "epoch of the sampler": {"set_sampler_epoch": lambda trainer, loader, epoch: None},
+    "epoch of the data set": {"begin_epoch": lambda trainer, epoch: None},
     "counters of the log": {"load_progress_state": lambda trainer, state: None},
 }
 
@@ -54,7 +50,7 @@ def replaced(methods):
 
 
 def digests(model):
-    """Return the SHA-256 of each weight that trains, whole on every rank, by name."""
+    """Return the SHA-256 of each weight that trains, complete on every rank, by name."""
     return {name: digest(weight) for name, weight in sorted(trained_state(model).items())}
 
 
@@ -81,15 +77,15 @@ def run(argv, **replacements):
 
 
 def fill_disk(argv, output, full_rank):
-    """Train with a disk that is full for one rank from step 6 on; return what this rank was told and what is left."""
+    """Train with a disk that is full for one rank from step 6 on; return the error of this rank and what is left."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    stock = LLaVATrainer._save_checkpoint
+    hf = LLaVATrainer._save_checkpoint
 
     def save(trainer, *args, **kwargs):
         if trainer.state.global_step > 6 and full_rank == RANK:
             resource.setrlimit(resource.RLIMIT_FSIZE, (2000, hard))
         try:
-            stock(trainer, *args, **kwargs)
+            hf(trainer, *args, **kwargs)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
@@ -98,18 +94,18 @@ def fill_disk(argv, output, full_rank):
             train([*argv, "--output_dir", output])
     except SaveError as error:
         left = sorted(path.name for path in Path(output).glob("*checkpoint-*"))
-        return {"error": str(error), "left": left, "newest": newest_whole_checkpoint(output)}
+        return {"error": str(error), "left": left, "newest": newest_complete_checkpoint(output)}
 
 
 def run_case(argv, output, resume_from=(), broken=(), full_disk_on=None):
     """Run a case and return its results by name."""
     if full_disk_on is not None:
         return {"full disk": fill_disk(argv, output, full_disk_on)}
-    results = {"whole": run([*argv, "--output_dir", f"{output}/whole"])}
+    results = {"full": run([*argv, "--output_dir", f"{output}/full"])}
     for step in resume_from:
         for guard in (None, *broken):
             again, name = f"{output}/from_{step}", f"{step} without {guard}" if guard else str(step)
-            flags = ["--output_dir", again, "--resume_from_checkpoint", f"{output}/whole/checkpoint-{step}"]
+            flags = ["--output_dir", again, "--resume_from_checkpoint", f"{output}/full/checkpoint-{step}"]
             results[name] = run([*argv, *flags], **BREAKS.get(guard, {}))
             if RANK == 0:
                 shutil.rmtree(again)

@@ -5,8 +5,8 @@ import json
 import pytest
 import torch
 
-from llava_lite.train.guards import NonFiniteError
-from llava_lite.train.train import train
+from llava_lite.train.monitor.guards import NonFiniteError
+from llava_lite.train.train import prepare, run
 
 # SGD, so that a difference in a gradient is seen as it is; Adam would hide its size.
 SGD = ["--optim=sgd", "--learning_rate=0.1", "--max_grad_norm=0", "--group_by_modality_length=True", "--max_steps=3"]
@@ -33,11 +33,11 @@ def test_accumulating_changes_neither_loss_nor_weights(run_stage, stage, data, t
     for batch, steps in ((8, 1), (4, 2), (1, 8)):
         split = ["--per_device_train_batch_size", batch, "--gradient_accumulation_steps", steps]
         runs[batch] = run_stage(stage, tmp_path / f"{batch}", *SGD, *more, *split, data=data)
-    whole = runs[8]
+    full = runs[8]
     for batch in (4, 1):
-        assert losses(runs[batch]) == pytest.approx(losses(whole), rel=1e-6)
+        assert losses(runs[batch]) == pytest.approx(losses(full), rel=1e-6)
         for name, weight in weights(runs[batch]).items():
-            torch.testing.assert_close(weight, weights(whole)[name], rtol=1e-4, atol=1e-6, msg=name)
+            torch.testing.assert_close(weight, weights(full)[name], rtol=1e-4, atol=1e-6, msg=name)
 
 
 def test_balance_loss_is_the_mean_over_micro_batches(run_stage, data, tmp_path):
@@ -69,56 +69,39 @@ def test_line_of_the_log_has_speed_and_mfu(run_stage, data, tmp_path):
     assert trainer.state.total_flos > 0
 
 
-def test_loss_that_is_not_finite_stops_before_anything_is_written(stage_flags, data, tmp_path, monkeypatch):
-    from llava_lite.model.llava_arch import LlavaMetaForCausalLM
+def test_loss_that_is_not_finite_stops_before_anything_is_written(stage_flags, data, tmp_path):
+    calls, out = [], tmp_path / "out"
 
-    stock, calls = LlavaMetaForCausalLM.supervised_loss, []
-
-    def broken(self, *args):
+    def broken(head, args, loss):
         calls.append(1)
-        return stock(self, *args) * (float("nan") if len(calls) == 3 else 1)
+        return loss * (float("nan") if len(calls) == 3 else 1)
 
-    monkeypatch.setattr(LlavaMetaForCausalLM, "supervised_loss", broken)
-    out = tmp_path / "out"
-    flags = stage_flags("full", out, "--save_strategy", "steps", "--save_steps", 1, data=data)
+    stage = prepare(stage_flags("full", out, "--save_strategy", "steps", "--save_steps", 1, data=data))
+    stage.trainer.model.get_output_embeddings().register_forward_hook(broken)
     with pytest.raises(NonFiniteError, match=r"step 3: rank 0: loss nan for samples \['toy_") as error:
-        train(flags)
+        run(stage)
     assert str(error.value).count("toy_") == 4
     assert sorted(path.name for path in out.glob("checkpoint-*")) == ["checkpoint-1", "checkpoint-2"]
     assert not (out / "config.json").exists()
     assert [json.loads(line)["step"] for line in (out / "metrics.jsonl").read_text().splitlines()] == [1, 2]
 
 
-def test_gradient_that_is_not_finite_stops_before_anything_is_written(stage_flags, data, tmp_path, monkeypatch):
-    from llava_lite.model.llava_arch import LlavaMetaForCausalLM
-
-    stock = LlavaMetaForCausalLM.supervised_loss
-
-    class InfiniteGradient(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, loss):
-            return loss.clone()
-
-        @staticmethod
-        def backward(ctx, grad):
-            return grad * float("inf")
-
-    monkeypatch.setattr(
-        LlavaMetaForCausalLM, "supervised_loss", lambda self, *a: InfiniteGradient.apply(stock(self, *a))
-    )
+def test_gradient_that_is_not_finite_stops_before_anything_is_written(stage_flags, data, tmp_path):
     out = tmp_path / "out"
+    stage = prepare(stage_flags("full", out, "--save_strategy", "steps", "--save_steps", 1, data=data))
+    weight = stage.trainer.model.get_output_embeddings().weight
+    weight.register_hook(lambda gradient: gradient * float("inf"))
     with pytest.raises(NonFiniteError, match="losses are finite but the gradient norm is"):
-        train(stage_flags("full", out, "--save_strategy", "steps", "--save_steps", 1, data=data))
+        run(stage)
     assert not list(out.glob("checkpoint-*"))
 
 
-def test_part_without_gradient_stops_after_the_first_step(stage_flags, data, tmp_path, monkeypatch):
-    from llava_lite.model.llava_arch import LlavaMetaForCausalLM
-
-    stock = LlavaMetaForCausalLM.encode_images
-    monkeypatch.setattr(LlavaMetaForCausalLM, "encode_images", lambda self, images: stock(self, images).detach())
+def test_part_without_gradient_stops_after_the_first_step(stage_flags, data, tmp_path):
+    stage = prepare(stage_flags("full", tmp_path / "out", "--max_steps", 2, data=data))
+    connector = stage.trainer.model.get_model().mm_projector
+    connector.register_forward_hook(lambda module, args, features: features.detach())
     with pytest.raises(ValueError, match="mm_projector should train but got no gradient in the first step"):
-        train(stage_flags("full", tmp_path / "out", "--max_steps", 2, data=data))
+        run(stage)
 
 
 @pytest.mark.parametrize("stage", ["projector", "full", "lora", "moe"])
@@ -148,9 +131,9 @@ def test_tower_trains_with_a_rate_of_its_own(run_stage, data, tmp_path):
 def test_batches_are_of_one_modality_where_grouped(run_stage, data, tmp_path):
     trainer = run_stage("full", tmp_path / "out", "--group_by_modality_length", True, "--max_steps", 1, data=data)
     order = list(trainer._get_train_sampler())
-    has_picture = trainer.train_dataset.has_picture
-    # 16 records with a picture and 8 without, in batches of 4: nothing is left over.
-    batches = [{bool(has_picture[i]) for i in order[start : start + 4]} for start in range(0, 24, 4)]
+    has_image = trainer.train_dataset.has_image
+    # 16 records with an image and 8 without, in batches of 4: nothing is left over.
+    batches = [{bool(has_image[i]) for i in order[start : start + 4]} for start in range(0, 24, 4)]
     assert all(len(kinds) == 1 for kinds in batches)
 
 

@@ -1,4 +1,4 @@
-"""A run in packed rows is the run with padded ones; packs of a token budget come in an order that can be told."""
+"""A packed run is the run with padding; packs of a token budget come in a known order."""
 
 import json
 import logging
@@ -6,7 +6,7 @@ import logging
 import pytest
 import torch
 
-from llava_lite.data.scan import DataError
+from llava_lite.data.errors import DataError
 from llava_lite.train.train import prepare, train
 
 # SGD, so that a difference in a gradient is seen as it is; Adam would hide its size.
@@ -30,7 +30,7 @@ def data(toy_data, tmp_path):
     ("stage", "attention"),
     [("projector", "auto"), ("full", "auto"), ("lora", "auto"), ("moe", "auto"), ("full", "sdpa"), ("moe", "eager")],
 )
-def test_a_run_in_packed_rows_is_the_run_with_padding(run_stage, stage, attention, data, tmp_path):
+def test_a_packed_run_is_the_run_with_padding(run_stage, stage, attention, data, tmp_path):
     data = None if stage == "projector" else data
     common = [*SGD, "--lora_dropout", 0, "--max_steps", 3, "--gradient_accumulation_steps", 2]
     padded = run_stage(stage, tmp_path / "padded", *common, "--packing", "none", data=data)
@@ -71,11 +71,11 @@ def test_micro_batches_of_a_token_budget_hold_every_record_once(stage_flags, dat
     assert batch["input_ids"].shape == (1, int(batch["cu_seq_lens_q"][-1]))
 
 
-def test_a_step_of_packs_learns_what_the_same_records_do_padded(run_stage, data, tmp_path):
+def test_a_step_of_packs_trains_as_the_same_records_do_padded(run_stage, data, tmp_path):
     more = [*SGD, "--max_steps", 1, "--save_full", True]
     packed = run_stage("full", tmp_path / "packed", *more, *TOKENS, "--gradient_accumulation_steps", 100, data=data)
-    whole = ["--packing", "none", "--per_device_train_batch_size", 24]
-    padded = run_stage("full", tmp_path / "padded", *more, *whole, data=data)
+    full = ["--packing", "none", "--per_device_train_batch_size", 24]
+    padded = run_stage("full", tmp_path / "padded", *more, *full, data=data)
     assert losses(packed) == pytest.approx(losses(padded), rel=1e-6)
     for name, weight in weights(packed).items():
         torch.testing.assert_close(weight, weights(padded)[name], rtol=1e-4, atol=1e-6, msg=name)
@@ -83,18 +83,17 @@ def test_a_step_of_packs_learns_what_the_same_records_do_padded(run_stage, data,
 
 def test_a_record_longer_than_a_pack_is_refused_by_its_name_before_the_first_step(stage_flags, data, tmp_path):
     flags = stage_flags("full", tmp_path / "out", *TOKENS, "--packing_tokens", 40, data=data)
-    with pytest.raises(DataError, match=r"toy_\d+.* has \d+ tokens and a pack holds 40.*Raise --packing_tokens to"):
+    with pytest.raises(DataError, match=r"toy_\d+.* has \d+ tokens but a pack holds 40.*Raise --packing_tokens to"):
         train(flags)
     assert not (tmp_path / "out/metrics.jsonl").exists()
 
 
-def test_ids_of_a_pack_are_told_where_its_loss_is_not_finite(stage_flags, data, tmp_path, monkeypatch):
-    from llava_lite.model.llava_arch import LlavaMetaForCausalLM
-    from llava_lite.train.guards import NonFiniteError
+def test_ids_of_a_pack_are_reported_where_its_loss_is_not_finite(stage_flags, data, tmp_path):
+    from llava_lite.train.monitor.guards import NonFiniteError
 
-    stock = LlavaMetaForCausalLM.supervised_loss
-    monkeypatch.setattr(LlavaMetaForCausalLM, "supervised_loss", lambda self, *args: stock(self, *args) * float("nan"))
     stage = prepare(stage_flags("full", tmp_path / "out", *TOKENS, data=data))
+    head = stage.trainer.model.get_output_embeddings()
+    head.register_forward_hook(lambda head, args, loss: loss * float("nan"))
     packs, _ = packs_of(stage.trainer, stage.trainer.train_dataset.lengths)
     with pytest.raises(NonFiniteError, match="step 1: rank 0: loss nan for samples") as error:
         stage.trainer.train()

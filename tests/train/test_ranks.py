@@ -1,10 +1,12 @@
-"""Two ranks train what one process trains: DDP, ZeRO-2 and ZeRO-3, dense and MoE, pictures and text mixed."""
+"""Two ranks train what one process trains: DDP, ZeRO-2 and ZeRO-3, dense and MoE, images and text mixed."""
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -17,7 +19,7 @@ from llava_lite.train.train import train
 ROOT = Path(__file__).parents[2]
 WORKER = Path(__file__).with_name("rank_cases.py")
 ENGINES = {"ddp": [], "zero2": ["--deepspeed", "zero2.json"], "zero3": ["--deepspeed", "zero3.json"]}
-# SGD: Adam would blow rounding up to whole steps. The balance loss is a mean over micro-batches, so it is left out
+# SGD: Adam would blow rounding up to full steps. The balance loss is a mean over micro-batches, so it is left out
 # where runs that cut them differently are compared.
 COMMON = "--optim=sgd --learning_rate=0.1 --max_grad_norm=0 --max_steps=4 --gradient_checkpointing=True"
 KINDS = {
@@ -42,29 +44,29 @@ WITH_NEW_WORDS = {
 }
 
 
-def launch(cases, folder, world_size=2, timeout_s=900):
+def launch(cases, directory, world_size=2, timeout_s=900):
     """Run the cases on ranks of this machine; return {name: [result of each rank]}."""
-    (folder / "cases.json").write_text(json.dumps(cases))
+    (directory / "cases.json").write_text(json.dumps(cases))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     common = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(ROOT)}
     common |= {"WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size)}
     common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    command = [sys.executable, str(WORKER), str(folder / "cases.json"), str(folder)]
+    command = [sys.executable, str(WORKER), str(directory / "cases.json"), str(directory)]
     ranks = []
     for rank in range(world_size):
         env = common | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-        log = open(folder / f"rank{rank}.log", "w")  # noqa: SIM115 - the process writes to it
+        log = open(directory / f"rank{rank}.log", "w")  # noqa: SIM115 - the process writes to it
         ranks.append(subprocess.Popen(command, env=env, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT))
     try:
         codes = [rank.wait(timeout_s) for rank in ranks]
     finally:
         for rank in ranks:
             rank.kill()
-    assert codes == [0] * world_size, (folder / "rank0.log").read_text()[-3000:]
+    assert codes == [0] * world_size, (directory / "rank0.log").read_text()[-3000:]
     return {
-        c["name"]: [json.loads((folder / f"{c['name']}_{r}.json").read_text()) for r in range(world_size)]
+        c["name"]: [json.loads((directory / f"{c['name']}_{r}.json").read_text()) for r in range(world_size)]
         for c in cases
     }
 
@@ -113,7 +115,7 @@ def test_two_ranks_train_what_one_process_trains(flags_of, tmp_path):
     ]
     results = launch(cases, tmp_path)
     for kind in KINDS:
-        # On ranks in packed rows, alone with padding.
+        # On ranks packed, alone with padding.
         padded = [] if kind == "packs" else ["--packing=none"]
         log = train([*flags_of(kind, tmp_path / f"one_{kind}", 4), *padded]).state.log_history
         expected = {key: [line[key] for line in log if key in line] for key in ("loss", "eval_loss")}
@@ -148,7 +150,7 @@ def test_under_zero3_the_loss_at_supervised_positions_trains_what_all_logits_tra
 
 
 @pytest.mark.slow
-def test_two_ranks_learn_the_new_words_that_one_process_learns(flags_of, toy_llm_dir, tmp_path):
+def test_two_ranks_train_the_new_tokens_as_one_process_does(flags_of, toy_llm_dir, tmp_path):
     def of(kind, name, *more):
         return [*flags_of(kind, tmp_path / name, 2), *more]
 
@@ -167,7 +169,7 @@ def test_two_ranks_learn_the_new_words_that_one_process_learns(flags_of, toy_llm
     # One engine after the other: a process that has begun DeepSpeed stays with it.
     results = launch(sorted(cases, key=lambda case: case["name"]), tmp_path)
     assert {name: each for name, result in results.items() for each in result if "error" in each} == {}
-    stock = AutoModelForCausalLM.from_pretrained(toy_llm_dir("llama")).state_dict()
+    hf = AutoModelForCausalLM.from_pretrained(toy_llm_dir("llama")).state_dict()
     for kind in WITH_NEW_WORDS:
         log = train([*flags_of(kind, tmp_path / kind, 4), "--packing=none"]).state.log_history
         losses = [line["loss"] for line in log if "loss" in line]
@@ -177,10 +179,61 @@ def test_two_ranks_learn_the_new_words_that_one_process_learns(flags_of, toy_llm
                 assert result["loss"] == pytest.approx(losses, rel=1e-5), f"{engine} {kind}"
             found = load(tmp_path / f"{engine}_{kind}", device="cpu")[0].state_dict()
             for name in ("model.embed_tokens.weight", "lm_head.weight"):
-                num_old = len(stock[name])
+                num_old = len(hf[name])
                 assert len(found[name]) == num_old + 4
-                assert torch.equal(found[name][:num_old], stock[name]), f"{engine} {kind}"
+                assert torch.equal(found[name][:num_old], hf[name]), f"{engine} {kind}"
                 torch.testing.assert_close(found[name][num_old:], expected[name][num_old:], rtol=1e-4, atol=1e-5)
             if (engine, kind) in again:
                 after = load(tmp_path / f"{engine}_{kind}_again", device="cpu")[0].state_dict()
                 assert all(torch.equal(weight, found[name]) for name, weight in after.items()), f"{engine} {kind}"
+
+
+def start_ranks(argv, directory):
+    """Start the command line on two ranks; return their processes, which write to rank0.log and rank1.log."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    common = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(ROOT)}
+    common |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    command = [sys.executable, "-m", "llava_lite.train.train", *argv]
+    ranks = []
+    for rank in ("0", "1"):
+        with open(directory / f"rank{rank}.log", "w") as log:
+            env = common | {"RANK": rank, "LOCAL_RANK": rank}
+            ranks.append(subprocess.Popen(command, env=env, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT))
+    return ranks
+
+
+def get_codes(ranks, directory, timeout_s=600):
+    """Return the exit codes of both ranks and what they wrote."""
+    try:
+        codes = [rank.wait(timeout_s) for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    return codes, "".join((directory / f"rank{rank}.log").read_text() for rank in "01")
+
+
+@pytest.mark.slow
+def test_ranks_end_with_the_documented_codes_and_no_thread_aborts(stage_flags, tmp_path):
+    flags = [*stage_flags("full", tmp_path / "run"), "--deepspeed", "zero2.json", "--save_steps", "1000"]
+    few = [*flags, "--save_strategy", "steps", "--max_steps"]
+    # The second time there is nothing to train.
+    for _ in range(2):
+        codes, text = get_codes(start_ranks([*few, "1"], tmp_path), tmp_path)
+        assert codes == [0, 0], text
+        assert "terminate called" not in text
+    assert "nothing was trained" in text
+    codes, text = get_codes(start_ranks([*few, "2", "--seed", "7"], tmp_path), tmp_path)
+    assert codes == [1, 1], text
+    assert text.count("cannot be resumed exactly") == 1
+    again = [*few, "100000", "--output_dir", str(tmp_path / "stopped")]
+    ranks = start_ranks(again, tmp_path)
+    metrics, deadline = tmp_path / "stopped" / "metrics.jsonl", time.monotonic() + 300
+    while not (metrics.is_file() and metrics.read_text()) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    ranks[1].send_signal(signal.SIGTERM)
+    codes, text = get_codes(ranks, tmp_path)
+    assert codes == [75, 75], text
+    assert "terminate called" not in text
+    assert list((tmp_path / "stopped").glob("checkpoint-*"))

@@ -1,4 +1,4 @@
-"""The told steps, one after the other: three stages on toys, and what is refused before the first step."""
+"""The documented steps, one after the other: three stages on toys, and what is refused before the first step."""
 
 import json
 import logging
@@ -12,7 +12,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from llava_lite import load
 from llava_lite.export.merge import merge
-from llava_lite.train.train import main, start_logging, train
+from llava_lite.train.startup import start_logging
+from llava_lite.train.train import main, train
 
 
 @pytest.fixture
@@ -20,19 +21,20 @@ def mixed_data(toy_data, tmp_path):
     return toy_data(tmp_path / "mixed")
 
 
-def losses(folder):
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+def losses(directory):
+    lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
     return [line["loss"] for line in lines if "loss" in line]
 
 
+@pytest.mark.usefixtures("plots")
 def test_three_stages_end_in_a_model_that_opens(run_stage, mixed_data, tmp_path):
     one, two, three = (tmp_path / f"stage{i}" for i in (1, 2, 3))
     run_stage("projector", one, "--num_train_epochs", 2)
     adapter = ["--pretrain_mm_mlp_adapter", one / "mm_projector.bin"]
     run_stage("full", two, *adapter, "--num_train_epochs", 2, "--group_by_modality_length", True, data=mixed_data)
     run_stage("moe", three, "--num_train_epochs", 2, data=mixed_data, model=two)
-    for folder in (one, two, three):
-        assert losses(folder)[-1] < losses(folder)[0]
+    for directory in (one, two, three):
+        assert losses(directory)[-1] < losses(directory)[0]
     config = AutoConfig.from_pretrained(three)
     assert config.moe["moe_layers_idx"] == [0, 2]
     assert config.conv_template == "v1"
@@ -83,7 +85,7 @@ def test_entry_of_train_modules_that_trains_nothing_is_refused(stage_flags, mixe
         train(stage_flags("moe", tmp_path / "out", "--train_modules", "wg", "fc1", data=mixed_data))
 
 
-def test_missing_picture_is_named_before_the_first_step(stage_flags, mixed_data, tmp_path):
+def test_missing_image_is_named_before_the_first_step(stage_flags, mixed_data, tmp_path):
     from pathlib import Path
 
     (Path(mixed_data[1]) / "1.png").unlink()
@@ -103,13 +105,13 @@ def test_model_data_and_output_must_be_named(stage_flags, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["./checkpoints/gone", "/nowhere/vicuna", "a/b/c"])
-def test_a_folder_that_is_not_there_is_named(name, stage_flags, mixed_data, tmp_path):
+def test_a_directory_that_is_not_there_is_named(name, stage_flags, mixed_data, tmp_path):
     flags = stage_flags("full", tmp_path / "out", data=mixed_data, model=name)
     with pytest.raises(OSError, match=f"--model_name_or_path '{name}': there is no such directory"):
         train(flags)
 
 
-def test_language_model_without_eyes_learns_from_text(toy_data, toy_llm_dir, tmp_path, monkeypatch):
+def test_language_model_without_a_tower_trains_on_text(toy_data, toy_llm_dir, tmp_path, monkeypatch):
     monkeypatch.setenv("LLAVA_LITE_CACHE", str(tmp_path / "cache"))
     data = toy_data(tmp_path / "text", text_only_every=1)
     flags = (
@@ -128,13 +130,13 @@ def test_half_precision_without_deepspeed_is_saved_in_half(run_stage, mixed_data
     assert {param.dtype for param in model.parameters()} == {torch.bfloat16}
 
 
-def test_records_held_out_are_not_learned(run_stage, mixed_data, tmp_path):
+def test_records_held_out_are_not_trained_on(run_stage, mixed_data, tmp_path):
     trainer = run_stage("full", tmp_path / "out", "--eval_split", 0.25, "--max_steps", 1, data=mixed_data)
-    learned, held_out = (
+    supervised, held_out = (
         {part[i]["id"] for i in range(len(part))} for part in (trainer.train_dataset, trainer.eval_dataset)
     )
-    assert (len(learned), len(held_out)) == (18, 6)
-    assert not learned & held_out
+    assert (len(supervised), len(held_out)) == (18, 6)
+    assert not supervised & held_out
 
 
 def test_run_as_a_module_shows_what_trains(stage_flags, tmp_path):
@@ -164,12 +166,12 @@ def test_libraries_advice_to_one_another_is_not_shown():
     assert len(shown) == 1
 
 
-def test_run_that_goes_on_says_from_where(run_stage, tmp_path, caplog):
+def test_a_resumed_run_reports_its_checkpoint(run_stage, tmp_path, caplog):
     saving = ["--save_strategy", "steps", "--save_steps", 1]
     run_stage("projector", tmp_path / "one", *saving, "--max_steps", 1)
-    assert "going on from" not in caplog.text
+    assert "resuming from" not in caplog.text
     run_stage("projector", tmp_path / "one", *saving, "--max_steps", 2)
-    assert f"going on from {tmp_path}/one/checkpoint-1" in caplog.text
+    assert f"resuming from {tmp_path}/one/checkpoint-1" in caplog.text
 
 
 MORE = ["--learning_rate", "1e-3", "--max_steps", "2", "--version", "v1", "--tuning"]
@@ -188,9 +190,9 @@ def with_experts(run_stage, mixed_data, tmp_path):
 
 
 def continued(stage_flags, data, model, out, *more):
-    """Return the trainer of a run that goes on from a model with the words of MORE alone."""
+    """Return the trainer of a run that starts from a model with the tokens of MORE alone."""
     argv = stage_flags("full", out, data=data, model=model)
-    # Without what STAGES says of the stage.
+    # Without the flags of STAGES for the stage.
     return train([*argv[: argv.index("--tuning")], *MORE, *map(str, more)])
 
 
@@ -222,7 +224,7 @@ def test_more_of_stage_three_begins_where_it_ended(with_experts, stage_flags, mi
     assert all(torch.equal(weight, after[name]) for name, weight in before.items())
 
 
-def test_modules_that_train_are_chosen_anew(with_experts, stage_flags, mixed_data, tmp_path):
+def test_modules_that_train_are_chosen_again(with_experts, stage_flags, mixed_data, tmp_path):
     trainer = continued(stage_flags, mixed_data, with_experts(), tmp_path / "more", "moe", "--train_modules", "wg")
     trained = {name for name, weight in trainer.model.named_parameters() if weight.requires_grad}
     assert {name for name in trained if "mm_projector" not in name} == {
@@ -244,7 +246,7 @@ def test_lora_on_experts_is_no_end(is_merged, with_experts, stage_flags, mixed_d
     last = tmp_path / "lora"
     if is_merged:
         last = tmp_path / "merged"
-        merge(tmp_path / "lora", last, say=lambda line: None)
+        merge(tmp_path / "lora", last, report=lambda line: None)
     start = load(last, device="cpu")[0].state_dict()
     trainer = continued(stage_flags, mixed_data, last, tmp_path / "more", "moe")
     assert {group.name for group in trainer.groups} == {"mm_projector", "experts", "router", "decoder"}

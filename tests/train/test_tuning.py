@@ -5,15 +5,16 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from llava_lite.arguments import ModelArguments
+from llava_lite.train.arguments.fields import ModelArguments
+from llava_lite.train.arguments.validate import TUNING_NAMES
 from llava_lite.train.tuning import (
     TUNINGS,
     choose_what_trains,
     describe,
+    get_part,
     loading_dtype,
     parameter_groups,
-    part_of,
-    settle_dtypes,
+    resolve_dtypes,
     table_rows,
 )
 
@@ -49,7 +50,7 @@ def choose(model, tuning, model_flags=None, **more):
 
 
 def test_every_tuning_has_a_name():
-    assert list(TUNINGS) == ["projector", "full", "lora", "moe"]
+    assert list(TUNINGS) == ["projector", "full", "lora", "moe", "prompts", "bias_norm"] == list(TUNING_NAMES)
 
 
 @pytest.mark.parametrize(
@@ -57,6 +58,10 @@ def test_every_tuning_has_a_name():
     [
         ("model.vision_tower.vision_tower.vision_model.encoder.layers.0.mlp.fc1.weight", "vision_tower"),
         ("model.mm_projector.0.weight", "mm_projector"),
+        ("model.image_start", "mm_projector"),
+        ("model.adaption_prompt.query", "prompts"),
+        ("model.layers.3.self_attn.adaption_gate", "prompts"),
+        ("base_model.model.model.layers.3.self_attn.adaption_new_gate", "prompts"),
         ("base_model.model.model.layers.0.mlp.gate_proj.lora_A.default.weight", "lora"),
         ("model.layers.0.mlp.gate.weight", "router"),
         ("model.layers.0.mlp.gate_proj.weight", "decoder"),
@@ -68,7 +73,7 @@ def test_every_tuning_has_a_name():
     ],
 )
 def test_part_of_a_parameter(name, part):
-    assert part_of(name) == part
+    assert get_part(name) == part
 
 
 def test_projector_tuning_trains_the_connector_alone(toy_model):
@@ -83,7 +88,7 @@ def test_full_tuning_trains_all_but_the_tower(toy_model):
 
 def test_frozen_backbone_leaves_head_and_connector(toy_model):
     _, trained = choose(toy_model(), "full", {"freeze_backbone": True})
-    assert {part_of(name) for name in trained} == {"mm_projector", "embeddings"}
+    assert {get_part(name) for name in trained} == {"mm_projector", "embeddings"}
     assert "lm_head.weight" in trained
     assert "model.embed_tokens.weight" not in trained
 
@@ -94,7 +99,7 @@ def test_frozen_connector_stays(toy_model):
 
 
 @pytest.mark.parametrize("tower", ["clip", "siglip", "dinov2"])
-def test_unfrozen_tower_trains_exactly_what_a_picture_reaches(toy_model, tower):
+def test_unfrozen_tower_trains_exactly_what_an_image_reaches(toy_model, tower):
     model, trained = choose(toy_model(tower=tower), "full", unfreeze_mm_vision_tower=True)
     images = torch.randn(1, 3, 32, 32)
     model.encode_images(images).pow(2).sum().backward()
@@ -120,8 +125,8 @@ def test_moe_tuning_by_the_names_of_the_script(toy_model):
 
 def test_router_trains_even_if_only_attention_is_named(toy_model):
     _, trained = choose(toy_model(moe=MOE), "moe", {"train_modules": ["q_proj"]})
-    assert {part_of(name) for name in trained} == {"mm_projector", "router", "decoder"}
-    assert all(".self_attn.q_proj." in name for name in trained if part_of(name) == "decoder")
+    assert {get_part(name) for name in trained} == {"mm_projector", "router", "decoder"}
+    assert all(".self_attn.q_proj." in name for name in trained if get_part(name) == "decoder")
 
 
 def test_lora_reaches_every_linear_layer_of_the_decoder_and_no_other(toy_model):
@@ -133,7 +138,7 @@ def test_lora_reaches_every_linear_layer_of_the_decoder_and_no_other(toy_model):
         for kind in ("self_attn.q", "self_attn.k", "self_attn.v", "self_attn.o", "mlp.gate", "mlp.up", "mlp.down")
     }
     assert layers == expected
-    assert {part_of(name) for name in trained} == {"lora", "mm_projector"}
+    assert {get_part(name) for name in trained} == {"lora", "mm_projector"}
 
 
 @pytest.mark.parametrize("model_type", ["phi", "qwen2", "qwen3", "stablelm", "mistral"])
@@ -182,14 +187,16 @@ def test_groups_hold_every_trained_parameter_once_with_its_rate(toy_model):
     model = choose_what_trains(toy_model(), ModelArguments(), args)
     decays = [name for name, param in model.named_parameters() if param.dim() > 1]
     groups = {group.name: group for group in parameter_groups(model, args, decays)}
-    names = [name for group in groups.values() for name in group.names]
+    name_of = {param: name for name, param in model.named_parameters()}
+    names = [name_of[param] for group in groups.values() for param in group.parameters]
     assert sorted(names) == sorted(name for name, param in model.named_parameters() if param.requires_grad)
     assert groups["mm_projector"].learning_rate == groups["mm_projector_no_decay"].learning_rate == 1e-5
     assert groups["vision_tower"].learning_rate == 2e-6
     assert groups["decoder"].learning_rate == 1e-3
     assert groups["decoder"].weight_decay == 0.1
     assert groups["decoder_no_decay"].weight_decay == 0
-    assert set(groups["mm_projector_no_decay"].names) == {"model.mm_projector.0.bias", "model.mm_projector.2.bias"}
+    without_decay = {name_of[param] for param in groups["mm_projector_no_decay"].parameters}
+    assert without_decay == {"model.mm_projector.0.bias", "model.mm_projector.2.bias"}
 
 
 def test_without_weight_decay_a_part_is_one_group(toy_model):
@@ -216,9 +223,42 @@ def test_without_deepspeed_what_trains_is_float32_and_the_rest_half(toy_model):
     args = training_args("projector", bf16=True)
     model = choose_what_trains(toy_model(), ModelArguments(), args)
     assert loading_dtype(args) == torch.bfloat16
-    settle_dtypes(model, args)
+    resolve_dtypes(model, args)
     for param in model.parameters():
         assert param.dtype == (torch.float32 if param.requires_grad else torch.bfloat16)
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["plain", "LoRA"])
+def test_biases_of_the_connector_train_if_asked_and_nothing_else_of_it(toy_model, lora):
+    model = toy_model(mm_projector_type="linear_norm", mm_boundary_vectors=True)
+    _, trained = choose(model, "bias_norm", lora_enable=lora)
+    assert not any(get_part(name) == "mm_projector" for name in trained)
+    model = toy_model(mm_projector_type="linear_norm", mm_boundary_vectors=True)
+    _, more = choose(model, "bias_norm", {"bias_connector": True}, lora_enable=lora)
+    added = {name.removeprefix("base_model.model.") for name in more - trained}
+    assert added == {"model.mm_projector.0.bias", "model.mm_projector.1.bias"}
+    assert trained < more
+
+
+def test_a_connector_without_biases_cannot_train_them(toy_model):
+    with pytest.raises(ValueError, match="trains the biases of the connector, and 'identity' has none"):
+        choose(toy_model(mm_projector_type="identity"), "bias_norm", {"bias_connector": True}, lora_enable=False)
+
+
+def test_without_deepspeed_biases_of_a_connector_and_their_norms_are_float32(toy_model):
+    args = training_args("bias_norm", bf16=True, lora_enable=False)
+    model = toy_model(mm_projector_type="linear_norm").bfloat16()
+    model = choose_what_trains(model, ModelArguments(bias_connector=True), args)
+    assert loading_dtype(args) == torch.bfloat16
+    resolve_dtypes(model, args)
+    dtypes = {name: param.dtype for name, param in model.model.mm_projector.named_parameters()}
+    full, half = torch.float32, torch.bfloat16
+    assert dtypes == {"0.weight": half, "0.bias": full, "1.weight": full, "1.bias": full}
+    with torch.autocast("cpu", torch.bfloat16):
+        features = model.encode_images(torch.randn(1, 3, 32, 32))
+    # The sum of what a norm returns does not depend on its input.
+    (features * torch.randn_like(features)).sum().backward()
+    assert all(layer.bias.grad.any() for layer in model.model.mm_projector)
 
 
 def test_full_tuning_without_deepspeed_loads_float32():

@@ -24,7 +24,7 @@ def nbytes(tensor):
     return sum(t.numel() * t.element_size() for t in tensors)
 
 
-# Which argument says how much travels, and in which halves of a sum it does.
+# Which argument holds what is sent, and in which halves of a sum it is.
 COLLECTIVES = {
     "all_reduce": ("tensor", 0, ("reduce", "gather")),
     "reduce": ("tensor", 0, ("reduce",)),
@@ -47,9 +47,9 @@ def counted(name, function):
         first = tensor[0] if isinstance(tensor, (list, tuple)) else tensor
         if first.is_floating_point() and first.numel() >= LEAST_NUMEL:
             calls[name] += 1
-            share = (dist.get_world_size() - 1) / dist.get_world_size()
+            fraction = (dist.get_world_size() - 1) / dist.get_world_size()
             for half in halves:
-                sent[half] += nbytes(tensor) * share
+                sent[half] += nbytes(tensor) * fraction
         return function(*args, **kwargs)
 
     return call
@@ -67,7 +67,7 @@ def held(trainer):
     engine = trainer.model_wrapped
     optimizer = engine.optimizer
     params = list(engine.module.parameters())
-    # A small weight that ZeRO-3 never gives away is whole on every rank.
+    # A small weight that ZeRO-3 never gives away is complete on every rank.
     parts = [p.ds_tensor if hasattr(p, "ds_tensor") and not p.ds_persist else p for p in params]
     moments = [state for states in optimizer.optimizer.state.values() for state in states.values()]
     masters = getattr(optimizer, "fp32_partitioned_groups_flat", None)
@@ -83,7 +83,7 @@ def held(trainer):
 def main(cases_file, results_file):
     """Run every case for 2 and for 4 steps; the difference is that of 2 steps without what a start sends."""
     count_collectives()
-    from llava_lite.train.scale import weights_of
+    from llava_lite.train.estimate.scale import get_weights
     from llava_lite.train.train import prepare
 
     results = {}
@@ -94,7 +94,7 @@ def main(cases_file, results_file):
             calls.clear()
             output = str(Path(results_file).with_name(f"{name}_{num_steps}"))
             stage = prepare([*argv, "--max_steps", str(num_steps), "--output_dir", output])
-            weights = weights_of(stage.trainer.model)
+            weights = get_weights(stage.trainer.model)
             stage.trainer.train()
             totals.append(dict(sent))
         a_step = {half: (totals[1][half] - totals[0][half]) / 2 for half in totals[1]}

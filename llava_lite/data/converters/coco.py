@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from llava_lite.data.converters.base import Found, Options, ask_about, numbered, pick_answers
 from llava_lite.data.converters.items import placed
-from llava_lite.data.scan import DataError
+from llava_lite.data.errors import DataError
 
 
 def read_coco(data: dict, where: str, options: Options) -> Iterator[Found]:
@@ -16,8 +16,8 @@ def read_coco(data: dict, where: str, options: Options) -> Iterator[Found]:
     for position, entry in enumerate(data["annotations"]):
         if not isinstance(entry, dict) or not isinstance(entry.get("caption"), str):
             raise DataError(
-                f"{where}: annotation {position} has no 'caption'; this is a file of instances or keypoints, say, and "
-                "not one of captions."
+                f"{where}: annotation {position} has no 'caption'; this may be a file of instances or "
+                "keypoints, not of captions."
             )
         captions.setdefault(entry.get("image_id"), []).append(entry["caption"].strip())
     for position, image in enumerate(data["images"]):

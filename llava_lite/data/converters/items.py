@@ -1,27 +1,30 @@
-"""Turn an object that names a question and its answer (Alpaca, query/response, VQA, captions) into records.
+"""Turn an object with a question and its answer (Alpaca, query/response, VQA, captions) into records.
 
-Facts: LLaMA-Factory joins instruction and input by a newline and puts the history in front; ms-swift does the same
+LLaMA-Factory joins instruction and input by a newline and puts the history before them; ms-swift does the same
 with query and response. VizWiz and VQA list several answers, as texts or as {"answer": ...}.
 """
 
 from collections.abc import Iterator
 
 from llava_lite.constants import DEFAULT_IMAGE_TOKEN
+from llava_lite.conversation.images import put_images_first
 from llava_lite.data.converters.base import Options, numbered, pick_answers
-from llava_lite.data.image_values import describe
-from llava_lite.data.parts import IMAGE_PARTS
-from llava_lite.data.record_content import without_nulls
-from llava_lite.data.record_formats import CONVERSATION_KEYS, FORMATS, captions_key, formats_of
-from llava_lite.data.record_keys import IMAGE_KEYS
-from llava_lite.data.scan import DataError
+from llava_lite.data.errors import DataError
+from llava_lite.data.records.content import without_nulls
+from llava_lite.data.records.formats import CONVERSATION_KEYS, FORMATS, captions_key, get_formats
+from llava_lite.data.records.image_values import describe
+from llava_lite.data.records.keys import IMAGE_KEYS
+from llava_lite.data.records.media import count_images, find_media
+from llava_lite.data.records.parts import IMAGE_PARTS
 
-ALPACA, QUERY, QUESTION, CAPTIONS = "Alpaca", "query and response", "question and answer", "an image and its captions"
+ALPACA = ("Alpaca", "Alpaca with a history")
+QUERY, QUESTION, CAPTIONS = "query and response", "question and answer", "an image and its captions"
 
 
 def convert_item(item, where: str, options: Options) -> Iterator[dict]:
     """Yield the records of one object, in LLaVA's spelling or one that parse_record reads as well.
 
-    where: its file and position. Raises DataError for what is ambiguous or no record.
+    where: its file and position. Raises DataError for an ambiguous object, or one that is not a record.
     """
     if not isinstance(item, dict):
         raise DataError(f"{where} is {describe(item)}, expected an object.")
@@ -29,11 +32,11 @@ def convert_item(item, where: str, options: Options) -> Iterator[dict]:
     name = f"record {item['id']!r} ({where})"
     item = {key: value for key, value in without_nulls(item).items() if key not in (options.drop or ())}
     item = with_image_key(item, options, name)
-    found = formats_of(item)
+    found = get_formats(item)
     if found == [CAPTIONS]:
         key = captions_key(item)
-        yield from _with_answers(item, "", texts_of(item[key], name), (key,), "captions", name, options)
-    elif found == [ALPACA]:
+        yield from _with_answers(item, "", get_texts(item[key], name), (key,), "captions", name, options)
+    elif len(found) == 1 and found[0] in ALPACA:
         asked = _joined(_text(item, "instruction", name), item.get("input"))
         yield _pairs(item, asked, _text(item, "output", name), ("instruction", "input", "output"), name, options)
     elif found == [QUERY]:
@@ -50,7 +53,7 @@ def convert_item(item, where: str, options: Options) -> Iterator[dict]:
 
 
 def with_image_key(item: dict, options: Options, name: str) -> dict:
-    """Return the object with its images under `image`, where --image_key says where they are."""
+    """Return the object with the images of --image_key under `images`, and their paths by `placed`."""
     keys = [key for key in options.image_key or () if item.get(key) is not None and key not in IMAGE_KEYS]
     if keys:
         if any(item.get(other) for other in IMAGE_KEYS):
@@ -61,7 +64,8 @@ def with_image_key(item: dict, options: Options, name: str) -> dict:
     for own in IMAGE_KEYS:
         if own in item:
             item = item | {own: placed(item[own], options, name)}
-    return item
+    media = {key: item[key] for key in find_media(item) if isinstance(item[key], str)}
+    return item | {key: options.image_prefix + path for key, path in media.items()}
 
 
 def placed(value, options: Options, name: str):
@@ -79,27 +83,29 @@ def placed(value, options: Options, name: str):
 
 
 def images_in_front(item: dict, options: Options) -> dict:
-    """Return the object with its images in front of its first question, if that is asked for and none has a place."""
-    images = next((item[key] for key in IMAGE_KEYS if item.get(key)), None)
+    """Return the object with --images_first applied: placeholders before the first question, if there are none."""
+    count = count_images(item)
     key = next((key for key in CONVERSATION_KEYS if isinstance(item.get(key), list)), None)
-    if not options.images_first or images is None or key is None or _has_place(item[key]):
+    if not options.images_first or not count or key is None or _has_placeholder(item[key]):
         return item
-    marks = f"{DEFAULT_IMAGE_TOKEN}\n" * (len(images) if isinstance(images, list) else 1)
     turns, done = [], False
     for turn in item[key]:
-        said = isinstance(turn, dict) and str(turn.get("from") or turn.get("role")).lower()
+        role = isinstance(turn, dict) and str(turn.get("from") or turn.get("role")).lower()
         text = next((part for part in ("value", "content") if isinstance(turn, dict) and part in turn), None)
-        if not done and said in ("human", "user") and isinstance(turn.get(text), (str, list)):
+        if not done and role in ("human", "user") and isinstance(turn.get(text), (str, list)):
             old = turn[text]
-            new = marks + old if isinstance(old, str) else [{"type": "text", "text": marks}, *old]
+            if isinstance(old, str):
+                new = put_images_first(old, count)
+            else:
+                new = [{"type": "text", "text": put_images_first("", count)}, *old]
             turn, done = turn | {text: new}, True
         turns.append(turn)
-    options.notes["records whose images were put in front of the first question (--images_first)"] += done
+    options.notes["records whose images were put before the first question (--images_first)"] += done
     return item | {key: turns}
 
 
-def _has_place(turns: list) -> bool:
-    """Say whether a conversation says where an image stands, by a placeholder or a part."""
+def _has_placeholder(turns: list) -> bool:
+    """Return whether a conversation has an image placeholder or an image part."""
     contents = [turn.get("content", turn.get("value")) for turn in turns if isinstance(turn, dict)]
     parts = [part for content in contents if isinstance(content, list) for part in content if isinstance(part, dict)]
     is_part = any(part.get("type") in IMAGE_PARTS or "image" in part for part in parts)
@@ -116,7 +122,7 @@ def _text(item: dict, key: str, name: str) -> str:
     return item[key]
 
 
-def texts_of(values: list, name: str) -> list[str]:
+def get_texts(values: list, name: str) -> list[str]:
     """Return the texts of a list of texts, or of objects such as {"answer": ...} and {"raw": ...}."""
     texts = []
     for value in values:
@@ -129,15 +135,15 @@ def texts_of(values: list, name: str) -> list[str]:
 
 
 def _answers(item: dict, keys: list[str], options: Options, name: str) -> list[str]:
-    """Return the answers of a VQA record. One that the data set itself chose is the answer, but for `all`."""
+    """Return the answers of a VQA record: only the one that the data set chose, except for --answers all."""
     if "answers" not in keys:
         return [_text(item, keys[0], name)]
     chosen = next((key for key in keys if key != "answers" and isinstance(item[key], str)), None)
     listed = item["answers"] if isinstance(item["answers"], list) else [item["answers"]]
     if chosen is not None and options.answers in (None, "majority"):
-        options.notes[f"answers not taken ({chosen} is the answer)"] += len(set(map(str, listed)) - {item[chosen]})
+        options.notes[f"answers not used ({chosen} is the answer)"] += len(set(map(str, listed)) - {item[chosen]})
         return [item[chosen]]
-    return texts_of(listed, name)
+    return get_texts(listed, name)
 
 
 def _with_answers(item, question, answers, keys, what, name, options) -> Iterator[dict]:
@@ -151,18 +157,17 @@ def _with_answers(item, question, answers, keys, what, name, options) -> Iterato
 
 
 def _pairs(item: dict, question: str, answer: str, keys, name: str, options: Options) -> dict:
-    """Return the record of a question and its answer, behind the pairs of the history."""
+    """Return the record of a question and its answer, after the pairs of its history."""
     turns = []
     for pair in item.get("history") or ():
         if not isinstance(pair, (list, tuple)) or len(pair) != 2:
             raise DataError(f"{name}: 'history' holds {describe(pair)}, expected pairs of question and answer.")
         turns += [{"from": "human", "value": pair[0]}, {"from": "gpt", "value": pair[1]}]
     turns += [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
-    images = next((item[key] for key in IMAGE_KEYS if item.get(key)), None)
-    if images is not None and not any(DEFAULT_IMAGE_TOKEN in str(turn["value"]) for turn in turns):
-        count = len(images) if isinstance(images, list) else 1
-        first = f"{DEFAULT_IMAGE_TOKEN}\n" * count + str(turns[0]["value"])
+    count = count_images(item)
+    if count and not any(DEFAULT_IMAGE_TOKEN in str(turn["value"]) for turn in turns):
+        first = put_images_first(str(turns[0]["value"]), count)
         turns[0] = turns[0] | {"value": first.rstrip("\n") if not turns[0]["value"] else first}
-    # PixMo says the same once more, as one text under `messages`.
+    # PixMo has the same content again, as one text under `messages`.
     left = {key: value for key, value in item.items() if key not in (*keys, "history", *CONVERSATION_KEYS)}
     return left | {"conversations": turns}

@@ -1,13 +1,14 @@
-"""Turn a data set of LLaMA-Factory's dataset_info.json into objects with the keys and roles that are read here."""
+"""Turn a data set of LLaMA-Factory's dataset_info.json into objects with the keys and roles of parse_record."""
 
 import json
 import os
 from collections.abc import Iterator
 
 from llava_lite.data.converters.base import Options
-from llava_lite.data.scan import DataError, scan_json, scan_lines
+from llava_lite.data.errors import DataError
+from llava_lite.data.index.scan import scan_json, scan_lines
 
-# The columns and tags that hold where an entry names no others.
+# The default columns and tags of an entry.
 ALPACA_COLUMNS = {"prompt": "instruction", "query": "input", "response": "output", "history": "history"}
 TAGS = {
     "role_tag": "from",
@@ -27,19 +28,21 @@ def read_llama_factory(data: dict, path: str, options: Options) -> Iterator[tupl
     """Yield (file, position, object) of the data set --dataset, or of the only one."""
     name = options.dataset or (next(iter(data)) if len(data) == 1 else None)
     if name not in data:
-        said = "name one with --dataset" if name is None else f"--dataset {name} is none of them"
-        raise DataError(f"{path} holds {len(data)} data sets; {said}: {', '.join(data)}.")
+        advice = "name one with --dataset" if name is None else f"--dataset {name} is not one of them"
+        raise DataError(f"{path} has {len(data)} data sets; {advice}: {', '.join(data)}.")
     entry = data[name]
     if entry.get("ranking") or entry.get("kto_tag"):
         raise DataError(f"{path}: {name!r} is preference data (ranking), which supervised training cannot use.")
     if not entry.get("file_name"):
-        raise DataError(f"{path}: {name!r} names no file_name but a place of the Hub; download it and convert that.")
+        raise DataError(
+            f"{path}: {name!r} names no file_name but a repository of the Hub; download it and convert its files."
+        )
     for key in ("num_samples", "subset", "split"):
         if entry.get(key):
-            options.said.append(f"{key} {entry[key]!r} of {name!r} is not applied")
+            options.remarks.append(f"{key} {entry[key]!r} of {name!r} is not applied")
     file = os.path.join(os.path.dirname(path), entry["file_name"])
     if not os.path.isfile(file) or not file.endswith((".json", ".jsonl")):
-        raise DataError(f"{path}: the file of {name!r}, {file}, is no JSON or JSONL file that is there.")
+        raise DataError(f"{path}: the file of {name!r}, {file}, is not an existing JSON or JSONL file.")
     spans = (scan_lines if file.endswith(".jsonl") else scan_json)(file)
     with open(file, "rb") as stream:
         for position, (start, stop) in enumerate(spans.tolist()):
@@ -51,7 +54,7 @@ def read_llama_factory(data: dict, path: str, options: Options) -> Iterator[tupl
 
 
 def renamed(item: dict, entry: dict) -> dict:
-    """Return the object under the keys and roles that are read here, as the columns and tags of its entry say."""
+    """Return the object with the keys and roles of parse_record, by the columns and tags of its entry."""
     columns, formatting = entry.get("columns") or {}, entry.get("formatting", "alpaca")
     found = {own: item.get(columns.get(own, own)) for own in ("images", "videos", "audios", "system", "tools")}
     found["id"] = item.get("id")

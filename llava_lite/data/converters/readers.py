@@ -1,4 +1,4 @@
-"""Turn a path in any format into the records that a conversion writes: the reader of each format, and which it is."""
+"""Find the format of a path, and read it as records for a conversion."""
 
 import json
 import os
@@ -12,25 +12,26 @@ from llava_lite.data.converters.items import convert_item
 from llava_lite.data.converters.llama_factory import read_llama_factory
 from llava_lite.data.converters.tables import read_table
 from llava_lite.data.converters.vqa import read_vqa
-from llava_lite.data.foreign_files import TABLE_SUFFIXES
-from llava_lite.data.record_content import without_nulls
-from llava_lite.data.record_formats import formats_of
-from llava_lite.data.records import Record, parse_record
-from llava_lite.data.scan import DataError, placed_error, scan_json, scan_lines
-from llava_lite.data.shard_files import RawRecord, Shard
-from llava_lite.data.shard_records import row_item, sample_item, with_files
-from llava_lite.data.shards import SHARD_SUFFIXES, find_shards, read_shard
+from llava_lite.data.errors import DataError
+from llava_lite.data.index.scan import placed_error, scan_json, scan_lines
+from llava_lite.data.records.content import without_nulls
+from llava_lite.data.records.foreign_files import TABLE_SUFFIXES
+from llava_lite.data.records.formats import get_formats
+from llava_lite.data.records.record import Record, parse_record
+from llava_lite.data.shards.files import RawRecord, Shard
+from llava_lite.data.shards.read import SHARD_SUFFIXES, find_shards, read_shard
+from llava_lite.data.shards.records import row_item, sample_item, with_files
 
-# Formats of a whole file that is one object: the reader yields records, or objects that are converted one by one.
+# Formats of a file that is one object: the reader yields records, or objects that are converted one by one.
 FILES_OF_RECORDS = {"COCO captions": read_coco, "VQA questions": read_vqa}
 FILES_OF_OBJECTS = {"InternVL meta": read_internvl, "LLaMA-Factory dataset_info": read_llama_factory}
 FILE_FORMATS = (*FILES_OF_RECORDS, *FILES_OF_OBJECTS)
 
 
 def read_foreign(path: str, options: Options) -> Iterator[Found | tuple[str, Record]]:
-    """Yield what a file or directory holds: objects that parse_record reads, reasons, or records of shards.
+    """Yield the content of a file or directory: records for parse_record, reasons, or records of shards.
 
-    Raises DataError for what is of no known format.
+    Raises DataError for an unknown format.
     """
     if "://" in path or path.lower().endswith(SHARD_SUFFIXES) or _holds_shards(path):
         return _of_shards(path, options)
@@ -43,14 +44,14 @@ def read_foreign(path: str, options: Options) -> Iterator[Found | tuple[str, Rec
         return _of_objects(((path, position, item) for position, item in read_table(path, options)), options)
     if not path.lower().endswith((".json", ".jsonl")):
         raise DataError(
-            f"{path}: known are JSON, JSONL, CSV, TSV, parquet, tar and Arrow files, and directories of `datasets` or "
-            "of an ImageFolder."
+            f"{path}: unknown format; known: JSON, JSONL, CSV, TSV, parquet, tar and Arrow files, and directories of "
+            "`datasets` or of an ImageFolder."
         )
     return _of_json(path, options)
 
 
 def _holds_shards(path: str) -> bool:
-    """Say whether a directory holds shards, and no metadata of an ImageFolder."""
+    """Return whether a directory has shards, and no metadata of an ImageFolder."""
     names = {name for _, _, names in os.walk(path) for name in names} if os.path.isdir(path) else set()
     return not names & set(METADATA) and any(name.lower().endswith(SHARD_SUFFIXES) for name in names)
 
@@ -66,7 +67,7 @@ def _of_shards(path: str, options: Options) -> Iterator[Found | tuple[str, Recor
 
 
 def _of_raw(shard: Shard, raw: RawRecord, where: str, options: Options) -> Iterator[tuple[str, Record]]:
-    """Yield the records of a sample or a row, which may be of any format, with their images in bytes."""
+    """Yield the records of a sample or row of any format, with their images as bytes."""
     if raw.error is not None:
         raise raw.error
     item, files = sample_item(raw, where) if shard.kind == "tar" else (row_item(raw, where) | {"id": raw.key}, {})
@@ -76,14 +77,14 @@ def _of_raw(shard: Shard, raw: RawRecord, where: str, options: Options) -> Itera
 
 
 def _of_objects(objects, options: Options) -> Iterator[Found]:
-    """Yield the records of objects with their file and position; `_reason` in one says why it could not be read."""
+    """Yield the records of (file, position, object); `_reason` in an object is why it could not be read."""
     for file, position, item in objects:
         where = f"{os.path.basename(file)}[{position}]"
         if isinstance(item, dict) and "_reason" in item:
             yield Found(where, None, item["_reason"])
             continue
         try:
-            # Listed first, so that an object gives all of its records or none.
+            # A list first, so that an object gives all of its records or none.
             yield from [Found(where, one) for one in convert_item(item, where, options)]
         except DataError as error:
             yield Found(where, None, str(error))
@@ -95,7 +96,7 @@ def _of_json(path: str, options: Options) -> Iterator[Found]:
     except DataError as error:
         return _of_one_object(path, options, _load(path), error)
     if len(spans) == 1:
-        # One line may be one record, or a whole data set.
+        # One line may be one record, or a complete data set.
         item = _load(path)
         if isinstance(item, dict) and _file_format(item) is not None:
             return _of_one_object(path, options, item)
@@ -125,7 +126,7 @@ def _load(path: str):
 
 
 def _file_format(item: dict) -> str | None:
-    return next((name for name in formats_of(without_nulls(item)) if name in FILE_FORMATS), None)
+    return next((name for name in get_formats(without_nulls(item)) if name in FILE_FORMATS), None)
 
 
 def _of_one_object(path: str, options: Options, item, error: DataError | None = None) -> Iterator[Found]:
@@ -137,18 +138,18 @@ def _of_one_object(path: str, options: Options, item, error: DataError | None = 
     if found in FILES_OF_OBJECTS:
         return _of_objects(FILES_OF_OBJECTS[found](item, path, options), options)
     if isinstance(item, list) and item and all(isinstance(one, list) for one in item):
-        # Qwen-VL's packed data: each inner list is a pack, which training makes by itself.
-        options.notes["lists of records taken apart (--packing tokens packs them again)"] += len(item)
+        # Qwen-VL's packed data: each inner list is a pack; training makes its own packs.
+        options.notes["lists of records split up (--packing tokens packs them again)"] += len(item)
         return _of_objects(((path, k, one) for k, one in enumerate(one for pack in item for one in pack)), options)
     if isinstance(item, dict) and isinstance(item.get("data"), list):
-        # TextVQA, for one.
+        # As in TextVQA.
         return _of_objects(((path, position, one) for position, one in enumerate(item["data"])), options)
-    if isinstance(item, dict) and "VQA answers" in formats_of(without_nulls(item)):
+    if isinstance(item, dict) and "VQA answers" in get_formats(without_nulls(item)):
         raise DataError(
-            f"{path} holds the answers of a VQA data set; name the file of its questions, and this one with "
+            f"{path} has the answers of a VQA data set; name the file of its questions, and this one with "
             "--annotations."
         )
     if not isinstance(item, dict):
-        raise error or DataError(f"{path} holds no list of records.")
+        raise error or DataError(f"{path} has no list of records.")
     keys = ", ".join(map(repr, item))[:200]
-    raise DataError(f"{path} holds {keys}; expected a list of records, or one of {', '.join(FILE_FORMATS)}.")
+    raise DataError(f"{path} has {keys}; expected a list of records, or one of {', '.join(FILE_FORMATS)}.")

@@ -1,12 +1,12 @@
-"""Turn a table (CSV or TSV) with a line for each image and its caption, or question and answer, into objects."""
+"""Turn a table (CSV or TSV) of images with captions, or of questions and answers, into objects."""
 
 import csv
 from collections.abc import Iterator
 
 from llava_lite.data.converters.base import Options
-from llava_lite.data.record_formats import ANSWER_KEYS, CAPTION_KEYS
-from llava_lite.data.record_keys import FILE_KEYS, IMAGE_KEYS
-from llava_lite.data.scan import DataError
+from llava_lite.data.errors import DataError
+from llava_lite.data.records.formats import ANSWER_KEYS, CAPTION_KEYS
+from llava_lite.data.records.keys import FILE_KEYS, IMAGE_KEYS
 
 KNOWN = {
     *CAPTION_KEYS,
@@ -33,9 +33,9 @@ def read_table(path: str, options: Options) -> Iterator[tuple[int, dict]]:
             names = options.columns or [name.strip() for name in first]
             if options.columns is None and not KNOWN & set(names) and not set(options.image_key or ()) & set(names):
                 raise DataError(
-                    f"{path} has the columns {', '.join(map(repr, first)) or '(none)'}, of which none is known; if it "
-                    "has no header, name them: --columns image caption. Addresses are not downloaded: img2dataset "
-                    "makes tar files of them, which training reads."
+                    f"{path} has the columns {', '.join(map(repr, first)) or '(none)'}, none of which is known; if "
+                    "it has no header, name them: --columns image caption. URLs are not downloaded: img2dataset makes "
+                    "tar files of them, which training reads."
                 )
             if options.columns is not None:
                 yield 0, _object(first, names, path, 0)

@@ -1,33 +1,33 @@
 """Turn the two files of VQAv2 (Goyal et al. 2017), questions and annotations, into records.
 
-A question names its image by number: `COCO_<data_subtype>_<12 digits>.jpg` unless --image_name says another pattern.
+A question names its image by number: `COCO_<data_subtype>_<12 digits>.jpg` unless --image_name is another pattern.
 """
 
 import json
 from collections.abc import Iterator
 
 from llava_lite.data.converters.base import Found, Options, ask_about, numbered, pick_answers
-from llava_lite.data.converters.items import placed, texts_of
-from llava_lite.data.scan import DataError
+from llava_lite.data.converters.items import get_texts, placed
+from llava_lite.data.errors import DataError
 
 
 def read_vqa(data: dict, where: str, options: Options) -> Iterator[Found]:
-    """Yield the question and the chosen answers of each question that the file of annotations answers."""
+    """Yield each question that the file of annotations answers, with the chosen answers."""
     if options.annotations is None:
         raise DataError(
-            f"{where} holds the questions of a VQA data set; name the file of its answers: --annotations FILE. The "
-            "questions of a test set have none and cannot be learned from."
+            f"{where} has the questions of a VQA data set; name the file of its answers: --annotations FILE. The "
+            "questions of a test set have none and cannot be trained on."
         )
-    answered = _answers_of(options.annotations)
+    answered = _get_answers(options.annotations)
     if options.image_name is None:
         subtype = data.get("data_subtype")
         if not isinstance(subtype, str):
             raise DataError(
-                f"{where} does not say how its images are named; give a pattern for the number of an image: "
+                f"{where} has no data_subtype to name its images by; give a pattern for the number of an image: "
                 "--image_name 'COCO_train2014_{:012d}.jpg'."
             )
         options.image_name = f"COCO_{subtype}_{{:012d}}.jpg"
-        options.said.append(f"image names are {options.image_name!r}, by data_subtype; --image_name says another")
+        options.remarks.append(f"image names are {options.image_name!r}, by data_subtype; --image_name sets another")
     for position, question in enumerate(data["questions"]):
         place, number = f"{where}[{position}]", question.get("question_id")
         name = f"question {number!r} ({place})"
@@ -45,7 +45,7 @@ def read_vqa(data: dict, where: str, options: Options) -> Iterator[Found]:
         yield Found(where, None, f"{len(answered)} annotations whose question_id no question has.")
 
 
-def _answers_of(path: str) -> dict:
+def _get_answers(path: str) -> dict:
     try:
         with open(path, encoding="utf-8-sig") as file:
             data = json.load(file)
@@ -59,8 +59,8 @@ def _answers_of(path: str) -> dict:
 
 def _chosen(entry: dict, options: Options, name: str) -> list[str]:
     chosen = entry.get("multiple_choice_answer")
-    listed = texts_of(entry.get("answers") or [], name)
+    listed = get_texts(entry.get("answers") or [], name)
     if options.answers == "majority" and isinstance(chosen, str):
-        options.notes["answers not taken (--answers majority)"] += len(set(listed) - {chosen})
+        options.notes["answers not used (--answers majority)"] += len(set(listed) - {chosen})
         return [chosen]
     return pick_answers(listed or [chosen], options, name)

@@ -1,4 +1,4 @@
-"""One matrix from the tower's width to the decoder's, or nothing at all."""
+"""A linear layer from the tower's width to the decoder's, alone or with a norm, or the identity."""
 
 from torch import nn
 
@@ -8,8 +8,13 @@ def build_linear(config) -> nn.Module:
     return nn.Linear(config.mm_hidden_size, config.hidden_size)
 
 
+def build_linear_norm(config) -> nn.Module:
+    """Return Linear and LayerNorm, LLaMA2-Accessory's connector behind a Q-Former; weights are named 0 and 1."""
+    return nn.Sequential(nn.Linear(config.mm_hidden_size, config.hidden_size), nn.LayerNorm(config.hidden_size))
+
+
 class IdentityConnector(nn.Module):
-    """Pass features on; `mm_projector_type` in LLaVA's configs is "identity"."""
+    """Return features unchanged; `mm_projector_type` "identity" in LLaVA's configs."""
 
     def forward(self, features):  # [.., C] -> [.., C]
         return features

@@ -1,1 +1,1 @@
-"""One short file a backbone: three class statements on the stock transformers decoder."""
+"""One short file a backbone: three class statements on the decoder of transformers."""

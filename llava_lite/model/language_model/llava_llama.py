@@ -1,15 +1,9 @@
 """LLaVA on Llama, Vicuna and their kin."""
 
-from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
+from transformers import LlamaForCausalLM, LlamaModel
 
-from llava_lite.model.configuration import LlavaConfigMixin
+from llava_lite.configuration import LlavaLlamaConfig
 from llava_lite.model.llava_arch import LlavaMetaForCausalLM, LlavaMetaModel
-
-
-class LlavaLlamaConfig(LlavaConfigMixin, LlamaConfig):
-    """A Llama config with LLaVA's keys."""
-
-    model_type = "llava_llama"
 
 
 class LlavaLlamaModel(LlavaMetaModel, LlamaModel):
@@ -19,7 +13,7 @@ class LlavaLlamaModel(LlavaMetaModel, LlamaModel):
 
 
 class LlavaLlamaForCausalLM(LlavaMetaForCausalLM, LlamaForCausalLM):
-    """The whole model: pictures and text in, text out."""
+    """The full model: images and text in, text out."""
 
     config_class = LlavaLlamaConfig
     decoder_class = LlavaLlamaModel

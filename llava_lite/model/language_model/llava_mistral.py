@@ -1,15 +1,9 @@
 """LLaVA on Mistral."""
 
-from transformers import MistralConfig, MistralForCausalLM, MistralModel
+from transformers import MistralForCausalLM, MistralModel
 
-from llava_lite.model.configuration import LlavaConfigMixin
+from llava_lite.configuration import LlavaMistralConfig
 from llava_lite.model.llava_arch import LlavaMetaForCausalLM, LlavaMetaModel
-
-
-class LlavaMistralConfig(LlavaConfigMixin, MistralConfig):
-    """A Mistral config with LLaVA's keys."""
-
-    model_type = "llava_mistral"
 
 
 class LlavaMistralModel(LlavaMetaModel, MistralModel):
@@ -19,7 +13,7 @@ class LlavaMistralModel(LlavaMetaModel, MistralModel):
 
 
 class LlavaMistralForCausalLM(LlavaMetaForCausalLM, MistralForCausalLM):
-    """The whole model: pictures and text in, text out."""
+    """The full model: images and text in, text out."""
 
     config_class = LlavaMistralConfig
     decoder_class = LlavaMistralModel

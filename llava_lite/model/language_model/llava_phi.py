@@ -1,15 +1,9 @@
 """LLaVA on Phi-1.5 and Phi-2."""
 
-from transformers import PhiConfig, PhiForCausalLM, PhiModel
+from transformers import PhiForCausalLM, PhiModel
 
-from llava_lite.model.configuration import LlavaConfigMixin
+from llava_lite.configuration import LlavaPhiConfig
 from llava_lite.model.llava_arch import LlavaMetaForCausalLM, LlavaMetaModel
-
-
-class LlavaPhiConfig(LlavaConfigMixin, PhiConfig):
-    """A Phi config with LLaVA's keys."""
-
-    model_type = "llava_phi"
 
 
 class LlavaPhiModel(LlavaMetaModel, PhiModel):
@@ -19,7 +13,7 @@ class LlavaPhiModel(LlavaMetaModel, PhiModel):
 
 
 class LlavaPhiForCausalLM(LlavaMetaForCausalLM, PhiForCausalLM):
-    """The whole model: pictures and text in, text out."""
+    """The full model: images and text in, text out."""
 
     config_class = LlavaPhiConfig
     decoder_class = LlavaPhiModel

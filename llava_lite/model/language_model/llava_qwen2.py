@@ -1,15 +1,9 @@
 """LLaVA on Qwen2 and Qwen2.5."""
 
-from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Model
+from transformers import Qwen2ForCausalLM, Qwen2Model
 
-from llava_lite.model.configuration import LlavaConfigMixin
+from llava_lite.configuration import LlavaQwen2Config
 from llava_lite.model.llava_arch import LlavaMetaForCausalLM, LlavaMetaModel
-
-
-class LlavaQwen2Config(LlavaConfigMixin, Qwen2Config):
-    """A Qwen2 config with LLaVA's keys."""
-
-    model_type = "llava_qwen2"
 
 
 class LlavaQwen2Model(LlavaMetaModel, Qwen2Model):
@@ -19,7 +13,7 @@ class LlavaQwen2Model(LlavaMetaModel, Qwen2Model):
 
 
 class LlavaQwen2ForCausalLM(LlavaMetaForCausalLM, Qwen2ForCausalLM):
-    """The whole model: pictures and text in, text out."""
+    """The full model: images and text in, text out."""
 
     config_class = LlavaQwen2Config
     decoder_class = LlavaQwen2Model

@@ -1,15 +1,9 @@
 """LLaVA on Qwen3."""
 
-from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3Model
+from transformers import Qwen3ForCausalLM, Qwen3Model
 
-from llava_lite.model.configuration import LlavaConfigMixin
+from llava_lite.configuration import LlavaQwen3Config
 from llava_lite.model.llava_arch import LlavaMetaForCausalLM, LlavaMetaModel
-
-
-class LlavaQwen3Config(LlavaConfigMixin, Qwen3Config):
-    """A Qwen3 config with LLaVA's keys."""
-
-    model_type = "llava_qwen3"
 
 
 class LlavaQwen3Model(LlavaMetaModel, Qwen3Model):
@@ -19,7 +13,7 @@ class LlavaQwen3Model(LlavaMetaModel, Qwen3Model):
 
 
 class LlavaQwen3ForCausalLM(LlavaMetaForCausalLM, Qwen3ForCausalLM):
-    """The whole model: pictures and text in, text out."""
+    """The full model: images and text in, text out."""
 
     config_class = LlavaQwen3Config
     decoder_class = LlavaQwen3Model

@@ -1,0 +1,89 @@
+"""Turn the files of a DeepSpeed engine in checkpoint-N into weights by name, without running code in them."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Mapping
+from contextlib import redirect_stdout
+from importlib import import_module
+from pathlib import Path
+
+import torch
+
+from llava_lite.checkpoints.copying import readable
+
+logger = logging.getLogger(__name__)
+
+# The file by which an engine finds the directory of its own files.
+LATEST = "latest"
+# What the engine's pickles hold besides tensors and plain values: states without code of their own.
+OF_DEEPSPEED = {
+    "deepspeed.runtime.fp16.loss_scaler": ("LossScaler", "DynamicLossScaler"),
+    "deepspeed.runtime.zero.config": ("ZeroStageEnum",),
+    "deepspeed.utils.tensor_fragment": ("fragment_address",),
+}
+
+
+def engine_directory(path) -> Path | None:
+    """Return the directory of an engine's files in a local checkpoint-N, None where there is none.
+
+    Raises OSError where the checkpoint names a directory that it does not hold.
+    """
+    latest = Path(path) / LATEST
+    if not latest.is_file():
+        return None
+    tag = latest.read_text(encoding="utf-8").strip()
+    if not tag or Path(tag).name != tag or not (Path(path) / tag).is_dir():
+        raise OSError(
+            f"{str(path)!r} is no complete checkpoint: its file {LATEST!r} names {tag!r}, and there is no such "
+            "directory beside it. Copy the checkpoint again."
+        )
+    return Path(path) / tag
+
+
+def engine_weights(path) -> Mapping:
+    """Return the trained weights of a checkpoint-N in float32, put together from all ranks, by the run's own names.
+
+    By DeepSpeed's converter, under ZeRO-2 and ZeRO-3. The values are tensors or, under ZeRO-3, what becomes one by
+    `.contiguous()`: no more than one need be in memory.
+    """
+    converter = deepspeed_module("deepspeed.utils.zero_to_fp32", path)
+    check_no_code(engine_directory(path))
+    # It reports on standard output, where a program's own results go.
+    try:
+        with redirect_stdout(sys.stderr):
+            return converter.get_fp32_state_dict_from_zero_checkpoint(
+                str(path), exclude_frozen_parameters=True, lazy_mode=True
+            )
+    except (ValueError, KeyError, FileNotFoundError, NotImplementedError) as error:
+        raise OSError(
+            f"the weights of {str(path)!r} cannot be put together from the files of its ranks "
+            f"({type(error).__name__}: {error}). Copy the complete checkpoint again, or open another."
+        ) from error
+
+
+def deepspeed_module(name: str, path):
+    """Return a module of DeepSpeed; ImportError names the checkpoint that needs it."""
+    try:
+        return import_module(name)
+    except ImportError as error:
+        raise ImportError(
+            f"{str(path)!r} holds its weights in DeepSpeed's files; pip install 'llava-lite[train]' to open it."
+        ) from error
+
+
+def check_no_code(directory: Path) -> None:
+    """Raise ValueError for an engine's file that holds more than tensors, plain values and DeepSpeed's own states.
+
+    DeepSpeed unpickles without looking, and a pickle can run anything. The values of tensors are not read here.
+    """
+    for file in sorted(directory.rglob("*.pt")):
+        read_state(file)
+
+
+def read_state(file: Path):
+    """Return what a file of an engine holds, its tensors mapped; raises ValueError where that is code."""
+    allowed = [getattr(deepspeed_module(name, file), kind) for name, kinds in OF_DEEPSPEED.items() for kind in kinds]
+    with readable(file, "the state of a DeepSpeed engine"), torch.serialization.safe_globals(allowed):
+        return torch.load(file, map_location="cpu", weights_only=True, mmap=True)

@@ -1,0 +1,110 @@
+"""Turn a checkpoint-N of a run into its weights at that step, by the names of a finished directory."""
+
+from __future__ import annotations
+
+import logging
+import re
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from llava_lite.checkpoints.copying import read_weights
+from llava_lite.checkpoints.engine_files import LATEST, engine_directory, engine_weights
+from llava_lite.checkpoints.source import Checkpoint
+from llava_lite.formats.llava import plain_name
+
+logger = logging.getLogger(__name__)
+
+# The last file of a checkpoint-N; a finished directory has none.
+MANIFEST = "manifest.json"
+STATE, TRAINED = "trainer_state.json", "trained.safetensors"
+ADAPTER, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+# PEFT names an adapter's weights after the adapter while it trains, and no more when it is saved.
+_LORA = re.compile(r"(\.lora_\w+)\.default(?=\.|$)")
+
+
+def holds_step(path) -> bool:
+    """Tell whether a local directory holds the state of a run at a step, with its trained weights."""
+    directory = Path(path)
+    return (directory / MANIFEST).is_file() and (
+        (directory / TRAINED).is_file() or engine_directory(directory) is not None
+    )
+
+
+def step_weights(path) -> tuple[Mapping, dict]:
+    """Return the trained weights of a checkpoint-N by plain names, and its LoRA by PEFT's, which may be empty.
+
+    Values as in `engine_weights`. Raises OSError for a checkpoint without config.json, ValueError for files with code.
+    """
+    directory = Path(path)
+    # Under expert parallelism the experts of all ranks are in one file, whatever the engine's files hold.
+    in_engine = not (directory / TRAINED).is_file()
+    held = engine_weights(directory) if in_engine else read_weights(directory / TRAINED)
+    logger.info("opening %s: %s", directory, describe_step(directory))
+    others = {plain_name(name): weight for name, weight in held.items() if ".lora_" not in name}
+    return others, {_LORA.sub(r"\1", name): weight for name, weight in held.items() if ".lora_" in name}
+
+
+def describe_step(path) -> str:
+    """Return the step of the run at which a checkpoint was saved, and its ranks."""
+    state, manifest = map(Checkpoint(path).read_json, (STATE, MANIFEST))
+    ranks = manifest.get("world_size")
+    of_ranks = "" if ranks is None else f", saved by {ranks} rank{'s' * (ranks != 1)}"
+    stage = manifest.get("steps", {}).get("DeepSpeed ZeRO stage")
+    return f"step {state.get('global_step')} of {state.get('max_steps')}{of_ranks}" + (
+        "" if stage is None else f" under ZeRO-{stage}"
+    )
+
+
+def check_has_config(path) -> None:
+    """Raise OSError for the state of a run without the config.json of its model."""
+    directory = Path(path)
+    if directory.is_dir() and not (directory / "config.json").is_file() and holds_step(directory):
+        raise OSError(
+            f"{str(path)!r} holds the state of a run and no config.json, as checkpoints of early versions: resume the "
+            "run from it (--resume_from_checkpoint) with --max_steps at its step, and its --output_dir becomes the "
+            "model."
+        )
+
+
+@contextmanager
+def get_step_adapter(path, adapter: Mapping | None = None) -> Iterator[Path]:
+    """Give a directory with the LoRA of a checkpoint-N as a finished run writes it, in the run's dtype.
+
+    adapter: its weights if they are read already.
+    """
+    adapter = step_weights(path)[1] if adapter is None else adapter
+    with linked_directory(path, lambda name: name == ADAPTER) as directory:
+        write_weights(adapter, directory / ADAPTER_WEIGHTS, path)
+        yield directory
+
+
+@contextmanager
+def step_without_adapter(path) -> Iterator[Path]:
+    """Give a directory with the other trained weights of a checkpoint-N, as a finished run writes it."""
+    gone = (ADAPTER, MANIFEST, LATEST, TRAINED)
+    with linked_directory(path, lambda name: name not in gone) as directory:
+        write_weights(step_weights(path)[0], directory / TRAINED, path)
+        yield directory
+
+
+@contextmanager
+def linked_directory(path, keeps: Callable[[str], bool]) -> Iterator[Path]:
+    """Give a temporary directory with links to those files of a directory whose names `keeps` accepts."""
+    with tempfile.TemporaryDirectory() as there:
+        for file in Path(path).iterdir():
+            if file.is_file() and keeps(file.name):
+                (Path(there) / file.name).symlink_to(file.resolve())
+        yield Path(there)
+
+
+def write_weights(weights: Mapping, file: Path, path) -> None:
+    """Write weights of a checkpoint-N to a file, in the run's dtype."""
+    dtype = getattr(torch, Checkpoint(path).fields.get("dtype") or "float32")
+    # Copies: tied weights share memory, which a safetensors file does not allow.
+    copies = {name: weight.contiguous().to(dtype, copy=True) for name, weight in weights.items()}
+    save_file(copies, file, metadata={"format": "pt"})

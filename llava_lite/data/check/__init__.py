@@ -1,0 +1,1 @@
+"""The check of records and images before the first step."""

@@ -1,0 +1,1 @@
+"""Annotation files as records by position, read through an index on disk."""

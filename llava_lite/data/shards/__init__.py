@@ -1,0 +1,1 @@
+"""WebDataset, parquet and Arrow shards as an endless stream of micro-batches."""

@@ -1,0 +1,1 @@
+"""What the ranks of a run share: values, errors, partitioned weights."""

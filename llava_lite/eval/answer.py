@@ -1,0 +1,99 @@
+"""Answer a file of questions in LLaVA's format, and write LLaVA's lines of answers.
+
+Answers are kept in OUT.jsonl.parts as they come, where a run that was stopped goes on; when all are there they become
+OUT.jsonl, and the directory goes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from contextlib import suppress
+from pathlib import Path
+
+from llava_lite.data.records.keys import media_keys
+from llava_lite.eval.answers import forget, merge
+from llava_lite.eval.benchmarks.base import Benchmark, Options, Scores
+from llava_lite.eval.benchmarks.files import read_lines
+from llava_lite.eval.questions import Question
+from llava_lite.eval.run import Ranks, ask_share, describe_run, get_generation
+
+
+class QuestionFile(Benchmark):
+    """A file of questions whose right answers nobody knows."""
+
+    name = "answer"
+    title = "answers"
+    max_new_tokens = 1024
+
+    def load(self, directory, options):
+        """Return the questions of a file; ValueError with the first image that is not in `directory`."""
+        file = Path(options.questions)
+        questions = [to_question(item, file, directory) for item in read_lines(file, ("question_id", "text"))]
+        if not questions:
+            raise ValueError(f"{file} has no questions; expected lines of {{question_id, image, text}}.")
+        for question in questions:
+            missing = [image for image in question.images if not os.path.isfile(image)]
+            if missing:
+                raise FileNotFoundError(
+                    f"{file}: the image {missing[0]} of question {question.id!r} is not there. Name the directory of "
+                    "the images with --image-folder."
+                )
+        return questions
+
+    def score(self, questions, answers, options):
+        """Return no score."""
+        return Scores("", None)
+
+
+def to_question(item, file: Path, directory: Path) -> Question:
+    """Return the question of a line, whose image is a name or a list of names; ValueError for anything else."""
+    unread = [key for key in ("images", *media_keys(item)) if item.get(key) and key != "image"]
+    if unread:
+        raise ValueError(
+            f"{file}: question {item['question_id']!r} has the key {unread[0]!r}, which would not be seen: images are "
+            "read from 'image', a name or a list of names. Rename the key, or leave it out."
+        )
+    image = item.get("image")
+    names = [] if image is None else image if isinstance(image, list) else [image]
+    if not all(isinstance(name, str) for name in names) or not isinstance(item["text"], str):
+        raise ValueError(
+            f"{file}: question {item['question_id']!r} has the text {item['text']!r} and the image {image!r}; "
+            "expected a text, and the name of an image or a list of names."
+        )
+    return Question(item["question_id"], item["text"], tuple(str(directory / name) for name in names))
+
+
+def answer_file(flags) -> Path | None:
+    """Answer the questions with the flags of `llava-lite answer`; return the file, None where other chunks go on."""
+    source, target = Path(flags.questions), Path(flags.out)
+    parts = target.with_name(f"{target.name}.parts")
+    benchmark, options = QuestionFile(), Options(questions=str(source))
+    questions = benchmark.load(Path(flags.image_folder or source.parent), options)
+    generation = get_generation(benchmark, options, flags)
+    run = describe_run(benchmark, options, questions, generation, flags)
+    # Which images the questions are about.
+    run |= {"image_folder": flags.image_folder, "file": hashlib.sha256(source.read_bytes()).hexdigest()[:16]}
+    with Ranks(flags.num_chunks, flags.chunk_idx, flags.overwrite) as ranks:
+        if target.exists() and not parts.exists() and not flags.overwrite:
+            raise FileExistsError(f"{target} is there already. Name another file, or --overwrite to replace it.")
+        # Every rank has looked at the files before one deletes them.
+        ranks.wait()
+        ask_share(benchmark, run, generation, questions, parts, flags, ranks)
+        if not ranks.scores:
+            if not ranks.is_launched:
+                print(
+                    f"{parts}: chunk {ranks.index} of {ranks.count} is answered; when all are, the same command "
+                    f"without --chunk-idx writes {target}."
+                )
+            return None
+        lines = merge(parts, len(questions), ranks.count)
+        draft = target.with_name(f"{target.name}.{os.getpid()}.part")
+        draft.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
+        os.replace(draft, target)
+        forget(parts)
+        with suppress(OSError):
+            parts.rmdir()
+        print(f"wrote {len(lines):,} answers to {target}")
+        return target

@@ -1,0 +1,87 @@
+"""Ask a model many questions: in batches of prompts of equal length, each answer handed on as soon as it is there."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from PIL import Image
+
+from llava_lite.eval.questions import Question
+from llava_lite.inference import reply
+from llava_lite.media.image import open_image
+
+
+@dataclass(frozen=True)
+class Generation:
+    """How answers are generated; the defaults are those of LLaVA's evaluation scripts: greedy, 128 tokens.
+
+    seed: of the first question, where answers are sampled. image_aspect_ratio: None for the checkpoint's own; a model
+    with anyres keeps it. more: further keywords of `generate`.
+    """
+
+    conv_template: str | None = None
+    max_new_tokens: int = 128
+    temperature: float = 0.0
+    num_beams: int = 1
+    seed: int = 0
+    image_aspect_ratio: str | None = None
+    more: dict[str, Any] = field(default_factory=dict)
+
+    def arguments(self) -> dict[str, Any]:
+        """Return the keywords of `reply`."""
+        known = ("conv_template", "max_new_tokens", "temperature", "num_beams")
+        return {name: getattr(self, name) for name in known} | self.more
+
+
+def in_batches(questions: Sequence[Question], positions: Iterable[int], batch_size: int) -> Iterator[list[int]]:
+    """Yield batches of positions whose questions have equally many images and texts of similar length, longest first.
+
+    The longest come first so that memory that does not suffice shows at once.
+    """
+    groups: dict[int, list[int]] = {}
+    for position in positions:
+        groups.setdefault(len(questions[position].images), []).append(position)
+    for _, group in sorted(groups.items(), reverse=True):
+        group.sort(key=lambda position: -len(questions[position].text))
+        yield from (group[start : start + batch_size] for start in range(0, len(group), batch_size))
+
+
+def ask(
+    model,
+    processor,
+    questions: Sequence[Question],
+    positions: Sequence[int],
+    generation: Generation,
+    batch_size: int = 1,
+    on_answers: Callable[[dict[int, str]], None] = lambda answers: None,
+) -> None:
+    """Ask the questions at `positions`, and call on_answers with {position: answer} after each batch.
+
+    Raises ValueError with the question's id for an image that cannot be read.
+    """
+    for batch in in_batches(questions, positions, batch_size):
+        if generation.temperature > 0:
+            # A seed of its own, so that a run that goes on after a kill samples as one that was not killed.
+            torch.manual_seed(generation.seed + batch[0])
+        chosen = [questions[position] for position in batch]
+        images = [read_images(question) for question in chosen]
+        texts = reply(model, processor, [question.text for question in chosen], images, **generation.arguments())
+        on_answers(dict(zip(batch, texts, strict=True)))
+
+
+def read_images(question: Question) -> list[Image.Image]:
+    """Return the images of a question as they are stored: LLaVA's programs do not turn them by their EXIF.
+
+    Raises ValueError with the question's id for one that cannot be read.
+    """
+    try:
+        images = [image() if callable(image) else image for image in question.images]
+        images = [open_image(io.BytesIO(image) if isinstance(image, bytes) else image) for image in images]
+    except (OSError, ValueError) as error:
+        raise ValueError(f"question {question.id!r}: {error}") from error
+    # An image of pixels alone: `reply` turns one upright that still knows its EXIF.
+    return [Image.frombytes(image.mode, image.size, image.tobytes()) for image in images]

@@ -1,0 +1,302 @@
+"""Score a model on a benchmark: ask its questions, go on after a kill, score, and write the results.
+
+Several processes share the questions: those of `torchrun -m llava_lite.cli eval ...`, or those started one by one with
+--num-chunks and --chunk-idx.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Sequence
+from dataclasses import asdict
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from llava_lite.eval.answers import AnswerFile, claim, compare, forget, merge, read_answers, write_merged
+from llava_lite.eval.asking import Generation, ask
+from llava_lite.eval.benchmarks import BENCHMARKS, get_benchmark
+from llava_lite.eval.benchmarks.base import Benchmark, Options
+from llava_lite.eval.questions import Question, chunk_of
+from llava_lite.eval.results import to_report, to_text, write_report
+
+# Files that make a model what it is.
+WEIGHTS = ("*.safetensors", "*.bin", "*.json", "*.jinja", "*.model", "*.txt")
+
+
+def evaluate(flags) -> dict[str, Any] | None:
+    """Run a benchmark with the flags of `llava-lite eval`; return its report, None where other chunks go on."""
+    benchmark = get_benchmark(flags.benchmark)
+    split, variant = benchmark.choose(flags.split, "split"), benchmark.choose(flags.variant, "variant")
+    options = Options(split, variant, flags.questions, flags.judge, flags.judge_model)
+    with Ranks(flags.num_chunks, flags.chunk_idx, flags.overwrite) as ranks:
+        return run_benchmark(benchmark, options, flags, ranks)
+
+
+def run_benchmark(benchmark: Benchmark, options: Options, flags, ranks: Ranks) -> dict[str, Any] | None:
+    """Ask what is left of a chunk, and score where all is answered; return the report, None where others go on."""
+    directory = benchmark.find(Path(flags.data))
+    questions = load_questions(benchmark, directory, options)[: flags.limit]
+    generation = get_generation(benchmark, options, flags)
+    run = describe_run(benchmark, options, questions, generation, flags)
+    if any(callable(image) for question in questions for image in question.images):
+        # Images of tables have no files of their own.
+        run["data"] = str(directory.resolve())
+    out = Path(flags.out) if flags.out else default_out(directory, benchmark, options, flags)
+    options = options._replace(out=str(out))
+    ask_share(benchmark, run, generation, questions, out, flags, ranks)
+    if not ranks.scores:
+        if not ranks.is_launched:
+            print(f"{out}: chunk {ranks.index} of {ranks.count} is answered. Score with --num-chunks {ranks.count}.")
+        return None
+    lines = merge(out, len(questions), ranks.count)
+    answers = [line["text"] for line in lines]
+    # Before the score, for which a judge may not be reached.
+    written = [write_merged(out, lines, None), *benchmark.write(out, questions, answers, options)]
+    scores = benchmark.score(questions, answers, options)
+    write_merged(out, lines, scores.each)
+    report = to_report(benchmark, scores, run, len(questions))
+    written += write_report(out, report)
+    print(to_text(report) + "\n" + "\n".join(f"wrote {path}" for path in written))
+    return report
+
+
+def ask_share(benchmark, run, generation, questions: Sequence[Question], out: Path, flags, ranks: Ranks) -> None:
+    """Ask what this process is to ask, or check that the answers in `out` are of this run; return when all ranks have.
+
+    With --overwrite earlier answers are deleted first.
+    """
+    if flags.overwrite and ranks.is_first:
+        forget(out)
+    ranks.wait()
+    if ranks.asks:
+        ask_chunk(benchmark, run, generation, questions, out, flags, ranks)
+    else:
+        compare(out, run)
+    ranks.wait()
+
+
+def load_questions(benchmark: Benchmark, directory: Path, options: Options) -> list[Question]:
+    """Return all questions; ValueError where there are none, and for a file without a key that is read."""
+    try:
+        questions = benchmark.load(directory, options)
+    except (KeyError, IndexError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"the files of {benchmark.title} in {directory} are not in the format of {benchmark.source}: "
+            f"{type(error).__name__}: {error}."
+        ) from error
+    if not questions:
+        raise ValueError(f"{directory} has no questions of {benchmark.title}.")
+    return questions
+
+
+def ask_chunk(
+    benchmark, run, generation: Generation, questions: Sequence[Question], out: Path, flags, ranks: Ranks
+) -> None:
+    """Ask the questions of a chunk that have no answer yet."""
+    from tqdm import tqdm
+
+    if ranks.is_first or not ranks.is_launched:
+        claim(out, run)
+    ranks.wait()
+    file = AnswerFile(out, ranks.count, ranks.index)
+    known = {position: line["text"] for position, line in read_answers(out, len(questions)).items()}
+    positions = list(chunk_of(len(questions), ranks.count, ranks.index))
+    left = [position for position in positions if position not in known]
+    if not left:
+        return
+    check_images([questions[position] for position in left])
+    model, processor = open_model(flags, ranks, any(question.images for question in questions))
+    if generation.image_aspect_ratio and processor.image_aspect_ratio != "anyres":
+        processor.image_aspect_ratio = generation.image_aspect_ratio
+    running = Running(benchmark, {i: (questions[i], known[i]) for i in positions if i in known})
+    hidden = ranks.is_launched and not ranks.is_first
+    with tqdm(total=len(positions), initial=len(positions) - len(left), desc=benchmark.title, disable=hidden) as bar:
+
+        def keep(answers: dict[int, str]) -> None:
+            answered = {position: (questions[position], text) for position, text in answers.items()}
+            file.append(answered, run["model"])
+            running.add(answered)
+            bar.set_postfix_str(running.text)
+            bar.update(len(answers))
+
+        ask(model, processor, questions, left, generation, flags.batch_size, keep)
+
+
+def get_generation(benchmark: Benchmark, options: Options, flags) -> Generation:
+    """Return how the answers are generated: as in LLaVA's scripts, as the benchmark says, and as the flags say."""
+    fields = {"max_new_tokens": benchmark.max_new_tokens, **benchmark.generation(options)}
+    chosen = {name: getattr(flags, name) for name in ("max_new_tokens", "temperature", "num_beams")}
+    fields |= {name: value for name, value in chosen.items() if value is not None}
+    temperature = fields.get("temperature", 0.0)
+    if not 0 <= temperature < float("inf"):
+        raise ValueError(f"--temperature {temperature}: 0 for greedy decoding, or a number above it.")
+    if flags.top_p is not None:
+        if not 0 < flags.top_p <= 1 or not temperature:
+            raise ValueError(f"--top-p {flags.top_p}: a number above 0, at most 1, and with a --temperature above 0.")
+        fields["more"] = {**fields.get("more", {}), "top_p": flags.top_p}
+    return Generation(flags.conv_mode, **fields)
+
+
+def check_images(questions: Sequence[Question]) -> None:
+    """Raise FileNotFoundError with the number of missing images: before the model, not in the middle of a run."""
+    paths = {image for question in questions for image in question.images if isinstance(image, str)}
+    missing = sorted(path for path in paths if not os.path.isfile(path))
+    if missing:
+        raise FileNotFoundError(
+            f"{len(missing):,} of {len(paths):,} images are not there, the first is {missing[0]}. Get the complete "
+            "images of the benchmark."
+        )
+
+
+class Running:
+    """The mean score of the answers so far, for the progress bar."""
+
+    def __init__(self, benchmark: Benchmark, answered):
+        self.benchmark, self.sum, self.count = benchmark, 0.0, 0
+        self.add(answered)
+
+    def add(self, answered) -> None:
+        """Add {position: (question, answer)}."""
+        scores = [self.benchmark.score_one(question, text) for question, text in answered.values()]
+        known = [score for score in scores if score is not None]
+        self.sum, self.count = self.sum + sum(known), self.count + len(known)
+
+    @property
+    def text(self) -> str:
+        """Return the score in percent, empty where a single answer has none."""
+        return f"{100 * self.sum / self.count:.1f}%" if self.count else ""
+
+
+class Ranks:
+    """The processes that share a benchmark: of torchrun, or started one by one with --num-chunks and --chunk-idx."""
+
+    def __init__(self, num_chunks: int, chunk_idx: int | None, overwrite: bool = False):
+        if overwrite and (num_chunks > 1 or chunk_idx is not None):
+            raise ValueError(
+                "--overwrite would delete the answers of the other chunks; write elsewhere, or leave --num-chunks and "
+                "--chunk-idx out."
+            )
+        world = int(os.environ.get("WORLD_SIZE", "1"))
+        self.is_launched = world > 1
+        if self.is_launched and (num_chunks > 1 or chunk_idx is not None):
+            raise ValueError("torchrun shares the questions itself; leave --num-chunks and --chunk-idx out.")
+        self.count = world if self.is_launched else num_chunks
+        if chunk_idx is not None and not 0 <= chunk_idx < self.count:
+            raise ValueError(f"--chunk-idx {chunk_idx} of --num-chunks {self.count}; it counts from 0.")
+        self.index = int(os.environ["RANK"]) if self.is_launched else chunk_idx or 0
+        # Of several chunks, without an index: all were asked before, and are scored now.
+        self.asks = self.is_launched or num_chunks == 1 or chunk_idx is not None
+        self.scores = self.index == 0 if self.is_launched else chunk_idx is None or num_chunks == 1
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process does what one alone must do."""
+        return self.index == 0
+
+    def __enter__(self):
+        if self.is_launched:
+            import torch.distributed as dist
+
+            # A rank that is done waits for the slowest one; the default timeout is half an hour.
+            dist.init_process_group("gloo", timeout=timedelta(days=30))
+        return self
+
+    def __exit__(self, *error) -> None:
+        if self.is_launched:
+            import torch.distributed as dist
+
+            dist.destroy_process_group()
+
+    def wait(self) -> None:
+        """Wait for all ranks of torchrun."""
+        if self.is_launched:
+            import torch.distributed as dist
+
+            dist.barrier()
+
+
+def open_model(flags, ranks: Ranks, needs_images: bool):
+    """Return model and processor on the device of this rank; ValueError for a text-only model on images."""
+    import torch
+
+    from llava_lite.inference import load
+
+    device = flags.device
+    if device is None and torch.cuda.is_available():
+        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    more = {name: True for name in ("load_8bit", "load_4bit") if getattr(flags, name)}
+    model, processor = load(flags.model, device, model_base=flags.model_base, revision=flags.revision, **more)
+    if needs_images and processor.image_processor is None:
+        raise ValueError(f"{flags.model!r} has no vision tower and the benchmark has images; name a LLaVA model.")
+    # Before the first question: an unknown template is named with those that are known.
+    processor.template(flags.conv_mode)
+    return model, processor
+
+
+def describe_run(
+    benchmark: Benchmark, options: Options, questions: Sequence[Question], generation: Generation, flags
+) -> dict[str, Any]:
+    """Return what the answers depend on, as JSON values: model, prompts, settings and the questions."""
+    asked = hashlib.sha256()
+    for question in questions:
+        images = "\0".join(map(image_facts, question.images))
+        asked.update(f"{question.id}\0{question.text}\0{images}\n".encode("utf-8", "surrogatepass"))
+    return {
+        "benchmark": benchmark.name,
+        "split": options.split,
+        "variant": options.variant,
+        "model": str(Path(flags.model)),
+        "model_base": flags.model_base,
+        "base_weights": None if flags.model_base is None else weights_digest(flags.model_base),
+        "revision": flags.revision,
+        "weights": weights_digest(flags.model),
+        "quantised": "8 bit" if flags.load_8bit else "4 bit" if flags.load_4bit else None,
+        **asdict(generation),
+        "num_questions": len(questions),
+        "questions": asked.hexdigest()[:16],
+    }
+
+
+def image_facts(image) -> str:
+    """Return name, size and time of an image's file; "" for one that is read from a table or given as bytes."""
+    if not isinstance(image, str) or not os.path.isfile(image):
+        return ""
+    found = os.stat(image)
+    return f"{os.path.basename(image)} {found.st_size} {found.st_mtime_ns}"
+
+
+def weights_digest(model: str) -> str | None:
+    """Return a digest of names, sizes and times of a model's files in a directory; None for a hub id."""
+    directory = Path(model)
+    if not directory.is_dir():
+        return None
+    files = sorted({path for pattern in WEIGHTS for path in directory.glob(pattern)})
+    facts = [f"{path.name} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in files]
+    return hashlib.sha256("\n".join(facts).encode()).hexdigest()[:16]
+
+
+def default_out(directory: Path, benchmark: Benchmark, options: Options, flags) -> Path:
+    """Return answers/MODEL/BENCHMARK in the benchmark's directory, with what is not the default in its name."""
+    name = benchmark.name
+    for chosen, known in ((options.split, benchmark.splits), (options.variant, benchmark.variants)):
+        name += f"_{chosen}" if chosen in known[1:] else ""
+    if options.questions:
+        name += f"_{Path(options.questions).stem}"
+    if flags.limit is not None:
+        name += f"_first_{flags.limit}"
+    return directory / "answers" / Path(flags.model).name / name
+
+
+def list_benchmarks() -> str:
+    """Return the table of `llava-lite eval list`."""
+    rows = [("name", "benchmark", "score", "directory", "splits, variants")]
+    for name, kind in BENCHMARKS.items():
+        more = ", ".join((*kind.splits, *kind.variants))
+        rows.append((name, kind.title, kind.metric, kind.directory, more))
+    widths = [max(len(row[column]) for row in rows) for column in range(4)]
+    return "\n".join(
+        "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[4]]).rstrip()
+        for row in rows
+    )

@@ -1,0 +1,1 @@
+"""The Hugging Face Hub: what its client raises, and how a directory is uploaded."""

@@ -1,0 +1,1 @@
+"""Images, sounds and other media: opened from files, URLs and bytes, and turned into the tensors of an encoder."""

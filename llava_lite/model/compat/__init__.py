@@ -1,0 +1,1 @@
+"""LLaVA's and MoE-LLaVA's own names for models and their methods."""

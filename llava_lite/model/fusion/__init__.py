@@ -1,0 +1,1 @@
+"""Replace image placeholders by image features."""

@@ -1,0 +1,1 @@
+"""Sparse experts in the place of a decoder layer's MLP."""

@@ -1,0 +1,1 @@
+"""The processor: prompts and images to the inputs of a model."""

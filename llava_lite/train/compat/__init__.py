@@ -1,0 +1,1 @@
+"""LLaVA's names for training data, order and state."""

@@ -1,0 +1,111 @@
+"""Load an engine's checkpoint on another number of ranks than saved it, by DeepSpeed's universal checkpoint.
+
+Universal Checkpointing (Lian et al. 2024, arXiv 2406.18820; deepspeed.checkpoint.ds_to_universal): each weight with
+the two moments of Adam becomes a file of its own, from which every rank reads its new shard.
+"""
+
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from llava_lite.checkpoints.engine_files import check_no_code, engine_directory, read_state
+from llava_lite.distributed.ranks import everyone
+from llava_lite.train.deepspeed.private import universal_load
+from llava_lite.train.saving import manifest as paper
+from llava_lite.train.together import together
+
+logger = logging.getLogger(__name__)
+
+CONVERTER = "deepspeed.checkpoint.ds_to_universal"
+# Written beside the converted files once they are complete, or with the reason why they are not.
+ENDED = "ended"
+# The variables by which a launcher describes a rank; the converter is not one.
+RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_POLL_EVERY_S = 0.5
+
+
+def load_universal(engine, path: str, workspace: str | Path, is_converter: bool) -> None:
+    """Load a checkpoint that another number of ranks saved; all ranks must call it, one of them converts.
+
+    workspace: a directory that all ranks see, with room for twice the optimizer; it is left as it was. Raises
+    ValueError on every rank with what failed.
+    """
+    directory = engine_directory(path)
+    there = Path(workspace) / everyone(f"{paper.STAGING_PREFIX}checkpoint-universal-{time.time_ns()}")[0]
+    advice = f"{path} is unchanged: start as many ranks as saved it, or open it as the model of a new run."
+    with together(ValueError, advice, (OSError, ValueError)):
+        if is_converter:
+            make_room(directory, there)
+    try:
+        with together(ValueError, advice, (OSError, ValueError)):
+            convert(directory, there) if is_converter else wait_for(there)
+        with universal_load(engine):
+            loaded, _ = engine.load_checkpoint(str(there), load_module_strict=False)
+        resolve_groups(engine.basic_optimizer, read_state(there / directory.name / "zero" / "optimizer_state.pt"))
+        if loaded is None:
+            raise ValueError(f"DeepSpeed found no state it can use in what it made of {path}. {advice}")
+        # A barrier: no rank is still reading when the files are deleted.
+        everyone(None)
+    finally:
+        if is_converter:
+            shutil.rmtree(there, ignore_errors=True)
+
+
+def make_room(directory: Path, there: Path) -> None:
+    """Make the directory of the converted files; raise if the checkpoint holds code or the disk is too full."""
+    check_no_code(directory)
+    # The fragments of every rank and the converted files exist at the same time.
+    needed_bytes = 2 * sum(file.stat().st_size for file in directory.rglob("*.pt"))
+    there.parent.mkdir(parents=True, exist_ok=True)
+    paper.check_room(there.parent, needed_bytes)
+    there.mkdir()
+
+
+def convert(directory: Path, there: Path) -> None:
+    """Convert an engine's files for any number of ranks, in a process of its own; ValueError with its last line.
+
+    The converter starts processes and prints a page, which does not belong in the output of this rank.
+    """
+    command = [sys.executable, "-m", CONVERTER, "--input_folder", str(directory), "--output_folder"]
+    # DeepSpeed requires a description of tensor parallelism; there is none here.
+    command += [str(there / directory.name), "--inject_missing_state"]
+    environment = {name: value for name, value in os.environ.items() if name not in RANK_VARIABLES}
+    started_s = time.monotonic()
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+    last += " (it converts the moments of Adam and of no other optimizer)" if "exp_avg" in last else ""
+    failed = "" if done.returncode == 0 else f"DeepSpeed's {CONVERTER} could not convert {directory}: {last}"
+    if failed:
+        shutil.rmtree(there / directory.name, ignore_errors=True)
+    (there / ENDED).write_text(failed, encoding="utf-8")
+    if failed:
+        raise ValueError(failed)
+    logger.info("%s was converted for another number of ranks in %.0f s.", directory, time.monotonic() - started_s)
+
+
+def wait_for(there: Path) -> None:
+    """Return once the rank that converts is done.
+
+    Not in a collective, whose timeout is shorter than the conversion of a large model.
+    """
+    while not (there / ENDED).is_file():
+        time.sleep(_POLL_EVERY_S)
+
+
+def resolve_groups(optimizer, converted: dict) -> None:
+    """Give each parameter group its own settings and its own step counter.
+
+    ZeRO-3 (DeepSpeed 0.19.8) gives all groups the settings of the first, weight decay among them, and shares one
+    counter tensor, which torch's Adam then increments once for each group: losses differ by 1e-3 from the second step.
+    """
+    for group, saved in zip(optimizer.param_groups, converted["param_groups"], strict=True):
+        group.update({key: value for key, value in saved.items() if key != "params"})
+    for state in optimizer.state.values():
+        if isinstance(state.get("step"), torch.Tensor):
+            state["step"] = state["step"].clone()

@@ -1,0 +1,1 @@
+"""The records that a run reads: annotation files, shards, cached features."""

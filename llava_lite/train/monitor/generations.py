@@ -1,0 +1,96 @@
+"""Generate answers to a few held-out records during training, and write them to a file and the loggers."""
+
+import json
+import logging
+from pathlib import Path
+
+import torch
+
+from llava_lite.constants import IGNORE_INDEX
+from llava_lite.conversation.end_tokens import end_ids, get_config_end_token, stop_arguments
+from llava_lite.data.collator import batch_images
+from llava_lite.train.deepspeed.experts import needs_all_ranks
+
+logger = logging.getLogger(__name__)
+
+GENERATIONS = "generations.jsonl"
+
+
+def prompt_and_answer(input_ids, labels):
+    """Split an example into the prompt, up to its first supervised token, and its first supervised span.
+
+    input_ids, labels: [L]. Returns (prompt ids [T], answer ids [A]).
+    """
+    supervised = (labels != IGNORE_INDEX).tolist()
+    start = supervised.index(True)
+    stop = supervised.index(False, start) if False in supervised[start:] else len(supervised)
+    return input_ids[:start], input_ids[start:stop]
+
+
+def decode(tokenizer, ids, end_token=""):
+    """Return the text of ids up to an end token, image placeholders and special tokens left out."""
+    text = tokenizer.decode([i for i in ids.tolist() if i >= 0], skip_special_tokens=True)
+    return (text.partition(end_token)[0] if end_token else text).strip()
+
+
+@torch.no_grad()
+def generate_answers(model, tokenizer, examples, device, max_new_tokens):
+    """Return [{"id", "prompt", "expected", "answer"}] for examples of the evaluation set, greedily.
+
+    An answer ends at the end token of the conversation template or of the generation config.
+
+    Under ZeRO-3 and --ep_size all ranks must call this with the same examples: every step needs all ranks.
+    """
+    answers, end_token = [], get_config_end_token(model.config, tokenizer)
+    stop = stop_arguments(end_token, end_ids(model.generation_config, tokenizer), tokenizer)
+    for example in examples:
+        prompt, expected = prompt_and_answer(example["input_ids"], example["labels"])
+        images = {"images": None} | batch_images([example])
+        output = model.generate(
+            prompt[None].to(device),
+            **images,
+            attention_mask=torch.ones_like(prompt[None], device=device),
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            use_cache=True,
+            # A rank that stops early would leave the others waiting in the next all-gather.
+            synced_gpus=needs_all_ranks(model),
+            pad_token_id=tokenizer.pad_token_id,
+            **stop,
+        )
+        answers.append(
+            {
+                "id": example["id"],
+                "prompt": decode(tokenizer, prompt),
+                "expected": decode(tokenizer, expected, end_token.text),
+                "answer": decode(tokenizer, output[0], end_token.text),
+            }
+        )
+    return answers
+
+
+def write_answers(output_dir, step, answers):
+    """Append the answers of one evaluation to generations.jsonl."""
+    with open(Path(output_dir) / GENERATIONS, "a", encoding="utf-8") as file:
+        for answer in answers:
+            file.write(json.dumps({"step": step, **answer}, ensure_ascii=False) + "\n")
+
+
+def report_answers(callbacks, step, answers):
+    """Write the answers to the log, and as text to TensorBoard and W&B where they are on."""
+    table = "\n\n".join(
+        f"**{a['id']}** {a['prompt']}\n\nexpected: {a['expected']}\n\nanswer: {a['answer']}" for a in answers
+    )
+    for answer in answers:
+        logger.info("step %d, %s: expected %r, answered %r", step, answer["id"], answer["expected"], answer["answer"])
+    for callback in callbacks:
+        kind = type(callback).__name__
+        if kind == "TensorBoardCallback" and callback.tb_writer is not None:
+            callback.tb_writer.add_text("generations", table, step)
+        elif kind == "WandbCallback":
+            rows = [[step, *answer.values()] for answer in answers]
+            columns = ["step", *answers[0]]
+            # The callback has begun its run; wandb's own functions write to it.
+            import wandb
+
+            wandb.log({"generations": wandb.Table(columns=columns, data=rows)})

@@ -1,0 +1,85 @@
+"""Write the metrics of a run: metrics.jsonl beside the checkpoints, and a progress bar with the last ones."""
+
+import json
+import math
+from pathlib import Path
+
+from transformers.trainer_callback import ProgressCallback
+
+METRICS = "metrics.jsonl"
+
+
+class RunLog:
+    """The lines of metrics.jsonl, one a log: step, loss, its parts, rates, tokens a second, MFU, experts.
+
+    name: of another file of lines that each have a "step".
+    """
+
+    def __init__(self, output_dir, is_writer=True, name=METRICS):
+        self.path = Path(output_dir) / name
+        self.is_writer = is_writer
+
+    def start(self, step):
+        """Start after `step`: a resumed run drops the lines that it is about to write again."""
+        if not self.is_writer:
+            return
+        kept = [line for line in read_metrics(self.path) if line["step"] <= step] if step else []
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        beside = self.path.with_suffix(".tmp")
+        beside.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        beside.replace(self.path)
+
+    def write(self, line):
+        """Append one line; JSON has no NaN, so what is not finite becomes text."""
+        if self.is_writer:
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(json_safe(line), allow_nan=False) + "\n")
+
+
+def json_safe(value):
+    """Return `value` with numbers that JSON lacks written as text."""
+    if isinstance(value, dict):
+        return {key: json_safe(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [json_safe(item) for item in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def read_metrics(path):
+    """Return the lines of a metrics.jsonl, or of another log; one that a crash cut short ends the list."""
+    path = Path(path)
+    lines = []
+    for text in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError:
+            break
+    return lines
+
+
+class TrainingBar(ProgressCallback):
+    """Trainer's bar with loss, tokens a second and MFU after it, in place of a table of all steps above it."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        """Show the last metrics after the bar; lines of an evaluation stay above it."""
+        if not state.is_world_process_zero or self.training_bar is None or not logs:
+            return
+        shown = bar_text(logs)
+        if shown:
+            self.training_bar.set_postfix_str(shown, refresh=False)
+        if "eval_loss" in logs:
+            self.training_bar.write(f"step {state.global_step}: eval loss {logs['eval_loss']:.4f}")
+
+
+def bar_text(logs):
+    """Return loss, tokens a second of one device and MFU of a log line, "" where it has no loss."""
+    if "loss" not in logs:
+        return ""
+    parts = [f"loss {logs['loss']:.4f}"]
+    if "moe_loss" in logs:
+        parts.append(f"balance {logs['moe_loss']:.4f}")
+    if "tokens_per_s" in logs:
+        parts.append(f"{logs['tokens_per_s']:,.0f} tok/s/device")
+    if "mfu" in logs:
+        parts.append(f"MFU {100 * logs['mfu']:.1f}%")
+    return ", ".join(parts)

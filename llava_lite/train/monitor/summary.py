@@ -1,0 +1,207 @@
+"""Summarise a run at its end, and report one that is started again although it has finished."""
+
+import json
+import logging
+import resource
+import shlex
+import shutil
+import sys
+from pathlib import Path
+
+import torch
+
+from llava_lite.distributed.ranks import everyone
+from llava_lite.train.saving import manifest as paper
+from llava_lite.train.saving.other_ranks import DIVISION, RANKS, global_batch
+from llava_lite.train.saving.trained_weights import PROJECTOR
+
+logger = logging.getLogger(__name__)
+
+STATE = "trainer_state.json"
+# Flags of the length of a run; they are compared with the steps that it has taken.
+LENGTHS = ("num_train_epochs", "max_steps")
+GIB = 2**30
+
+
+def chat_command(directory) -> str:
+    """Return the command that chats with a model, for the directory in which the run was started."""
+    program = "llava-lite" if shutil.which("llava-lite") else f"{shlex.quote(sys.executable)} -m llava_lite.cli"
+    return f"{program} chat {shlex.quote(str(directory))}"
+
+
+def peak_memory_gib(device) -> float:
+    """Return the peak memory of any rank so far: of its GPU, or of its process on a CPU."""
+    if device.type == "cuda":
+        peak_bytes = torch.cuda.max_memory_allocated(device)
+    else:
+        # Kilobytes on Linux, bytes on macOS.
+        peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return max(everyone(peak_bytes)) / GIB
+
+
+def summary(trainer, result, full: bool) -> str:
+    """Return the lines that end a run; all ranks must call it.
+
+    result: what `trainer.train` returned. full: the directory holds every weight.
+    """
+    args, log = trainer.args, trainer.state.log_history
+    memory, directory = peak_memory_gib(args.device), Path(args.output_dir)
+    sees = trainer.unwrapped.config.has_vision_tower
+    plots = [path.name for path in sorted(directory.glob("*.png"))]
+    rows = {
+        "model": f"{directory} ({'all weights' if full else 'trained weights; their base is opened with them'})",
+        "loss": loss_line(log, result.training_loss),
+        "evaluation": evaluation_line(log),
+        "time": time_line(result.metrics.get("train_runtime", 0)),
+        "memory": f"{memory:.1f} GiB at most {'of a GPU' if args.device.type == 'cuda' else 'in a process'}",
+        "left out": left_out_line(getattr(trainer, "facts", None), directory),
+        "plots": ", ".join(str(directory / name) for name in plots),
+        "chat": chat_command(directory) + (" (/image FILE shows it an image)" if sees else ""),
+        "stage 2": f"--pretrain_mm_mlp_adapter {directory / PROJECTOR}" if args.tuning == "projector" else "",
+    }
+    steps, epochs = trainer.state.global_step, trainer.state.epoch or 0
+    head = f"finished: {count(steps, 'step')}, {count(round(epochs, 2), 'epoch')}"
+    return "\n".join([head, *(f"  {name:<12}{text}" for name, text in rows.items() if text)])
+
+
+def count(number, noun: str) -> str:
+    """Return a number with its noun: 1 step, 1,200 steps."""
+    return f"{number:,g} {noun}{'s' * (number != 1)}" if number < 1e6 else f"{number:,} {noun}s"
+
+
+def loss_line(log, mean) -> str:
+    """Return the loss at the start and at the end, each the mean of a tenth of the log; without a log the mean."""
+    losses = get_losses(log)
+    if not losses:
+        return f"{mean:.4f} on average; no step was logged (--logging_steps)"
+    tenth = max(1, len(losses) // 10)
+    first, last = sum(losses[:tenth]) / tenth, sum(losses[-tenth:]) / tenth
+    of_several = f" (means of the last and first {tenth:,} logs)" if tenth > 1 else ""
+    return f"{last:.4f} at the end, {first:.4f} at the start{of_several}"
+
+
+def get_losses(log) -> list[float]:
+    """Return the losses of a log that are numbers."""
+    return [line["loss"] for line in log if isinstance(line.get("loss"), (int, float))]
+
+
+def left_out_line(facts, directory) -> str:
+    """Return how many records were left out and which files list them; "" if none was."""
+    counts = {name: len(log.start) + len(log.later) for name, log in getattr(facts, "logs", {}).items()}
+    names = {"train": "to train on", "eval": "to evaluate on"}
+    found = [f"{count(counts[name], 'record')} {names[name]}" for name in names if counts.get(name)]
+    return f"{', '.join(found)} ({directory}/skipped_*.jsonl has the reasons)" if found else ""
+
+
+def time_line(seconds: float) -> str:
+    """Return a time in seconds, minutes or hours."""
+    if seconds < 100:
+        return f"{seconds:.0f} seconds"
+    return f"{seconds / 60:.1f} minutes" if seconds < 7200 else f"{seconds / 3600:.1f} hours"
+
+
+def evaluation_line(log) -> str:
+    """Return the last evaluation loss, and the best where that was another; "" without any."""
+    found = [(line["eval_loss"], line["step"]) for line in log if isinstance(line.get("eval_loss"), (int, float))]
+    if not found:
+        return ""
+    best = min(found)
+    better = f", best {best[0]:.4f} at step {best[1]:,}" if best[0] < found[-1][0] else ""
+    return f"loss {found[-1][0]:.4f}{better}"
+
+
+def finished_before(args) -> str | None:
+    """Return the message for an output directory that holds a complete run; None where there is something to train.
+
+    All ranks must call it; those that write read the directory. A run is complete if its model and the state of its
+    last step are there, and the flags ask for no further steps and, by its last checkpoint, for no other ones.
+    """
+    wanted = str(args.resume_from_checkpoint).lower()
+    looks = args.should_save and wanted in ("none", "true")
+    found = everyone((looks, read_complete(args) if looks else None))
+    answers = [state for looked, state in found if looked]
+    if not answers or not all(answers):
+        return None
+    return already_finished(args, answers[0])
+
+
+def read_complete(args) -> dict | None:
+    """Return the state of a complete run of as many steps as the flags ask for, None if there is none."""
+    directory = Path(args.output_dir)
+    if not (directory / STATE).is_file() or not (directory / "config.json").is_file():
+        return None
+    try:
+        state = json.loads((directory / STATE).read_text(encoding="utf-8"))
+    except ValueError:
+        return None
+    steps, epochs = state.get("global_step") or 0, state.get("epoch") or 0
+    if not steps or steps < state.get("max_steps", 0):
+        return None
+    # Half a step of tolerance: the last epoch of packs may be a little short of a full one.
+    enough = steps >= args.max_steps if args.max_steps > 0 else epochs + epochs / steps / 2 >= args.num_train_epochs
+    return state if enough and not asks_for_other_steps(args) else None
+
+
+def asks_for_other_steps(args) -> bool:
+    """Tell whether the newest checkpoint was written with other flags; False without a checkpoint.
+
+    Flags of the schedule, such as the rate, do not count: a run without steps left would take none at another rate.
+    """
+    checkpoints = paper.checkpoints_in(args.output_dir)
+    if not checkpoints:
+        return False
+    try:
+        manifest = paper.read_manifest(checkpoints[0])
+    except ValueError:
+        # Reported when the run looks for a checkpoint to resume from.
+        return True
+    before = manifest["steps"]
+    # Divided among another number of ranks, a step is still the same step.
+    same = DIVISION if global_batch(before) == global_batch(vars(args) | {RANKS: args.world_size}) else ()
+    known = {name: value for name, value in before.items() if hasattr(args, name) and name not in same}
+    return any(getattr(args, name) != value for name, value in known.items())
+
+
+def already_finished(args, state: dict) -> str:
+    """Return the message for a finished run that is started again."""
+    directory, losses = args.output_dir, get_losses(state.get("log_history", ()))
+    done = f"{count(state['global_step'], 'step')}, {count(round(state['epoch'], 2), 'epoch')}"
+    done += f", last loss {losses[-1]:.4f}" if losses else ""
+    if any(Path(directory).glob("checkpoint-*")):
+        by_steps = args.max_steps > 0
+        more = f"--max_steps {2 * args.max_steps}" if by_steps else f"--num_train_epochs {args.num_train_epochs + 1:g}"
+        continued = f"{more}, for example"
+    else:
+        continued = (
+            f"--model_name_or_path {shlex.quote(directory)} and another --output_dir, since no checkpoint is left"
+        )
+    return (
+        f"{directory} holds a finished run ({done}): nothing was trained.\n{_other_schedule(args)}"
+        f"  to train on:     {continued}\n"
+        "  to train again:  another --output_dir, or --resume_from_checkpoint False, which replaces the model\n"
+        f"  to chat with it:   {chat_command(directory)}"
+    )
+
+
+def _other_schedule(args) -> str:
+    """Return a line on the flags of the schedule that have no effect now, "" if there are none."""
+    try:
+        saved = paper.read_manifest(paper.checkpoints_in(args.output_dir)[0])["schedule"]
+    except (IndexError, ValueError):
+        return ""
+    changed = [
+        f"{name} was {value}, is {getattr(args, name)}"
+        for name, value in saved.items()
+        if name not in LENGTHS and getattr(args, name, value) != value
+    ]
+    return f"  without effect:  {'; '.join(changed)}\n" if changed else ""
+
+
+def start_again(args, checkpoint) -> None:
+    """Delete the state of a complete run from the directory that a run is about to train in."""
+    directory = Path(args.output_dir)
+    if not args.should_save or not (directory / STATE).is_file():
+        return
+    if checkpoint is False:
+        logger.warning("%s holds a finished run; its model is replaced when this run has ended.", directory)
+    (directory / STATE).unlink()

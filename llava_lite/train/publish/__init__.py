@@ -1,0 +1,1 @@
+"""The model card, and the upload at the end of a run."""

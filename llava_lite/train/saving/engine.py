@@ -1,0 +1,43 @@
+"""Save and load the state of a DeepSpeed engine without the weights that come from the base model."""
+
+from pathlib import Path
+
+from llava_lite.checkpoints.engine_files import check_no_code, engine_directory
+from llava_lite.train.deepspeed.private import collected_errors
+from llava_lite.train.deepspeed.universal import load_universal
+from llava_lite.train.saving.trained_weights import drop_frozen
+
+
+def save_engine(engine, model, directory: str, is_writer: bool) -> None:
+    """Write trained weights, master weights and optimizer; all ranks must call it.
+
+    `latest`, by which the engine finds its files again, is written here: the engine writes it before the other ranks
+    are done. Raises the first error of this rank, after the last collective: a rank that raised inside the engine's
+    save would leave the others in a barrier.
+    """
+
+    def change_state(state):
+        # The engine leaves tied names and 4-bit tables of frozen weights in the module's file.
+        return state | {"module": drop_frozen(model, state["module"])} if "module" in state else state
+
+    with collected_errors(engine, change_state) as errors:
+        engine.save_checkpoint(directory, exclude_frozen_parameters=True, save_latest=False)
+    if errors:
+        raise errors[0]
+    if is_writer:
+        Path(directory, "latest").write_text(f"global_step{engine.global_steps}")
+
+
+def load_engine(engine, path: str, saved_by: int, workspace: str, is_converter: bool) -> None:
+    """Load what `save_engine` wrote; frozen weights stay those of the base model. All ranks must call it.
+
+    saved_by: the number of ranks that saved it. workspace, is_converter: as in `load_universal`, where it is another.
+    """
+    from deepspeed import comm
+
+    if saved_by != comm.get_world_size():
+        return load_universal(engine, path, workspace, is_converter)
+    check_no_code(engine_directory(path))
+    loaded, _ = engine.load_checkpoint(path, load_module_strict=False)
+    if loaded is None:
+        raise ValueError(f"DeepSpeed found no state it can use in {path}; name an older checkpoint.")

@@ -1,0 +1,122 @@
+"""Find the checkpoint to resume from, and raise for one that cannot be resumed exactly."""
+
+import logging
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from llava_lite.constants import with_todays_keys
+from llava_lite.distributed.ranks import everyone
+from llava_lite.train.saving import manifest as paper
+from llava_lite.train.saving.other_ranks import DIVISION, check_same_batch, has_other_ranks
+from llava_lite.train.together import together
+
+logger = logging.getLogger(__name__)
+
+# Config keys that decide how a record becomes an example; checkpoints from before they were kept can be resumed.
+AS_EXAMPLES = (
+    "vocab_size",
+    "conv_template",
+    "chat_end_token",
+    "special_tokens_in_text",
+    "mm_injection",
+    "mm_text_only",
+    "mm_image_position",
+    "image_channels",
+    "image_aspect_ratio",
+    "image_grid_pinpoints",
+    "mm_patch_merge_type",
+    "mm_vision_select_layer",
+    "mm_vision_select_feature",
+)
+
+
+class CompleteCheckpoint(str):
+    """The path of a checkpoint that this process has compared with its manifest."""
+
+
+def find_checkpoint(output_dir: str | Path, wanted: str | bool | None, is_writer: bool = True) -> str | None:
+    """Return the checkpoint to resume from, the same on every rank, or None to start from the beginning.
+
+    wanted (--resume_from_checkpoint): the path of a complete checkpoint; True for the newest complete one in
+    `output_dir`, which must exist; None for that one or, where there is no checkpoint-N at all, a new start (as in
+    LLaVA); False for a new start. All ranks must call this; those with `is_writer` (one, or one a
+    node) read the directory.
+    """
+    if isinstance(wanted, CompleteCheckpoint):
+        return wanted
+    wanted = {"true": True, "false": False}.get(str(wanted).lower(), wanted)
+    if wanted is False:
+        return None
+    with together(ValueError, "Nothing was changed.", ValueError):
+        found = _look_for_checkpoint(output_dir, wanted) if is_writer else None
+    answers = {path for path, looked in everyone((found, is_writer)) if looked}
+    if len(answers) > 1:
+        raise ValueError(f"the nodes hold different checkpoints: {sorted(map(str, answers))}. Name one that all have.")
+    path = answers.pop()
+    return path if path is None else CompleteCheckpoint(path)
+
+
+def _look_for_checkpoint(output_dir: str | Path, wanted: str | bool | None) -> str | None:
+    """Return the verified path on this node."""
+    if isinstance(wanted, (str, Path)):
+        inside = [path.name for path in paper.checkpoints_in(wanted)]
+        if inside and not (Path(wanted) / paper.MANIFEST).is_file():
+            raise ValueError(f"{wanted} is no checkpoint but holds some: name one of {inside}.")
+        paper.verify(wanted)
+        return str(wanted)
+    paper.finish_saves(output_dir)
+    found = paper.newest_complete_checkpoint(output_dir)
+    if found is None and wanted is True:
+        raise ValueError(f"--resume_from_checkpoint True, but {output_dir} holds no checkpoint-N. Give its path.")
+    return found
+
+
+def check_complete(path: str, needed: Iterable[str]) -> None:
+    """Raise ValueError if the checkpoint lacks a file without which a run cannot be resumed as it was."""
+    files = paper.read_manifest(path)["files"]
+    missing = [name for name in needed if name not in files]
+    if missing:
+        raise ValueError(
+            f"{path} cannot be resumed: it holds no {', '.join(missing)} (saved with --save_only_model, or on "
+            "other nodes?). Name another checkpoint, or choose a new --output_dir."
+        )
+
+
+def check_same_run(path: str, steps: Mapping, schedule: Mapping) -> None:
+    """Raise ValueError if the checkpoint is of a run with other steps; warn if only the schedule differs.
+
+    steps, schedule: the settings of this run, as in its own manifests.
+    """
+    manifest = paper.read_manifest(path)
+    saved = with_todays_keys(manifest["steps"])
+    steps = {key: value for key, value in steps.items() if key not in AS_EXAMPLES or key in saved}
+    if has_other_ranks(saved, steps):
+        check_same_batch(path, saved, steps)
+        saved = saved | {key: steps[key] for key in DIVISION}
+    if different := differences(saved, steps):
+        raise ValueError(
+            f"{path} cannot be resumed exactly: {'; '.join(different)}. Start this run as that one was started "
+            "(ranks, batch, accumulation, DeepSpeed stage, data, --tuning), or choose a new --output_dir."
+        )
+    decays = [bool(settings.get("weight_decay")) for settings in (manifest["schedule"], schedule)]
+    if decays[0] != decays[1]:
+        raise ValueError(
+            f"{path} cannot be resumed: --weight_decay was {manifest['schedule'].get('weight_decay')}, is "
+            f"{schedule.get('weight_decay')}, and the optimizer was saved {'with' if decays[0] else 'without'} groups "
+            "of weights that decay. Give the old value, or choose a new --output_dir."
+        )
+    if different := differences(manifest["schedule"], schedule):
+        logger.warning("%s is resumed with another schedule: %s.", path, "; ".join(different))
+
+
+def differences(saved: Mapping, now: Mapping) -> list[str]:
+    """Return which settings differ, one phrase each."""
+    return [difference(key, saved.get(key), now[key]) for key in now if saved.get(key) != now[key]]
+
+
+def difference(key: str, saved, now) -> str:
+    """Return how one setting of the run differs; of lists, what is in one only."""
+    if isinstance(saved, list) and isinstance(now, list):
+        gone, added = sorted(set(saved) - set(now)), sorted(set(now) - set(saved))
+        return f"{key}: no longer {gone[:3]} ({len(gone)} in all), now also {added[:3]} ({len(added)} in all)"
+    return f"{key} was {saved}, is {now}"

@@ -1,0 +1,127 @@
+"""What happens to a process before its first step: logging, checks of flags and machine, joining the other ranks.
+
+An error of the preparation ends the process with one line on the terminal instead of a traceback on every rank.
+"""
+
+import atexit
+import logging
+import os
+import shlex
+import sys
+import warnings
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+
+from llava_lite.errors import get_sentence
+from llava_lite.train.arguments.legacy import machine_has
+
+logger = logging.getLogger(__name__)
+
+TRACEBACK = "LLAVA_LITE_TRACEBACK"
+FOR_PEOPLE = (ValueError, OSError, ImportError)
+# The attribute of an error that names an environment variable: the rank for which it is 0 reports the error.
+REPORTED_BY_FIRST_OF = "reported_by_first_of"
+
+
+@contextmanager
+def same_for_the_node():
+    """Mark an error raised inside as the same on every rank of a node, so that only the first one reports it."""
+    try:
+        yield
+    except FOR_PEOPLE as error:
+        setattr(error, REPORTED_BY_FIRST_OF, "LOCAL_RANK")
+        raise
+
+
+@contextmanager
+def errors_in_one_line(kinds: tuple[type[Exception], ...] = FOR_PEOPLE):
+    """End the process with status 1 and one line for an error raised inside: a ValueError, OSError or ImportError.
+
+    These are for the person who wrote the flags. LLAVA_LITE_TRACEBACK=1 shows their traceback too; any other error is
+    raised as it is. kinds: other errors than these, such as DataError once the run trains.
+    """
+    try:
+        yield
+    except kinds as error:
+        if os.environ.get(TRACEBACK, "0") not in ("", "0"):
+            raise
+        rank = os.environ.get("RANK", "0")
+        if os.environ.get(getattr(error, REPORTED_BY_FIRST_OF, ""), "0") == "0":
+            # One write: the lines of several ranks do not mix.
+            sys.stderr.write(f"llava-lite train{'' if rank == '0' else f' (rank {rank})'}: {get_sentence(error)}\n")
+        sys.exit(1)
+
+
+def start_logging():
+    """Show the log of this package beside the progress bars."""
+    logging.basicConfig(format="%(asctime)s %(name)s: %(message)s", datefmt="%H:%M:%S", level=logging.WARNING)
+    # The launcher's variable, since flags are read, and logged, before the process group exists.
+    logging.getLogger("llava_lite").setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING)
+    # Warnings about how these libraries use one another: a page on every rank, and no user can act on them.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(torch|transformers|deepspeed|peft)\.")
+
+
+def check_installed(data_args, training_args):
+    """Raise for records that do not exist, directories that cannot be written and libraries that lack a part."""
+    from llava_lite.train.deepspeed.offload import check_nvme, warn_about_old_locks
+    from llava_lite.train.deepspeed.private import SAVING, UNIVERSAL, check_private_parts
+    from llava_lite.train.inputs.check import check_images_exist, check_sees_images
+    from llava_lite.train.inputs.features import check_feature_cache
+
+    check_images_exist(data_args)
+    check_sees_images(data_args, training_args)
+    check_feature_cache(data_args.feature_cache)
+    if training_args.uses_deepspeed:
+        check_private_parts("a run with DeepSpeed", (*SAVING, *UNIVERSAL))
+        check_nvme(training_args.deepspeed_plugin.deepspeed_config)
+        warn_about_old_locks()
+
+
+def installed_attention(name):
+    """Return the attention kernel that a program asks for; auto for flash-attn where it cannot run.
+
+    LLaVA's train_mem.py asks for it on every machine.
+    """
+    if name != "flash_attention_2" or (find_spec("flash_attn") is not None and machine_has("fp16")):
+        return name
+    logger.warning("flash-attn is not installed, or there is no GPU for it: using --attn_implementation auto.")
+    return "auto"
+
+
+def use_one_device(argv, training_args):
+    """Use one device, and log the command that runs the same flags on all of them."""
+    if training_args.n_gpu > 1:
+        logger.warning("%s", launch_hint(argv, training_args.n_gpu))
+        training_args._n_gpu = 1
+
+
+def launch_hint(argv, num_devices: int) -> str:
+    """Return the message that one of several devices is used, with the command for all of them."""
+    argv = list(argv)
+    if argv[:1] and argv[0].startswith("--local_rank="):
+        argv = argv[1:]
+    # A YAML file comes first and may name a DeepSpeed config itself, which a flag would override.
+    has_file = bool(argv) and not argv[0].startswith("-")
+    has_config = has_file or any(word.partition("=")[0] == "--deepspeed" for word in argv)
+    flags = argv if has_config else ["--deepspeed", "zero2", *argv]
+    command = f"deepspeed --module llava_lite.train.train {shlex.join(flags)}"
+    return f"this process trains on 1 of {num_devices} devices. On all of them:\n  {command}"
+
+
+def join_ranks(training_args):
+    """Make DeepSpeed's process group; from here on only the first rank logs, but warnings and errors of all show."""
+    if training_args.uses_deepspeed:
+        import deepspeed
+
+        # accelerate does this on a GPU only; without it ZeRO-3 would build the model for a single rank.
+        deepspeed.init_distributed(auto_mpi_discovery=False)
+        atexit.register(free_shared_memory)
+    if training_args.process_index != 0:
+        logging.getLogger("llava_lite").setLevel(logging.WARNING)
+
+
+def free_shared_memory():
+    """Remove the shared memory by which DeepSpeed reduces on a CPU; it would stay until the machine restarts."""
+    place = f"{os.environ.get('MASTER_ADDR')}_{os.environ.get('MASTER_PORT')}_{os.environ.get('LOCAL_RANK', '0')}"
+    Path("/dev/shm", f"deepspeed_allreduce_buffer_{os.getuid()}_{place}").unlink(missing_ok=True)

@@ -1,0 +1,9 @@
+#!/usr/bin/env bash
+# POPE: F1, accuracy and more of its three parts.
+#
+#   MODEL=checkpoints/llava-v1.5-7b bash scripts/v1_5/eval/pope.sh [flags of llava-lite eval]
+#
+# Variables: MODEL, DATA, NUM_GPUS in ../../lib/eval.sh. The data is that of LLaVA's playground/data/eval; what is missing is listed.
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/../../lib/eval.sh"
+evaluate pope -- "$@"

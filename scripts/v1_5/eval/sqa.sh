@@ -1,0 +1,9 @@
+#!/usr/bin/env bash
+# ScienceQA: accuracy of the questions with an image, and of all.
+#
+#   MODEL=checkpoints/llava-v1.5-7b bash scripts/v1_5/eval/sqa.sh [flags of llava-lite eval]
+#
+# Variables: MODEL, DATA, NUM_GPUS in ../../lib/eval.sh. The data is that of LLaVA's playground/data/eval; what is missing is listed.
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/../../lib/eval.sh"
+evaluate sqa -- "$@"

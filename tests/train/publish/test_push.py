@@ -1,0 +1,98 @@
+"""A run uploads its finished directory: the files that open the model, and checkpoints only if they are asked for."""
+
+import json
+
+import pytest
+
+from llava_lite.train.arguments.parse import parse_args
+from llava_lite.train.publish.push import check_can_push
+
+RUN = """
+import json
+from huggingface_hub import HfApi, ModelCard
+from huggingface_hub.utils import get_session
+from llava_lite import push_directory
+from llava_lite.train.train import train
+api = HfApi()
+"""
+
+
+def test_lora_on_a_private_base_is_pushed_and_opened_elsewhere(
+    client, stage_flags, toy_llm_dir, toy_tower_dir, toy_data, tmp_path
+):
+    data = toy_data(tmp_path / "data", num_records=8)
+    part = stage_flags("projector", tmp_path / "part", "--max_steps", 1, "--version", "v1", data=data)
+    flags = stage_flags("lora", tmp_path / "digits", data=data)
+    flags[flags.index("--model_name_or_path") + 1] = "tester/llm"
+    flags[flags.index("--vision_tower") + 1] = "tester/tower"
+    flags += ["--max_steps", "2", "--save_strategy", "steps", "--save_steps", "1"]
+    flags += ["--push_to_hub", "True", "--hub_private_repo", "True"]
+    printed = client(
+        f"""
+        {RUN.strip().replace(chr(10), chr(10) + " " * 8)}
+        for name, directory in (("llm", {str(toy_llm_dir("llama"))!r}), ("tower", {str(toy_tower_dir("clip"))!r})):
+            api.create_repo(f"tester/{{name}}", private=True)
+            api.upload_folder(repo_id=f"tester/{{name}}", folder_path=directory)
+        train({flags!r})
+        card = ModelCard.load("tester/digits")
+        # What ModelCard.validate() asks; with huggingface_hub 1.33 it would ask the real Hub, whatever HF_ENDPOINT is.
+        body = dict(repoType="model", content=str(card))
+        get_session().post(f"{{api.endpoint}}/api/validate-yaml", json=body).raise_for_status()
+        train({part!r})
+        push_directory({str(tmp_path / "part")!r}, "tester/part", base="tester/llm", tower="tester/tower")
+        print(json.dumps([api.list_repo_files("tester/digits"), card.data.to_dict(), card.text]))
+        """
+    )
+    files, metadata, text = json.loads(printed.splitlines()[-1])
+    assert {"config.json", "adapter_model.safetensors", "trained.safetensors", "loss.png", "README.md"} <= set(files)
+    assert not [name for name in files if "/" in name or "optimizer" in name or "state" in name or "args" in name]
+    assert metadata["base_model"] == "tester/llm"
+    assert metadata["base_model_relation"] == "adapter"
+    assert (metadata["library_name"], metadata["pipeline_tag"]) == ("llava-lite", "image-text-to-text")
+    assert "![loss](loss.png)" in text
+    assert 'load("tester/digits")' in text
+    client(
+        f"""
+        from llava_lite import load_pretrained_model
+        own = dict(token="tester", cache_dir={str(tmp_path / "own")!r}, device="cpu")
+        model, processor = load("tester/digits", **own)
+        _, again, image_processor, _ = load_pretrained_model("tester/digits", local_files_only=True, **own)
+        home = load({str(tmp_path / "digits")!r}, **own)[0].state_dict()
+        for opened in (model, again):
+            assert all(torch.equal(weight, home[name]) for name, weight in opened.state_dict().items())
+        part, home = (load(at, **own)[0] for at in ("tester/part", {str(tmp_path / "part")!r}))
+        assert torch.equal(part.model.mm_projector[2].weight, home.model.mm_projector[2].weight)
+        assert part.config.mm_vision_tower == "tester/tower"
+        assert image_processor.crop_size == processor.image_processor.crop_size
+        """,
+        token=None,
+        cache="stranger",
+    )
+
+
+def test_state_to_resume_from_goes_up_where_it_is_asked_for(client, stage_flags, toy_data, tmp_path):
+    data = toy_data(tmp_path / "data", num_records=8)
+    flags = stage_flags("moe", tmp_path / "experts", "--max_steps", 2, "--save_strategy", "steps", data=data)
+    flags += ["--save_steps", "1", "--push_to_hub", "True", "--hub_model_id", "tester/experts"]
+    flags += ["--hub_strategy", "checkpoint", "--hub_always_push", "True"]
+    printed = client(
+        f"""
+        {RUN.strip().replace(chr(10), chr(10) + " " * 8)}
+        train({flags!r})
+        model = AutoModelForCausalLM.from_pretrained("tester/experts")
+        print(json.dumps([api.list_repo_files("tester/experts"), sorted(model.moe_layers())]))
+        """
+    )
+    files, layers = json.loads(printed.splitlines()[-1])
+    assert layers == [0, 2]
+    assert {"model.safetensors", "expert_load.png", "last-checkpoint/optimizer.pt"} <= set(files)
+    assert not [name for name in files if "/" not in name and ("optimizer" in name or "state" in name)]
+
+
+def test_part_that_nobody_else_could_open_is_refused_before_anything_is_loaded(stage_flags, tmp_path):
+    flags = stage_flags("projector", tmp_path / "out", "--push_to_hub", True, "--hub_model_id", "tester/part")
+    model_args, _, training_args = parse_args(flags)
+    with pytest.raises(ValueError, match=r"its base .* is a directory of this machine.*--save_full True"):
+        check_can_push(model_args, training_args)
+    model_args, _, training_args = parse_args([*flags, "--save_full", "True"])
+    check_can_push(model_args, training_args)

@@ -1,0 +1,255 @@
+"""Every stage resumes bit for bit: weights, every logged number, every sample; alone and on ranks."""
+
+import contextlib
+import json
+import os
+import runpy
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from llava_lite.train.saving.manifest import newest_complete_checkpoint
+
+HERE = Path(__file__).parents[1]
+ROOT = HERE.parents[1]
+ANYRES = ["--image_aspect_ratio", "anyres", "--mm_patch_merge_type", "spatial_unpad"]
+STAGES = {
+    "projector": ["--tuning", "projector", "--version", "plain", *ANYRES],
+    "full": ["--tuning", "full", "--group_by_modality_length", "True"],
+    "lora": ["--tuning", "lora", "--lora_r", "4"],
+    "moe": ["--tuning", "moe", "--num_experts", "2", "--group_by_modality_length", "True"],
+    "packs": ["--tuning", "moe", "--num_experts", "2", "--packing", "tokens"],
+    "crops": ["--tuning", "projector", "--version", "alpaca", "--image_aspect_ratio", "random_crop"],
+}
+# Tokens of a pack that make as many packs of the 22 records as there are micro-batches of 2 or of 1 of them.
+PACK_TOKENS = {2: 145, 1: 95}
+
+
+@pytest.fixture(scope="module")
+def flags(tmp_path_factory, toy_llm_dir, toy_tower_dir, toy_data):
+    """Return a function: stage, workers, records a rank and micro-batch -> flags of a run of 12 steps in 2 epochs.
+
+    Saved every 4, logged every 3; with attention dropout, and the last step of an epoch one record short.
+    """
+    llm = tmp_path_factory.mktemp("llm") / "llm"
+    shutil.copytree(toy_llm_dir("llama"), llm)
+    config = json.loads((llm / "config.json").read_text())
+    (llm / "config.json").write_text(json.dumps(config | {"attention_dropout": 0.1}))
+    data, images = toy_data(num_records=22)
+    common = {
+        "model_name_or_path": llm,
+        "vision_tower": toy_tower_dir("clip"),
+        "mm_projector_type": "mlp2x_gelu",
+        "data_path": data,
+        "image_folder": images,
+        "gradient_accumulation_steps": 2,
+        "num_train_epochs": 2,
+        "logging_steps": 3,
+        "save_strategy": "steps",
+        "save_steps": 4,
+        "learning_rate": 0.01,
+        "use_cpu": True,
+        "disable_tqdm": True,
+    }
+
+    def make(stage, workers, batch_size):
+        own = {"dataloader_num_workers": workers, "per_device_train_batch_size": batch_size}
+        if stage == "packs":
+            own |= {"per_device_train_batch_size": 1, "packing_tokens": PACK_TOKENS[batch_size]}
+        pairs = [(f"--{name}", str(value)) for name, value in (common | own).items()]
+        return [*STAGES[stage], *(word for pair in pairs for word in pair)]
+
+    return make
+
+
+def run_cases(directory, cases, launcher=(), num_ranks=1, timeout_s=1500):
+    """Run resume_cases.py once over all cases; return the results of each rank."""
+    for name, case in cases.items():
+        case["output"] = str(directory / name)
+    (directory / "cases.json").write_text(json.dumps(cases))
+    files = [directory / "cases.json", directory / "results_RANK.json"]
+    command = [*(launcher or [sys.executable]), HERE / "resume_cases.py", *files]
+    with open(directory / "log.txt", "w") as log:
+        done = subprocess.run(
+            [str(word) for word in command],
+            env=environment(),
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            timeout=timeout_s,
+            check=False,
+        )
+    assert done.returncode == 0, (directory / "log.txt").read_text()[-4000:]
+    return [json.loads((directory / f"results_{rank}.json").read_text()) for rank in range(num_ranks)]
+
+
+def environment():
+    """Return the environment of a run on the CPU."""
+    bin_directory = Path(sys.executable).parent
+    paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    own = {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    return {**os.environ, **own, "PATH": f"{bin_directory}{os.pathsep}{os.environ['PATH']}"}
+
+
+def deepspeed_launcher(port):
+    """Return the command that starts a script on 2 ranks of this machine."""
+    return ["deepspeed", "--num_accelerators", "2", "--master_port", port]
+
+
+def assert_equal_to_full(ranks, case):
+    """Compare each resumed run of a case with the full one, on every rank."""
+    for results in ranks:
+        full = results[case]["full"]
+        resumed = {name: found for name, found in results[case].items() if name.isdigit()}
+        assert resumed
+        for name, found in resumed.items():
+            assert found["log"] == full["log"], f"from {name}"
+            assert found["weights"] == full["weights"], f"from {name}"
+            # Of 12 steps in 2 epochs of 11 micro-batches.
+            assert len(found["samples"]) == {"4": 14, "8": 7}[name]
+            assert found["samples"] == full["samples"][-len(found["samples"]) :], f"from {name}"
+
+
+def assert_opens_as_trained(directory, results, case):
+    """Compare the weights of the final directory with those that the model had when training ended."""
+    from llava_lite.model import LlavaLlamaForCausalLM
+
+    cases = runpy.run_path(str(HERE / "resume_cases.py"))
+    weights = dict(LlavaLlamaForCausalLM.from_pretrained(directory / case / "full").named_parameters())
+    trained = results[case]["full"]["weights"]
+    assert {name: cases["digest"](weights[name].detach()) for name in trained} == trained
+
+
+def differences(ranks, case, name):
+    """Return what a run with a guard taken out had otherwise than the full one."""
+    found, full = ranks[0][case][name], ranks[0][case]["full"]
+    samples = full["samples"][-len(found["samples"]) :]
+    pairs = {key: (found[key], samples if key == "samples" else full[key]) for key in found}
+    return {key for key, (one, other) in pairs.items() if one != other}
+
+
+# One process.
+
+
+@pytest.fixture(scope="module")
+def alone(flags, tmp_path_factory):
+    """Results of the stages in one process; 0 workers for some of them, 2 for the others."""
+    workers = {"projector": 2, "full": 0, "lora": 2, "moe": 0, "packs": 2, "crops": 2}
+    cases = {stage: {"argv": flags(stage, workers[stage], 2), "resume_from": [8, 4]} for stage in STAGES}
+    cases["full"]["broken"] = ["random state"]
+    cases["moe"]["broken"] = ["counters of the log"]
+    cases["crops"]["broken"] = ["epoch of the data set"]
+    return run_cases(tmp_path_factory.mktemp("alone"), cases)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_stage_resumes_bit_for_bit(alone, stage):
+    assert_equal_to_full(alone, stage)
+
+
+def test_without_the_random_state_weights_and_losses_would_differ(alone):
+    assert differences(alone, "full", "4 without random state") == {"weights", "log"}
+
+
+def test_without_the_counters_the_next_line_of_the_log_would_differ(alone):
+    assert differences(alone, "moe", "4 without counters of the log") == {"log"}
+
+
+def test_without_the_epoch_the_crops_would_differ(alone):
+    assert differences(alone, "crops", "8 without epoch of the data set") == {"weights", "log"}
+
+
+@pytest.mark.slow
+def test_a_stage_resumes_bit_for_bit_with_the_other_number_of_workers(flags, tmp_path):
+    workers = {"projector": 0, "full": 2, "lora": 0, "moe": 2, "packs": 0, "crops": 1}
+    cases = {stage: {"argv": flags(stage, workers[stage], 2), "resume_from": [8, 4]} for stage in STAGES}
+    ranks = run_cases(tmp_path, cases)
+    for stage in STAGES:
+        assert_equal_to_full(ranks, stage)
+
+
+# Two ranks.
+
+
+@pytest.fixture(scope="module")
+def two_ranks(flags, tmp_path_factory):
+    """Results of two stages on 2 ranks under ZeRO-2, and of a disk that is full for the second rank.
+
+    The other stages, ZeRO-3 and both numbers of workers are in the slow tests.
+    """
+    zero2 = ["--deepspeed", str(ROOT / "zero2.json")]
+    cases = {
+        "full": {"argv": [*flags("full", 0, 1), *zero2], "resume_from": [8], "broken": ["epoch of the sampler"]},
+        "packs": {"argv": [*flags("packs", 2, 1), *zero2], "resume_from": [4]},
+        "full disk": {"argv": [*flags("full", 0, 1), *zero2], "full_disk_on": 1},
+    }
+    return run_cases(tmp_path_factory.mktemp("ranks"), cases, deepspeed_launcher(29701), num_ranks=2)
+
+
+@pytest.mark.parametrize("stage", ["full", "packs"])
+def test_a_stage_resumes_bit_for_bit_on_two_ranks(two_ranks, stage):
+    assert_equal_to_full(two_ranks, stage)
+
+
+def test_without_the_epoch_of_the_sampler_two_ranks_would_see_other_samples(two_ranks):
+    assert "samples" in differences(two_ranks, "full", "8 without epoch of the sampler")
+
+
+def test_a_disk_that_is_full_for_one_rank_stops_both_and_leaves_the_checkpoint_before(two_ranks):
+    for results in two_ranks:
+        found = results["full disk"]["full disk"]
+        assert "rank 1: " in found["error"]
+        assert "rank 0: " not in found["error"]
+        assert found["left"] == ["checkpoint-4"]
+        assert found["newest"].endswith("checkpoint-4")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bf16", ["False", "True"])
+@pytest.mark.parametrize("stage_of_zero", [2, 3])
+def test_all_stages_resume_bit_for_bit_under_zero(flags, tmp_path, stage_of_zero, bf16):
+    zero = ["--deepspeed", str(ROOT / f"zero{stage_of_zero}.json"), "--bf16", bf16]
+    cases = {
+        f"{stage} {workers}": {"argv": [*flags(stage, workers, 1), *zero], "resume_from": [8, 4]}
+        for stage in STAGES
+        for workers in (0, 2)
+    }
+    ranks = run_cases(tmp_path, cases, deepspeed_launcher(29702), num_ranks=2, timeout_s=3000)
+    for case in cases:
+        assert_equal_to_full(ranks, case)
+        if not case.startswith("lora"):
+            assert_opens_as_trained(tmp_path, ranks[0], case)
+
+
+@pytest.mark.slow
+def test_all_stages_resume_bit_for_bit_under_ddp(flags, tmp_path):
+    cases = {stage: {"argv": flags(stage, 2, 1), "resume_from": [8, 4]} for stage in STAGES}
+    cases["packs"]["broken"] = ["epoch of the sampler"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29703"]
+    ranks = run_cases(tmp_path, cases, launcher, num_ranks=2)
+    for stage in STAGES:
+        assert_equal_to_full(ranks, stage)
+    assert "samples" in differences(ranks, "packs", "8 without epoch of the sampler")
+
+
+@pytest.mark.slow
+def test_sigterm_to_launcher_ranks_and_workers_saves_on_both_ranks(flags, tmp_path):
+    output = tmp_path / "out"
+    argv = [*flags("full", 2, 1), "--deepspeed", ROOT / "zero2.json", "--output_dir", output]
+    argv += ["--num_train_epochs", 500, "--save_steps", 100000]
+    command = [str(word) for word in (*deepspeed_launcher(29704), ROOT / "llava_lite/train/train.py", *argv)]
+    # As a scheduler does it: the first of DeepSpeed's two launchers dies of the signal and passes nothing on.
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    run = subprocess.Popen(command, env=environment(), start_new_session=True, **streams)
+    try:
+        next(line for line in run.stdout if "'loss'" in line)
+        os.killpg(run.pid, signal.SIGTERM)
+        log, _ = run.communicate(timeout=120)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(run.pid, signal.SIGKILL)
+    assert log.count("is saved, leaving with code 75") == 2
+    assert newest_complete_checkpoint(output) is not None

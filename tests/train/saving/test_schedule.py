@@ -1,0 +1,110 @@
+"""A run that is taken up steps at the rates of its own flags: prolonged, and with another rate than it began with."""
+
+import json
+import math
+
+import pytest
+import torch
+from torch.optim.lr_scheduler import LambdaLR
+
+from llava_lite.train.saving.schedule import get_settings, set_rates, warn_if_rate_is_zero
+
+SAVING = ["--save_strategy", "steps", "--save_steps", "2", "--lr_scheduler_type", "cosine", "--learning_rate", "1e-3"]
+
+
+def cosine(step, num_steps, peak=1e-3):
+    """Return the rate of a step, counted from 0, of a cosine without warm-up."""
+    return peak * 0.5 * (1 + math.cos(math.pi * step / num_steps))
+
+
+def rates(directory):
+    lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    return [line["learning_rate"] for line in lines if "loss" in line]
+
+
+# How long a run was (24 records, 4 a step), how long it is then, in steps.
+@pytest.mark.parametrize(
+    ("first", "then", "num_first", "num_then"),
+    [
+        (["--max_steps", "4"], ["--max_steps", "8"], 4, 8),
+        (["--num_train_epochs", "1"], ["--num_train_epochs", "2"], 6, 12),
+        (["--num_train_epochs", "1"], ["--max_steps", "8"], 6, 8),
+    ],
+)
+def test_a_prolonged_run_resumes_at_the_rate_of_the_longer_schedule(
+    first, then, num_first, num_then, run_stage, tmp_path
+):
+    run_stage("full", tmp_path / "out", *SAVING, *first)
+    assert rates(tmp_path / "out") == pytest.approx([cosine(i, num_first) for i in range(num_first)])
+    before = run_stage("full", tmp_path / "out", *SAVING, *then)
+    expected = [cosine(i, num_first if i < num_first else num_then) for i in range(num_then)]
+    assert rates(tmp_path / "out") == pytest.approx(expected)
+    assert before.state.global_step == num_then
+    assert all(rate > 0 for rate in rates(tmp_path / "out")[num_first:])
+
+
+def test_another_peak_rate_and_decay_hold_from_the_checkpoint_on(run_stage, tmp_path):
+    flags = [*SAVING, "--max_steps", "4", "--weight_decay", "0.1"]
+    run_stage("full", tmp_path / "out", *flags)
+    changed = [
+        *flags,
+        "--max_steps",
+        "8",
+        "--learning_rate",
+        "5e-3",
+        "--weight_decay",
+        "0.2",
+        "--mm_projector_lr",
+        "1e-4",
+    ]
+    trainer = run_stage("full", tmp_path / "out", *changed)
+    assert rates(tmp_path / "out")[4:] == pytest.approx([cosine(i, 8, 5e-3) for i in range(4, 8)])
+    last = cosine(8, 8)
+    for group in trainer.optimizer.param_groups:
+        assert group["weight_decay"] == (0.0 if group["name"].endswith("no_decay") else 0.2)
+        assert group["initial_lr"] == (1e-4 if group["name"].startswith("mm_projector") else 5e-3)
+        assert group["lr"] == pytest.approx(last, abs=1e-12)
+
+
+def test_decay_that_changes_the_groups_is_refused_in_a_sentence(run_stage, tmp_path):
+    run_stage("full", tmp_path / "out", *SAVING, "--max_steps", "2")
+    words = r"cannot be resumed: --weight_decay was 0.0, is 0.1, and the optimizer was saved without groups of weights"
+    with pytest.raises(ValueError, match=words):
+        run_stage("full", tmp_path / "out", *SAVING, "--max_steps", "4", "--weight_decay", "0.1")
+
+
+def toy_schedule(factor, peak=0.5):
+    weight = torch.nn.Parameter(torch.ones(1))
+    optimizer = torch.optim.AdamW([{"params": [weight], "lr": peak, "weight_decay": 0.3}])
+    return optimizer, LambdaLR(optimizer, factor)
+
+
+def test_equal_flags_change_nothing(caplog):
+    optimizer, scheduler = toy_schedule(lambda step: 1 / (1 + step))
+    settings, base_rates = [get_settings(group) for group in optimizer.param_groups], list(scheduler.base_lrs)
+    for _ in range(3):
+        optimizer.step()
+        scheduler.step()
+    before = dict(optimizer.param_groups[0]), scheduler.get_last_lr()
+    with caplog.at_level("INFO"):
+        set_rates(optimizer, scheduler, settings, base_rates)
+    assert (dict(optimizer.param_groups[0]), scheduler.get_last_lr()) == before
+    assert caplog.text == ""
+
+
+@pytest.mark.parametrize(
+    ("factors", "step", "num_steps", "reported"),
+    [
+        # The only step of a run with warm-up, as --warmup_steps 0.03 makes it.
+        ([0], 0, 1, True),
+        ([0, 1], 0, 2, False),
+        ([1], 0, 1, False),
+        ([1, 0, 0], 1, 3, True),
+        # Nothing is left to do.
+        ([0], 1, 1, False),
+    ],
+)
+def test_steps_that_are_all_taken_at_rate_zero_are_reported(factors, step, num_steps, reported, caplog):
+    _, scheduler = toy_schedule(lambda i: factors[min(i, len(factors) - 1)])
+    warn_if_rate_is_zero(scheduler, step, num_steps)
+    assert ("nothing is trained. Give --warmup_steps 0" in caplog.text) == reported

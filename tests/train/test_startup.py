@@ -1,0 +1,203 @@
+"""What a person sees when a run cannot begin."""
+
+import json
+import logging
+import os
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from llava_lite.data.errors import DataError
+from llava_lite.train.deepspeed.offload import OLD_LOCK_S, check_nvme, warn_about_old_locks
+from llava_lite.train.inputs.check import check_images_exist
+from llava_lite.train.startup import errors_in_one_line, launch_hint, use_one_device
+from llava_lite.train.train import main
+
+
+def test_wrong_directory_is_one_line_and_no_traceback(stage_flags, tmp_path, capfd):
+    flags = stage_flags("full", tmp_path / "out", "--model_name_or_path", "./no/such/model")
+    with pytest.raises(SystemExit) as end:
+        main(flags)
+    shown = capfd.readouterr().err
+    assert end.value.code == 1
+    assert "Traceback" not in shown
+    (line,) = [line for line in shown.splitlines() if "no such directory" in line]
+    assert line.startswith("llava-lite train: --model_name_or_path './no/such/model'")
+
+
+def test_checkpoint_that_is_not_there_is_refused_before_the_run(stage_flags, tmp_path, capfd):
+    flags = stage_flags("projector", tmp_path / "out", "--resume_from_checkpoint", str(tmp_path / "checkpoint-7"))
+    with pytest.raises(SystemExit):
+        main(flags)
+    assert "checkpoint-7" in capfd.readouterr().err.splitlines()[-1]
+
+
+def test_missing_deepspeed_config_is_named_with_what_to_do(stage_flags, tmp_path, capfd):
+    with pytest.raises(SystemExit):
+        main(stage_flags("projector", tmp_path / "out", "--deepspeed", "nofile.json", "--bf16", "True"))
+    line = capfd.readouterr().err.splitlines()[-1]
+    assert "--deepspeed nofile.json: there is no such file" in line
+    assert "Give one of zero2, zero3, " in line
+
+
+def test_a_rank_says_which_it_is(monkeypatch, capfd):
+    monkeypatch.setenv("RANK", "3")
+    with pytest.raises(SystemExit), errors_in_one_line():
+        raise ValueError("no.")
+    assert capfd.readouterr().err == "llava-lite train (rank 3): no.\n"
+
+
+def test_a_lock_that_a_killed_build_left_is_reported(tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    locks = [tmp_path / name / "lock" for name in ("cpu_adam", "py311_cpu/shm", "fresh")]
+    for lock in locks:
+        lock.parent.mkdir(parents=True)
+        lock.touch()
+    for lock in locks[:2]:
+        os.utime(lock, (time.time() - 2 * OLD_LOCK_S,) * 2)
+    with caplog.at_level(logging.WARNING, logger="llava_lite.train.deepspeed.offload"):
+        warn_about_old_locks()
+    assert len(caplog.records) == 2
+    assert all(str(lock) in caplog.text for lock in locks[:2])
+    assert "20 minutes old" in caplog.text
+
+
+def test_a_file_is_named_and_not_only_its_number(tmp_path, capfd):
+    with pytest.raises(SystemExit), errors_in_one_line():
+        (tmp_path / "gone.json").read_text()
+    assert capfd.readouterr().err == f"llava-lite train: '{tmp_path}/gone.json': No such file or directory.\n"
+
+
+def test_the_place_is_shown_on_demand_and_other_errors_always(monkeypatch):
+    with pytest.raises(KeyError), errors_in_one_line():
+        raise KeyError("a bug")
+    monkeypatch.setenv("LLAVA_LITE_TRACEBACK", "1")
+    with pytest.raises(ValueError, match="no"), errors_in_one_line():
+        raise ValueError("no.")
+
+
+@pytest.fixture
+def refused(stage_flags, unloadable, tmp_path, capfd):
+    """Start a run that must end before a model is loaded; return the line that it ends with."""
+
+    def start(*flags):
+        with pytest.raises(SystemExit):
+            main(stage_flags("projector", tmp_path / "out", "--model_name_or_path", unloadable, *flags))
+        shown = capfd.readouterr().err
+        assert "Traceback" not in shown
+        return shown.splitlines()[-1]
+
+    return start
+
+
+@pytest.mark.parametrize(
+    ("flags", "output"),
+    [
+        (["--data_path", "gone.json"], "--data_path gone.json: no such file"),
+        (["--eval_data_path", "gone.json"], "--eval_data_path gone.json: no such file"),
+        (["--data_path", "gone.tar", "--max_steps", "1"], "gone.tar: 0 of 1 shards are there"),
+        (["--feature_cache", "True"], "--feature_cache True: give a directory for the features, auto or off."),
+        (["--feature_cache", "Auto"], "--feature_cache Auto: give a directory for the features, auto or off."),
+        (["--feature_cache", f"{__file__}/features"], "test_startup.py is no directory; name a directory"),
+    ],
+)
+def test_what_is_not_there_is_missed_before_a_model_is_loaded(refused, flags, output):
+    assert output in refused(*flags)
+
+
+def test_a_link_to_nowhere_is_no_directory_for_features(refused, tmp_path):
+    (tmp_path / "link").symlink_to("/nowhere/at/all")
+    assert "link is no directory" in refused("--feature_cache", str(tmp_path / "link"))
+
+
+def test_shards_are_looked_for_once_a_node_and_not_at_addresses(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    data_args = SimpleNamespace(data_path=["a.tar", "hf://datasets/user/name"], eval_data_path=None)
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    with pytest.raises(DataError, match=r"a\.tar"):
+        check_images_exist(data_args)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    check_images_exist(data_args)
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    (tmp_path / "a.tar").touch()
+    check_images_exist(data_args)
+
+
+def test_an_accelerator_that_cannot_build_asynchronous_io_is_refused(tmp_path, monkeypatch):
+    import deepspeed.accelerator as ours
+
+    known = SimpleNamespace(device_name=lambda: "mps", create_op_builder=lambda name: None)
+    monkeypatch.setattr(ours, "get_accelerator", lambda: known)
+    part = {"device": "nvme", "nvme_path": str(tmp_path)}
+    with pytest.raises(ValueError, match="install libaio"):
+        check_nvme({"zero_optimization": {"offload_param": part}})
+
+
+def test_a_disk_for_deepspeed_that_is_not_there_is_missed_before_a_model_is_loaded(refused, tmp_path, monkeypatch):
+    for name, value in {
+        "RANK": 0,
+        "LOCAL_RANK": 0,
+        "WORLD_SIZE": 1,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": 0,
+    }.items():
+        # As a launcher would; what stands in for one would outlive the test.
+        monkeypatch.setenv(name, str(value))
+    config = json.loads(Path("scripts/zero3_offload_nvme.json").read_text())
+    for part in ("offload_optimizer", "offload_param"):
+        config["zero_optimization"][part]["nvme_path"] = str(tmp_path / "disk")
+    file = tmp_path / "nvme.json"
+    file.write_text(json.dumps(config))
+    flags = ["--deepspeed", str(file), "--bf16", "False"]
+    assert f"nvme_path {tmp_path}/disk, which is no directory that can be written" in refused(*flags)
+    (tmp_path / "disk").mkdir()
+    assert "install libaio" in refused(*flags)
+
+
+def test_a_checkpoint_of_another_run_is_refused_in_a_line(stage_flags, tmp_path, capfd, monkeypatch, caplog):
+    flags = ["--save_strategy", "steps", "--save_steps", "1", "--max_steps", "1"]
+    main(stage_flags("projector", tmp_path / "out", *flags))
+    main(stage_flags("projector", tmp_path / "out", *flags, "--learning_rate", "0.5", "--max_steps", "2"))
+    assert caplog.text.count("is resumed with another schedule: max_steps was 1, is 2; learning_rate") == 1
+    capfd.readouterr()
+    with pytest.raises(SystemExit):
+        main(stage_flags("projector", tmp_path / "out", *flags, "--seed", "7", "--feature_cache", "auto"))
+    shown = capfd.readouterr().err
+    assert "Traceback" not in shown
+    assert "cannot be resumed exactly: seed was" in shown.splitlines()[-1]
+    assert not list((tmp_path / "cache").glob("features/*"))
+
+
+# The hint that names the command for all devices.
+
+FLAGS = ["--output_dir", "my run", "--bf16", "True"]
+
+
+def command_of(hint):
+    return hint.splitlines()[-1].strip()
+
+
+def test_hint_names_a_config_that_comes_with_the_package():
+    hint = launch_hint(FLAGS, 8)
+    assert hint.startswith("this process trains on 1 of 8 devices.")
+    assert command_of(hint) == (
+        "deepspeed --module llava_lite.train.train --deepspeed zero2 --output_dir 'my run' --bf16 True"
+    )
+
+
+@pytest.mark.parametrize(
+    "argv", [["run.yaml", "--seed", "1"], ["--deepspeed=z.json"], ["--seed", "1", "--deepspeed", "z"]]
+)
+def test_flags_with_a_config_of_their_own_are_kept(argv):
+    assert command_of(launch_hint(argv, 2)) == f"deepspeed --module llava_lite.train.train {' '.join(argv)}"
+
+
+def test_hint_comes_only_where_devices_would_stay_idle(caplog):
+    for n_gpu, times in ((0, 0), (1, 0), (8, 1)):
+        caplog.clear()
+        args = SimpleNamespace(n_gpu=n_gpu, _n_gpu=n_gpu)
+        use_one_device(FLAGS, args)
+        assert caplog.text.count("of 8 devices") == times
+        assert args._n_gpu == min(n_gpu, 1)
