@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import socket
+import time
+from pathlib import Path
 
 import torch.distributed as dist
 
@@ -38,6 +40,34 @@ def leave() -> None:
         everyone(None)
         # Threads of a group that still runs when Python ends can abort the process.
         dist.destroy_process_group()
+
+
+def let_threads_finish(limit_s: float = 5.0) -> None:
+    """Wait until no other thread of this process runs, for at most `limit_s` seconds; for `atexit`.
+
+    A thread of gloo frees its tensors after the collective has returned, and needs Python for it. On a busy machine it
+    may come to that only when Python has ended, and then aborts the process ("terminate called without an active
+    exception", status -6). Libraries keep their process groups, so `destroy_process_group` does not end these threads.
+    """
+    deadline, quiet = time.monotonic() + limit_s, 0
+    # Twice in a row: a thread that waits for Python looks idle, and gets it in the next sleep.
+    while quiet < 2 and time.monotonic() < deadline:
+        time.sleep(0.01)
+        quiet = 0 if _other_threads_run() else quiet + 1
+
+
+def _other_threads_run() -> bool:
+    """Whether a thread other than the main one has work to do; False on a system that does not tell."""
+    tasks = Path("/proc/self/task")
+    if not tasks.is_dir():
+        return False
+    others = [task for task in tasks.iterdir() if task.name != str(os.getpid())]
+    try:
+        # "12 (name) S ...": the letter after the name is the state, R for running or ready to run.
+        states = [(task / "stat").read_text().rpartition(")")[2].split()[0] for task in others]
+    except OSError:  # one has just ended
+        return True
+    return "R" in states
 
 
 def stand_alone():

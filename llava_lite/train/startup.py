@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
+from llava_lite.distributed.ranks import let_threads_finish
 from llava_lite.errors import get_sentence
 from llava_lite.train.arguments.legacy import machine_has
 
@@ -111,6 +112,7 @@ def launch_hint(argv, num_devices: int) -> str:
 
 def join_ranks(training_args):
     """Make DeepSpeed's process group; from here on only the first rank logs, but warnings and errors of all show."""
+    atexit.register(let_threads_finish)
     if training_args.uses_deepspeed:
         import deepspeed
 
