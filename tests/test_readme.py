@@ -51,7 +51,8 @@ def test_a_word_is_explained_where_it_first_stands(word, explained):
 
 def test_paths_of_the_quickstart_are_those_that_it_writes():
     script = (ROOT / "scripts/quickstart.sh").read_text(encoding="utf-8")
-    world = (ROOT / "playground/tiny/make_world.py").read_text(encoding="utf-8")
+    files = ("make_world.py", "scene_records.py")
+    world = "".join((ROOT / "playground/tiny" / name).read_text(encoding="utf-8") for name in files)
     assert "OUT=quickstart" in script
     used = [word for command in commands(README) for word in command.words if word.startswith("quickstart/")]
     assert set(used) == {"quickstart/stage2", "quickstart/stage3", "quickstart/data/held_out/images/digit_0000.png"}

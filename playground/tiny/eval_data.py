@@ -9,7 +9,7 @@ import json
 
 import numpy as np
 
-from .make_world import images_of, write_images, write_json
+from .scene_records import images_of, write_images, write_json
 from .world import EMPTY, QUESTIONS, filled_places, sample_scenes
 from .yes_no import YES_NO, existence_text, yes_no_question
 

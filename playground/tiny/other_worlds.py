@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .make_world import (
+from .scene_records import (
     NUM_CAPTIONS,
     NUM_CONVERSATIONS,
     TEXT_FRACTION,

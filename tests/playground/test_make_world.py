@@ -9,7 +9,7 @@ from PIL import Image
 
 pytest.importorskip("sklearn", reason="the tiny world is drawn from scikit-learn's digits: pip install scikit-learn")
 
-from playground.tiny import make_world, world
+from playground.tiny import make_world, scene_records, world
 
 PLACES = {"top-left", "top-right", "bottom-left", "bottom-right"}
 
@@ -59,8 +59,8 @@ def test_a_few_conversations_lose_their_image_and_none_that_describes_it():
     rng = np.random.default_rng(0)
     tiles = world.draw_tiles([3], 1, rng)
     scenes = world.sample_scenes(4000, tiles, rng)
-    records = make_world.conversation_records(scenes, rng, "")
-    left = make_world.hide_some(scenes, records, rng)
+    records = scene_records.conversation_records(scenes, rng, "")
+    left = scene_records.hide_some(scenes, records, rng)
     hidden = (left.tile == world.EMPTY).all(axis=1)
     assert (left.tile[~hidden] == scenes.tile[~hidden]).all()
     # 4000 draws, a fifth of them described: three standard deviations of 0.016 are 0.006.
@@ -91,7 +91,7 @@ def test_no_constant_answer_is_better_than_another(root):
 def test_searching_questions_are_asked_of_images_with_two_digits_or_more():
     tiles = world.draw_tiles([4], 1, np.random.default_rng(0))
     for kind in ("where", "colour_of"):
-        scenes, questions = make_world.held_out_questions(kind, tiles, np.random.default_rng(1))
+        scenes, questions = scene_records.held_out_questions(kind, tiles, np.random.default_rng(1))
         assert len(questions) == len(scenes.digit) == 240
         assert (scenes.digit != world.EMPTY).sum(axis=1).min() >= 2
 

@@ -18,7 +18,7 @@ from hub_client import environment
 
 from llava_lite import load, reply
 from llava_lite.train.train import train
-from playground.tiny import make_world, world
+from playground.tiny import scene_records, text, world
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = ROOT / "playground/tiny"
@@ -35,13 +35,13 @@ def data(tmp_path_factory):
     scenes = world.sample_scenes(1200, tiles, rng, counts=(1, 2))
     kinds = {"colour": 3, "count": 1}
     rows = zip(scenes.digit, scenes.colour, strict=True)
-    asked = [make_world.scene_questions(*row, 2, rng, kinds) for row in rows]
+    asked = [text.scene_questions(*row, 2, rng, kinds) for row in rows]
     records = [
-        {"id": f"{i}", "image": f"{i}.png", "conversations": make_world.turns_of(questions, "<image>\n")}
+        {"id": f"{i}", "image": f"{i}.png", "conversations": scene_records.turns_of(questions, "<image>\n")}
         for i, questions in enumerate(asked)
     ]
-    images = make_world.images_of(scenes, tiles, rng)
-    make_world.write_stage(directory / "data.json", directory, records, images, "data")
+    images = scene_records.images_of(scenes, tiles, rng)
+    scene_records.write_stage(directory / "data.json", directory, records, images, "data")
     return directory
 
 
