@@ -69,11 +69,11 @@ class LlavaBench(Benchmark):
         file = directory / (options.questions or "questions.jsonl")
         context, answered = directory / "context.jsonl", directory / "answers_gpt4.jsonl"
         captions = {item["image"]: item["caption"] for item in read_lines(context, ("image", "caption"))}
-        references = {item["question_id"]: item["text"] for item in read_lines(answered, ("question_id", "text"))}
+        references = {str(item["question_id"]): item["text"] for item in read_lines(answered, ("question_id", "text"))}
         questions = []
         for item, question in read_questions(file, directory / "images"):
             caption = look_up(captions, item["image"], file, context)
-            reference = look_up(references, question.id, file, answered)
+            reference = look_up(references, str(question.id), file, answered)
             questions.append(question._replace(truth=(caption, reference)))
         return questions
 

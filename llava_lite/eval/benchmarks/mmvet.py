@@ -12,6 +12,8 @@ from pathlib import Path
 
 from llava_lite.eval.benchmarks.base import Benchmark, Need, percents, score_mean
 from llava_lite.eval.benchmarks.files import (
+    check_same,
+    check_same_image,
     look_up,
     open_table,
     plain_rows,
@@ -86,6 +88,8 @@ class MMVet(Benchmark):
         questions = []
         for _, question in read_questions(file, directory / "images"):
             record = look_up(records, f"v1_{question.id}", file, directory / "mm-vet.json")
+            check_same(question, [record["question"]], file, directory / "mm-vet.json")
+            check_same_image(question, record["imagename"], file, directory / "mm-vet.json")
             questions.append(question._replace(truth=read_truth(record)))
         return questions
 
