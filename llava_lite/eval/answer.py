@@ -13,11 +13,13 @@ from contextlib import suppress
 from pathlib import Path
 
 from llava_lite.data.records.keys import media_keys
-from llava_lite.eval.answers import forget, merge
+from llava_lite.eval.answers import forget, has_answers, merge
 from llava_lite.eval.benchmarks.base import Benchmark, Options, Scores
 from llava_lite.eval.benchmarks.files import read_lines
+from llava_lite.eval.hold import begin, remove_locks
 from llava_lite.eval.questions import Question
-from llava_lite.eval.run import Ranks, ask_share, describe_run, get_generation
+from llava_lite.eval.ranks import Ranks
+from llava_lite.eval.run import ask_share, describe_run, get_generation
 
 
 class QuestionFile(Benchmark):
@@ -75,11 +77,18 @@ def answer_file(flags) -> Path | None:
     run = describe_run(benchmark, options, questions, generation, flags)
     # Which images the questions are about.
     run |= {"image_folder": flags.image_folder, "file": hashlib.sha256(source.read_bytes()).hexdigest()[:16]}
-    with Ranks(flags.num_chunks, flags.chunk_idx, flags.overwrite) as ranks:
-        if target.exists() and not parts.exists() and not flags.overwrite:
+
+    def check_new() -> None:
+        if target.exists() and not has_answers(parts) and not flags.overwrite:
             raise FileExistsError(f"{target} is there already. Name another file, or --overwrite to replace it.")
-        # Every rank has looked at the files before one deletes them.
-        ranks.wait()
+
+    if not parts.exists():
+        # Before the directory is made.
+        check_new()
+    with (
+        Ranks(flags.num_chunks, flags.chunk_idx, flags.overwrite) as ranks,
+        begin(parts, run, ranks, flags.overwrite, check_new),
+    ):
         ask_share(benchmark, run, generation, questions, parts, flags, ranks)
         if not ranks.scores:
             if not ranks.is_launched:
@@ -88,11 +97,12 @@ def answer_file(flags) -> Path | None:
                     f"without --chunk-idx writes {target}."
                 )
             return None
-        lines = merge(parts, len(questions), ranks.count)
+        lines = merge(parts, questions, ranks.count)
         draft = target.with_name(f"{target.name}.{os.getpid()}.part")
         draft.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
         os.replace(draft, target)
         forget(parts)
+        remove_locks(parts)
         with suppress(OSError):
             parts.rmdir()
         print(f"wrote {len(lines):,} answers to {target}")

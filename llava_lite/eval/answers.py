@@ -57,8 +57,16 @@ def to_line(position: int, question: Question, text: str, model_id: str) -> str:
     return json.dumps(line, ensure_ascii=False) + "\n"
 
 
-def read_answers(directory: Path, count: int) -> dict[int, dict[str, Any]]:
-    """Return {position: line} of all chunks in a run's directory; a last line that is being written is left out."""
+def has_answers(directory: Path) -> bool:
+    """Return whether a directory holds an answer."""
+    return any(part.stat().st_size for part in directory.glob("part_*_of_*.jsonl"))
+
+
+def read_answers(directory: Path, questions: Sequence[Question]) -> dict[int, dict[str, Any]]:
+    """Return {position: line} of all chunks in a run's directory; a last line that is being written is left out.
+
+    Raises ValueError for a line that is no answer, or one to another question than that at its position.
+    """
     answers = {}
     for path in sorted(directory.glob("part_*_of_*.jsonl")):
         complete = path.read_bytes().rpartition(b"\n")[0]
@@ -73,10 +81,17 @@ def read_answers(directory: Path, count: int) -> dict[int, dict[str, Any]]:
                     f"{path}, line {number} is no answer of llava-lite eval ({type(error).__name__}: {error}). Move "
                     "the file away, and its questions are asked again."
                 ) from error
-            if not 0 <= position < count:
+            if not 0 <= position < len(questions):
                 raise ValueError(
-                    f"{path}, line {number} answers question {position}, and there are {count}. It is of another run: "
-                    "write elsewhere."
+                    f"{path}, line {number} answers question {position}, and there are {len(questions)}. It is of "
+                    "another run: write elsewhere."
+                )
+            asked = {"question_id": questions[position].id, "prompt": questions[position].prompt}
+            other = next((key for key, value in asked.items() if answer.get(key) != value), None)
+            if other is not None:
+                raise ValueError(
+                    f"{path}, line {number} answers another question: its {other} is {answer.get(other)!r}, and that "
+                    f"of question {position} is {asked[other]!r}. It is of another run: write elsewhere."
                 )
             answers[position] = answer
     return answers
@@ -90,7 +105,7 @@ def claim(directory: Path, run: Mapping[str, Any]) -> None:
     path = directory / RUN_FILE
     directory.mkdir(parents=True, exist_ok=True)
     # A run that wrote no answer, such as one with a wrong flag, holds nothing that could be mixed.
-    if path.is_file() and any(part.stat().st_size for part in directory.glob("part_*_of_*.jsonl")):
+    if has_answers(directory):
         compare(directory, run)
         return
     draft = path.with_name(f"{path.name}.{os.getpid()}.part")
@@ -102,14 +117,33 @@ def compare(directory: Path, run: Mapping[str, Any]) -> None:
     """Raise ValueError with the first difference between a run and the one whose answers are in a directory."""
     path = directory / RUN_FILE
     if not path.is_file():
+        if has_answers(directory):
+            raise ValueError(
+                f"{directory} holds answers and no {RUN_FILE} that says of which run. Write elsewhere, or --overwrite "
+                "to begin again."
+            )
         raise ValueError(f"{directory} has no answers yet; run the chunks first.")
-    earlier, run = json.loads(path.read_text(encoding="utf-8")), json.loads(json.dumps(run))
+    earlier, run = read_run(path), json.loads(json.dumps(run))
     for key in (*run, *(key for key in earlier if key not in run)):
         if run.get(key) != earlier.get(key):
             raise ValueError(
                 f"{directory} holds the answers of another run: {key} is {run.get(key)!r} now and was "
                 f"{earlier.get(key)!r}. Write elsewhere, or --overwrite to begin again."
             )
+
+
+def read_run(path: Path) -> dict[str, Any]:
+    """Return the run of a directory's run.json; ValueError with its path for a broken one."""
+    try:
+        run = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(
+            f"{path} is broken ({error}), so it is not known of which run the answers are. Write elsewhere, or "
+            "--overwrite to begin again."
+        ) from error
+    if not isinstance(run, dict):
+        raise ValueError(f"{path} holds a {type(run).__name__}; expected what a run is, {{model, split, ...}}.")
+    return run
 
 
 def forget(directory: Path) -> None:
@@ -119,9 +153,9 @@ def forget(directory: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def merge(directory: Path, count: int, num_chunks: int) -> list[dict[str, Any]]:
+def merge(directory: Path, questions: Sequence[Question], num_chunks: int) -> list[dict[str, Any]]:
     """Return all lines in the order of the questions; ValueError for a chunk that is missing or not complete."""
-    answers = read_answers(directory, count)
+    answers, count = read_answers(directory, questions), len(questions)
     for index in range(num_chunks):
         positions = chunk_of(count, num_chunks, index)
         found = sum(position in answers for position in positions)

@@ -10,15 +10,16 @@ import hashlib
 import os
 from collections.abc import Sequence
 from dataclasses import asdict
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from llava_lite.eval.answers import AnswerFile, claim, compare, forget, merge, read_answers, write_merged
+from llava_lite.eval.answers import AnswerFile, merge, read_answers, write_merged
 from llava_lite.eval.asking import Generation, ask
 from llava_lite.eval.benchmarks import BENCHMARKS, get_benchmark
 from llava_lite.eval.benchmarks.base import Benchmark, Options
+from llava_lite.eval.hold import begin
 from llava_lite.eval.questions import Question, chunk_of
+from llava_lite.eval.ranks import Ranks
 from llava_lite.eval.results import to_report, to_text, write_report
 
 # Files that make a model what it is.
@@ -45,12 +46,18 @@ def run_benchmark(benchmark: Benchmark, options: Options, flags, ranks: Ranks) -
         run["data"] = str(directory.resolve())
     out = Path(flags.out) if flags.out else default_out(directory, benchmark, options, flags)
     options = options._replace(out=str(out))
-    ask_share(benchmark, run, generation, questions, out, flags, ranks)
-    if not ranks.scores:
-        if not ranks.is_launched:
-            print(f"{out}: chunk {ranks.index} of {ranks.count} is answered. Score with --num-chunks {ranks.count}.")
-        return None
-    lines = merge(out, len(questions), ranks.count)
+    with begin(out, run, ranks, flags.overwrite):
+        ask_share(benchmark, run, generation, questions, out, flags, ranks)
+        if ranks.scores:
+            return score_run(benchmark, options, run, questions, out, ranks)
+    if not ranks.is_launched:
+        print(f"{out}: chunk {ranks.index} of {ranks.count} is answered. Score with --num-chunks {ranks.count}.")
+    return None
+
+
+def score_run(benchmark, options, run, questions: Sequence[Question], out: Path, ranks: Ranks) -> dict[str, Any]:
+    """Score the answers in a run's directory, write and print the report, and return it."""
+    lines = merge(out, questions, ranks.count)
     answers = [line["text"] for line in lines]
     # Before the score, for which a judge may not be reached.
     written = [write_merged(out, lines, None), *benchmark.write(out, questions, answers, options)]
@@ -63,17 +70,9 @@ def run_benchmark(benchmark: Benchmark, options: Options, flags, ranks: Ranks) -
 
 
 def ask_share(benchmark, run, generation, questions: Sequence[Question], out: Path, flags, ranks: Ranks) -> None:
-    """Ask what this process is to ask, or check that the answers in `out` are of this run; return when all ranks have.
-
-    With --overwrite earlier answers are deleted first.
-    """
-    if flags.overwrite and ranks.is_first:
-        forget(out)
-    ranks.wait()
+    """Ask what this process is to ask; return when all ranks have."""
     if ranks.asks:
         ask_chunk(benchmark, run, generation, questions, out, flags, ranks)
-    else:
-        compare(out, run)
     ranks.wait()
 
 
@@ -97,11 +96,8 @@ def ask_chunk(
     """Ask the questions of a chunk that have no answer yet."""
     from tqdm import tqdm
 
-    if ranks.is_first or not ranks.is_launched:
-        claim(out, run)
-    ranks.wait()
     file = AnswerFile(out, ranks.count, ranks.index)
-    known = {position: line["text"] for position, line in read_answers(out, len(questions)).items()}
+    known = {position: line["text"] for position, line in read_answers(out, questions).items()}
     positions = list(chunk_of(len(questions), ranks.count, ranks.index))
     left = [position for position in positions if position not in known]
     if not left:
@@ -167,54 +163,6 @@ class Running:
     def text(self) -> str:
         """Return the score in percent, empty where a single answer has none."""
         return f"{100 * self.sum / self.count:.1f}%" if self.count else ""
-
-
-class Ranks:
-    """The processes that share a benchmark: of torchrun, or started one by one with --num-chunks and --chunk-idx."""
-
-    def __init__(self, num_chunks: int, chunk_idx: int | None, overwrite: bool = False):
-        if overwrite and (num_chunks > 1 or chunk_idx is not None):
-            raise ValueError(
-                "--overwrite would delete the answers of the other chunks; write elsewhere, or leave --num-chunks and "
-                "--chunk-idx out."
-            )
-        world = int(os.environ.get("WORLD_SIZE", "1"))
-        self.is_launched = world > 1
-        if self.is_launched and (num_chunks > 1 or chunk_idx is not None):
-            raise ValueError("torchrun shares the questions itself; leave --num-chunks and --chunk-idx out.")
-        self.count = world if self.is_launched else num_chunks
-        if chunk_idx is not None and not 0 <= chunk_idx < self.count:
-            raise ValueError(f"--chunk-idx {chunk_idx} of --num-chunks {self.count}; it counts from 0.")
-        self.index = int(os.environ["RANK"]) if self.is_launched else chunk_idx or 0
-        # Of several chunks, without an index: all were asked before, and are scored now.
-        self.asks = self.is_launched or num_chunks == 1 or chunk_idx is not None
-        self.scores = self.index == 0 if self.is_launched else chunk_idx is None or num_chunks == 1
-
-    @property
-    def is_first(self) -> bool:
-        """Whether this process does what one alone must do."""
-        return self.index == 0
-
-    def __enter__(self):
-        if self.is_launched:
-            import torch.distributed as dist
-
-            # A rank that is done waits for the slowest one; the default timeout is half an hour.
-            dist.init_process_group("gloo", timeout=timedelta(days=30))
-        return self
-
-    def __exit__(self, *error) -> None:
-        if self.is_launched:
-            import torch.distributed as dist
-
-            dist.destroy_process_group()
-
-    def wait(self) -> None:
-        """Wait for all ranks of torchrun."""
-        if self.is_launched:
-            import torch.distributed as dist
-
-            dist.barrier()
 
 
 def open_model(flags, ranks: Ranks, needs_images: bool):
