@@ -19,7 +19,7 @@ from llava_lite.eval.benchmarks.files import read_lines
 from llava_lite.eval.hold import begin, remove_locks
 from llava_lite.eval.questions import Question
 from llava_lite.eval.ranks import Ranks
-from llava_lite.eval.run import ask_share, describe_run, get_generation
+from llava_lite.eval.run import ask_share, check_model_flags, describe_run, get_generation
 
 
 class QuestionFile(Benchmark):
@@ -71,12 +71,15 @@ def answer_file(flags) -> Path | None:
     """Answer the questions with the flags of `llava-lite answer`; return the file, None where other chunks go on."""
     source, target = Path(flags.questions), Path(flags.out)
     parts = target.with_name(f"{target.name}.parts")
+    check_model_flags(flags)
     benchmark, options = QuestionFile(), Options(questions=str(source))
-    questions = benchmark.load(Path(flags.image_folder or source.parent), options)
+    images = os.path.abspath(flags.image_folder or source.parent)
+    questions = benchmark.load(Path(images), options)
     generation = get_generation(benchmark, options, flags)
-    run = describe_run(benchmark, options, questions, generation, flags)
+    ranks = Ranks(flags.num_chunks, flags.chunk_idx, flags.overwrite)
+    run = describe_run(benchmark, options, questions, generation, flags, ranks.count)
     # Which images the questions are about.
-    run |= {"image_folder": flags.image_folder, "file": hashlib.sha256(source.read_bytes()).hexdigest()[:16]}
+    run |= {"image_folder": images, "file": hashlib.sha256(source.read_bytes()).hexdigest()[:16]}
 
     def check_new() -> None:
         if target.exists() and not has_answers(parts) and not flags.overwrite:
@@ -85,10 +88,7 @@ def answer_file(flags) -> Path | None:
     if not parts.exists():
         # Before the directory is made.
         check_new()
-    with (
-        Ranks(flags.num_chunks, flags.chunk_idx, flags.overwrite) as ranks,
-        begin(parts, run, ranks, flags.overwrite, check_new),
-    ):
+    with ranks, begin(parts, run, ranks, flags.overwrite, check_new):
         ask_share(benchmark, run, generation, questions, parts, flags, ranks)
         if not ranks.scores:
             if not ranks.is_launched:

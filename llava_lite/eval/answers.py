@@ -125,11 +125,19 @@ def compare(directory: Path, run: Mapping[str, Any]) -> None:
         raise ValueError(f"{directory} has no answers yet; run the chunks first.")
     earlier, run = read_run(path), json.loads(json.dumps(run))
     for key in (*run, *(key for key in earlier if key not in run)):
-        if run.get(key) != earlier.get(key):
+        if run.get(key) != earlier.get(key) and key not in without_effect(run):
             raise ValueError(
                 f"{directory} holds the answers of another run: {key} is {run.get(key)!r} now and was "
                 f"{earlier.get(key)!r}. Write elsewhere, or --overwrite to begin again."
             )
+
+
+def without_effect(run: Mapping[str, Any]) -> set[str]:
+    """Return the settings of a run on which its answers do not depend: greedy ones not on what is asked at once."""
+    if not run.get("temperature"):
+        return {"batch_size", "num_chunks"}
+    # One question at a time has a seed of its own.
+    return {"num_chunks"} if run.get("batch_size") == 1 else set()
 
 
 def read_run(path: Path) -> dict[str, Any]:

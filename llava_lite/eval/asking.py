@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -58,19 +58,28 @@ def ask(
     generation: Generation,
     batch_size: int = 1,
     on_answers: Callable[[dict[int, str]], None] = lambda answers: None,
+    answered: Container[int] = (),
 ) -> None:
     """Ask the questions at `positions`, and call on_answers with {position: answer} after each batch.
 
-    Raises ValueError with the question's id for an image that cannot be read.
+    answered: positions that have an answer already. Where answers are sampled those depend on all of their batch: it
+    stays as it was, and is asked again if one is missing. Raises ValueError with the question's id for an image that
+    cannot be read.
     """
+    samples = generation.temperature > 0
+    if not samples:
+        positions = [position for position in positions if position not in answered]
     for batch in in_batches(questions, positions, batch_size):
-        if generation.temperature > 0:
+        if all(position in answered for position in batch):
+            continue
+        if samples:
             # A seed of its own, so that a run that goes on after a kill samples as one that was not killed.
             torch.manual_seed(generation.seed + batch[0])
         chosen = [questions[position] for position in batch]
         images = [read_images(question) for question in chosen]
         texts = reply(model, processor, [question.text for question in chosen], images, **generation.arguments())
-        on_answers(dict(zip(batch, texts, strict=True)))
+        found = dict(zip(batch, texts, strict=True))
+        on_answers({position: text for position, text in found.items() if position not in answered})
 
 
 def read_images(question: Question) -> list[Image.Image]:

@@ -43,7 +43,7 @@ class Gqa(Benchmark):
 
     def load(self, directory, options):
         """Return the questions; the truth is (answer, structural type, semantic type)."""
-        if self.has_tables_alone(directory):
+        if self.has_tables_alone(directory, options):
             return self.from_table(directory)
         found = next((place for place in PLACES if (directory / place / TRUTHS).is_file()), None)
         needed = [need for need in self.needs if not (need.path.endswith(TRUTHS) and found)]

@@ -49,11 +49,12 @@ class LlavaBench(Benchmark):
     metric = "judged, % of GPT-4's answers"
     source = SOURCE
     max_new_tokens = 1024
+    is_judged = True
     needs = tuple(Need(name, SOURCE) for name in ("questions.jsonl", "context.jsonl", "answers_gpt4.jsonl", "images"))
 
     def load(self, directory, options):
         """Return the questions; the truth of each is the description of its image and GPT-4's answer."""
-        if self.has_tables_alone(directory):
+        if self.has_tables_alone(directory, options):
             rows = open_table(directory, "train", columns=COLUMNS)
             return [
                 Question(

@@ -67,11 +67,12 @@ class MMVet(Benchmark):
     metric = "judged, %"
     source = SOURCE
     max_new_tokens = 1024
+    is_judged = True
     needs = (Need("mm-vet.json", SOURCE), Need("images", SOURCE))
 
     def load(self, directory, options):
         """Return the questions of LLaVA's file, of MM-Vet's own where it is not there, or of Hugging Face's table."""
-        if self.has_tables_alone(directory):
+        if self.has_tables_alone(directory, options):
             rows = open_table(directory, "test", columns=COLUMNS)
             return [
                 to_question(row["question_id"], row, stored_image(rows, index, "image"))

@@ -60,7 +60,7 @@ class Seed(Benchmark):
     def load(self, directory, options):
         """Return the questions, each with its Truth."""
         self.num_not_asked = 0
-        if self.has_tables_alone(directory):
+        if self.has_tables_alone(directory, options):
             return self.from_table(directory)
         path = directory / (options.questions or QUESTIONS)
         # A file of questions about images needs no frames of videos.

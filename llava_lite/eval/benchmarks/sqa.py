@@ -52,7 +52,7 @@ class ScienceQa(Benchmark):
 
     def load(self, directory, options):
         """Return the questions of test, each with its Truth."""
-        if self.has_tables_alone(directory):
+        if self.has_tables_alone(directory, options):
             return self.from_table(directory)
         self.check(directory, self.needs[1:] if options.questions else self.needs)
         path, splits = directory / (options.questions or QUESTIONS), directory / "pid_splits.json"

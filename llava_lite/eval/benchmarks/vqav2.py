@@ -51,7 +51,7 @@ class VqaV2(Benchmark):
     def load(self, directory, options):
         """Return the questions; the truth of val is (type of the answer, ten answers)."""
         needs = self.needs if options.split == "val" else self.test_needs
-        if self.has_tables_alone(directory, needs):
+        if self.has_tables_alone(directory, options, needs):
             return self.from_table(directory, options)
         self.check(directory, needs)
         if options.split == "val":
