@@ -109,10 +109,15 @@ def is_same(first: torch.Tensor, second: torch.Tensor) -> bool:
 
 def differ(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
     """Return whether vectors [..., K, D] are further apart than rounding takes them, a bool for each K x D."""
-    tolerance = max(4 * torch.finfo(first.dtype).eps, 1e-4)
+    tolerance = relative_tolerance(first.dtype)
     first, second = first.float(), second.float()
     distance, length = ((one.square().sum((-2, -1))).sqrt() for one in (first - second, first))
     return distance > tolerance * length
+
+
+def relative_tolerance(dtype: torch.dtype) -> float:
+    """Return how far apart the features of one image may be, encoded in two batches, as a part of their length."""
+    return max(4 * torch.finfo(dtype).eps, 1e-4)
 
 
 def note_images(cache, mask: tuple[bool, ...], prompts: torch.Tensor | None = None) -> None:
