@@ -7,13 +7,13 @@ OUT.jsonl, and the directory goes.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from contextlib import suppress
 from pathlib import Path
 
 from llava_lite.data.records.keys import media_keys
-from llava_lite.eval.answers import forget, has_answers, merge
+from llava_lite.eval.answers import ESCAPED, forget, has_answers, merge, to_json
+from llava_lite.eval.asking import check_question
 from llava_lite.eval.benchmarks.base import Benchmark, Options, Scores
 from llava_lite.eval.benchmarks.files import read_lines
 from llava_lite.eval.hold import begin, remove_locks
@@ -36,6 +36,7 @@ class QuestionFile(Benchmark):
         if not questions:
             raise ValueError(f"{file} has no questions; expected lines of {{question_id, image, text}}.")
         for question in questions:
+            check_question(question)
             missing = [image for image in question.images if not os.path.isfile(image)]
             if missing:
                 raise FileNotFoundError(
@@ -99,7 +100,7 @@ def answer_file(flags) -> Path | None:
             return None
         lines = merge(parts, questions, ranks.count)
         draft = target.with_name(f"{target.name}.{os.getpid()}.part")
-        draft.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
+        draft.write_text("".join(map(to_json, lines)), encoding="utf-8", errors=ESCAPED)
         os.replace(draft, target)
         forget(parts)
         remove_locks(parts)

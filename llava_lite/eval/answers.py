@@ -17,6 +17,8 @@ from llava_lite.eval.questions import Question, chunk_of
 
 RUN_FILE = "run.json"
 ANSWERS_FILE = "answers.jsonl"
+# Half of a pair of characters, as an id or an answer may hold it, becomes \\ud83d, which is JSON's own way.
+ESCAPED = "backslashreplace"
 
 
 class AnswerFile:
@@ -32,7 +34,7 @@ class AnswerFile:
     def append(self, answered: Mapping[int, tuple[Question, str]], model_id: str) -> None:
         """Write {position: (question, answer)}; they are in the file when this returns."""
         lines = [to_line(position, question, text, model_id) for position, (question, text) in answered.items()]
-        with open(self.path, "a", encoding="utf-8") as file:
+        with open(self.path, "a", encoding="utf-8", errors=ESCAPED) as file:
             file.write("".join(lines))
             file.flush()
             os.fsync(file.fileno())
@@ -54,6 +56,11 @@ def to_line(position: int, question: Question, text: str, model_id: str) -> str:
         "model_id": model_id,
         "metadata": {"index": position},
     }
+    return to_json(line)
+
+
+def to_json(line: Mapping[str, Any]) -> str:
+    """Return a line of JSON, whose characters stay as they are."""
     return json.dumps(line, ensure_ascii=False) + "\n"
 
 
@@ -109,7 +116,7 @@ def claim(directory: Path, run: Mapping[str, Any]) -> None:
         compare(directory, run)
         return
     draft = path.with_name(f"{path.name}.{os.getpid()}.part")
-    draft.write_text(json.dumps(run, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    draft.write_text(json.dumps(run, indent=2, ensure_ascii=False) + "\n", encoding="utf-8", errors=ESCAPED)
     os.replace(draft, path)
 
 
@@ -186,5 +193,5 @@ def write_merged(directory: Path, answers: Sequence[Mapping[str, Any]], scores: 
         for answer, score in zip(answers, scores, strict=True)
     ]
     path = directory / ANSWERS_FILE
-    path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
+    path.write_text("".join(map(to_json, lines)), encoding="utf-8", errors=ESCAPED)
     return path

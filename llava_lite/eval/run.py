@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from llava_lite.eval.answers import AnswerFile, merge, read_answers, write_merged
-from llava_lite.eval.asking import Generation, ask
+from llava_lite.eval.asking import Generation, ask, check_question
 from llava_lite.eval.benchmarks import BENCHMARKS, get_benchmark
 from llava_lite.eval.benchmarks.base import Benchmark, Options
 from llava_lite.eval.hold import begin
@@ -111,6 +111,8 @@ def load_questions(benchmark: Benchmark, directory: Path, options: Options) -> l
         ) from error
     if not questions:
         raise ValueError(f"{directory} has no questions of {benchmark.title}.")
+    for question in questions:
+        check_question(question)
     return questions
 
 

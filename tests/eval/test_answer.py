@@ -168,6 +168,28 @@ def test_what_is_wrong_is_said_before_the_model_is_loaded(given, tmp_path, capsy
     assert "q.jsonl has no questions" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("item", "says"),
+    [
+        ({"text": "a\ud83d"}, "question 'q1': character 1 of its text is half of a pair"),
+        (
+            {"text": "<image> <image>", "image": "0.png"},
+            "question 'q1': 2 <image> placeholders in the conversation but 1",
+        ),
+    ],
+)
+def test_a_question_that_cannot_be_asked_is_named_before_the_model_is_loaded(item, says, given, tmp_path, capsys):
+    (tmp_path / "q.jsonl").write_text(json.dumps({"question_id": "q1", **item}) + "\n")
+    assert answer(["nowhere", *given[1:]]) == 1
+    assert says in capsys.readouterr().err
+
+
+def test_an_id_may_hold_half_of_a_pair_of_characters(given, tmp_path):
+    (tmp_path / "q.jsonl").write_text(json.dumps({"question_id": "i\ud83d", "text": "What?"}) + "\n")
+    assert answer(given) == 0
+    assert [line["question_id"] for line in lines_of(given[2])] == ["i\ud83d"]
+
+
 def test_flags_that_cannot_hold_are_refused_in_a_sentence(given, capsys):
     for flags, says in (
         (["--device", "gpu"], "--device gpu: this machine has cpu"),

@@ -30,6 +30,16 @@ def test_any_text_comes_back(text, tmp_path):
     assert [read_answers(tmp_path, QUESTIONS[:2])[i]["text"] for i in (0, 1)] == [text] * 2
 
 
+def test_half_of_a_pair_of_characters_comes_back(tmp_path):
+    AnswerFile(tmp_path).append({0: (Question("i\ud83d", "What?"), "a\ud83d")}, "model")
+    lines = merge(tmp_path, [Question("i\ud83d", "What?")], 1)
+    assert (lines[0]["question_id"], lines[0]["text"]) == ("i\ud83d", "a\ud83d")
+    path = write_merged(tmp_path, lines, None)
+    # The file itself is text as any other, in JSON's own spelling.
+    assert r"a\ud83d" in path.read_text(encoding="utf-8")
+    assert json.loads(path.read_text(encoding="utf-8"))["text"] == "a\ud83d"
+
+
 @pytest.mark.parametrize("kept", [0, 1])
 def test_a_cut_line_is_left_out_and_removed(kept, tmp_path):
     answer(tmp_path, range(kept + 1))

@@ -208,7 +208,8 @@ def _read_image(rows, index, column, number):
 def write_text(path: Path, text: str) -> Path:
     """Write a text, and return the path."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, encoding="utf-8")
+    # JSON's own way of writing half of a pair of characters, which an answer may hold.
+    path.write_text(text, encoding="utf-8", errors="backslashreplace")
     return path
 
 
