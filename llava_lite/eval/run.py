@@ -251,8 +251,10 @@ def image_facts(image) -> str:
 
 
 def weights_digest(model: str) -> str | None:
-    """Return a digest of names, sizes and times of a model's files in a directory; None for a hub id."""
+    """Return a digest of names, sizes and times of a model's file, or files in a directory; None for a hub id."""
     directory = Path(model)
+    if directory.is_file():
+        return files_digest(directory.parent, [directory])
     if not directory.is_dir():
         return None
     return files_digest(directory, [path for pattern in WEIGHTS for path in directory.glob(pattern)])
@@ -266,8 +268,8 @@ def files_digest(directory: Path, files: Iterable[Path]) -> str:
 
 
 def place_of(model: str | None) -> str | None:
-    """Return the full path of a directory, which a person may write in several ways; a hub id as it is."""
-    return os.path.abspath(model) if model is not None and os.path.isdir(model) else model
+    """Return the full path of a file or directory, which a person may write in several ways; a hub id as it is."""
+    return os.path.abspath(model) if model is not None and os.path.exists(model) else model
 
 
 def default_out(directory: Path, benchmark: Benchmark, options: Options, flags) -> Path:

@@ -15,7 +15,7 @@ from llava_lite import load, reply
 from llava_lite.cli import main as cli
 from llava_lite.commands.eval import build_parser
 from llava_lite.eval.hold import hold
-from llava_lite.eval.run import evaluate
+from llava_lite.eval.run import evaluate, place_of, weights_digest
 
 TOKENS = 6
 
@@ -219,6 +219,17 @@ def test_one_directory_of_a_model_is_one_model_however_it_is_written(run, model,
     for name in (model.name, f"./{model.name}/", f"../{model.parent.name}/{model.name}"):
         assert run("--limit", 1, model=name)["run"]["model"] == str(model)
     assert (tmp_path / "out/part_0_of_1.jsonl").read_bytes() == part
+
+
+def test_a_model_in_one_file_is_known_by_its_place_and_its_state(tmp_path, monkeypatch):
+    (tmp_path / "model.pth").write_bytes(b"weights")
+    monkeypatch.chdir(tmp_path)
+    first = weights_digest("model.pth")
+    assert first == weights_digest(str(tmp_path / "model.pth")) is not None
+    assert place_of("./model.pth") == place_of(str(tmp_path / "model.pth"))
+    (tmp_path / "model.pth").write_bytes(b"other weights")
+    assert weights_digest("model.pth") != first
+    assert (place_of("user/name"), weights_digest("user/name"), place_of(None)) == ("user/name", None, None)
 
 
 def test_other_tables_at_the_same_place_are_other_questions(run, data, tmp_path, monkeypatch):

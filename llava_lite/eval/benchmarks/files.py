@@ -79,9 +79,9 @@ def check_same(question: Question, texts: Iterable[Any], path: Path, truth_path:
 
 
 def check_same_image(question: Question, name: str, path: Path, truth_path: Path) -> Question:
-    """Return a question of `path`; ValueError if its image is not the one of `truth_path`, named with its ending."""
+    """Return a question of `path`; ValueError if its image is not the one of `truth_path`, whatever its ending."""
     found = Path(question.images[0]).name
-    if found != name:
+    if Path(found).stem != Path(name).stem:
         raise ValueError(
             f"{path}: question {question.id!r} is about {found}, and {truth_path} has {name} under that id. Both "
             "files must be of one release of the benchmark."
