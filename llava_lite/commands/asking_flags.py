@@ -1,5 +1,7 @@
 """Declare the flags that all commands have that ask a model many questions: `eval` and `answer`."""
 
+import argparse
+
 from llava_lite.commands.parser import CommandParser
 
 
@@ -28,7 +30,6 @@ def add_asking_flags(parser: CommandParser, max_new_tokens: str = "the benchmark
 
 def at_least_1(text: str) -> int:
     """Read a whole number of at least 1."""
-    number = int(text)
-    if number < 1:
-        raise ValueError(text)
-    return number
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least 1")
+    return int(text)

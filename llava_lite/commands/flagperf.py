@@ -1,6 +1,7 @@
 """Turn the flags of `llava-lite flagperf` into FlagPerf's LLaVA-1.5 case, run or read from its logs."""
 
 import json
+import os
 from dataclasses import asdict
 from pathlib import Path
 
@@ -15,6 +16,7 @@ def build_parser():
     parser = CommandParser(
         prog="llava-lite flagperf",
         command="flagperf",
+        holds_flags="--flags",
         description="Run FlagPerf's LLaVA-1.5 case: both stages, MMMU, tokens a second and MFU.",
     )
     parser.add_argument("data_dir", help="FlagPerf's data directory: LLaVA-Pretrain, LLaVA-Finetune, MMMU, Output")
@@ -41,6 +43,7 @@ def main(argv=None):
     scripts = ROOT / "scripts" / "v1_5"
     if not flags.from_log and not scripts.is_dir():
         raise FileNotFoundError(f"there is no {scripts}: the case runs the recipes of a clone of llava-lite.")
+    check_json(flags.json)
     layout = Layout(Path(flags.data_dir), flags.size, read_config(Path(flags.config)))
     if flags.from_log:
         case = read_case(layout)
@@ -54,10 +57,19 @@ def main(argv=None):
     return 0
 
 
+def check_json(name):
+    """Raise OSError for a file that cannot be written when the run, hours later, has ended; None is none."""
+    path = Path(name or ".").absolute()
+    if name and path.is_dir():
+        raise IsADirectoryError(f"--json {name} is a directory; name a file.")
+    if name and not path.parent.is_dir():
+        raise FileNotFoundError(f"--json {name}: there is no directory {path.parent}. Make it, or name another file.")
+    if name and not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise PermissionError(f"--json {name}: you may not write there. Name another file.")
+
+
 def count_chips():
     """Return the chips of all nodes, by the variables of the recipes, else those of this machine."""
-    import os
-
     import torch
 
     here = os.environ.get("NUM_GPUS") or max(1, torch.cuda.device_count())

@@ -14,13 +14,14 @@ _KEYWORD = re.compile(r"\b([a-z][a-z0-9_]*)=(True\b|'[^']*'|\.\.\.)?")
 class CommandParser(argparse.ArgumentParser):
     """Reads the flags of one command.
 
-    command: its key in words.OURS. prog: None for that verb of `llava-lite`. A flag is known by its full name only,
-    `--model` is never `--model-path`; dashes and underscores in a name are the same. Wrong flags end the process with
-    status 2, as argparse does.
+    command: its key in words.OURS. prog: None for that verb of `llava-lite`. holds_flags: a flag whose value may look
+    like one, as it is a text of another program's flags. A flag is known by its full name only, `--model` is never
+    `--model-path`; dashes and underscores in a name are the same. Wrong flags end the process with status 2, as
+    argparse does.
     """
 
-    def __init__(self, *, command: str, prog: str | None = None, **kwargs):
-        self.command, self.flags = command, {}
+    def __init__(self, *, command: str, prog: str | None = None, holds_flags: str | None = None, **kwargs):
+        self.command, self.holds_flags, self.flags = command, holds_flags, {}
         super().__init__(prog=prog or f"llava-lite {command}", allow_abbrev=False, **kwargs)
 
     def add_argument(self, *args, **kwargs):
@@ -32,6 +33,10 @@ class CommandParser(argparse.ArgumentParser):
     def parse_args(self, args=None, namespace=None):
         """Return the options; unknown flags are reported before whatever is missing because of them."""
         words = [self.as_declared(word) for word in (sys.argv[1:] if args is None else args)]
+        if self.holds_flags in words[:-1]:
+            at = words.index(self.holds_flags)
+            if not self.is_known(words[at + 1]):
+                words[at : at + 2] = ["=".join(words[at : at + 2])]
         unknown = [word for word in words if self.looks_unknown(word)]
         if unknown:
             self.error(unknown_flags(self.command, unknown, self.flags.values()))

@@ -12,11 +12,13 @@ from llava_lite.data.errors import DataError
 from llava_lite.data.image_files import find_image, inspect_image, safe_path
 from llava_lite.data.records.keys import rewriting
 from llava_lite.data.records.media import MediaMix, MediaPart
+from llava_lite.media.audio import FRAME_LEN, RATE_HZ, load_audio
 from llava_lite.media.decoder import check_decoder
 from llava_lite.media.files import MediaError, read_bytes
 from llava_lite.media.image import ImageError
 from llava_lite.media.layout import ImageLayout
 from llava_lite.media.load import load_media
+from llava_lite.media.resample import resampled_len
 from llava_lite.media.wav import OtherWav, read_wav
 
 # The header of a .wav file is read from here, and from the whole file where it is longer.
@@ -91,7 +93,7 @@ def inspect_mix(
 
 
 def _check_file(kind: str, path: str) -> None:
-    """Raise MediaError for an empty file, ImportError for one that needs a decoder that is not installed."""
+    """Raise MediaError for a file that is empty, too short or no sound, ImportError for one that needs PyAV."""
     try:
         with open(path, "rb") as file:
             head = file.read(HEAD_BYTES)
@@ -99,16 +101,34 @@ def _check_file(kind: str, path: str) -> None:
         raise MediaError(kind, path, f"{error.strerror}.") from error
     if not head:
         raise MediaError(kind, path, "it is empty.")
-    if kind == "video" or (kind == "audio" and not (_is_wav(head) or _is_wav(read_bytes(kind, path)))):
+    if kind == "video":
         check_decoder(path)
+    elif kind == "audio" and not _has_a_frame(head):
+        _check_sound(path)
 
 
-def _is_wav(data: bytes) -> bool:
+def _has_a_frame(data: bytes) -> bool | None:
+    """Return whether a .wav file holds enough sound for a spectrogram; None for another file."""
     try:
-        read_wav(data)
+        samples, rate = read_wav(data)
     except OtherWav:
-        return False
-    return True
+        return None
+    return resampled_len(len(samples), rate, RATE_HZ) >= FRAME_LEN
+
+
+def _check_sound(path: str) -> None:
+    data = read_bytes("audio", path)
+    has_a_frame = _has_a_frame(data)
+    if has_a_frame is None and not (path.lower().endswith(".wav") and data[:4] != b"RIFF"):
+        # Another format, or compressed samples, which are not decoded here.
+        check_decoder(path)
+    elif not has_a_frame:
+        try:
+            # It says what is wrong.
+            load_audio(path)
+        except ImportError as error:
+            reason = "it does not begin with RIFF and WAVE, and without PyAV no other sound can be read."
+            raise MediaError("audio", path, reason) from error
 
 
 def load_mix(

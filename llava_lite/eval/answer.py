@@ -7,17 +7,19 @@ OUT.jsonl, and the directory goes.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from contextlib import suppress
 from pathlib import Path
 
 from llava_lite.data.records.keys import media_keys
-from llava_lite.eval.answers import forget, merge
+from llava_lite.eval.answers import ESCAPED, forget, has_answers, merge, to_json
+from llava_lite.eval.asking import check_question
 from llava_lite.eval.benchmarks.base import Benchmark, Options, Scores
 from llava_lite.eval.benchmarks.files import read_lines
+from llava_lite.eval.hold import begin, remove_locks
 from llava_lite.eval.questions import Question
-from llava_lite.eval.run import Ranks, ask_share, describe_run, get_generation
+from llava_lite.eval.ranks import Ranks
+from llava_lite.eval.run import ask_share, check_model_flags, describe_run, get_generation
 
 
 class QuestionFile(Benchmark):
@@ -34,6 +36,7 @@ class QuestionFile(Benchmark):
         if not questions:
             raise ValueError(f"{file} has no questions; expected lines of {{question_id, image, text}}.")
         for question in questions:
+            check_question(question)
             missing = [image for image in question.images if not os.path.isfile(image)]
             if missing:
                 raise FileNotFoundError(
@@ -69,17 +72,24 @@ def answer_file(flags) -> Path | None:
     """Answer the questions with the flags of `llava-lite answer`; return the file, None where other chunks go on."""
     source, target = Path(flags.questions), Path(flags.out)
     parts = target.with_name(f"{target.name}.parts")
+    check_model_flags(flags)
     benchmark, options = QuestionFile(), Options(questions=str(source))
-    questions = benchmark.load(Path(flags.image_folder or source.parent), options)
+    images = os.path.abspath(flags.image_folder or source.parent)
+    questions = benchmark.load(Path(images), options)
     generation = get_generation(benchmark, options, flags)
-    run = describe_run(benchmark, options, questions, generation, flags)
+    ranks = Ranks(flags.num_chunks, flags.chunk_idx, flags.overwrite)
+    run = describe_run(benchmark, options, questions, generation, flags, ranks.count)
     # Which images the questions are about.
-    run |= {"image_folder": flags.image_folder, "file": hashlib.sha256(source.read_bytes()).hexdigest()[:16]}
-    with Ranks(flags.num_chunks, flags.chunk_idx, flags.overwrite) as ranks:
-        if target.exists() and not parts.exists() and not flags.overwrite:
+    run |= {"image_folder": images, "file": hashlib.sha256(source.read_bytes()).hexdigest()[:16]}
+
+    def check_new() -> None:
+        if target.exists() and not has_answers(parts) and not flags.overwrite:
             raise FileExistsError(f"{target} is there already. Name another file, or --overwrite to replace it.")
-        # Every rank has looked at the files before one deletes them.
-        ranks.wait()
+
+    if not parts.exists():
+        # Before the directory is made.
+        check_new()
+    with ranks, begin(parts, run, ranks, flags.overwrite, check_new):
         ask_share(benchmark, run, generation, questions, parts, flags, ranks)
         if not ranks.scores:
             if not ranks.is_launched:
@@ -88,11 +98,12 @@ def answer_file(flags) -> Path | None:
                     f"without --chunk-idx writes {target}."
                 )
             return None
-        lines = merge(parts, len(questions), ranks.count)
+        lines = merge(parts, questions, ranks.count)
         draft = target.with_name(f"{target.name}.{os.getpid()}.part")
-        draft.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
+        draft.write_text("".join(map(to_json, lines)), encoding="utf-8", errors=ESCAPED)
         os.replace(draft, target)
         forget(parts)
+        remove_locks(parts)
         with suppress(OSError):
             parts.rmdir()
         print(f"wrote {len(lines):,} answers to {target}")

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from PIL import Image
 
+from llava_lite.conversation.images import add_placeholders
 from llava_lite.eval.questions import Question
-from llava_lite.inference import reply
+from llava_lite.inference import prepare, reply
 from llava_lite.media.image import open_image
+
+# More than the prompt format of any template writes around a question.
+TEMPLATE_BYTES = 2048
 
 
 @dataclass(frozen=True)
@@ -58,19 +62,69 @@ def ask(
     generation: Generation,
     batch_size: int = 1,
     on_answers: Callable[[dict[int, str]], None] = lambda answers: None,
+    answered: Container[int] = (),
 ) -> None:
     """Ask the questions at `positions`, and call on_answers with {position: answer} after each batch.
 
-    Raises ValueError with the question's id for an image that cannot be read.
+    answered: positions that have an answer already. Where answers are sampled those depend on all of their batch: it
+    stays as it was, and is asked again if one is missing. Raises ValueError with the question's id for an image that
+    cannot be read, a prompt that is longer than the model's context, and what `reply` refuses.
     """
+    samples = generation.temperature > 0
+    if not samples:
+        positions = [position for position in positions if position not in answered]
     for batch in in_batches(questions, positions, batch_size):
-        if generation.temperature > 0:
+        if all(position in answered for position in batch):
+            continue
+        if samples:
             # A seed of its own, so that a run that goes on after a kill samples as one that was not killed.
             torch.manual_seed(generation.seed + batch[0])
         chosen = [questions[position] for position in batch]
         images = [read_images(question) for question in chosen]
+        for question, shown in zip(chosen, images, strict=True):
+            check_fits(model, processor, question, shown, generation.conv_template)
         texts = reply(model, processor, [question.text for question in chosen], images, **generation.arguments())
-        on_answers(dict(zip(batch, texts, strict=True)))
+        found = dict(zip(batch, texts, strict=True))
+        on_answers({position: text for position, text in found.items() if position not in answered})
+
+
+def check_question(question: Question) -> None:
+    """Raise ValueError with the question's id for a text that cannot be asked about its images."""
+    try:
+        question.text.encode()
+        add_placeholders(question.text, None, len(question.images))
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"question {question.id!r}: character {error.start} of its text is half of a pair, "
+            f"{question.text[error.start]!r}, which no tokenizer reads. Write the character as one."
+        ) from error
+    except ValueError as error:
+        raise ValueError(f"question {question.id!r}: {error}") from error
+
+
+def check_fits(model, processor, question: Question, images: Sequence[Image.Image], conv_template=None) -> None:
+    """Raise ValueError with the question's id for a prompt of more tokens than the model has positions."""
+    limit = max_positions(model.config)
+    # Few tokens are shorter than a byte: most questions need no count.
+    most = len(question.text.encode()) + TEMPLATE_BYTES
+    most += sum(processor.image_layout.num_tokens(image.size) for image in images)
+    if limit is None or most <= limit:
+        return
+    inputs, _ = prepare(processor, [question.text], [images], conv_template)
+    if (found := inputs["input_ids"].shape[1]) > limit:
+        raise ValueError(
+            f"question {question.id!r} has {found:,} tokens with its images, and the model's context is {limit:,}. "
+            "Shorten the question, or leave it out."
+        )
+
+
+def max_positions(config) -> int | None:
+    """Return the tokens of a model's context, as far as its positions are scaled; None where it has no limit."""
+    text = config.get_text_config()
+    limit, rope = getattr(text, "max_position_embeddings", None), getattr(text, "rope_parameters", None) or {}
+    if limit is not None and rope.get("factor") and "original_max_position_embeddings" not in rope:
+        limit = int(limit * rope["factor"])
+    return limit
 
 
 def read_images(question: Question) -> list[Image.Image]:

@@ -135,7 +135,7 @@ def review_all(
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a", encoding="utf-8") as file:
         for index, prompt in enumerate(tqdm(prompts, desc=f"judge {judge.model}")):
-            asked = hashlib.sha256(prompt.encode()).hexdigest()[:16]
+            asked = hashlib.sha256(prompt.encode("utf-8", "surrogatepass")).hexdigest()[:16]
             found = known.get((index, asked))
             if found is None:
                 found = review(judge, prompt)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from llava_lite import __version__
+from llava_lite.eval.answers import ESCAPED
 from llava_lite.eval.benchmarks.base import Benchmark, Scores
 from llava_lite.eval.published import Published, published, why_not_beside
 
@@ -80,8 +81,8 @@ def show(value) -> str:
 def write_report(out: Path, report: Mapping[str, Any]) -> list[Path]:
     """Write results.json, results.md and, where there is a score and matplotlib, results.png; return the files."""
     files = [out / "results.json", out / "results.md"]
-    files[0].write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    files[1].write_text(to_text(report), encoding="utf-8")
+    files[0].write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8", errors=ESCAPED)
+    files[1].write_text(to_text(report), encoding="utf-8", errors=ESCAPED)
     if report["score"] is not None and draw(out / "results.png", report):
         files.append(out / "results.png")
     return files

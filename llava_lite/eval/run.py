@@ -8,20 +8,24 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from llava_lite.eval.answers import AnswerFile, claim, compare, forget, merge, read_answers, write_merged
-from llava_lite.eval.asking import Generation, ask
+from llava_lite.eval.answers import AnswerFile, merge, read_answers, write_merged
+from llava_lite.eval.asking import Generation, ask, check_question
 from llava_lite.eval.benchmarks import BENCHMARKS, get_benchmark
 from llava_lite.eval.benchmarks.base import Benchmark, Options
+from llava_lite.eval.hold import begin
 from llava_lite.eval.questions import Question, chunk_of
+from llava_lite.eval.ranks import Ranks
 from llava_lite.eval.results import to_report, to_text, write_report
+from llava_lite.hub.source import check_revision
+from llava_lite.model.placement import check_device
 
-# Files that make a model what it is.
+# Files that hold images of a benchmark, and those that make a model what it is.
+TABLES = ("*.parquet", "*/*.parquet", "*/*.arrow", "*.tsv")
 WEIGHTS = ("*.safetensors", "*.bin", "*.json", "*.jinja", "*.model", "*.txt")
 
 
@@ -29,9 +33,29 @@ def evaluate(flags) -> dict[str, Any] | None:
     """Run a benchmark with the flags of `llava-lite eval`; return its report, None where other chunks go on."""
     benchmark = get_benchmark(flags.benchmark)
     split, variant = benchmark.choose(flags.split, "split"), benchmark.choose(flags.variant, "variant")
+    check_flags(benchmark, flags)
     options = Options(split, variant, flags.questions, flags.judge, flags.judge_model)
     with Ranks(flags.num_chunks, flags.chunk_idx, flags.overwrite) as ranks:
         return run_benchmark(benchmark, options, flags, ranks)
+
+
+def check_flags(benchmark: Benchmark, flags) -> None:
+    """Raise ValueError for a flag that would do nothing, and for a device that is not there."""
+    check_model_flags(flags)
+    given = next((name for name in ("--judge", "--judge-model") if getattr(flags, name[2:].replace("-", "_"))), None)
+    if given and not benchmark.is_judged:
+        judged = ", ".join(name for name, kind in BENCHMARKS.items() if kind.is_judged)
+        raise ValueError(f"{given}: {benchmark.name} is scored without a judge. Leave it out; judged are {judged}.")
+    if given == "--judge-model":
+        raise ValueError("--judge-model is asked for at a server; name that too: --judge http://HOST:PORT.")
+    if flags.questions and not benchmark.takes_questions:
+        raise ValueError(f"--questions {flags.questions}: {benchmark.name} reads its own files alone. Leave it out.")
+
+
+def check_model_flags(flags) -> None:
+    """Raise ValueError for a device that is not there, and for a revision of a directory."""
+    check_revision(flags.model, flags.revision)
+    check_device(flags.device)
 
 
 def run_benchmark(benchmark: Benchmark, options: Options, flags, ranks: Ranks) -> dict[str, Any] | None:
@@ -39,18 +63,25 @@ def run_benchmark(benchmark: Benchmark, options: Options, flags, ranks: Ranks) -
     directory = benchmark.find(Path(flags.data))
     questions = load_questions(benchmark, directory, options)[: flags.limit]
     generation = get_generation(benchmark, options, flags)
-    run = describe_run(benchmark, options, questions, generation, flags)
+    run = describe_run(benchmark, options, questions, generation, flags, ranks.count)
     if any(callable(image) for question in questions for image in question.images):
         # Images of tables have no files of their own.
-        run["data"] = str(directory.resolve())
+        tables = [path for pattern in TABLES for path in directory.glob(pattern)]
+        run |= {"data": str(directory.resolve()), "tables": files_digest(directory, tables)}
     out = Path(flags.out) if flags.out else default_out(directory, benchmark, options, flags)
     options = options._replace(out=str(out))
-    ask_share(benchmark, run, generation, questions, out, flags, ranks)
-    if not ranks.scores:
-        if not ranks.is_launched:
-            print(f"{out}: chunk {ranks.index} of {ranks.count} is answered. Score with --num-chunks {ranks.count}.")
-        return None
-    lines = merge(out, len(questions), ranks.count)
+    with begin(out, run, ranks, flags.overwrite):
+        ask_share(benchmark, run, generation, questions, out, flags, ranks)
+        if ranks.scores:
+            return score_run(benchmark, options, run, questions, out, ranks)
+    if not ranks.is_launched:
+        print(f"{out}: chunk {ranks.index} of {ranks.count} is answered. Score with --num-chunks {ranks.count}.")
+    return None
+
+
+def score_run(benchmark, options, run, questions: Sequence[Question], out: Path, ranks: Ranks) -> dict[str, Any]:
+    """Score the answers in a run's directory, write and print the report, and return it."""
+    lines = merge(out, questions, ranks.count)
     answers = [line["text"] for line in lines]
     # Before the score, for which a judge may not be reached.
     written = [write_merged(out, lines, None), *benchmark.write(out, questions, answers, options)]
@@ -63,17 +94,9 @@ def run_benchmark(benchmark: Benchmark, options: Options, flags, ranks: Ranks) -
 
 
 def ask_share(benchmark, run, generation, questions: Sequence[Question], out: Path, flags, ranks: Ranks) -> None:
-    """Ask what this process is to ask, or check that the answers in `out` are of this run; return when all ranks have.
-
-    With --overwrite earlier answers are deleted first.
-    """
-    if flags.overwrite and ranks.is_first:
-        forget(out)
-    ranks.wait()
+    """Ask what this process is to ask; return when all ranks have."""
     if ranks.asks:
         ask_chunk(benchmark, run, generation, questions, out, flags, ranks)
-    else:
-        compare(out, run)
     ranks.wait()
 
 
@@ -88,6 +111,8 @@ def load_questions(benchmark: Benchmark, directory: Path, options: Options) -> l
         ) from error
     if not questions:
         raise ValueError(f"{directory} has no questions of {benchmark.title}.")
+    for question in questions:
+        check_question(question)
     return questions
 
 
@@ -97,11 +122,8 @@ def ask_chunk(
     """Ask the questions of a chunk that have no answer yet."""
     from tqdm import tqdm
 
-    if ranks.is_first or not ranks.is_launched:
-        claim(out, run)
-    ranks.wait()
     file = AnswerFile(out, ranks.count, ranks.index)
-    known = {position: line["text"] for position, line in read_answers(out, len(questions)).items()}
+    known = {position: line["text"] for position, line in read_answers(out, questions).items()}
     positions = list(chunk_of(len(questions), ranks.count, ranks.index))
     left = [position for position in positions if position not in known]
     if not left:
@@ -121,7 +143,7 @@ def ask_chunk(
             bar.set_postfix_str(running.text)
             bar.update(len(answers))
 
-        ask(model, processor, questions, left, generation, flags.batch_size, keep)
+        ask(model, processor, questions, positions, generation, flags.batch_size, keep, known)
 
 
 def get_generation(benchmark: Benchmark, options: Options, flags) -> Generation:
@@ -169,54 +191,6 @@ class Running:
         return f"{100 * self.sum / self.count:.1f}%" if self.count else ""
 
 
-class Ranks:
-    """The processes that share a benchmark: of torchrun, or started one by one with --num-chunks and --chunk-idx."""
-
-    def __init__(self, num_chunks: int, chunk_idx: int | None, overwrite: bool = False):
-        if overwrite and (num_chunks > 1 or chunk_idx is not None):
-            raise ValueError(
-                "--overwrite would delete the answers of the other chunks; write elsewhere, or leave --num-chunks and "
-                "--chunk-idx out."
-            )
-        world = int(os.environ.get("WORLD_SIZE", "1"))
-        self.is_launched = world > 1
-        if self.is_launched and (num_chunks > 1 or chunk_idx is not None):
-            raise ValueError("torchrun shares the questions itself; leave --num-chunks and --chunk-idx out.")
-        self.count = world if self.is_launched else num_chunks
-        if chunk_idx is not None and not 0 <= chunk_idx < self.count:
-            raise ValueError(f"--chunk-idx {chunk_idx} of --num-chunks {self.count}; it counts from 0.")
-        self.index = int(os.environ["RANK"]) if self.is_launched else chunk_idx or 0
-        # Of several chunks, without an index: all were asked before, and are scored now.
-        self.asks = self.is_launched or num_chunks == 1 or chunk_idx is not None
-        self.scores = self.index == 0 if self.is_launched else chunk_idx is None or num_chunks == 1
-
-    @property
-    def is_first(self) -> bool:
-        """Whether this process does what one alone must do."""
-        return self.index == 0
-
-    def __enter__(self):
-        if self.is_launched:
-            import torch.distributed as dist
-
-            # A rank that is done waits for the slowest one; the default timeout is half an hour.
-            dist.init_process_group("gloo", timeout=timedelta(days=30))
-        return self
-
-    def __exit__(self, *error) -> None:
-        if self.is_launched:
-            import torch.distributed as dist
-
-            dist.destroy_process_group()
-
-    def wait(self) -> None:
-        """Wait for all ranks of torchrun."""
-        if self.is_launched:
-            import torch.distributed as dist
-
-            dist.barrier()
-
-
 def open_model(flags, ranks: Ranks, needs_images: bool):
     """Return model and processor on the device of this rank; ValueError for a text-only model on images."""
     import torch
@@ -224,7 +198,7 @@ def open_model(flags, ranks: Ranks, needs_images: bool):
     from llava_lite.inference import load
 
     device = flags.device
-    if device is None and torch.cuda.is_available():
+    if (device is None or (device == "cuda" and ranks.is_launched)) and torch.cuda.is_available():
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     more = {name: True for name in ("load_8bit", "load_4bit") if getattr(flags, name)}
     model, processor = load(flags.model, device, model_base=flags.model_base, revision=flags.revision, **more)
@@ -236,7 +210,12 @@ def open_model(flags, ranks: Ranks, needs_images: bool):
 
 
 def describe_run(
-    benchmark: Benchmark, options: Options, questions: Sequence[Question], generation: Generation, flags
+    benchmark: Benchmark,
+    options: Options,
+    questions: Sequence[Question],
+    generation: Generation,
+    flags,
+    num_chunks: int,
 ) -> dict[str, Any]:
     """Return what the answers depend on, as JSON values: model, prompts, settings and the questions."""
     asked = hashlib.sha256()
@@ -247,20 +226,24 @@ def describe_run(
         "benchmark": benchmark.name,
         "split": options.split,
         "variant": options.variant,
-        "model": str(Path(flags.model)),
-        "model_base": flags.model_base,
+        "model": place_of(flags.model),
+        "model_base": place_of(flags.model_base),
         "base_weights": None if flags.model_base is None else weights_digest(flags.model_base),
         "revision": flags.revision,
         "weights": weights_digest(flags.model),
         "quantised": "8 bit" if flags.load_8bit else "4 bit" if flags.load_4bit else None,
         **asdict(generation),
+        "batch_size": flags.batch_size,
+        "num_chunks": num_chunks,
         "num_questions": len(questions),
         "questions": asked.hexdigest()[:16],
     }
 
 
 def image_facts(image) -> str:
-    """Return name, size and time of an image's file; "" for one that is read from a table or given as bytes."""
+    """Return name, size and time of an image's file, a digest of its bytes; "" for one that is read from a table."""
+    if isinstance(image, bytes):
+        return hashlib.sha256(image).hexdigest()
     if not isinstance(image, str) or not os.path.isfile(image):
         return ""
     found = os.stat(image)
@@ -268,13 +251,25 @@ def image_facts(image) -> str:
 
 
 def weights_digest(model: str) -> str | None:
-    """Return a digest of names, sizes and times of a model's files in a directory; None for a hub id."""
+    """Return a digest of names, sizes and times of a model's file, or files in a directory; None for a hub id."""
     directory = Path(model)
+    if directory.is_file():
+        return files_digest(directory.parent, [directory])
     if not directory.is_dir():
         return None
-    files = sorted({path for pattern in WEIGHTS for path in directory.glob(pattern)})
-    facts = [f"{path.name} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in files]
-    return hashlib.sha256("\n".join(facts).encode()).hexdigest()[:16]
+    return files_digest(directory, [path for pattern in WEIGHTS for path in directory.glob(pattern)])
+
+
+def files_digest(directory: Path, files: Iterable[Path]) -> str:
+    """Return a digest of the paths of files below a directory, of their sizes and times."""
+    stats = [(path.relative_to(directory).as_posix(), path.stat()) for path in sorted(set(files))]
+    facts = [f"{name} {found.st_size} {found.st_mtime_ns}" for name, found in stats]
+    return hashlib.sha256("\n".join(facts).encode("utf-8", "surrogatepass")).hexdigest()[:16]
+
+
+def place_of(model: str | None) -> str | None:
+    """Return the full path of a file or directory, which a person may write in several ways; a hub id as it is."""
+    return os.path.abspath(model) if model is not None and os.path.exists(model) else model
 
 
 def default_out(directory: Path, benchmark: Benchmark, options: Options, flags) -> Path:
@@ -286,7 +281,7 @@ def default_out(directory: Path, benchmark: Benchmark, options: Options, flags) 
         name += f"_{Path(options.questions).stem}"
     if flags.limit is not None:
         name += f"_first_{flags.limit}"
-    return directory / "answers" / Path(flags.model).name / name
+    return directory / "answers" / Path(place_of(flags.model)).name / name
 
 
 def list_benchmarks() -> str:

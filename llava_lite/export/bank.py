@@ -12,6 +12,7 @@ from llava_lite.media.image import ImageError
 from llava_lite.media.pixels import load_image
 from llava_lite.model.encoders.imagebind.opening import open_imagebind
 from llava_lite.model.mixing import FeatureBank
+from llava_lite.model.placement import check_device
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +55,7 @@ def encode_directory(source, vision_tower, batch_size, num_workers, device, bad_
     paths = find_images(source)
     if vision_tower is None:
         raise ValueError("--vision_tower is needed: the ImageBind encoder of the model that will read the bank.")
+    check_device(device)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     model = open_imagebind(vision_tower, modalities=["image"]).to(device)
     images = ImageFiles(paths, model.config.image_size, bad_image)

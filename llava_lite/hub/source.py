@@ -58,6 +58,15 @@ def is_path(name: str) -> bool:
     return name.startswith(("/", ".", "~")) or name.count("/") > 1 or not may_be_repository(name)
 
 
+def check_revision(name: str | None, revision: str | None) -> None:
+    """Raise ValueError for a revision of what lies on this machine, which has one state alone."""
+    if name is not None and revision is not None and os.path.exists(name):
+        raise ValueError(
+            f"--revision {revision} is a branch, tag or commit of a repository, and {name} is on this machine. Leave "
+            "it out, or name the repository."
+        )
+
+
 def did_you_mean(name: str) -> str:
     """Return a sentence with directory entries whose names are close to a path that does not exist; "" for none."""
     expanded = os.path.expanduser(name).rstrip("/")

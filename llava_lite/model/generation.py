@@ -7,8 +7,10 @@ images are expanded, L after, K cached positions, D model width.
 from __future__ import annotations
 
 import torch
+from torch.nn import functional as F
 from transformers import DynamicCache
 
+from llava_lite.model.cached_features import note_features
 from llava_lite.model.fusion.encode import check_some_are_new
 from llava_lite.model.fusion.splice import Batch, placeholder_mask, positions_from_mask
 from llava_lite.model.generate_calls import (
@@ -75,9 +77,11 @@ class ImageGeneration(PromptedGeneration):
             mask = torch.ones_like(input_ids)
         if given_positions is not None and counts_as_usual(given_positions, input_ids, mask):
             given_positions = None
+        by_ids = []
+        given_cache, num_cached = kwargs.get("past_key_values"), cached_len(kwargs)
         with evaluating(self):
             ids, mask, embeds = self.embed_prompt(
-                Batch(input_ids, mask), pixels, image_sizes, image_features, cached_len(kwargs), is_llava_call
+                Batch(input_ids, mask), pixels, image_sizes, image_features, given_cache, num_cached, is_llava_call
             )
             if given_positions is not None:
                 if ids is not input_ids or given_positions.shape[-1] != mask.shape[1]:
@@ -88,33 +92,40 @@ class ImageGeneration(PromptedGeneration):
                     )
                 kwargs["position_ids"] = given_positions
             has_images = pixels is not None or image_features is not None
-            ends_in_image = has_images and bool(placeholder_mask(ids[:, -1:], self.config.image_token_index).any())
+            is_image = placeholder_mask(ids, self.config.image_token_index)
+            is_image = F.pad(is_image, (mask.shape[1] - ids.shape[1], 0)) & has_images  # [B, L]
+            ends_in_image = bool(is_image[:, -1].any())
             ids = self.printable_ids(ids, None if ids is input_ids else mask, kwargs)
             kwargs["attention_mask"] = mask
             if embeds is None:
                 # From ids, which adapters with a prompt of their own need.
                 output = super().generate(input_ids=ids, **kwargs)
-            elif options := self.find_id_options(kwargs):
+            elif by_ids := self.find_id_options(kwargs):
                 if ids.shape[1] != mask.shape[1]:
                     raise ValueError(
-                        f"{', '.join(options)} looks up the ids of the prompt, but there are {ids.shape[1]} ids of "
+                        f"{', '.join(by_ids)} looks up the ids of the prompt, but there are {ids.shape[1]} ids of "
                         f"{mask.shape[1]} positions; give all ids."
                     )
                 if ends_in_image:
                     raise ValueError(
-                        f"{', '.join(options)} reads the end of the prompt by its id, and a prompt ends with an "
+                        f"{', '.join(by_ids)} reads the end of the prompt by its id, and a prompt ends with an "
                         "image. Put text after the image, such as the beginning of the answer, or generate without it."
                     )
                 kwargs["past_key_values"] = self.prefill(embeds, mask, kwargs)
                 output = super().generate(input_ids=ids, **kwargs)
-                return without_prompt(output, ids.shape[1]) if is_llava_call else output
             elif is_llava_call:
                 output = super().generate(inputs_embeds=embeds, **kwargs)
             else:
                 output = super().generate(inputs_embeds=embeds, input_ids=ids, **kwargs)
-            return output
+        if embeds is not None and has_images:
+            for cache in (given_cache, getattr(output, "past_key_values", None)):
+                note_features(cache, is_image, embeds, num_cached)
+        # From embeddings alone transformers returns the new tokens.
+        return without_prompt(output, ids.shape[1]) if is_llava_call and by_ids else output
 
-    def embed_prompt(self, batch: Batch, images, image_sizes, image_features, num_cached: int, is_llava_call: bool):
+    def embed_prompt(
+        self, batch: Batch, images, image_sizes, image_features, cache, num_cached: int, is_llava_call: bool
+    ):
         """Return (ids, mask [B, L], embeddings [B, L, D]); of a call with a cache the ids may be the new ones alone.
 
         Mask and embeddings cover all positions; cached ones have zeros as embeddings, which nothing reads. The
@@ -130,7 +141,7 @@ class ImageGeneration(PromptedGeneration):
             check_some_are_new(batch.input_ids.shape[1], num_cached)
         embeds = None
         if not is_text and num_cached and is_all:
-            batch, embeds = self.embed_after_cache(batch, num_cached, images, image_sizes, image_features)
+            batch, embeds = self.embed_after_cache(batch, cache, num_cached, images, image_sizes, image_features)
         elif not is_text:
             # A sequence that continues a cache keeps its padding side; on its left is the cache.
             pad_left = None if num_cached else True

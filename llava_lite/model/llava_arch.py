@@ -14,7 +14,14 @@ from transformers import initialization as init
 from llava_lite.hub.mixins import SharingMixin
 from llava_lite.model.adaption_prompt import PromptedAttention, add_prompts, check_prompted, init_prompts
 from llava_lite.model.attention import find_segments
-from llava_lite.model.cached_images import check_images_again, find_cache, image_mask, note_images, row_indices
+from llava_lite.model.cached_images import (
+    check_images_again,
+    check_same_images,
+    find_cache,
+    image_mask,
+    note_images,
+    row_indices,
+)
 from llava_lite.model.compat.methods import LlavaNames, StackNames
 from llava_lite.model.connector import build_connector
 from llava_lite.model.connector.query_vit import QueryVit
@@ -124,6 +131,8 @@ class LlavaMetaModel(
                 visual_prompts = self.visual_prompts(num_samples, given, image_features, rows)
                 has_image = image_mask(num_samples, shown, rows)
                 check_images_again(past_key_values, has_image)
+            if not torch.compiler.is_compiling():
+                check_same_images(past_key_values, visual_prompts)
             kwargs["adaption_prompts"] = self.adaption_prompt(visual_prompts)
         output = super().forward(
             input_ids=input_ids,
@@ -136,7 +145,7 @@ class LlavaMetaModel(
             **kwargs,
         )
         if self.config.has_prompts and not torch.compiler.is_compiling():
-            note_images(find_cache(output), has_image)
+            note_images(find_cache(output), has_image, visual_prompts)
         return output
 
 

@@ -17,6 +17,23 @@ PLACES = ("device_map", "max_memory", "offload_folder", "offload_buffers")
 SPREADS = ("auto", "balanced", "balanced_low_0", "sequential")
 
 
+def check_device(name: str | None) -> None:
+    """Raise ValueError for a value of --device that this machine has not; None is any."""
+    try:
+        is_there = name is None or torch.empty(0, device=name).device.type != "meta"
+    except (RuntimeError, AssertionError):
+        is_there = False
+    if not is_there:
+        raise ValueError(f"--device {name}: this machine has {', '.join(list_devices())}.")
+
+
+def list_devices() -> list[str]:
+    """Return the names of the devices of this machine."""
+    found = torch.accelerator.current_accelerator(check_available=True)
+    names = [] if found is None else [f"{found.type}:{i}" for i in range(torch.accelerator.device_count())]
+    return ["cpu", *names]
+
+
 def get_device(module: nn.Module, otherwise: torch.device) -> torch.device:
     """Return the device of a module's weights; `otherwise` for offloaded weights, or without weights."""
     weight = next(module.parameters(), None)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from llava_lite.model.cached_images import check_images_again, image_mask, note_images, row_indices
+from llava_lite.model.cached_images import check_images_again, check_same_images, image_mask, note_images, row_indices
 from llava_lite.model.fusion.splice import Batch
 from llava_lite.model.generate_calls import (
     GenerateCalls,
@@ -59,9 +59,10 @@ class PromptedGeneration(GenerateCalls):
                 visual = self.visual_prompts(len(given), images, image_features, rows)
                 has_image = image_mask(len(given), images if image_features is None else image_features, rows)
                 check_images_again(cache, has_image)
+            check_same_images(cache, visual)
             output = super().generate(visual_prompts=visual, **kwargs)
         # The forward pass took the prompts for images, also those of mm_text_only blank.
         for used in (cache, getattr(output, "past_key_values", None)):
-            note_images(used, has_image)
+            note_images(used, has_image, visual)
         returns_prompt = is_llava_call and embeds is None
         return without_prompt(output, kwargs["input_ids"].shape[1]) if returns_prompt else output

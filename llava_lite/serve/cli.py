@@ -13,9 +13,11 @@ from llava_lite.conversation import SeparatorStyle, get_template
 from llava_lite.conversation.images import add_placeholders
 from llava_lite.errors import get_sentence
 from llava_lite.hub.errors import CONFIG
+from llava_lite.hub.source import check_revision
 from llava_lite.inference import load, stream
 from llava_lite.media.image import upright_image
 from llava_lite.model.fusion.image_cache import ImageFeatureCache
+from llava_lite.model.placement import check_device
 from llava_lite.serve.typed import Conversation, is_command, obey
 
 INTRODUCTION = "Type a question; {images}/help lists the commands, an empty line ends the chat."
@@ -132,6 +134,7 @@ def main(argv=None):
 def open_all(path, options):
     """Return (model, processor, images) that the options name; what is wrong shows before minutes of loading."""
     hub = where_in_hub(options)
+    check_revision(path, options.revision)
     check_device(options.device)
     if options.conv_mode is not None:
         get_template(options.conv_mode)
@@ -149,17 +152,6 @@ def open_all(path, options):
     return model, processor, images
 
 
-def check_device(name):
-    """Raise ValueError for a device that torch does not know, or that this machine has fewer of."""
-    try:
-        device = None if name is None else torch.device(name)
-    except RuntimeError as error:
-        raise ValueError(f"--device {name}: give cuda, cuda:1 or cpu.") from error
-    found = torch.cuda.device_count()
-    if device is not None and device.type == "cuda" and (device.index or 0) >= found > 0:
-        raise ValueError(f"--device {name}: this machine has {found} CUDA devices, cuda:0 to cuda:{found - 1}.")
-
-
 def check_has_tower(checkpoint):
     """Raise ValueError if a model without a vision tower is to be shown images; only its config is read."""
     checkpoint.check()
@@ -174,6 +166,9 @@ def get_options(args, parser):
     options = parser.parse_args([])
     for name in vars(options):
         setattr(options, name, getattr(args, name, getattr(options, name)))
+    if str(options.device).startswith("cuda") and not torch.cuda.is_available():
+        # LLaVA's default, where the model goes to the CPU instead.
+        options.device = None
     if not isinstance(options.image_file, list):
         options.image_file = [] if options.image_file is None else [options.image_file]
     return options

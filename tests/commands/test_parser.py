@@ -2,6 +2,7 @@
 
 import pytest
 
+from llava_lite.commands.eval import build_parser as eval_parser
 from llava_lite.commands.parser import CommandParser, in_flags
 from llava_lite.errors import get_sentence
 
@@ -55,6 +56,42 @@ def test_an_unknown_flag_is_reported_before_what_is_missing_because_of_it(capsys
 
 def test_a_number_below_zero_is_a_value(parser):
     assert parser.parse_args(["m", "--max-new-tokens", "-3"]).max_new_tokens == -3
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["m", "--flags", "--max_steps=5"],
+        ["m", "--flags=--max_steps=5"],
+        ["--flags", "--max_steps=5", "m"],
+        ["--json", "x", "m", "--flags", "--max_steps=5"],
+    ],
+)
+def test_a_text_of_flags_is_a_value_however_it_is_written(words):
+    parser = CommandParser(prog="llava-lite chat", command="chat", holds_flags="--flags")
+    parser.add_argument("model")
+    parser.add_argument("--flags")
+    parser.add_argument("--json")
+    assert parser.parse_args(words).flags == "--max_steps=5"
+    for value in ("--max_steps 5 --bf16 True", "-x", "--bf16", ""):
+        assert parser.parse_args(["m", "--flags", value]).flags == value
+
+
+def test_a_flag_of_the_command_is_no_text_of_flags(capsys):
+    parser = CommandParser(prog="llava-lite chat", command="chat", holds_flags="--flags")
+    parser.add_argument("--flags")
+    parser.add_argument("--json")
+    for words in (["--flags", "--json", "x"], ["--flags"]):
+        assert refusal(parser, capsys, *words) == "argument --flags: expected one argument."
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "x", "1.5", ""])
+@pytest.mark.parametrize("flag", ["--batch-size", "--num-beams", "--max-new-tokens", "--num-chunks", "--limit"])
+def test_a_number_of_things_is_at_least_1(flag, value, capsys):
+    with pytest.raises(SystemExit):
+        eval_parser().parse_args(["pope", f"{flag}={value}"])
+    assert f"argument {flag}: {value!r} is no whole number of at least 1." in capsys.readouterr().err
+    assert vars(eval_parser().parse_args(["pope", flag, "3"]))[flag[2:].replace("-", "_")] == 3
 
 
 @pytest.mark.parametrize(

@@ -114,6 +114,25 @@ def test_a_file_that_needs_a_decoder_is_found_by_its_header(files, tmp_path, mon
             inspect_mix(str(folder), mix, LAYOUT)
 
 
+@pytest.mark.parametrize(
+    ("cut", "words"),
+    [
+        (lambda data: data[:44], r"there is no sound in it \(0 samples\)"),
+        (lambda data: data[:45], r"there is no sound in it \(0 samples\)"),
+        (lambda data: data[: 44 + 200], r"it lasts .* ms; a spectrogram needs at least 25 ms"),
+        (lambda data: b"no sound at all", "it does not begin with RIFF and WAVE, and without PyAV no other sound can"),
+        (lambda data: b"<html>404</html>" * 9999, "it does not begin with RIFF and WAVE"),
+    ],
+    ids=["header alone", "half a sample", "short", "text", "page"],
+)
+def test_a_wav_without_sound_is_found_without_decoding(cut, words, files, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "av", None)
+    folder = tmp_path / "images"
+    (folder / "bad.WAV").write_bytes(cut((folder / "bird.wav").read_bytes()))
+    with pytest.raises(MediaError, match=rf"cannot use the audio '.*bad\.WAV': {words}"):
+        inspect_mix(str(folder), mix_of(audio="bad.WAV"), LAYOUT)
+
+
 def test_a_wav_with_a_long_header_is_read_without_a_decoder(files, tmp_path):
     data = (tmp_path / "images" / "bird.wav").read_bytes()
     note = b"LIST" + (1 << 17).to_bytes(4, "little") + bytes(1 << 17)

@@ -4,12 +4,14 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from PIL import Image
 
 from llava_lite import cli, load, reply
 from llava_lite.eval.answers import part_name
+from llava_lite.eval.hold import hold
 from llava_lite.media.preprocess import load_image_processor
 from llava_lite.processing.processor import LlavaLiteProcessor
 
@@ -164,6 +166,53 @@ def test_what_is_wrong_is_said_before_the_model_is_loaded(given, tmp_path, capsy
     (tmp_path / "q.jsonl").write_text("")
     assert answer(wrong) == 1
     assert "q.jsonl has no questions" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("item", "says"),
+    [
+        ({"text": "a\ud83d"}, "question 'q1': character 1 of its text is half of a pair"),
+        (
+            {"text": "<image> <image>", "image": "0.png"},
+            "question 'q1': 2 <image> placeholders in the conversation but 1",
+        ),
+    ],
+)
+def test_a_question_that_cannot_be_asked_is_named_before_the_model_is_loaded(item, says, given, tmp_path, capsys):
+    (tmp_path / "q.jsonl").write_text(json.dumps({"question_id": "q1", **item}) + "\n")
+    assert answer(["nowhere", *given[1:]]) == 1
+    assert says in capsys.readouterr().err
+
+
+def test_an_id_may_hold_half_of_a_pair_of_characters(given, tmp_path):
+    (tmp_path / "q.jsonl").write_text(json.dumps({"question_id": "i\ud83d", "text": "What?"}) + "\n")
+    assert answer(given) == 0
+    assert [line["question_id"] for line in lines_of(given[2])] == ["i\ud83d"]
+
+
+def test_flags_that_cannot_hold_are_refused_in_a_sentence(given, capsys):
+    for flags, says in (
+        (["--device", "gpu"], "--device gpu: this machine has cpu"),
+        (["--revision", "main"], "--revision main is a branch, tag or commit of a repository, and "),
+    ):
+        assert answer(given, *flags) == 1
+        assert capsys.readouterr().err.startswith(f"llava-lite answer: {says}")
+
+
+def test_a_file_that_another_process_answers_is_left_alone(given, capsys):
+    with hold(Path(f"{given[2]}.parts"), 1, 0):
+        assert answer(given) == 1
+        assert "another process answers the questions in" in capsys.readouterr().err
+    assert answer(given) == 0
+    assert not os.path.exists(f"{given[2]}.parts")
+
+
+def test_a_directory_of_images_may_be_written_in_two_ways(given, monkeypatch, tmp_path):
+    assert answer(given, "--num-chunks", "2", "--chunk-idx", "0") == 0
+    monkeypatch.chdir(tmp_path)
+    given[4] = "images/../images"
+    assert answer(given, "--num-chunks", "2", "--chunk-idx", "1") == 0
+    assert answer(given, "--num-chunks", "2") == 0
 
 
 @pytest.mark.slow

@@ -1,12 +1,25 @@
 """Questions asked in batches, with images as they are stored."""
 
+from bisect import bisect
+
 import numpy as np
 import pytest
 from PIL import Image
+from toy_eval_data import png
+from transformers import LlamaConfig
 
 from llava_lite import load, reply
-from llava_lite.eval.asking import Generation, ask, in_batches, read_images
+from llava_lite.eval.asking import (
+    Generation,
+    ask,
+    check_fits,
+    check_question,
+    in_batches,
+    max_positions,
+    read_images,
+)
 from llava_lite.eval.questions import Question
+from llava_lite.inference import prepare
 
 
 def test_batches_have_equally_many_images_and_the_longest_texts_first():
@@ -54,6 +67,67 @@ def test_an_image_that_cannot_be_read_names_its_question(tmp_path):
 
     with pytest.raises(ValueError, match="question 8: row 3 has no image"):
         read_images(Question(8, "What?", (broken,)))
+
+
+def test_a_question_beyond_the_context_is_named_with_its_tokens(checkpoint):
+    model, processor = load(str(checkpoint(conv_template="v1")), device="cpu")
+    image, limit = Image.new("RGB", (30, 30)), model.config.max_position_embeddings
+    questions = [Question(0, "short"), Question("n7", "What is it? " * limit, (png(3),))]
+    said = r"^question 'n7' has [\d,]+ tokens with its images, and the model's context is 2,048\. Shorten"
+    with pytest.raises(ValueError, match=said):
+        ask(model, processor, questions, [0, 1], Generation(max_new_tokens=2), batch_size=2)
+
+    def num_tokens(number):
+        return prepare(processor, ["it " * number], [[image]])[0]["input_ids"].shape[1]
+
+    # The first that does not fit, and the one before.
+    number = bisect(range(limit), limit, key=num_tokens)
+    assert num_tokens(number - 1) <= limit < num_tokens(number)
+    check_fits(model, processor, Question(1, "it " * (number - 1)), [image])
+    with pytest.raises(ValueError, match=f"question 1 has {num_tokens(number):,} tokens"):
+        check_fits(model, processor, Question(1, "it " * number), [image])
+
+
+@pytest.mark.parametrize(
+    ("rope", "limit"),
+    [
+        (None, 100),
+        ({"rope_type": "default", "rope_theta": 1e4}, 100),
+        ({"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}, 400),
+        (
+            {
+                "rope_type": "llama3",
+                "factor": 8.0,
+                "rope_theta": 1e4,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 20,
+            },
+            100,
+        ),
+    ],
+)
+def test_the_context_is_that_of_the_scaled_positions(rope, limit):
+    assert max_positions(LlamaConfig(max_position_embeddings=100, rope_parameters=rope)) == limit
+
+
+@pytest.mark.parametrize(
+    ("question", "says"),
+    [
+        (Question("s", "a\ud83db"), r"question 's': character 1 of its text is half of a pair, '\\ud83d', which no"),
+        (
+            Question("i", "<image> or <image>?", ("a",)),
+            "question 'i': 2 <image> placeholders in the conv.* but 1 imag",
+        ),
+        (Question("i", "<image>?"), "question 'i': 1 <image> placeholders in the conversation but 0 images"),
+        (Question("i", "<image>?", ("a", "b")), "question 'i': 1 <image> placeholders .* but 2 images"),
+    ],
+)
+def test_a_text_that_cannot_be_asked_is_named(question, says):
+    with pytest.raises(ValueError, match=says):
+        check_question(question)
+    check_question(Question(1, "\U0001f600 <image>?", ("a",)))
+    check_question(Question(1, "What?", ("a", "b")))
 
 
 def test_images_are_paths_bytes_or_made_when_asked(tmp_path):

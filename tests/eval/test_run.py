@@ -14,7 +14,8 @@ from PIL import Image
 from llava_lite import load, reply
 from llava_lite.cli import main as cli
 from llava_lite.commands.eval import build_parser
-from llava_lite.eval.run import evaluate
+from llava_lite.eval.hold import hold
+from llava_lite.eval.run import evaluate, place_of, weights_digest
 
 TOKENS = 6
 
@@ -180,6 +181,106 @@ def test_answers_of_another_run_are_not_mixed_with_these(run, checkpoint, tmp_pa
         run("--limit", 2, model=other)
     assert run("--limit", 3, "--overwrite")["num_questions"] == 3
     assert len(lines_of(tmp_path / "out/part_0_of_1.jsonl")) == 3
+
+
+def test_greedy_answers_go_on_in_batches_of_another_size(run, expected, tmp_path):
+    run("--num-chunks", 2, "--chunk-idx", 0, "--batch-size", 3)
+    report = run("--batch-size", 2)
+    assert (report["run"]["batch_size"], report["run"]["num_chunks"]) == (2, 1)
+    assert texts_of(tmp_path / "out") == expected
+
+
+def test_sampled_answers_depend_on_their_batch_and_stay_in_it(run, tmp_path):
+    sampled = ["--temperature", 2, "--batch-size", 3]
+    run(*sampled)
+    texts = texts_of(tmp_path / "out")
+    with pytest.raises(ValueError, match="another run: batch_size is 2 now and was 3"):
+        run(*sampled[:3], 2)
+    with pytest.raises(ValueError, match="another run: num_chunks is 2 now and was 1"):
+        run(*sampled, "--num-chunks", 2, "--chunk-idx", 0)
+    # A kill has cut the first batch: its answers that are there stay, the other ones are those that they would be.
+    part = tmp_path / "out/part_0_of_1.jsonl"
+    whole = part.read_bytes().splitlines(keepends=True)
+    part.write_bytes(whole[1])
+    run(*sampled)
+    assert texts_of(tmp_path / "out") == texts
+    assert len(part.read_bytes().splitlines()) == 6
+    # One at a time each question has a seed of its own, whoever asks it.
+    run("--temperature", 2, "--num-chunks", 2, "--chunk-idx", 0, out="alone")
+    run("--temperature", 2, out="alone")
+    run("--temperature", 2, out="again")
+    assert texts_of(tmp_path / "alone") == texts_of(tmp_path / "again")
+
+
+def test_one_directory_of_a_model_is_one_model_however_it_is_written(run, model, tmp_path, monkeypatch):
+    run("--limit", 1)
+    part = (tmp_path / "out/part_0_of_1.jsonl").read_bytes()
+    monkeypatch.chdir(model.parent)
+    for name in (model.name, f"./{model.name}/", f"../{model.parent.name}/{model.name}"):
+        assert run("--limit", 1, model=name)["run"]["model"] == str(model)
+    assert (tmp_path / "out/part_0_of_1.jsonl").read_bytes() == part
+
+
+def test_a_model_in_one_file_is_known_by_its_place_and_its_state(tmp_path, monkeypatch):
+    (tmp_path / "model.pth").write_bytes(b"weights")
+    monkeypatch.chdir(tmp_path)
+    first = weights_digest("model.pth")
+    assert first == weights_digest(str(tmp_path / "model.pth")) is not None
+    assert place_of("./model.pth") == place_of(str(tmp_path / "model.pth"))
+    (tmp_path / "model.pth").write_bytes(b"other weights")
+    assert weights_digest("model.pth") != first
+    assert (place_of("user/name"), weights_digest("user/name"), place_of(None)) == ("user/name", None, None)
+
+
+def test_other_tables_at_the_same_place_are_other_questions(run, data, tmp_path, monkeypatch):
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    toy.mme_table(data / "MME")
+    run("--limit", 2, benchmark="mme")
+    # The same words, in a file of another time, as new images would be.
+    table = next((data / "MME").rglob("*.parquet"))
+    known = table.stat()
+    os.utime(table, ns=(known.st_atime_ns, known.st_mtime_ns + 1))
+    with pytest.raises(ValueError, match="holds the answers of another run: tables is"):
+        run("--limit", 2, benchmark="mme")
+
+
+@pytest.mark.parametrize(
+    ("benchmark", "flags", "says"),
+    [
+        ("pope", ["--judge", "http://x"], "--judge: pope is scored without a judge. Leave it out; judged are llavab"),
+        ("pope", ["--judge-model", "gpt-4"], "--judge-model: pope is scored without a judge"),
+        ("mmvet", ["--judge-model", "gpt-4"], "--judge-model is asked for at a server; name that too: --judge http:/"),
+        ("easy_vqa", ["--questions", "x"], "--questions x: easy_vqa reads its own files alone. Leave it out."),
+        ("pope", ["--revision", "main"], "--revision main is a branch, tag or commit of a repository, and "),
+        ("pope", ["--device", "gpu"], "--device gpu: this machine has cpu"),
+        ("pope", ["--device", "cuda:99"], "--device cuda:99: this machine has cpu"),
+        ("pope", ["--device", "meta"], "--device meta: this machine has cpu"),
+    ],
+)
+def test_a_flag_that_would_do_nothing_is_refused_in_a_sentence(benchmark, flags, says, model, data, tmp_path, capsys):
+    words = ["eval", benchmark, "--model", str(model), "--data", str(data), "--out", str(tmp_path / "out")]
+    assert cli([*words, *flags]) == 1
+    assert capsys.readouterr().err.startswith(f"llava-lite eval: {says}")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_question_file_beside_tables_alone_is_refused(run, data):
+    toy.mme_table(data / "MME")
+    toy.write_lines(data / "MME/mine.jsonl", [])
+    with pytest.raises(ValueError, match=r"--questions mine\.jsonl: .*MME holds tables, which are asked as they are"):
+        run("--questions", "mine.jsonl", benchmark="mme")
+
+
+def test_a_directory_that_another_process_writes_is_left_alone(run, tmp_path):
+    run("--limit", 1)
+    kept = {path: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    with hold(tmp_path / "out", 1, 0):
+        for flags in ([], ["--overwrite"], ["--num-chunks", 2, "--chunk-idx", 1], ["--num-chunks", 1]):
+            with pytest.raises(BlockingIOError, match="another process answers the questions in"):
+                run("--limit", 1, *flags)
+    assert {path: path.read_bytes() for path in kept} == kept
 
 
 def test_other_weights_in_the_same_directory_are_another_model(run, model):

@@ -47,6 +47,13 @@ def test_bank_of_a_directory_holds_its_embeddings(encoder, images, tmp_path, cap
     assert torch.allclose(FeatureBank.load(out).features.float(), expected, atol=1e-3)
 
 
+@pytest.mark.parametrize("device", ["gpu", "cuda:99"])
+def test_a_device_that_is_not_there_is_answered_with_those_that_are(device, images, tmp_path, capsys):
+    words = ["bank", str(images), str(tmp_path / "o.safetensors"), "--vision_tower", "nowhere", "--device", device]
+    assert main(words) == 1
+    assert capsys.readouterr().err.startswith(f"llava-lite bank: --device {device}: this machine has cpu")
+
+
 def test_an_image_that_cannot_be_opened_is_named_or_counted(encoder, images, tmp_path, caplog):
     (images / "broken.png").write_bytes(b"no image")
     out, lines = tmp_path / "bank.safetensors", []

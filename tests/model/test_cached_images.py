@@ -83,6 +83,28 @@ def test_a_cache_with_images_is_not_continued_without_them():
     assert cache.get_seq_length() == 10
 
 
+def test_a_cache_with_images_is_not_continued_with_others():
+    model, (ids, images) = build(), inputs()
+    seen, cache = first_turn(model, ids, pixel_values=images)
+    both, mask = second_turn(seen)
+    again = {"input_ids": both, "attention_mask": mask, "max_new_tokens": 1}
+    message = "of 2 cached sequences were computed with another image than this call brings"
+    for other, num_other in ((images.flip(0), 2), (torch.stack([images[0], -images[1]]), 1), (images * 0.9, 2)):
+        visual, features = model.visual_prompts(2, other), torch.stack(model.tower_features(other)).flatten(0, 1)
+        for given in ({"pixel_values": other}, {"visual_prompts": visual}, {"image_features": features}):
+            with pytest.raises(ValueError, match=f"{num_other} {message}"):
+                model.generate(**again, **given, past_key_values=copy.deepcopy(cache))
+        for given in ({"images": other}, {"visual_prompts": visual}):
+            with pytest.raises(ValueError, match=f"{num_other} {message}"), torch.no_grad():
+                model(both[:, 10:], **given, past_key_values=cache)
+        with pytest.raises(ValueError, match=message):
+            model.generate(both, images=other, attention_mask=mask, past_key_values=cache, max_new_tokens=1)
+    assert cache.get_seq_length() == 10
+    # Encoded one by one they are the same images, up to rounding.
+    alone = torch.cat([model.visual_prompts(1, one[None]) for one in images])
+    model.generate(**again, visual_prompts=alone, past_key_values=cache)
+
+
 def test_a_given_cache_remembers_the_call_that_filled_it():
     model, (ids, images) = build(), inputs()
     for cache in (DynamicCache(config=model.config), StaticCache(config=model.config, max_cache_len=32)):
@@ -140,6 +162,8 @@ def test_a_cache_of_another_batch_is_compared_as_a_whole():
         model(more, images=images[:1].expand(2, -1, -1, -1), past_key_values=copy.deepcopy(cache))
         with pytest.raises(ValueError, match="2 of 2 cached sequences"):
             model(more, past_key_values=cache)
+        with pytest.raises(ValueError, match="1 of 2 cached sequences were computed with another image"):
+            model(more, images=images, past_key_values=cache)
 
 
 def test_sequences_with_an_image_are_told_by_number_or_mask():

@@ -113,6 +113,61 @@ def test_one_placeholder_an_image_is_understood_with_all_images(pair, second):
         turns.continue_from(ours, inputs=ids, images=turns.new_pixels)
 
 
+OTHERS = "cached sequences were computed with other images than this call brings for them"
+
+
+@pytest.mark.parametrize("second", ["short text", "image"])
+@pytest.mark.parametrize("first", ["image", "batch"])
+def test_other_images_of_cached_positions_are_refused(pair, first, second):
+    ours, _ = pair
+    turns = TwoTurns(ours, first, second)
+    full = {"input_ids": turns.ids, "attention_mask": turns.full_mask}
+    num_rows, step = len(turns.ids), 1 + (turns.new_pixels is not None)
+    for row in range(num_rows):
+        other = turns.all_pixels.clone()
+        other[row * step] = other[row * step] * 0.9
+        for given in ({"pixel_values": other}, {"image_features": torch.cat(ours.tower_features(other))}):
+            with pytest.raises(ValueError, match=f"1 of {num_rows} {OTHERS}, which would not be read"):
+                turns.continue_from(ours, **full, **given)
+        with pytest.raises(ValueError, match=f"1 of {num_rows} {OTHERS}"):
+            turns.continue_from(ours, inputs=turns.ids, attention_mask=turns.full_mask, images=other)
+    if step == 2:
+        # Other new images are new ones.
+        other = turns.all_pixels.clone()
+        other[1::2] *= 0.9
+        turns.continue_from(ours, **full, pixel_values=other)
+    features = torch.cat([torch.cat(ours.tower_features(one[None])) for one in turns.all_pixels])
+    turns.continue_from(ours, **full, image_features=features)
+
+
+def test_images_of_three_turns_are_known_whichever_call_brought_them(pair):
+    ours, _ = pair
+    turns = TwoTurns(ours, "image", "image")
+    brought = ({"input_ids": turns.ids, "pixel_values": turns.all_pixels},)
+    brought += ({"input_ids": turns.new_ids, "pixel_values": turns.new_pixels},)
+    for given in brought:
+        output = turns.continue_from(ours, **given, attention_mask=turns.full_mask)
+        ids = torch.cat([turns.ids, output.sequences[:, -5:], torch.tensor([[70, 71]])], dim=1)
+        third = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        for i in (0, 1):
+            other = turns.all_pixels.clone()
+            other[i] = -other[i]
+            with pytest.raises(ValueError, match=f"1 of 1 {OTHERS}"):
+                generate(ours, **third, pixel_values=other, past_key_values=copy.deepcopy(output.past_key_values))
+        found = generate(ours, **third, pixel_values=turns.all_pixels, past_key_values=output.past_key_values)
+        assert_same_answer(found, generate(ours, **third, pixel_values=turns.all_pixels))
+
+
+def test_a_cache_that_forward_filled_is_continued_with_the_images_that_are_given(pair):
+    ours, _ = pair
+    turns = TwoTurns(ours, "image", "short text")
+    with torch.no_grad():
+        first = turns.ids[:, : turns.num_cached]
+        cache = ours(first, pixel_values=turns.pixels, use_cache=True).past_key_values
+    full = {"input_ids": turns.ids, "attention_mask": turns.full_mask, "pixel_values": turns.all_pixels}
+    assert_same_answer(generate(ours, **full, past_key_values=cache), generate(ours, **full))
+
+
 @pytest.mark.parametrize("second", ["long text", "image"])
 def test_experts_continue_as_without_a_cache(toy_model, second):
     model = toy_model(moe=MOE, image_token_index=IMAGE)

@@ -186,8 +186,10 @@ def test_chat_wants_one_model(arguments, capsys):
     ("arguments", "words"),
     [
         (["nowhere", "--conv-mode", "v9"], "unknown conversation template 'v9'"),
-        (["nowhere", "--device", "gpu"], "--device gpu: give cuda, cuda:1 or cpu."),
-        (["nowhere", "--device", "0"], "--device 0: give cuda, cuda:1 or cpu."),
+        (["nowhere", "--device", "gpu"], "--device gpu: this machine has cpu"),
+        (["nowhere", "--device", "0"], "--device 0: this machine has cpu"),
+        (["nowhere", "--device", "cuda:99"], "--device cuda:99: this machine has cpu"),
+        ([".", "--revision", "v1"], "--revision v1 is a branch, tag or commit of a repository, and . is on this"),
         (["nowhere", "--image-file", "none.jpg"], "cannot use the image 'none.jpg': there is no such file."),
         (["./nowhere"], "'./nowhere': there is no such directory."),
     ],

@@ -25,15 +25,24 @@ class ImageMeter:
         return (self.decode, self.follow_links, *media)
 
     def __call__(self, record) -> tuple[int, ...]:
-        """Return three numbers for each image; ImageError or MediaError for the first that cannot be used."""
+        """Return three numbers for each image; ImageError or MediaError for the first that cannot be used.
+
+        ImportError with the record's name for a file that needs a package that is not installed: others will too.
+        """
         numbers = []
         for image in record.images:
             source, has_other_suffix = image, False
             if isinstance(image, MediaMix):
                 check_kinds(image, self.layout, record.name)
-                numbers += inspect_mix(record.image_folder, image, self.layout, self.decode, self.follow_links)
+                numbers += self._inspect(record, image)
                 continue
             if isinstance(image, str):
                 source, has_other_suffix = find_image(record.image_folder, image, self.follow_links)
             numbers += [*inspect_image(source, self.decode), int(has_other_suffix)]
         return tuple(numbers)
+
+    def _inspect(self, record, mix: MediaMix) -> tuple[int, int, int]:
+        try:
+            return inspect_mix(record.image_folder, mix, self.layout, self.decode, self.follow_links)
+        except ImportError as error:
+            raise ImportError(f"{record.name}: {error}") from error

@@ -62,7 +62,8 @@ class Benchmark(ABC):
 
     title: as papers write it. directory: below the root of all benchmarks, LLaVA's playground/data/eval. splits,
     variants: known names, the default first. max_new_tokens: of LLaVA's scripts. needs: files of its first split.
-    test_needs: files of those that others score.
+    test_needs: files of those that others score. is_judged: whether a model scores its answers. takes_questions:
+    whether it reads another question file.
     """
 
     name: ClassVar[str]
@@ -75,6 +76,8 @@ class Benchmark(ABC):
     max_new_tokens: ClassVar[int] = 128
     needs: ClassVar[tuple[Need, ...]] = ()
     test_needs: ClassVar[tuple[Need, ...]] = ()
+    is_judged: ClassVar[bool] = False
+    takes_questions: ClassVar[bool] = True
 
     @abstractmethod
     def load(self, directory: Path, options: Options) -> list[Question]:
@@ -118,10 +121,19 @@ class Benchmark(ABC):
         if missing:
             raise FileNotFoundError(self.missing_message(directory, missing))
 
-    def has_tables_alone(self, directory: Path, needs: Sequence[Need] | None = None) -> bool:
-        """Return whether a directory holds tables of Hugging Face and none of the benchmark's own files."""
+    def has_tables_alone(self, directory: Path, options: Options, needs: Sequence[Need] | None = None) -> bool:
+        """Return whether a directory holds tables of Hugging Face and none of the benchmark's own files.
+
+        Raises ValueError for another question file, which has no place beside tables.
+        """
         own = any((directory / need.path).exists() for need in (self.needs if needs is None else needs))
-        return not own and has_tables(directory)
+        found = not own and has_tables(directory)
+        if found and options.questions:
+            raise ValueError(
+                f"--questions {options.questions}: {directory} holds tables, which are asked as they are. Leave it "
+                "out, or name a directory with the benchmark's own files."
+            )
+        return found
 
     def missing_message(self, directory: Path, missing: Sequence[Need]) -> str:
         """Return what is missing, where to get it and where it goes."""

@@ -25,6 +25,7 @@ class ChartQA(Benchmark):
     source = "https://github.com/vis-nlp/ChartQA"
     splits = ("test", "val")
     max_new_tokens = 16
+    takes_questions = False
     needs = tuple(Need(f"test/{name}", REPOSITORY) for name in ("test_human.json", "test_augmented.json", "png"))
     test_needs = (Need("val/val_human.json", REPOSITORY),)
 

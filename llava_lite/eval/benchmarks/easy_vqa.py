@@ -26,6 +26,7 @@ class EasyVqa(Benchmark):
     directory = "easy_vqa"
     source = "https://github.com/vzhou842/easy-VQA"
     splits = ("test", "train")
+    takes_questions = False
     needs = tuple(Need(f"test/{name}", PACKAGE) for name in FILES)
 
     def load(self, directory, options):

@@ -63,6 +63,36 @@ def look_up(truths: Mapping, key, path: Path, truth_path: Path):
     return truths[key]
 
 
+def check_same(question: Question, texts: Iterable[Any], path: Path, truth_path: Path) -> Question:
+    """Return a question of `path`; ValueError if its text lacks one of those that `truth_path` holds under its id.
+
+    Letters and digits are compared, as files of one release differ in spaces. An id may be that of another question.
+    """
+    asked = _bare(question.text)
+    for text in texts:
+        if _bare(text) not in asked:
+            raise ValueError(
+                f"{path}: question {question.id!r} is {question.text!r}, and {truth_path} has {text!r} under that id. "
+                "Both files must be of one release of the benchmark."
+            )
+    return question
+
+
+def check_same_image(question: Question, name: str, path: Path, truth_path: Path) -> Question:
+    """Return a question of `path`; ValueError if its image is not the one of `truth_path`, whatever its ending."""
+    found = Path(question.images[0]).name
+    if Path(found).stem != Path(name).stem:
+        raise ValueError(
+            f"{path}: question {question.id!r} is about {found}, and {truth_path} has {name} under that id. Both "
+            "files must be of one release of the benchmark."
+        )
+    return question
+
+
+def _bare(text: Any) -> str:
+    return "".join(filter(str.isalnum, str(text).casefold()))
+
+
 def check_asked(asked: Iterable, expected: Iterable, path: Path, truth_path: Path) -> None:
     """Raise ValueError if `path` lacks questions of `truth_path` or repeats some: the score would be another one."""
     asked = check_no_repeats(asked, path)
@@ -178,7 +208,8 @@ def _read_image(rows, index, column, number):
 def write_text(path: Path, text: str) -> Path:
     """Write a text, and return the path."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, encoding="utf-8")
+    # JSON's own way of writing half of a pair of characters, which an answer may hold.
+    path.write_text(text, encoding="utf-8", errors="backslashreplace")
     return path
 
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 from llava_lite.eval.benchmarks.base import EVAL_ZIP, Benchmark, Need, image_groups, score_mean
 from llava_lite.eval.benchmarks.files import (
     check_asked,
+    check_same,
+    check_same_image,
     look_up,
     open_table,
     plain_rows,
@@ -41,17 +43,19 @@ class Gqa(Benchmark):
 
     def load(self, directory, options):
         """Return the questions; the truth is (answer, structural type, semantic type)."""
-        if self.has_tables_alone(directory):
+        if self.has_tables_alone(directory, options):
             return self.from_table(directory)
         found = next((place for place in PLACES if (directory / place / TRUTHS).is_file()), None)
         needed = [need for need in self.needs if not (need.path.endswith(TRUTHS) and found)]
         self.check(directory, needed[1:] if options.questions else needed)
         truth_path, path = directory / found / TRUTHS, directory / (options.questions or QUESTIONS)
         truths = {key: item for key, item in read_json(truth_path).items() if item.get("isBalanced", True)}
-        questions = [
-            question._replace(truth=to_truth(look_up(truths, str(question.id), path, truth_path)))
-            for _, question in read_questions(path, directory / "data/images")
-        ]
+        questions = []
+        for _, question in read_questions(path, directory / "data/images"):
+            item = look_up(truths, str(question.id), path, truth_path)
+            check_same(question, [item["question"]], path, truth_path)
+            check_same_image(question, f"{item['imageId']}.jpg", path, truth_path)
+            questions.append(question._replace(truth=to_truth(item)))
         if not options.questions:
             check_asked([str(question.id) for question in questions], truths, path, truth_path)
         return questions

@@ -49,11 +49,12 @@ class LlavaBench(Benchmark):
     metric = "judged, % of GPT-4's answers"
     source = SOURCE
     max_new_tokens = 1024
+    is_judged = True
     needs = tuple(Need(name, SOURCE) for name in ("questions.jsonl", "context.jsonl", "answers_gpt4.jsonl", "images"))
 
     def load(self, directory, options):
         """Return the questions; the truth of each is the description of its image and GPT-4's answer."""
-        if self.has_tables_alone(directory):
+        if self.has_tables_alone(directory, options):
             rows = open_table(directory, "train", columns=COLUMNS)
             return [
                 Question(
@@ -69,11 +70,11 @@ class LlavaBench(Benchmark):
         file = directory / (options.questions or "questions.jsonl")
         context, answered = directory / "context.jsonl", directory / "answers_gpt4.jsonl"
         captions = {item["image"]: item["caption"] for item in read_lines(context, ("image", "caption"))}
-        references = {item["question_id"]: item["text"] for item in read_lines(answered, ("question_id", "text"))}
+        references = {str(item["question_id"]): item["text"] for item in read_lines(answered, ("question_id", "text"))}
         questions = []
         for item, question in read_questions(file, directory / "images"):
             caption = look_up(captions, item["image"], file, context)
-            reference = look_up(references, question.id, file, answered)
+            reference = look_up(references, str(question.id), file, answered)
             questions.append(question._replace(truth=(caption, reference)))
         return questions
 

@@ -47,7 +47,7 @@ class Mme(Benchmark):
 
     def load(self, directory, options):
         """Return the questions, two of each image; the category is the task."""
-        if self.has_tables_alone(directory):
+        if self.has_tables_alone(directory, options):
             return check_pairs(self.from_table(directory), directory)
         self.check(directory)
         truths = {task: read_task(directory / RELEASE / task) for task in mme.TASKS}

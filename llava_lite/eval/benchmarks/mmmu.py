@@ -49,6 +49,7 @@ class MMMU(Benchmark):
     source = SOURCE
     splits = ("validation",)
     variants = ("greedy", "flagperf")
+    takes_questions = False
     needs = (Need("Accounting/validation-00000-of-00001.parquet", f"{SOURCE}, and so for every subject"),)
 
     def load(self, directory, options):

@@ -12,6 +12,8 @@ from pathlib import Path
 
 from llava_lite.eval.benchmarks.base import Benchmark, Need, percents, score_mean
 from llava_lite.eval.benchmarks.files import (
+    check_same,
+    check_same_image,
     look_up,
     open_table,
     plain_rows,
@@ -65,11 +67,12 @@ class MMVet(Benchmark):
     metric = "judged, %"
     source = SOURCE
     max_new_tokens = 1024
+    is_judged = True
     needs = (Need("mm-vet.json", SOURCE), Need("images", SOURCE))
 
     def load(self, directory, options):
         """Return the questions of LLaVA's file, of MM-Vet's own where it is not there, or of Hugging Face's table."""
-        if self.has_tables_alone(directory):
+        if self.has_tables_alone(directory, options):
             rows = open_table(directory, "test", columns=COLUMNS)
             return [
                 to_question(row["question_id"], row, stored_image(rows, index, "image"))
@@ -86,6 +89,8 @@ class MMVet(Benchmark):
         questions = []
         for _, question in read_questions(file, directory / "images"):
             record = look_up(records, f"v1_{question.id}", file, directory / "mm-vet.json")
+            check_same(question, [record["question"]], file, directory / "mm-vet.json")
+            check_same_image(question, record["imagename"], file, directory / "mm-vet.json")
             questions.append(question._replace(truth=read_truth(record)))
         return questions
 

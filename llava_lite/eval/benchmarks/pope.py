@@ -40,7 +40,7 @@ class Pope(Benchmark):
 
     def load(self, directory, options):
         """Return the questions of the three parts, each with yes or no as its truth."""
-        if self.has_tables_alone(directory):
+        if self.has_tables_alone(directory, options):
             return self.from_table(directory)
         self.check(directory)
         labels = {part: read_labels(directory / f"coco/coco_pope_{part}.json") for part in PARTS}

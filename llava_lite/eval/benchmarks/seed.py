@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from llava_lite.eval.benchmarks.base import EVAL_ZIP, Benchmark, Need, image_groups, score_mean
 from llava_lite.eval.benchmarks.files import (
+    check_same,
     look_up,
     open_table,
     plain_rows,
@@ -25,6 +26,7 @@ from llava_lite.eval.scoring.letters import aggregate_seed, score_seed
 SITE = "https://huggingface.co/datasets/AILab-CVC/SEED-Bench"
 QUESTIONS = "llava-seed-bench.jsonl"
 ANNOTATIONS = "SEED-Bench.json"
+CHOICES = ("choice_a", "choice_b", "choice_c", "choice_d")
 # Of SEED-Bench.json, for tables, which lack them; 3 and 4 are swapped between its copies and have no name here.
 TYPES = {1: "Scene Understanding", 2: "Instance Identity", 5: "Instances Counting", 6: "Spatial Relation"}
 TYPES |= {7: "Instance Interaction", 8: "Visual Reasoning", 9: "Text Understanding", 10: "Action Recognition"}
@@ -58,29 +60,28 @@ class Seed(Benchmark):
     def load(self, directory, options):
         """Return the questions, each with its Truth."""
         self.num_not_asked = 0
-        if self.has_tables_alone(directory):
+        if self.has_tables_alone(directory, options):
             return self.from_table(directory)
         path = directory / (options.questions or QUESTIONS)
         # A file of questions about images needs no frames of videos.
         self.check(directory, self.needs[1:3] if options.questions else self.needs)
         found = read_json(directory / ANNOTATIONS)
         names = {number: name for name, number in found["question_type"].items()}
-        truths = {str(item["question_id"]): to_truth(item, names) for item in found["questions"]}
-        questions = [
-            question._replace(truth=look_up(truths, str(question.id), path, directory / ANNOTATIONS))
-            for _, question in read_questions(path, directory)
-        ]
+        truths = {str(item["question_id"]): item for item in found["questions"]}
+        questions = []
+        for _, question in read_questions(path, directory):
+            item = look_up(truths, str(question.id), path, directory / ANNOTATIONS)
+            check_same(question, [item["question"], to_options(item)], path, directory / ANNOTATIONS)
+            questions.append(question._replace(truth=to_truth(item, names)))
         self.num_not_asked = 0 if options.questions else len(truths) - len({str(one.id) for one in questions})
         return questions
 
     def from_table(self, directory):
         """Return the questions of Hugging Face's table, where a video is a list of frames."""
-        choices = ("choice_a", "choice_b", "choice_c", "choice_d")
-        rows = open_table(directory, "test", columns=("image", "question", *choices, "answer", "data_type"))
+        rows = open_table(directory, "test", columns=("image", "question", *CHOICES, "answer", "data_type"))
         image, questions = shared_images(rows, "image", "data_id"), []
         for index, row in plain_rows(rows):
-            options = [f"{letter}. {row[choice]}" for letter, choice in zip("ABCD", choices, strict=True)]
-            text = "\n".join([row["question"], *options]) + OPTION_LETTER
+            text = f"{row['question']}\n{to_options(row)}{OPTION_LETTER}"
             truth = to_truth(row, TYPES)
             questions.append(Question(row["question_id"], text, (image(index, row),), truth=truth))
         return questions
@@ -110,6 +111,11 @@ class Seed(Benchmark):
         lines = [{"question_id": one.truth.upload_id, "prediction": answer} for one, answer in pairs]
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
         return [write_text(out / "seed_upload.jsonl", text)]
+
+
+def to_options(item) -> str:
+    """Return the choices of a question of SEED-Bench.json or of a row, a line each."""
+    return "\n".join(f"{letter}. {item[choice]}" for letter, choice in zip("ABCD", CHOICES, strict=True))
 
 
 def to_truth(item, names) -> Truth:

@@ -11,6 +11,7 @@ from typing import NamedTuple
 from llava_lite.eval.benchmarks.base import EVAL_ZIP, Benchmark, Need, Scores, percents, score_mean
 from llava_lite.eval.benchmarks.files import (
     check_asked,
+    check_same,
     look_up,
     open_table,
     plain_rows,
@@ -51,7 +52,7 @@ class ScienceQa(Benchmark):
 
     def load(self, directory, options):
         """Return the questions of test, each with its Truth."""
-        if self.has_tables_alone(directory):
+        if self.has_tables_alone(directory, options):
             return self.from_table(directory)
         self.check(directory, self.needs[1:] if options.questions else self.needs)
         path, splits = directory / (options.questions or QUESTIONS), directory / "pid_splits.json"
@@ -63,7 +64,9 @@ class ScienceQa(Benchmark):
             text = item["conversations"][0]["value"].replace("<image>", "").strip() + OPTION_LETTER
             image = item.get("image")
             images = () if image is None else (str(directory / "images/test" / image),)
-            questions.append(to_question(item["id"], text, images, problem))
+            question = to_question(item["id"], text, images, problem)
+            parts = [problem["question"], to_options(problem)]
+            questions.append(check_same(question, parts, path, directory / "problems.json"))
         if not options.questions:
             check_asked([str(question.id) for question in questions], truths, path, splits)
         return questions
@@ -112,6 +115,11 @@ def to_question(key, text, images, problem) -> Question:
 
 def to_text(problem) -> str:
     """Return a question as LLaVA's convert_sqa_to_llava.py writes it: context, question, options."""
-    options = " ".join(f"({letter}) {text}" for letter, text in zip(LETTERS, problem["choices"], strict=False))
-    text = f"Context: {problem['hint'].strip() or 'N/A'}\nQuestion: {problem['question']}\nOptions: {options}"
+    context = problem["hint"].strip() or "N/A"
+    text = f"Context: {context}\nQuestion: {problem['question']}\nOptions: {to_options(problem)}"
     return text.replace("  ", " ").strip()
+
+
+def to_options(problem) -> str:
+    """Return the choices of a question, each with its letter."""
+    return " ".join(f"({letter}) {text}" for letter, text in zip(LETTERS, problem["choices"], strict=False))

@@ -41,7 +41,7 @@ class TextVqa(Benchmark):
 
     def load(self, directory, options):
         """Return the questions, each with its ten answers as its truth."""
-        if self.has_tables_alone(directory):
+        if self.has_tables_alone(directory, options):
             return self.from_table(directory, options)
         self.check(directory, self.needs[1:] if options.questions else self.needs)
         truths = {

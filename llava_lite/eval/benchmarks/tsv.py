@@ -66,7 +66,7 @@ def decode_image(text: str) -> bytes:
 def write_table(path: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
     """Write rows of equal keys as TSV, and return the path."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w", encoding="utf-8", newline="") as file:
+    with open(path, "w", encoding="utf-8", errors="backslashreplace", newline="") as file:
         lines = csv.writer(file, delimiter="\t", lineterminator="\n")
         lines.writerow(rows[0])
         lines.writerows(row.values() for row in rows)

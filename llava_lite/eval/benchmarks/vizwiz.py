@@ -50,7 +50,7 @@ class VizWiz(Benchmark):
     def load(self, directory, options):
         """Return the questions, each with its Truth."""
         needs = self.needs if options.split == "val" else self.test_needs
-        if self.has_tables_alone(directory, needs):
+        if self.has_tables_alone(directory, options, needs):
             return self.from_table(directory, options)
         self.check(directory, needs[1:] if options.questions and options.split == "test" else needs)
         images = directory / options.split

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from llava_lite.eval.benchmarks.base import EVAL_ZIP, Benchmark, Need, Scores, image_groups, percents, score_mean
 from llava_lite.eval.benchmarks.files import (
+    check_same_image,
     look_up,
     open_table,
     plain_rows,
@@ -50,7 +51,7 @@ class VqaV2(Benchmark):
     def load(self, directory, options):
         """Return the questions; the truth of val is (type of the answer, ten answers)."""
         needs = self.needs if options.split == "val" else self.test_needs
-        if self.has_tables_alone(directory, needs):
+        if self.has_tables_alone(directory, options, needs):
             return self.from_table(directory, options)
         self.check(directory, needs)
         if options.split == "val":
@@ -58,17 +59,16 @@ class VqaV2(Benchmark):
         path = directory / (options.questions or TEST_QUESTIONS.format(options.split))
         questions = [question for _, question in read_questions(path, directory / "test2015")]
         ids_path = directory / TEST_QUESTIONS.format("test")
-        self.upload_ids = {item["question_id"]: None for item in read_lines(ids_path)}
+        self.upload_ids = {read_id(item, ids_path): None for item in read_lines(ids_path, ("question_id",))}
+        questions = [question._replace(id=read_id(question, path)) for question in questions]
         for question in questions:
             look_up(self.upload_ids, question.id, path, ids_path)
         return questions
 
     def load_val(self, directory, options):
         """Return the questions of val from the files of VQA."""
-        truths = {
-            item["question_id"]: (item["answer_type"], [answer["answer"] for answer in item["answers"]])
-            for item in read_json(directory / VAL_ANSWERS)["annotations"]
-        }
+        truth_path = directory / VAL_ANSWERS
+        truths = {read_id(item, truth_path): item for item in read_json(truth_path)["annotations"]}
         path = directory / (options.questions or VAL_QUESTIONS)
         if options.questions:
             questions = [question for _, question in read_questions(path, directory / "val2014")]
@@ -77,11 +77,18 @@ class VqaV2(Benchmark):
                 Question(
                     item["question_id"],
                     item["question"] + SHORT_ANSWER,
-                    (str(directory / "val2014" / f"COCO_val2014_{item['image_id']:012d}.jpg"),),
+                    (str(directory / "val2014" / image_name(item)),),
                 )
                 for item in read_json(path)["questions"]
             ]
-        return [one._replace(truth=look_up(truths, one.id, path, directory / VAL_ANSWERS)) for one in questions]
+        found = []
+        for question in questions:
+            question = question._replace(id=read_id(question, path))
+            item = look_up(truths, question.id, path, truth_path)
+            check_same_image(question, image_name(item), path, truth_path)
+            truth = item["answer_type"], [answer["answer"] for answer in item["answers"]]
+            found.append(question._replace(truth=truth))
+        return found
 
     def from_table(self, directory, options):
         """Return the questions of Hugging Face's table: validation, test, and testdev where it is there."""
@@ -91,14 +98,14 @@ class VqaV2(Benchmark):
             rows = tests = open_table(directory, "test", columns=COLUMNS)
             if options.split == "test-dev":
                 rows = open_table(directory, "testdev", columns=COLUMNS)
-            self.upload_ids = dict.fromkeys([*tests["question_id"], *rows["question_id"]])
+            self.upload_ids = dict.fromkeys(int(key) for part in (tests, rows) for key in part["question_id"])
         image, questions = shared_images(rows, "image", "image_id"), []
         for index, row in plain_rows(rows):
             truth = None
             if options.split == "val":
                 truth = row.get("answer_type", "other"), [answer["answer"] for answer in row["answers"]]
             text = row["question"] + SHORT_ANSWER
-            questions.append(Question(row["question_id"], text, (image(index, row),), truth=truth))
+            questions.append(Question(int(row["question_id"]), text, (image(index, row),), truth=truth))
         return questions
 
     def score_one(self, question, answer):
@@ -121,3 +128,16 @@ class VqaV2(Benchmark):
         found = {one.id: process_answer(answer) for one, answer in zip(questions, answers, strict=True)}
         upload = [{"question_id": key, "answer": found.get(key, "")} for key in self.upload_ids]
         return [write_json(out / f"vqav2_{options.split}_upload.json", upload)]
+
+
+def read_id(item, path) -> int:
+    """Return the id of a question or of a line, a number that some files write as a text; ValueError for another."""
+    key = item.id if isinstance(item, Question) else item["question_id"]
+    if isinstance(key, int) or (isinstance(key, str) and key.isdecimal()):
+        return int(key)
+    raise ValueError(f"{path}: the question_id {key!r} is no number; the ids of VQAv2 are numbers, such as 262148000.")
+
+
+def image_name(item) -> str:
+    """Return the name of the image of a question of val, or of its annotation."""
+    return f"COCO_val2014_{int(item['image_id']):012d}.jpg"

@@ -10,6 +10,7 @@ from dataclasses import replace
 import torch
 
 from llava_lite.checkpoints.copying import gathered, is_partitioned
+from llava_lite.model.cached_features import check_cached_features
 from llava_lite.model.compat.methods import without_empty_images
 from llava_lite.model.fusion.crops import crops_of_each, merge_crops
 from llava_lite.model.fusion.media import features_of, has_mixes
@@ -219,12 +220,13 @@ class EmbeddingMixin(VisualPromptsMixin):
         return batch, embeds
 
     def embed_after_cache(
-        self, batch: Batch, num_cached: int, images=None, image_sizes=None, image_features=None
+        self, batch: Batch, cache, num_cached: int, images=None, image_sizes=None, image_features=None
     ) -> tuple[Batch, torch.Tensor]:
         """Return the batch of all ids, placeholders expanded, and the embeddings [B, L - num_cached, D] of new ids.
 
-        The first num_cached positions are in a cache. Images: those of all ids, or those of the new ids alone, for
-        which the cached ids must have one placeholder a feature. Raises ValueError in any other case.
+        The first num_cached positions are in the cache. Images: those of all ids, or those of the new ids alone, for
+        which the cached ids must have one placeholder a feature. Raises ValueError in any other case, and for other
+        images of cached ids than `generate` noted on the cache.
         """
         index = self.config.image_token_index
         features, lengths = self.encode_or_dummy(images, image_sizes, image_features)
@@ -238,6 +240,7 @@ class EmbeddingMixin(VisualPromptsMixin):
         num_all, num_new, num_features = int(is_image.sum()), int(is_new.sum()), sum(lengths)
         is_expanded = num_all == num_new or num_all - num_new >= self.config.num_image_tokens
         if lengths and num_all == num_features:
+            check_cached_features(cache, is_image, features[:num_features], num_cached)
             features = features[:num_features][is_new[is_image]]
         elif not lengths and is_expanded and not bool((batch.input_ids < 0).any()):
             # As in embed_batch: without images a placeholder of the vocabulary is an ordinary token.

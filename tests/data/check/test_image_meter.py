@@ -98,11 +98,20 @@ def test_a_check_that_decodes_reads_every_file_to_its_end(check, tmp_path):
     assert "it has no depth above 0" in check(records, decode=True).bad[0].reason
 
 
+def test_a_sound_that_is_none_is_a_bad_record(check, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "av", None)
+    sound = (tmp_path / "images" / "bird.wav").read_bytes()
+    (tmp_path / "images" / "silent.wav").write_bytes(sound[:44])
+    (tmp_path / "images" / "text.wav").write_bytes(b"no sound at all")
+    more = [media_record(name, audio=f"{name}.wav") for name in ("silent", "text")]
+    assert [bad.id for bad in check([*RECORDS, *more]).bad] == ["silent", "text"]
+
+
 def test_a_decoder_that_is_missing_stops_the_check(check, tmp_path, monkeypatch):
     # As where PyAV is not installed.
     monkeypatch.setitem(sys.modules, "av", None)
     (tmp_path / "images" / "a.mp4").write_bytes(bytes(100))
-    with pytest.raises(ImportError, match=r"a.mp4' needs PyAV to be decoded"):
+    with pytest.raises(ImportError, match=r"^record 'film' .*: '.*a.mp4' needs PyAV to be decoded"):
         check([*RECORDS, media_record("film", video="a.mp4")])
     # Of a tower that reads no video it is the record that is wrong.
     assert [bad.id for bad in check([media_record("film", video="a.mp4")], SOUNDS).bad] == ["film"]

@@ -62,6 +62,20 @@ def test_questions_of_another_release_are_refused_both_ways(tmp_path):
     assert len(Gqa().load(tmp_path, Options(questions=path.name))) == 2
 
 
+@pytest.mark.parametrize(("was", "now"), [("What color is the car?", "How old is it?"), ("n161313.jpg", "n2.jpg")])
+def test_another_question_under_the_same_id_is_refused(was, now, tmp_path):
+    toy.gqa(tmp_path)
+    path = tmp_path / "llava_gqa_testdev_balanced.jsonl"
+    whole = path.read_text()
+    path.write_text(whole.replace(was, now))
+    says = rf"question '20\d+' is .*{now.replace('?', '.')}.*, and .*questions\.json has .* under that id"
+    with pytest.raises(ValueError, match=says):
+        Gqa().load(tmp_path, Options())
+    # Files of one release differ in spaces.
+    path.write_text(whole.replace("What color is the car?", "what color  is the car ?"))
+    assert len(Gqa().load(tmp_path, Options())) == 3
+
+
 def test_questions_lie_where_the_archive_is_unpacked(tmp_path):
     toy.gqa(tmp_path)
     expected = Gqa().load(tmp_path, Options())

@@ -140,6 +140,6 @@ def test_what_is_missing_or_does_not_fit_is_said(tmp_path):
         load("llavabench", tmp_path)
     write(tmp_path, references=(0, 1))
     with pytest.raises(
-        ValueError, match=r"questions.jsonl: question 2 is not in .*answers_gpt4.jsonl. Both files must be"
+        ValueError, match=r"questions.jsonl: question '2' is not in .*answers_gpt4.jsonl. Both files must be"
     ):
         load("llavabench", tmp_path)

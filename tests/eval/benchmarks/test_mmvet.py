@@ -108,6 +108,11 @@ def test_what_is_missing_or_does_not_fit_is_said(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"MM-Vet needs files[^$]*mm-vet.json[^$]*images"):
         load("mmvet", tmp_path)
     write(tmp_path)
+    line = {"question_id": 0, "image": "v1_0.png", "text": "What is x?"}
+    for other in ({"image": "v1_1.png"}, {"text": "What is y?"}):
+        write_lines(tmp_path / "llava-mm-vet.jsonl", [line | other])
+        with pytest.raises(ValueError, match=r"llava-mm-vet.jsonl: question 0 is .*mm-vet.json has .* under that id"):
+            load("mmvet", tmp_path)
     write_lines(tmp_path / "llava-mm-vet.jsonl", [{"question_id": 9, "image": "v1_0.png", "text": "x"}])
     with pytest.raises(ValueError, match=r"llava-mm-vet.jsonl: question 'v1_9' is not in .*mm-vet.json"):
         load("mmvet", tmp_path)

@@ -80,6 +80,18 @@ def test_a_question_of_another_release_is_refused(tmp_path):
         Seed().load(tmp_path, Options())
 
 
+@pytest.mark.parametrize(
+    ("was", "now"), [("Where is it?", "Who is it?"), ("A. One\\nB. Two", "A. Two\\nB. One"), ("D. Four", "D. Five")]
+)
+def test_another_question_under_the_same_id_is_refused(was, now, tmp_path):
+    toy.seed(tmp_path)
+    path = tmp_path / "llava-seed-bench.jsonl"
+    assert was in path.read_text()
+    path.write_text(path.read_text().replace(was, now))
+    with pytest.raises(ValueError, match=r"question 1016\d+ is .*, and .*SEED-Bench\.json has .* under that id"):
+        Seed().load(tmp_path, Options())
+
+
 def test_images_alone_need_no_frames_of_videos(tmp_path):
     import shutil
 

@@ -65,6 +65,25 @@ def test_records_of_another_release_are_refused_both_ways(tmp_path):
         ScienceQa().load(tmp_path, Options())
 
 
+@pytest.mark.parametrize(
+    ("was", "now"), [("What is shown?", "Which is warm?"), ("(A) ice (B) fire", "(A) fire (B) ice")]
+)
+def test_another_question_under_the_same_id_is_refused(was, now, tmp_path):
+    toy.sqa(tmp_path)
+    path = tmp_path / "llava_test_CQM-A.json"
+    assert was in path.read_text()
+    path.write_text(path.read_text().replace(was, now))
+    with pytest.raises(ValueError, match=r"question '1\d' is .*, and .*problems\.json has .* under that id"):
+        ScienceQa().load(tmp_path, Options())
+
+
+def test_options_may_be_written_as_lines(tmp_path):
+    toy.sqa(tmp_path)
+    path = tmp_path / "llava_test_CQM-A.json"
+    path.write_text(path.read_text().replace("(A) ice (B) fire", "A. ice\\nB. fire"))
+    assert "A. ice\nB. fire" in ScienceQa().load(tmp_path, Options())[2].text
+
+
 def test_table_of_images_alone_is_read_where_it_is_alone(tmp_path):
     import shutil
 

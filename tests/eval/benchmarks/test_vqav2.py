@@ -1,6 +1,7 @@
 """VQAv2: val is scored, the test parts are written for the server."""
 
 import json
+import re
 
 import pytest
 import toy_benchmarks as toy
@@ -91,3 +92,25 @@ def test_another_file_of_questions_is_scored_on_val(tmp_path):
     toy.write_lines(tmp_path / "mine.jsonl", [line])
     (question,) = VqaV2().load(tmp_path, VAL._replace(questions="mine.jsonl"))
     assert (question.text, question.truth[0]) == ("What?", "other")
+
+
+def test_ids_may_be_written_as_texts(tmp_path):
+    toy.vqav2(tmp_path)
+    expected = {one: VqaV2().load(tmp_path, one) for one in (VAL, TEST_DEV)}
+    for name in ("v2_OpenEnded_mscoco_val2014_questions.json", "llava_vqav2_mscoco_test-dev2015.jsonl"):
+        path = tmp_path / name
+        path.write_text(re.sub(r'"question_id": (\d+)', r'"question_id": "\1"', path.read_text()))
+        assert '"question_id": "' in path.read_text()
+    for options, questions in expected.items():
+        assert VqaV2().load(tmp_path, options) == questions
+    path.write_text(path.read_text().replace('"question_id": "1"', '"question_id": "first"'))
+    with pytest.raises(ValueError, match=r"test-dev2015\.jsonl: the question_id 'first' is no number"):
+        VqaV2().load(tmp_path, TEST_DEV)
+
+
+def test_a_question_about_another_image_is_refused(tmp_path):
+    toy.vqav2(tmp_path)
+    line = {"question_id": 42000, "image": "COCO_val2014_000000000043.jpg", "text": "Is the ball red?"}
+    toy.write_lines(tmp_path / "mine.jsonl", [line])
+    with pytest.raises(ValueError, match=r"question 42000 is about .*043\.jpg, and .*042\.jpg under that id"):
+        VqaV2().load(tmp_path, VAL._replace(questions="mine.jsonl"))

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from toy_eval_data import png, write_table
 
+from llava_lite.cli import main
 from llava_lite.commands import flagperf
 from llava_lite.eval.scoring.mmmu import SUBJECTS
 from llava_lite.train.flagperf.case import Layout, read_stage
@@ -108,3 +109,16 @@ def test_logs_of_a_run_that_did_not_end_are_refused(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0}\n')
     with pytest.raises(ValueError, match="no line with the tokens"):
         read_stage(tmp_path / "metrics.jsonl", 1.0, 1)
+
+
+def test_a_file_for_the_figures_is_looked_at_before_the_run(tmp_path, capsys):
+    config = tmp_path / "config.yaml"
+    config.write_text("")
+    words = ["flagperf", str(tmp_path / "data"), str(config), "--flags", "--max_steps=5"]
+    for name, says in (
+        ("none/case.json", f"there is no directory {tmp_path / 'none'}. Make it, or name another file."),
+        (".", "is a directory; name a file."),
+        ("config.yaml/case.json", f"there is no directory {config}."),
+    ):
+        assert main([*words, "--json", str(tmp_path / name)]) == 1
+        assert says in capsys.readouterr().err
