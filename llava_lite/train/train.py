@@ -31,6 +31,7 @@ from llava_lite.train.inputs.features import use_features
 from llava_lite.train.inputs.load import load_data
 from llava_lite.train.inputs.shards import check_shard_flags
 from llava_lite.train.inputs.template import get_run_template
+from llava_lite.train.monitor.report.page import write_report
 from llava_lite.train.monitor.report.record import open_record
 from llava_lite.train.monitor.summary import finished_before, peak_memory_gib, start_again, summary
 from llava_lite.train.publish.push import check_can_push
@@ -162,7 +163,7 @@ def run(stage, argv=()):
     start_again(args, stage.checkpoint)
     record = open_record(trainer, stage.model_args, stage.data_args, argv)
     trainer.add_callback(record)
-    with record.ending():
+    with record.ending(write_report):
         result = trainer.train(resume_from_checkpoint=stage.checkpoint)
         is_full = save(trainer, stage.model_args, stage.data_args)
         if args.push_to_hub:

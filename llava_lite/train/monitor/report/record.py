@@ -37,7 +37,10 @@ class RunRecord(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         """Write the facts with this start."""
-        before = read_record(self.path).get("starts", []) if state.global_step else []
+        kept = read_record(self.path) if state.global_step else {}
+        before = kept.get("starts", [])
+        if before:
+            before[-1]["end"] = kept.get("end")
         start = {"date": now(), "step": state.global_step, "command": self.facts.pop("command")}
         self.facts |= {
             "starts": [*before, start | {"ranks": args.world_size, "device": get_device(args.device)}],
@@ -62,23 +65,34 @@ class RunRecord(TrainerCallback):
         self.write()
 
     @contextmanager
-    def ending(self):
-        """Write how the run ended where an error or a signal ends it, and the report in any case."""
+    def ending(self, write_report):
+        """Write how the run ended where an error or a signal ends it, and then the report.
+
+        write_report: called with the directory, on the first rank.
+        """
         try:
             yield
         except BaseException as error:
             is_stopped = isinstance(error, KeyboardInterrupt) or getattr(error, "code", None) == EXIT_RESUMABLE
             # One that has not begun leaves the record of the run before it.
             if "starts" in self.facts:
-                self.end(
-                    "stopped" if is_stopped else "failed", reason=f"{type(error).__name__}: {get_sentence(error)}"
-                )
-                self.report()
+                reason = f"{type(error).__name__}: {get_sentence(error)}"
+                self.end("stopped" if is_stopped else "failed", reason=reason)
+                self.report(write_report)
             raise
-        self.report()
+        self.report(write_report)
 
-    def report(self) -> None:
-        """Write report.html; what fails here is one line of the log, never the end of a run."""
+    def report(self, write_report) -> None:
+        """Write the report, on the first rank; what fails here is one line of the log, never the end of a run."""
+        if not self.is_writer:
+            return
+        try:
+            write_report(self.path.parent)
+        except Exception as error:
+            logger.warning(
+                "there is no report of %s (%s: %s); `llava-lite report` makes one.",
+                self.path.parent, type(error).__name__, get_sentence(error),
+            )  # fmt: skip
 
 
 def now() -> str:
@@ -162,7 +176,10 @@ def get_data(dataset) -> dict:
     if not hasattr(dataset, "annotations"):
         return found | {"is_stream": True}
     annotations, lengths = dataset.annotations, dataset.lengths
-    counts, edges = np.histogram(lengths, bins=NUM_BINS)
+    # Lengths are integers: bins of as many each, the last one may reach beyond the longest record.
+    width = -(-(int(lengths.max()) - int(lengths.min()) + 1) // NUM_BINS)
+    edges = np.arange(int(lengths.min()), int(lengths.max()) + width + 1, width)
+    counts, _ = np.histogram(lengths, bins=edges)
     marks = np.percentile(lengths, (5, 50, 95), method="lower").astype(int).tolist()
     return found | {
         "records": len(dataset),
@@ -174,5 +191,5 @@ def get_data(dataset) -> dict:
         "truncated": int((annotations.token_lengths > dataset.max_length).sum()),
         "max_length": dataset.max_length,
         "lengths": {"p5": marks[0], "p50": marks[1], "p95": marks[2], "longest": int(lengths.max())},
-        "histogram": {"counts": counts.tolist(), "edges": [round(float(edge), 2) for edge in edges]},
+        "histogram": {"counts": counts.tolist(), "edges": edges.tolist()},
     }

@@ -77,7 +77,7 @@ def read_samples(run_dir: Path, images: dict) -> list[dict]:
 
 
 def data_url(path: Path) -> str | None:
-    """Return an image as a data URL, made again from its pixels; None for a file that is missing, no image, or huge."""
+    """Return an image as a data URL, made again from its pixels; None for what is missing, no image, or huge."""
     try:
         if path.stat().st_size > MOST_BYTES:
             return None
