@@ -169,7 +169,7 @@ def run(stage, argv=()):
         if args.push_to_hub:
             trainer.push_to_hub()
         record.end("finished", memory_gib=peak_memory_gib(args.device))
-    logger.info("%s", summary(trainer, result, is_full, record.facts["end"]["memory_gib"]))
+    logger.info("%s", summary(trainer, result, is_full, record.facts["end"]["memory_gib"], record.page))
     return trainer
 
 

@@ -39,10 +39,11 @@ def peak_memory_gib(device) -> float:
     return max(everyone(peak_bytes)) / GIB
 
 
-def summary(trainer, result, full: bool, memory_gib: float) -> str:
+def summary(trainer, result, full: bool, memory_gib: float, report: Path | None = None) -> str:
     """Return the lines that end a run.
 
     result: what `trainer.train` returned. full: the directory holds every weight. memory_gib: see peak_memory_gib.
+    report: the page of the run, if it was written.
     """
     args, log, directory = trainer.args, trainer.state.log_history, Path(trainer.args.output_dir)
     sees = trainer.unwrapped.config.has_vision_tower
@@ -55,7 +56,7 @@ def summary(trainer, result, full: bool, memory_gib: float) -> str:
         "memory": f"{memory_gib:.1f} GiB at most {'of a GPU' if args.device.type == 'cuda' else 'in a process'}",
         "left out": left_out_line(getattr(trainer, "facts", None), directory),
         "plots": ", ".join(str(directory / name) for name in plots),
-        "report": str(directory / REPORT) if (directory / REPORT).is_file() else "",
+        "report": str(report or ""),
         "chat": chat_command(directory) + (" (/image FILE shows it an image)" if sees else ""),
         "stage 2": f"--pretrain_mm_mlp_adapter {directory / PROJECTOR}" if args.tuning == "projector" else "",
     }

@@ -178,7 +178,7 @@ def layer_chart(expert_lines, layer: str) -> Html | None:
         axis.imshow(shares, aspect="auto", cmap="viridis", vmin=0, vmax=2, extent=reach, interpolation="nearest")
         axis.grid(visible=False)
         axis.yaxis.get_major_locator().set_params(integer=True)
-        unit = "expert, by its load"
+        unit = "number of the expert; the colour is its load"
     else:
         axis.axhline(1 / num_experts, color=FAINT, linewidth=1, linestyle="--")
         marker = {"marker": "o", "markersize": 2.5} if len(loads) < 30 else {}

@@ -159,7 +159,8 @@ def experts(run):
         if idle:
             dead.append(f"layer {layer}: {'expert' if len(idle) == 1 else 'experts'} {', '.join(map(str, idle))}")
     if dead:
-        yield f"Dead experts, without a token in the last tenth of the log: {'; '.join(dead)}."
+        more = f" and {len(dead) - MOST_NAMED} more layers" * (len(dead) > MOST_NAMED)
+        yield f"Dead experts, without a token in the last tenth of the log: {'; '.join(dead[:MOST_NAMED])}{more}."
     dropped = [report[layer].get("dropped") or 0 for _, report in lines[-1:] for layer in report]
     if dropped and max(dropped) > 0.01:
         yield f"At the last log up to {max(dropped):.1%} of a layer's assignments are dropped (--capacity_factor)."

@@ -30,7 +30,7 @@ def write_report(run_dir, out=None, score_dirs=()) -> Path:
     run = read_run(run_dir, score_dirs)
     path = Path(run_dir) / REPORT if out is None else Path(out)
     if path.is_dir():
-        raise IsADirectoryError(f"--out {str(path)!r} is a directory; name a file, such as {str(path / REPORT)!r}.")
+        raise IsADirectoryError(f"{str(path)!r} is a directory; the page is a file, such as {str(path / REPORT)!r}.")
     try:
         page = to_page(run)
     except (AttributeError, KeyError, IndexError, TypeError) as error:

@@ -30,7 +30,12 @@ NUM_BINS = 24
 
 
 class RunRecord(TrainerCallback):
-    """Keeps run.json up to date; the first rank writes. A resumed run keeps the starts of the run before it."""
+    """Keeps run.json up to date; the first rank writes. A resumed run keeps the starts of the run before it.
+
+    page: the path of the report once it is written.
+    """
+
+    page: Path | None = None
 
     def __init__(self, facts: dict, path: Path, is_writer: bool = True):
         self.facts, self.path, self.is_writer = facts, path, is_writer
@@ -87,12 +92,10 @@ class RunRecord(TrainerCallback):
         if not self.is_writer:
             return
         try:
-            write_report(self.path.parent)
+            self.page = write_report(self.path.parent)
         except Exception as error:
-            logger.warning(
-                "there is no report of %s (%s: %s); `llava-lite report` makes one.",
-                self.path.parent, type(error).__name__, get_sentence(error),
-            )  # fmt: skip
+            reason = f"{type(error).__name__}: {get_sentence(error).rstrip('.')}"
+            logger.warning("%s has no report (%s); `llava-lite report` makes one.", self.path.parent, reason)
 
 
 def now() -> str:

@@ -58,7 +58,7 @@ def experts(run) -> Html | None:
             rows.append((layer, len(load[0]), spread, *rest))
     header = ("layer", "experts", "load", "without a token", "dropped", "balance loss")
     caption = f"At the last log, step {step:,}. A balance loss of 1 is an even load."
-    words = "The fraction of a layer's assignments that each expert gets. A token makes as many as it has experts."
+    words = "The fraction of a layer's assignments that each expert gets; a token has one to each of its experts."
     drawn = charts.expert_charts(run) if has_matplotlib() else None
     return section("Expert load", tag("p", words, class_="note"), drawn, table(header, rows, range(6), caption))
 

@@ -144,6 +144,6 @@ def trained(run) -> Html:
 def flags(run) -> Html | None:
     """Return the flags that differ from their defaults; of an old run those that its checkpoint has."""
     rows = with_flags(run.settings)
-    words = "that differ from their defaults" if run.record else "that the newest checkpoint has kept"
+    words = "not at the default" if run.record else "kept by the newest checkpoint"
     shown = details(f"{count(len(rows), 'flag')} {words}", table(("flag", "value"), rows))
     return section("Flags", shown) if rows else None
