@@ -1,5 +1,6 @@
 """Turn the files of a run into what a person should read first: spikes, skipped records, dead experts."""
 
+import math
 from collections import Counter
 
 import numpy as np
@@ -7,9 +8,9 @@ import numpy as np
 from llava_lite.train.monitor.report.charts import get_loads, layer_order
 from llava_lite.train.monitor.summary import count
 
-# A loss is a spike that is above SPIKE times the median of the logs around it, and SPREADS times their usual distance
-# from it.
-SPIKE, SPREADS, AROUND = 1.3, 6, 10
+# A loss is a spike that is SPIKE times the median of the AROUND logs on either side of it, and stands out among the
+# others: on a logarithmic scale TWICE as far above it as the loss that 98% of the logs stay below.
+SPIKE, TWICE, USUAL, AROUND = 1.3, 2, 98, 10
 # The gradient norm of a step, in medians of the logs around it.
 GRADIENT_SPIKE = 10
 # The fraction of the logged intervals that may be slow.
@@ -77,15 +78,12 @@ def medians(values) -> np.ndarray:
 def spikes(run):
     """Yield the steps at which the loss stood far above the logs around it."""
     steps, losses = run.series(run.loss_key)
-    if len(losses) < AROUND:
+    if len(losses) < AROUND or min(losses) <= 0:
         return
     usual = medians(losses)
-    spread = medians(np.abs(np.asarray(losses) - usual))
-    found = [
-        (loss, step, mid)
-        for step, loss, mid, apart in zip(steps, losses, usual, spread, strict=True)
-        if loss > SPIKE * mid and loss - mid > SPREADS * apart
-    ]
+    above = np.log(np.asarray(losses) / usual)
+    bound = max(math.log(SPIKE), TWICE * np.percentile(above, USUAL, method="lower"))
+    found = [(losses[i], steps[i], usual[i]) for i in np.flatnonzero(above > bound).tolist()]
     # A loss falls steeply at the start; that is no spike.
     found = [one for one in found if one[1] > steps[AROUND // 2]]
     if found:

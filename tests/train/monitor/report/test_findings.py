@@ -40,6 +40,12 @@ def test_a_spike_is_named_with_its_step(run_dir):
     )
 
 
+def test_a_loss_that_is_always_noisy_has_no_spikes(run_dir):
+    # Batches of text among batches with images: every tenth loss is the higher one.
+    lines = [line | {"loss": line["loss"] * (1 + (line["step"] % 10 == 0))} for line in losses(300)]
+    assert found(run_dir, lines) == []
+
+
 def test_what_is_not_finite_is_named(run_dir):
     lines = losses()
     lines[9]["grad_norm"], lines[29]["loss"] = "inf", "nan"
