@@ -37,8 +37,8 @@ class RunRecord(TrainerCallback):
 
     page: Path | None = None
 
-    def __init__(self, facts: dict, path: Path, is_writer: bool = True):
-        self.facts, self.path, self.is_writer = facts, path, is_writer
+    def __init__(self, facts: dict, command: str, path: Path, is_writer: bool = True):
+        self.facts, self.command, self.path, self.is_writer = facts, command, path, is_writer
 
     def on_train_begin(self, args, state, control, **kwargs):
         """Write the facts with this start."""
@@ -46,7 +46,7 @@ class RunRecord(TrainerCallback):
         before = kept.get("starts", [])
         if before:
             before[-1]["end"] = kept.get("end")
-        start = {"date": now(), "step": state.global_step, "command": self.facts.pop("command")}
+        start = {"date": now(), "step": state.global_step, "command": self.command}
         self.facts |= {
             "starts": [*before, start | {"ranks": args.world_size, "device": get_device(args.device)}],
             "max_steps": state.max_steps,
@@ -59,7 +59,8 @@ class RunRecord(TrainerCallback):
             return
         draft = self.path.with_name(f"{self.path.name}.part")
         try:
-            draft.write_text(json.dumps(self.facts, indent=1, ensure_ascii=False, default=str) + "\n", "utf-8")
+            # In ASCII: a flag that is no UTF-8 has surrogates, which have no bytes.
+            draft.write_text(json.dumps(self.facts, indent=1, default=str) + "\n", encoding="utf-8")
             os.replace(draft, self.path)
         except OSError as error:
             logger.warning("%s is not written: %s", self.path, get_sentence(error))
@@ -118,7 +119,6 @@ def open_record(trainer, model_args, data_args, argv) -> RunRecord:
     is_writer = trainer.is_world_process_zero()
     data = {"train": trainer.train_dataset, "eval": trainer.eval_dataset}
     facts = {
-        "command": get_command(argv),
         **get_model(trainer.unwrapped, model_args),
         "tuning": args.tuning,
         "dtype": str(compute_dtype(args)).removeprefix("torch."),
@@ -134,7 +134,7 @@ def open_record(trainer, model_args, data_args, argv) -> RunRecord:
     if is_writer:
         directory.mkdir(parents=True, exist_ok=True)
         facts["images"] = save_images(trainer.eval_dataset, trainer.eval_examples, directory)
-    return RunRecord(facts, directory / RUN, is_writer)
+    return RunRecord(facts, get_command(argv), directory / RUN, is_writer)
 
 
 def get_command(argv) -> str:

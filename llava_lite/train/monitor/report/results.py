@@ -57,7 +57,7 @@ def experts(run) -> Html | None:
             rest = [logged(last[layer].get(key), key) for key in ("dead", "dropped", "balance_loss")]
             rows.append((layer, len(load[0]), spread, *rest))
     header = ("layer", "experts", "load", "without a token", "dropped", "balance loss")
-    caption = f"At the last log, step {step:,}. A balance loss of 1 is an even load."
+    caption = f"At the last log, step {step:,}. The balance loss of an even load is 1."
     words = "The fraction of a layer's assignments that each expert gets; a token has one to each of its experts."
     drawn = charts.expert_charts(run) if has_matplotlib() else None
     return section("Expert load", tag("p", words, class_="note"), drawn, table(header, rows, range(6), caption))

@@ -66,11 +66,10 @@ caption { padding-bottom: .3rem; color: var(--muted); text-align: left; }
 th, td { padding: .3rem 1rem .3rem 0; border-bottom: 1px solid var(--rule); text-align: left; vertical-align: top; }
 thead th { color: var(--muted); font-weight: 500; }
 tbody th { font-weight: 500; }
-td:last-child { overflow-wrap: anywhere; }
 .number { text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums; }
 
 .charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 22rem), 1fr)); gap: 1.4rem 2rem; }
-.chart { margin: 0; }
+.chart { display: flex; flex-direction: column; justify-content: space-between; margin: 0; }
 .chart svg { display: block; width: 100%; height: auto; }
 .chart svg * { stroke-linejoin: round; stroke-linecap: butt; }
 figcaption { margin-bottom: .3rem; font-size: .92rem; line-height: 1.35; }
@@ -97,5 +96,7 @@ figcaption span { color: var(--muted); }
 footer { margin-top: 3rem; color: var(--muted); font-size: .85rem; }
 @media (max-width: 40rem) {
   .terms div, .charts .terms div { grid-template-columns: 1fr; }
+  table { font-size: .85rem; }
+  th, td { padding-right: .7rem; }
 }
 """
