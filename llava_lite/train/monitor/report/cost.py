@@ -51,7 +51,7 @@ class Cost:
         if self.tokens:
             found.append(("tokens trained on", f"{self.tokens:,}"))
         if self.padding is not None:
-            found.append(("padding", f"{self.padding:.1%} of a batch, were records padded to the longest of it"))
+            found.append(("padding", f"{self.padding:.1%}, if records are padded to the longest of their batch"))
         records = sum(run.series("records")[1])
         if records:
             found.append(("records trained on", f"{records:,}, repeats counted"))
