@@ -31,7 +31,9 @@ from llava_lite.train.inputs.features import use_features
 from llava_lite.train.inputs.load import load_data
 from llava_lite.train.inputs.shards import check_shard_flags
 from llava_lite.train.inputs.template import get_run_template
-from llava_lite.train.monitor.summary import finished_before, start_again, summary
+from llava_lite.train.monitor.report.page import write_report
+from llava_lite.train.monitor.report.record import open_record
+from llava_lite.train.monitor.summary import finished_before, peak_memory_gib, start_again, summary
 from llava_lite.train.publish.push import check_can_push
 from llava_lite.train.saving.interrupt import EXIT_RESUMABLE
 from llava_lite.train.startup import (
@@ -81,7 +83,7 @@ def train(attn_implementation=None, argv=None):
     argv = sys.argv[1:] if argv is None else argv
     if attn_implementation is not None and "--attn_implementation" not in argv:
         argv = [*argv, "--attn_implementation", installed_attention(attn_implementation)]
-    return run(prepare(argv))
+    return run(prepare(argv), argv)
 
 
 class Stage(NamedTuple):
@@ -152,15 +154,22 @@ def build_stage(model_args, data_args, training_args):
     return Stage(trainer, model_args, data_args, checkpoint)
 
 
-def run(stage):
-    """Train from the start or from the checkpoint, save, and return the trainer."""
-    trainer = stage.trainer
-    start_again(trainer.args, stage.checkpoint)
-    result = trainer.train(resume_from_checkpoint=stage.checkpoint)
-    is_full = save(trainer, stage.model_args, stage.data_args)
-    if trainer.args.push_to_hub:
-        trainer.push_to_hub()
-    logger.info("%s", summary(trainer, result, is_full))
+def run(stage, argv=()):
+    """Train from the start or from the checkpoint, save, write the report, and return the trainer.
+
+    argv: the flags as they were typed, for the report.
+    """
+    trainer, args = stage.trainer, stage.trainer.args
+    start_again(args, stage.checkpoint)
+    record = open_record(trainer, stage.model_args, stage.data_args, argv)
+    trainer.add_callback(record)
+    with record.ending(write_report):
+        result = trainer.train(resume_from_checkpoint=stage.checkpoint)
+        is_full = save(trainer, stage.model_args, stage.data_args)
+        if args.push_to_hub:
+            trainer.push_to_hub()
+        record.end("finished", memory_gib=peak_memory_gib(args.device))
+    logger.info("%s", summary(trainer, result, is_full, record.facts["end"]["memory_gib"], record.page))
     return trainer
 
 
@@ -183,7 +192,7 @@ def main(argv=None):
         return
     try:
         with errors_in_one_line((DataError,)):
-            run(stage)
+            run(stage, argv)
     except SystemExit as end:
         # After SIGTERM all ranks have saved; after an error some may be anywhere.
         if end.code == EXIT_RESUMABLE:

@@ -194,6 +194,10 @@ OURS = {
         "quant4": "--load-4bit",
         "quant8": "--load-8bit",
     },
+    "report": {
+        "model": "the directory of the run as the first word, llava-lite report RUN_DIR",
+        "output": "--out",
+    },
     "answer": {
         "base": "--model-base",
         "model": "the model as the first word, llava-lite answer MODEL QUESTIONS.jsonl OUT.jsonl",

@@ -17,7 +17,7 @@ from llava_lite.train.saving.trained_weights import PROJECTOR
 
 logger = logging.getLogger(__name__)
 
-STATE = "trainer_state.json"
+STATE, REPORT = "trainer_state.json", "report.html"
 # Flags of the length of a run; they are compared with the steps that it has taken.
 LENGTHS = ("num_train_epochs", "max_steps")
 GIB = 2**30
@@ -30,7 +30,7 @@ def chat_command(directory) -> str:
 
 
 def peak_memory_gib(device) -> float:
-    """Return the peak memory of any rank so far: of its GPU, or of its process on a CPU."""
+    """Return the peak memory of any rank so far: of its GPU, or of its process on a CPU; all ranks must call it."""
     if device.type == "cuda":
         peak_bytes = torch.cuda.max_memory_allocated(device)
     else:
@@ -39,13 +39,13 @@ def peak_memory_gib(device) -> float:
     return max(everyone(peak_bytes)) / GIB
 
 
-def summary(trainer, result, full: bool) -> str:
-    """Return the lines that end a run; all ranks must call it.
+def summary(trainer, result, full: bool, memory_gib: float, report: Path | None = None) -> str:
+    """Return the lines that end a run.
 
-    result: what `trainer.train` returned. full: the directory holds every weight.
+    result: what `trainer.train` returned. full: the directory holds every weight. memory_gib: see peak_memory_gib.
+    report: the page of the run, if it was written.
     """
-    args, log = trainer.args, trainer.state.log_history
-    memory, directory = peak_memory_gib(args.device), Path(args.output_dir)
+    args, log, directory = trainer.args, trainer.state.log_history, Path(trainer.args.output_dir)
     sees = trainer.unwrapped.config.has_vision_tower
     plots = [path.name for path in sorted(directory.glob("*.png"))]
     rows = {
@@ -53,9 +53,10 @@ def summary(trainer, result, full: bool) -> str:
         "loss": loss_line(log, result.training_loss),
         "evaluation": evaluation_line(log),
         "time": time_line(result.metrics.get("train_runtime", 0)),
-        "memory": f"{memory:.1f} GiB at most {'of a GPU' if args.device.type == 'cuda' else 'in a process'}",
+        "memory": f"{memory_gib:.1f} GiB at most {'of a GPU' if args.device.type == 'cuda' else 'in a process'}",
         "left out": left_out_line(getattr(trainer, "facts", None), directory),
         "plots": ", ".join(str(directory / name) for name in plots),
+        "report": str(report or ""),
         "chat": chat_command(directory) + (" (/image FILE shows it an image)" if sees else ""),
         "stage 2": f"--pretrain_mm_mlp_adapter {directory / PROJECTOR}" if args.tuning == "projector" else "",
     }

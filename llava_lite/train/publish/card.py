@@ -24,7 +24,7 @@ PUBLISHED = {
     ("llava_v1_5_mix665k.json", 665298): "liuhaotian/LLaVA-Instruct-150K",
 }
 _NUM_LOSS_ROWS = 8
-_STAGES = {
+STAGES = {
     "projector": "the connector alone (LLaVA's stage 1)",
     "full": "connector and language model (LLaVA's stage 2)",
     "lora": "low-rank updates of the language model, and the connector (LLaVA's stage 2 with LoRA)",
@@ -155,7 +155,7 @@ def introduction(facts: RunFacts) -> str:
     lines += [f"- vision tower: {linked(facts.tower)}"] if facts.tower else []
     lines += [f"- connector: `{facts.connector}`"] if facts.connector else []
     lines += [f"- conversation template: `{facts.conv_template}`"] if facts.conv_template else []
-    lines += [f"- trained: {_STAGES.get(facts.tuning, facts.tuning)}"]
+    lines += [f"- trained: {STAGES.get(facts.tuning, facts.tuning)}"]
     held = "the full model" if facts.full else "the trained weights; the base is opened with them"
     return "\n".join([*lines, f"- this directory holds {held}"])
 

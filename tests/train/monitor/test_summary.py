@@ -42,6 +42,8 @@ def test_a_run_ends_with_what_it_made_and_how_to_conversation_to_it(stage_flags,
     assert rows["chat"] == f"llava-lite chat '{directory}' (/image FILE shows it an image)"
     assert rows["stage 2"] == f"--pretrain_mm_mlp_adapter {directory}/mm_projector.bin"
     assert rows["plots"] == f"{directory}/loss.png"
+    assert rows["report"] == f"{directory}/report.html"
+    assert Path(rows["report"]).read_text(encoding="utf-8").count("<svg") == 6
     assert Path(rows["plots"]).is_file()
     assert float(rows["memory"].split()[0]) > 0.1
     assert rows["time"].endswith("seconds")
