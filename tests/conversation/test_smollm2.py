@@ -24,7 +24,7 @@ ANSWERS = {
     "roles": ("assistant", "user\nWhat?", "system"),
     "letters of the world": ("\u6f22\u5b57\u3002", "e\u0301", "\U0001f642\u200d!"),
 }
-SYSTEMS = (None, "Be brief.", "\nBe brief.\n\n", " ")
+SYSTEMS = (None, "Be brief.", "\nBe brief.\n\n", " ", "")
 
 
 def ids_of(tokenizer, text):
@@ -37,7 +37,7 @@ def ids_of(tokenizer, text):
 
 
 def truth(tokenizer, pairs, system):
-    """Return ids and labels from parts by hand: no token of ChatML reaches over the marks, or from prompt to answer."""
+    """Return ids and labels from parts: no token reaches over the marks of ChatML, or from prompt to answer."""
     ids = ids_of(tokenizer, f"<|im_start|>system\n{DEFAULT_SYSTEM if system is None else system}<|im_end|>\n")
     labels = [IGNORE_INDEX] * len(ids)
     for question, answer in pairs:
@@ -74,9 +74,13 @@ def test_answers_with_their_end_token_are_supervised_and_nothing_else(smollm2_to
 def test_a_prompt_is_what_training_has_seen_before_the_answer(smollm2_tokenizer, num_turns, system):
     pairs = pairs_of(ANSWERS["spaces around"], num_turns)
     template = get_template("chat")
-    trained, _ = tokenize_rendered(template.with_turns(turns_of(pairs), system).render(smollm2_tokenizer), smollm2_tokenizer, True)
+    trained, _ = tokenize_rendered(
+        template.with_turns(turns_of(pairs), system).render(smollm2_tokenizer), smollm2_tokenizer, True
+    )
     pairs[-1] = (pairs[-1][0], None)
-    asked, _ = tokenize_rendered(template.with_turns(turns_of(pairs), system).render(smollm2_tokenizer), smollm2_tokenizer, True)
+    asked, _ = tokenize_rendered(
+        template.with_turns(turns_of(pairs), system).render(smollm2_tokenizer), smollm2_tokenizer, True
+    )
     assert asked == truth(smollm2_tokenizer, pairs, system)[0] == trained[: len(asked)]
 
 
@@ -101,7 +105,7 @@ def test_end_tokens_stay_supervised_beside_padding_of_the_same_id(smollm2_tokeni
     for answers in (("Red.",), ("", "No.")):
         turns = turns_of(zip(("What?", "Really?"), answers, strict=False))
         ids, labels = encoder(Record("r", (), tuple(turns), "toy.json[0]"))
-        batch.append({"input_ids": torch.tensor(ids), "labels": torch.tensor(labels)})
+        batch.append({"id": "r", "input_ids": torch.tensor(ids), "labels": torch.tensor(labels)})
     out = DataCollatorForSupervisedDataset(smollm2_tokenizer.pad_token_id)(batch)
     assert out["attention_mask"].sum(dim=1).tolist() == [len(one["labels"]) for one in batch]
     assert (out["labels"] == smollm2_tokenizer.eos_token_id).sum(dim=1).tolist() == [1, 2]

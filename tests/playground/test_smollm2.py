@@ -68,7 +68,12 @@ def toy(tmp_path_factory, toy_tokenizer_for):
     writer.add_token_list(words)
     writer.add_token_types([3 if word.startswith("<|") else 1 for word in words])
     writer.add_token_merges([" ".join(merge) for merge in merges])
-    for kind, word in (("bos", "<|im_start|>"), ("eos", "<|im_end|>"), ("unk", "<|endoftext|>"), ("pad", "<|im_end|>")):
+    for kind, word in (
+        ("bos", "<|im_start|>"),
+        ("eos", "<|im_end|>"),
+        ("unk", "<|endoftext|>"),
+        ("pad", "<|im_end|>"),
+    ):
         getattr(writer, f"add_{kind}_token_id")(words.index(word))
     writer.add_add_bos_token(False)
     writer.add_chat_template(TEMPLATE)
