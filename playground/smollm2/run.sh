@@ -59,7 +59,7 @@ cd "$ROOT"
 part data python -m playground.easy_vqa.make_data --out "$OUT/data" --data "$DATA"
 part tower python -m playground.easy_vqa.tower --data "$OUT/data" --out "$OUT/tower" ${STEPS:+--steps "$STEPS"}
 part llm python -m playground.smollm2.llm --out "$OUT/llm" ${GGUF:+--cache "$GGUF"}
-MODEL=$OUT/llm GLOBAL_BATCH=16 train stage1 pretrain captions 300 --learning_rate 2e-3
+MODEL=$OUT/llm GLOBAL_BATCH=16 train stage1 pretrain captions 300 --learning_rate 5e-4
 MODEL=$OUT/llm PROJECTOR=$OUT/stage1/mm_projector.bin VERSION=chat train stage2 finetune_lora conversations 260 \
     --lora_r 32 --lora_alpha 64 --learning_rate 1e-3 --mm_projector_lr 1e-3
 part eval llava-lite eval easy_vqa --model "$OUT/stage2" --data "$DATA" --out "$OUT/eval" --batch-size 32 --limit "$QUESTIONS"
