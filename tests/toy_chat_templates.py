@@ -279,6 +279,15 @@ CASES = {
         **{**CHATML, "prompt": f"<|im_start|>system\nBe good.<|im_end|>\n{CHATML['prompt']}"},
         eos="<|endoftext|>",
     ),
+    "smollm2: a default system text, bos opens every turn and eos ends it": Case(
+        "{% for m in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
+        "{{ '<|im_start|>system\nBe good<|im_end|>\n' }}{% endif %}"
+        "{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}{% endfor %}" + CHATML_PROMPT,
+        IM,
+        **{**CHATML, "prompt": f"<|im_start|>system\nBe good<|im_end|>\n{CHATML['prompt']}"},
+        eos="<|im_end|>",
+        bos="<|im_start|>",
+    ),
     "chatml, a default system text and the header always open": Case(
         "{% if messages[0]['role'] != 'system' %}{{ '<|im_start|>system\nBe good.<|im_end|>\n' }}{% endif %}"
         + CHATML_LOOP

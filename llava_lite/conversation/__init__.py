@@ -51,13 +51,14 @@ DEFAULT_OPTIONS = PromptOptions()
 class Conversation(DemoImages):
     """LLaVA's conversation: a template, and the messages so far.
 
+    system: None, in the template `chat` alone, is the default of the tokenizer's chat template; "" is an empty text.
     messages: [role, text] pairs, the user first; a text of None is an open turn that waits for its answer. LLaVA's
     demo puts a (text, PIL image, mode) tuple in place of the first text.
     offset: number of first messages that are an example of the template and not part of the conversation.
     eos_token: ends a text in the templates of Alpaca and LLaMA2-Accessory, which is the tokenizer's own in `render`.
     """
 
-    system: str
+    system: str | None
     roles: tuple[str, str]
     messages: list
     offset: int = 0
@@ -106,7 +107,7 @@ class Conversation(DemoImages):
         if tokenizer is None:
             raise ValueError("special_tokens_in_text='text' needs the tokenizer; call render(tokenizer).")
         words = self.special_words(tokenizer)
-        fence = Fence.around([self.system, *(text or "" for _, text in self._texts())])
+        fence = Fence.around([self.system or "", *(text or "" for _, text in self._texts())])
         rendered = self._fenced(fence, words)._rendered(tokenizer)
         text, answers, literals = fence.take(rendered.text, rendered.answers)
         return rendered._replace(text=text, answers=tuple(answers), literals=tuple(literals))
@@ -121,6 +122,8 @@ class Conversation(DemoImages):
     def _fenced(self, fence, words) -> "Conversation":
         """Return a copy whose messages and system text have fenced special tokens; the template's own stay."""
         messages = [[role, text and fence.put(text, words)] for role, text in self._texts()]
+        if self.system is None:
+            return replace(self, messages=messages)
         opening, newline, system = self.system.partition("\n")
         if self.sep_style is not SeparatorStyle.MPT:
             opening, newline, system = "", "", self.system
@@ -169,7 +172,7 @@ class Conversation(DemoImages):
             raise ValueError("the conversation has no turn from human; expected turns from human and gpt.")
         check_speakers(turns)
         messages = [[self.roles[i % 2], text] for i, (_, text) in enumerate(turns)]
-        system = self.system if system is None else _with_system(self.system, system)
+        system = self.system if system is None else _with_system(self.system or "", system)
         return replace(self, messages=messages, offset=0, system=system)
 
     def _texts(self) -> list[tuple[str, str | None]]:

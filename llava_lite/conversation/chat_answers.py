@@ -89,14 +89,24 @@ class Chat:
         except Unfit:
             return ""
 
-    def write(self, system: str, messages: Sequence[tuple[str, str]], is_strict: bool = True) -> Written:
+    def _system(self, system: str | None, thinks: bool) -> str | None:
+        """Return the system text; None in place of an empty one that the template has no room for: nothing is lost."""
+        if system != "":
+            return system
+        try:
+            return None if self.format(thinks).no_system else system
+        except Unfit:
+            return system
+
+    def write(self, system: str | None, messages: Sequence[tuple[str, str]], is_strict: bool = True) -> Written:
         """Return a conversation with the spans of its answers; Unfit with the reason if they cannot be located.
 
-        system: text, or "" for the template's default. messages: (role, text), user and assistant alternating.
+        system: text, or None for the template's default. messages: (role, text), user and assistant alternating.
         is_strict: False leaves out spans that cannot be located.
         """
-        turns, answers = _with_roles(system, messages), [text for _, text in messages[1::2]]
+        answers = [text for _, text in messages[1::2]]
         write = self.writer(any(THINK_END in answer for answer in answers))
+        turns = _with_roles(self._system(system, write.thinks), messages)
         written = write(turns)
         try:
             form = self.format(write.thinks)
@@ -116,15 +126,16 @@ class Chat:
                 raise
             return Written(written, ())
 
-    def prompt(self, system: str, messages: Sequence[tuple[str, str]]) -> Written:
+    def prompt(self, system: str | None, messages: Sequence[tuple[str, str]]) -> Written:
         """Return a conversation that ends with the prompt for an answer; Unfit if the template drops the system text.
 
         Spans of earlier answers that cannot be located are left out.
         """
-        turns, answers = _with_roles(system, messages), [text for _, text in messages[1::2]]
+        turns = _with_roles(self._system(system, self.thinks), messages)
+        answers = [text for _, text in messages[1::2]]
         write = self.writer(self.thinks)
         written = write(turns, is_open=True) + self.added
-        if system.strip() and system.strip().splitlines()[0] not in written:
+        if system and system.strip() and system.strip().splitlines()[0] not in written:
             raise Unfit("leaves out the system text. Put it into the first question")
         if not answers:
             return Written(written, ())
@@ -166,7 +177,7 @@ def own_template(tokenizer, enable_thinking: bool = False, end_token: str | None
     return f"{{% if enable_thinking is not defined %}}{{% set enable_thinking = {value} %}}{{% endif %}}\n{template}"
 
 
-def _edges(form: ChatFormat, system: str, num_messages: int) -> list[Edge]:
+def _edges(form: ChatFormat, system: str | None, num_messages: int) -> list[Edge]:
     """Return what surrounds each answer; Unfit if the template cannot render such a conversation."""
     if system and form.no_system:
         raise Unfit(f"{form.no_system}. Put the system text into the first question, or leave it out")
@@ -181,7 +192,7 @@ def _edges(form: ChatFormat, system: str, num_messages: int) -> list[Edge]:
 
 def _with_roles(system, messages) -> list[tuple[str, str]]:
     turns = [(("user", "assistant")[i % 2], text) for i, (_, text) in enumerate(messages)]
-    return [("system", system), *turns] if system else turns
+    return turns if system is None else [("system", system), *turns]
 
 
 def _pieces(write: Writer, turns, answers, is_open=False) -> tuple[list[str], list[str]]:

@@ -156,7 +156,7 @@ TEMPLATES = {
     "phi": _two(_USER_SYSTEM, "<|endoftext|>", "phi"),
     "qwen": _two(_USER_SYSTEM, "<|endoftext|>", "phi"),
     "stablelm": _two(_USER_SYSTEM, "<|endoftext|>", "stablelm"),
-    "chat": _fields("", ("user", "assistant"), SeparatorStyle.CHAT, ("", None), "chat"),
+    "chat": _fields(None, ("user", "assistant"), SeparatorStyle.CHAT, ("", None), "chat"),
     "alpaca": _instruct(_ALPACA),
     "alpaca_short": _instruct(_ALPACA_SHORT),
     "question_generation": _instruct("", ("Generate a question whose answer is:\n", "Question:\n")),

@@ -119,6 +119,16 @@ def test_a_system_text_that_training_would_lose_is_refused(tokenizer_of, name):
         render(tokenizer_of(CASES[name]), ["Because."], "S1")
 
 
+@pytest.mark.parametrize("name", RIGHT)
+def test_an_empty_system_text_is_written_where_a_template_keeps_one_and_is_not_its_default(tokenizer_of, name):
+    case, tokenizer = CASES[name], tokenizer_of(CASES[name])
+    begins = with_date(case.prompt).split("Q1")[0] if case.no_system else with_date(case.system).replace("S1", "", 1)
+    for answers in (["Because."], [None]):
+        rendered = render(tokenizer, answers, "")
+        assert rendered.text.startswith(begins)
+        assert supervised(rendered) == (truth(case, answers) if answers[0] else [])
+
+
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.one_turn])
 def test_a_second_question_is_refused_where_a_template_has_room_for_one(tokenizer_of, name):
     with pytest.raises(ValueError, match=re.escape(CASES[name].one_turn)):

@@ -5,13 +5,20 @@ import os
 import shlex
 import subprocess
 import sys
+from itertools import groupby
 from types import SimpleNamespace
 
 import pytest
+import torch
+from conftest import llm_config
 from PIL import Image
+from transformers import LlamaForCausalLM
 
-from llava_lite.inference import load, reply
+from llava_lite.data.encode import RecordEncoder
+from llava_lite.data.records.record import Record
+from llava_lite.inference import load, prepare, reply
 from llava_lite.media.preprocess import load_image_processor
+from llava_lite.model.assemble import assemble
 from llava_lite.processing.processor import LlavaLiteProcessor
 from llava_lite.serve import cli
 
@@ -50,6 +57,32 @@ def test_every_turn_is_the_reply_to_the_conversation_so_far(toy_pair):
     assert history == [*conversation, ("How many?", second)]
     assert shown.getvalue() == f"ASSISTANT: {first}\nASSISTANT: {second}\n"
     assert "</s>" not in first + second
+
+
+@pytest.mark.slow
+def test_a_chat_with_a_real_chat_template_prompts_as_training_writes_it(smollm2_tokenizer, toy_tower_dir, tmp_path):
+    tokenizer, tower = smollm2_tokenizer, toy_tower_dir("clip")
+    LlamaForCausalLM(llm_config("llama", len(tokenizer))).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    keys = {"mm_projector_type": "linear", "conv_template": "chat"}
+    model = assemble(str(tmp_path), str(tower), config_overrides=keys, dtype=torch.float32).eval()
+    processor = LlavaLiteProcessor.from_config(model.config, tokenizer, load_image_processor(tower))
+    asked = {"temperature": 0.0, "max_new_tokens": 9}
+    questions = ("What colour?", "And 12  34?", "Why?")
+    history = cli.chat(model, processor, [IMAGE], typed(*questions, ""), lambda text: None, **asked)
+    assert [question.removeprefix("<image>\n") for question, _ in history] == list(questions)
+    for i, (_, answer) in enumerate(history):
+        before = history[:i]
+        assert reply(model, processor, questions[i], IMAGE, history=before, **asked) == answer
+        inputs, end = prepare(processor, [questions[i]], [IMAGE], None, [before])
+        prompt = [token for token, _ in groupby(inputs["input_ids"][0].tolist())]
+        turns = [turn for pair in history[: i + 1] for turn in zip(("human", "gpt"), pair, strict=True)]
+        ids, labels = RecordEncoder(tokenizer, "chat")(Record("r", ("a.png",), tuple(turns), "toy.json[0]"))
+        ids = [token for token, _ in groupby(ids)]
+        assert ids[: len(prompt)] == prompt
+        assert tokenizer.decode(ids[len(prompt) :]).startswith(f"{answer}<|im_end|>")
+        assert end.text == "<|im_end|>"
+        assert labels.count(tokenizer.eos_token_id) == i + 1
 
 
 def test_conversation_without_an_image_ends_at_an_empty_line(toy_pair):
