@@ -22,6 +22,7 @@ from llava_lite.formats import hf_llava as layout
 from llava_lite.hub.card import front_matter, public_name
 from llava_lite.inference import load
 from llava_lite.model.generation_config import savable
+from llava_lite.model.moe.config import read_moe_config
 from llava_lite.tower_config import resolve_vision_config
 
 # A vocabulary that grows is padded to a multiple of this many rows, as in the released llava-hf checkpoints.
@@ -70,8 +71,10 @@ def write_hf(checkpoint, directory, dtype=None, max_shard_size="5GB"):
 
 
 def get_fields(config):
-    """Return our config as a plain dict, the tower's own config inside it."""
+    """Return our config as a plain dict, the tower's own config inside it and layers and experts written out."""
     fields = config.to_dict()
+    moe = read_moe_config(config.moe, config.num_hidden_layers)
+    fields["moe"] = moe and moe.to_dict()
     if config.has_vision_tower:
         fields["vision_config"] = resolve_vision_config(config).to_dict()
         # As pixels, whatever notation the checkpoint has them in.
@@ -116,7 +119,9 @@ def grown(weights, num_rows):
 def save_weights(weights, directory, max_shard_size):
     """Write safetensors in files of at most `max_shard_size`, with an index where there are several."""
     pattern = "model{suffix}.safetensors"
-    plan = split_torch_state_dict_into_shards(weights, max_shard_size=max_shard_size, filename_pattern=pattern)
+    # Without storage: of views of one tensor, such as a layer's experts, it would count the first alone.
+    shapes = {name: weight.to("meta") for name, weight in weights.items()}
+    plan = split_torch_state_dict_into_shards(shapes, max_shard_size=max_shard_size, filename_pattern=pattern)
     for name, keys in plan.filename_to_tensors.items():
         save_file({key: weights[key].contiguous() for key in keys}, Path(directory) / name, {"format": "pt"})
     if plan.is_sharded:
@@ -164,7 +169,7 @@ def card(source, fields, notes):
         f"`{kind}` of transformers, written by `llava-lite convert` from `{name}`; opened again with transformers "
         "alone, it gave the same ids, pixels, logits and greedy tokens. vLLM and SGLang read this layout; not "
         "measured.\n",
-        f"- text model: `{fields['model_type'].removeprefix('llava_')}`",
+        f"- text model: `{layout.text_decoder(fields)}`",
         f"- vision tower: `{fields['vision_config']['model_type']}`",
         f"- connector: `{fields['mm_projector_type']}`",
         f"- prompt format: `{fields.get('conv_template')}`, written by its chat template\n",
