@@ -46,7 +46,7 @@ def write_hf(checkpoint, directory, dtype=None, max_shard_size="5GB"):
     del weights
     write_processor(written, directory)
     notes += more + write_generation_config(model, processor, tokenizer, directory)
-    notes += connector_note(fields)
+    notes += connector_note(fields) + experts_notes(fields)
     if processor.special_tokens_in_text == "text":
         notes.append(
             "Special tokens that are written in a question were trained as text; the processor of transformers reads "
@@ -154,6 +154,22 @@ def connector_note(fields):
     ]
 
 
+def experts_notes(fields):
+    """Return notes about what readers do otherwise with the experts of a model; none for a dense one."""
+    if fields["moe"] is None:
+        return []
+    notes = [
+        "The router is computed in float32 here and in the dtype of the model in transformers: in bfloat16 a token "
+        "whose experts nearly tie may be sent to another one."
+    ]
+    if len(fields["moe"]["moe_layers_idx"]) < fields["num_hidden_layers"]:
+        notes.append(
+            "Some layers have no experts (mlp_only_layers). transformers and vLLM read that; SGLang's qwen3_moe makes "
+            "experts in every layer and passes over the dense weights in silence, so serve it with vLLM."
+        )
+    return notes
+
+
 def card(source, fields, notes):
     """Return the text of README.md."""
     kind = layout.ARCHITECTURES["llava_next" if layout.is_anyres(fields) else "llava"]
@@ -167,7 +183,7 @@ def card(source, fields, notes):
         front_matter(metadata),
         f"# {name}\n",
         f"`{kind}` of transformers, written by `llava-lite convert` from `{name}`; opened again with transformers "
-        "alone, it gave the same ids, pixels, logits and greedy tokens. vLLM and SGLang read this layout; not "
+        "alone, it gave the same ids, pixels, logits and greedy tokens. Serving it with vLLM or SGLang is not "
         "measured.\n",
         f"- text model: `{layout.text_decoder(fields)}`",
         f"- vision tower: `{fields['vision_config']['model_type']}`",
