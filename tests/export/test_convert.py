@@ -407,6 +407,11 @@ def test_wrong_directories_are_refused_with_reasons(full_directory, toy_llm_dir,
     (source / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match=r"holds only what was trained.*llava-lite merge"):
         convert(source, tmp_path / "new", report=str)
+    # A merge would not mend this.
+    prompts = {"mm_injection": "adaption_prompt", "adaption_prompt_layers": 2, "mm_projector_type": "query_vit"}
+    (source / "config.json").write_text(json.dumps(config | prompts))
+    with pytest.raises(ValueError, match="no prompts in its attention"):
+        convert(source, tmp_path / "new", report=str)
 
 
 def test_command_line_converts_and_tells(full_directory, tmp_path):
