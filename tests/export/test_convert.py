@@ -538,10 +538,12 @@ def test_way_to_llava_is_refused_where_it_reads_other_ids(foreign_directory, toy
     assert not list(tmp_path.glob("llava*"))
 
 
-@pytest.mark.parametrize("tower", ["clip", "siglip"])
-def test_images_of_any_resolution_become_llava_next(full_directory, tmp_path, tower):
+@pytest.mark.parametrize(("tower", "model_type", "moe"), [("clip", "llama", None), ("siglip", "qwen3", MOE)])
+def test_images_of_any_resolution_become_llava_next(full_directory, tmp_path, tower, model_type, moe):
     pinpoints = [[32, 64], [64, 32], [64, 64], [96, 32]]
     source = full_directory(
+        model_type,
+        moe=moe,
         conv_template="mistral_instruct",
         tower=tower,
         image_aspect_ratio="anyres",
