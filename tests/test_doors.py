@@ -1,5 +1,7 @@
 """The functions of LLaMA-Adapter V2, ImageBind-LLM and LLaMA2-Accessory under their own names."""
 
+import importlib
+import inspect
 import json
 from types import SimpleNamespace
 
@@ -11,6 +13,46 @@ from toy_originals import ADAPTER_PARAMS, VOCAB, adapter_release, meta_state, wr
 
 from llava_lite import accessory, imagebind_llm, llama_adapter
 from llava_lite.model.originals import open_original
+
+# What programs written for these systems call -> the parameters it takes; a further one has a default.
+PUBLISHED = {
+    "formats.meta_llama.config_from_params": "params vocab_size",
+    "formats.meta_llama.weights_from": "state num_heads num_key_value_heads prefix",
+    "formats.openai_clip.config_from_shapes": "shapes prefix num_heads",
+    "formats.openai_clip.weights_from": "state prefix",
+    **{f"formats.{system}.config_from": "params state" for system in ("llama_adapter", "imagebind_llm", "accessory")},
+    **{f"formats.{system}.weights_from": "state config" for system in ("llama_adapter", "imagebind_llm", "accessory")},
+    **{f"formats.{system}.weights_to": "state config" for system in ("llama_adapter", "imagebind_llm", "accessory")},
+    **{f"formats.{system}.peer_name": "name config" for system in ("llama_adapter", "imagebind_llm", "accessory")},
+    "model.assemble.model_from_weights": "fields weights",
+    "model.mixing.mix_embeddings": "parts bank top_k temperature weight",
+    "conversation.alpaca_prompt": "instruction input name blank_is_none",
+    "data.encode.expand_image_tokens": "input_ids labels lengths",
+    "data.encode.RecordEncoder": "tokenizer conv_template",
+    "data.index.open_annotations": "data_path",
+    "data.records.open_sources": "data_path image_folder",
+    "data.single_turn.single_turn": "records newlines",
+    "llama_adapter.load": "name llama_dir llama_type device",
+    "llama_adapter.available_models": "",
+    "llama_adapter.format_prompt": "instruction input",
+    "imagebind_llm.load": "name llama_dir",
+    "accessory.MetaModel.from_pretrained": "pretrained_path",
+    "accessory.MetaModel.generate": "self prompts images max_gen_len temperature top_p additional_stop_symbols",
+    "accessory.MetaModel.compute_logits": "self examples images",
+}
+
+
+@pytest.mark.parametrize(("name", "parameters"), PUBLISHED.items())
+def test_published_names_open_and_take_what_they_are_said_to(name, parameters):
+    path, _, attribute = name.rpartition(".")
+    owner = importlib.import_module(f"llava_lite.{path.removesuffix('.MetaModel')}")
+    owner = owner.MetaModel if path.endswith("MetaModel") else owner
+    found = inspect.signature(getattr(owner, attribute)).parameters
+    expected = parameters.split()
+    assert list(found)[: len(expected)] == expected
+    empty, various = inspect.Parameter.empty, (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+    further = list(found.values())[len(expected) :]
+    assert all(one.default is not empty or one.kind in various for one in further)
 
 
 @pytest.fixture

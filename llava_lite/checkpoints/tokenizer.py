@@ -31,6 +31,8 @@ TEMPLATE_OF_DECODER = {
 # Class names under which transformers 4 and 5 save a tokenizer that is complete in tokenizer.json.
 COMPLETE = ("PreTrainedTokenizerFast", "TokenizersBackend")
 ARCADE100K_FIELDS = ("pad_token", "unk_token", "model_max_length", "padding_side", "chat_template")
+# Fraction of a base's tokens: those that one of the two was given later are fewer.
+MOST_OTHER_IDS = 0.01
 IMAGE_PROCESSOR = "preprocessor_config.json"
 # Vocabulary files of the decoders here; the last is of StableLM 2.
 TOKENIZER_CONFIG = "tokenizer_config.json"
@@ -85,6 +87,29 @@ def load_tokenizer(checkpoint, base=None):
         check_vocabulary(checkpoint, error)
         raise
     return with_chat_template(tokenizer, checkpoint)
+
+
+def check_vocabulary_of_base(checkpoint, tokenizer):
+    """Raise ValueError if the base has another vocabulary than the tokenizer of the weights that stand on it.
+
+    The base's tokenizer is read only where the two configs name another number of rows, which in a right base is its
+    padding or the new tokens of one of the two.
+    """
+    base = checkpoint.base
+    if base is None or checkpoint.file(TOKENIZER_CONFIG) is None or base.file(TOKENIZER_CONFIG) is None:
+        return
+    sizes = [one.fields.get("vocab_size") for one in (checkpoint, base)]
+    if None in sizes or sizes[0] == sizes[1]:
+        return
+    own, words = tokenizer.get_vocab(), load_tokenizer(base).get_vocab()
+    other = [word for word, number in words.items() if own.get(word) != number]
+    if len(other) > MOST_OTHER_IDS * len(words):
+        word = min(other, key=words.get)
+        raise ValueError(
+            f"{checkpoint.path!r} stands on another vocabulary than that of {base.path!r}: {len(other):,} of the "
+            f"{len(words):,} tokens of the base have another id or none in it, such as {word!r} with {words[word]} in "
+            f"the base and {own.get(word)} in it. Give the base that it was trained on."
+        )
 
 
 def _open_tokenizer(checkpoint, is_complete: bool):

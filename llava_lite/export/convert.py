@@ -87,10 +87,10 @@ def convert(
         found = "transformers' layout" if is_hf else "the layout of LLaVA and of this package"
         raise ValueError(f"{checkpoint.path!r} is in {found} already; nothing to convert.")
     if not is_hf:
+        # First what no merge would mend.
+        check_expressible(checkpoint)
         check_not_partial(checkpoint)
     check_full_precision(checkpoint)
-    if not is_hf:
-        check_expressible(checkpoint)
     write = write_ours if is_hf else write_hf
     with new_directory(target) as unchecked:
         expected, notes = write(checkpoint, unchecked, dtype, max_shard_size)

@@ -22,6 +22,7 @@ from llava_lite.formats import hf_llava as layout
 from llava_lite.hub.card import front_matter, public_name
 from llava_lite.inference import load
 from llava_lite.model.generation_config import savable
+from llava_lite.model.moe.config import read_moe_config
 from llava_lite.tower_config import resolve_vision_config
 
 # A vocabulary that grows is padded to a multiple of this many rows, as in the released llava-hf checkpoints.
@@ -45,7 +46,7 @@ def write_hf(checkpoint, directory, dtype=None, max_shard_size="5GB"):
     del weights
     write_processor(written, directory)
     notes += more + write_generation_config(model, processor, tokenizer, directory)
-    notes += connector_note(fields)
+    notes += connector_note(fields) + experts_notes(fields)
     if processor.special_tokens_in_text == "text":
         notes.append(
             "Special tokens that are written in a question were trained as text; the processor of transformers reads "
@@ -70,8 +71,10 @@ def write_hf(checkpoint, directory, dtype=None, max_shard_size="5GB"):
 
 
 def get_fields(config):
-    """Return our config as a plain dict, the tower's own config inside it."""
+    """Return our config as a plain dict, the tower's own config inside it and layers and experts written out."""
     fields = config.to_dict()
+    moe = read_moe_config(config.moe, config.num_hidden_layers)
+    fields["moe"] = moe and moe.to_dict()
     if config.has_vision_tower:
         fields["vision_config"] = resolve_vision_config(config).to_dict()
         # As pixels, whatever notation the checkpoint has them in.
@@ -116,7 +119,9 @@ def grown(weights, num_rows):
 def save_weights(weights, directory, max_shard_size):
     """Write safetensors in files of at most `max_shard_size`, with an index where there are several."""
     pattern = "model{suffix}.safetensors"
-    plan = split_torch_state_dict_into_shards(weights, max_shard_size=max_shard_size, filename_pattern=pattern)
+    # Without storage: of views of one tensor, such as a layer's experts, it would count the first alone.
+    shapes = {name: weight.to("meta") for name, weight in weights.items()}
+    plan = split_torch_state_dict_into_shards(shapes, max_shard_size=max_shard_size, filename_pattern=pattern)
     for name, keys in plan.filename_to_tensors.items():
         save_file({key: weights[key].contiguous() for key in keys}, Path(directory) / name, {"format": "pt"})
     if plan.is_sharded:
@@ -149,6 +154,22 @@ def connector_note(fields):
     ]
 
 
+def experts_notes(fields):
+    """Return notes about what readers do otherwise with the experts of a model; none for a dense one."""
+    if fields["moe"] is None:
+        return []
+    notes = [
+        "The router is computed in float32 here and in the dtype of the model in transformers: in bfloat16 a token "
+        "whose experts nearly tie may be sent to another one."
+    ]
+    if len(fields["moe"]["moe_layers_idx"]) < fields["num_hidden_layers"]:
+        notes.append(
+            "Some layers have no experts (mlp_only_layers). transformers and vLLM read that; SGLang's qwen3_moe makes "
+            "experts in every layer and passes over the dense weights in silence, so serve it with vLLM."
+        )
+    return notes
+
+
 def card(source, fields, notes):
     """Return the text of README.md."""
     kind = layout.ARCHITECTURES["llava_next" if layout.is_anyres(fields) else "llava"]
@@ -162,9 +183,9 @@ def card(source, fields, notes):
         front_matter(metadata),
         f"# {name}\n",
         f"`{kind}` of transformers, written by `llava-lite convert` from `{name}`; opened again with transformers "
-        "alone, it gave the same ids, pixels, logits and greedy tokens. vLLM and SGLang read this layout; not "
+        "alone, it gave the same ids, pixels, logits and greedy tokens. Serving it with vLLM or SGLang is not "
         "measured.\n",
-        f"- text model: `{fields['model_type'].removeprefix('llava_')}`",
+        f"- text model: `{layout.text_decoder(fields)}`",
         f"- vision tower: `{fields['vision_config']['model_type']}`",
         f"- connector: `{fields['mm_projector_type']}`",
         f"- prompt format: `{fields.get('conv_template')}`, written by its chat template\n",

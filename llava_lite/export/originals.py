@@ -15,14 +15,8 @@ from llava_lite.export.verified_directory import check_empty, give_name, new_dir
 from llava_lite.formats import llama_adapter
 from llava_lite.formats.gated_prompts import plain_weights
 from llava_lite.formats.llama_shapes import lora_fields
-from llava_lite.model.originals import (
-    IS_LORA,
-    PEFT_PREFIX,
-    open_original,
-    open_tokenizer,
-    read_original,
-    tokenizer_places,
-)
+from llava_lite.model.assemble import IS_LORA, PEFT_PREFIX
+from llava_lite.model.originals import open_original, open_tokenizer, read_original, tokenizer_places
 from llava_lite.processing.processor import LlavaLiteProcessor
 
 TRAINED_FILE = TRAINED[0]

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 import torch
 from transformers import CONFIG_MAPPING
 
+from llava_lite.formats import hf_qwen3_moe as qwen3_moe
 from llava_lite.formats.hf_connector import connector_from, connector_to
 
 RECORD = "llava_lite"
@@ -21,6 +22,7 @@ DECODERS = {
     "mistral": "MistralForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
     "stablelm": "StableLmForCausalLM",
 }
 # Tower -> features beside the patches, num_additional_image_tokens of the processor.
@@ -82,6 +84,10 @@ def config_from(config: Mapping) -> dict:
     """Return the fields of our config; ValueError where the model does what ours cannot."""
     text = dict(config["text_config"])
     decoder = text.get("model_type", "llama")
+    recorded = dict((config.get(RECORD) or {}).get("config", {}))
+    moe = recorded.pop("moe", None)
+    if decoder == qwen3_moe.DECODER:
+        text, decoder = qwen3_moe.fields_from(text, moe), "qwen3"
     vision = dict(config.get("vision_config") or CLIP_L_336)
     vision.setdefault("model_type", "clip_vision_model")
     fields = {key: value for key, value in text.items() if key not in NOT_TEXT}
@@ -97,7 +103,8 @@ def config_from(config: Mapping) -> dict:
         # The head is tied if either config has the key.
         "tie_word_embeddings": bool(config.get("tie_word_embeddings") or text.get("tie_word_embeddings")),
     }
-    dtype = config.get("dtype") or config.get("torch_dtype") or text.get("dtype") or text.get("torch_dtype")
+    asked = config["text_config"]
+    dtype = config.get("dtype") or config.get("torch_dtype") or asked.get("dtype") or asked.get("torch_dtype")
     if dtype is not None:
         fields["dtype"] = dtype
     if config["model_type"] == "llava_next":
@@ -108,7 +115,7 @@ def config_from(config: Mapping) -> dict:
             "mm_patch_merge_type": "spatial_unpad",
             "image_grid_pinpoints": [[width, height] for height, width in pinpoints],
         }
-    return fields | (config.get(RECORD) or {}).get("config", {})
+    return fields | recorded
 
 
 def weights_from(state_dict: Mapping[str, torch.Tensor], config: Mapping) -> dict[str, torch.Tensor]:
@@ -122,6 +129,8 @@ def weights_from(state_dict: Mapping[str, torch.Tensor], config: Mapping) -> dic
             renamed[f"model.mm_projector.{2 * (int(table[2]) - 1)}.{table[3]}"] = tensor
         else:
             renamed[_first_match(name)] = tensor
+    if config["text_config"].get("model_type") == qwen3_moe.DECODER:
+        renamed = qwen3_moe.join_experts(renamed)
     return renamed | connector_from(projector, config_from(config)["mm_projector_type"])
 
 
@@ -133,12 +142,11 @@ def config_to(config: Mapping, image_token_index: int) -> dict:
     reason = refusal(config)
     if reason is not None:
         raise ValueError(reason)
-    decoder = config["model_type"].removeprefix("llava_")
     vision = {key: value for key, value in config["vision_config"].items() if key not in NOT_TEXT - {"model_type"}}
     fields = {
         "architectures": [ARCHITECTURES["llava"]],
         "model_type": "llava",
-        "text_config": _text_config(config, decoder),
+        "text_config": _text_config(config),
         "vision_config": vision,
         "image_token_index": image_token_index,
         "image_seq_length": num_features(config),
@@ -167,7 +175,7 @@ def config_to(config: Mapping, image_token_index: int) -> dict:
 def weights_to(state_dict: Mapping[str, torch.Tensor], config: Mapping) -> dict[str, torch.Tensor]:
     """Return our weights under the names of the released llava-hf checkpoints, which every version and vLLM read."""
     renamed, projector = {}, {}
-    for name, tensor in state_dict.items():
+    for name, tensor in qwen3_moe.split_experts(state_dict).items():
         if name.startswith("model.mm_projector."):
             projector[name.removeprefix("model.mm_projector.")] = tensor
             continue
@@ -196,9 +204,8 @@ def refusal(config: Mapping) -> str | None:
     if config.get("mm_vision_select_feature") == "pooled":
         return f"transformers' LLaVA reads patches, and this model one pooled vector an image. {kept}"
     tower = (config.get("vision_config") or {}).get("model_type")
-    moe = config.get("moe")
-    if moe and moe.get("moe_enable", True):
-        return f"transformers' LLaVA has no experts, and this model has some (config.moe). {kept}"
+    if qwen3_moe.has_experts(config) and (reason := qwen3_moe.refusal(config)) is not None:
+        return f"{reason} {kept}"
     if decoder == "phi":
         return f"Phi's lm_head has a bias, and transformers' LLaVA has no place for one. {kept}"
     if decoder not in DECODERS:
@@ -238,6 +245,8 @@ def num_features(config: Mapping) -> int:
 def _kept(config: Mapping) -> dict:
     """Return the keys of ours that the layout has no place for; of a tower its hub id, and no path of this machine."""
     kept = {key: config[key] for key in KEPT if config.get(key) is not None}
+    if qwen3_moe.has_experts(config):
+        kept["moe"] = config["moe"]
     tower = config.get("mm_vision_tower")
     is_hub_id = isinstance(tower, str) and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", tower)
     return kept | ({"mm_vision_tower": tower} if is_hub_id else {})
@@ -250,8 +259,14 @@ def strategy(config: Mapping) -> str:
     return "default" if feature == "drop_first" or (feature == "patch" and has_class_token) else "full"
 
 
-def _text_config(config: Mapping, decoder: str) -> dict:
+def text_decoder(config: Mapping) -> str:
+    """Return the model_type of the text model that a model of ours becomes."""
+    return qwen3_moe.DECODER if qwen3_moe.has_experts(config) else config["model_type"].removeprefix("llava_")
+
+
+def _text_config(config: Mapping) -> dict:
     """Return the text model's fields out of all, with the names that older versions read."""
+    decoder = text_decoder(config)
     known = set(CONFIG_MAPPING[decoder]().to_dict()) - NOT_TEXT
     text = {key: value for key, value in config.items() if key in known}
     rope = text.get("rope_parameters")
@@ -259,6 +274,8 @@ def _text_config(config: Mapping, decoder: str) -> dict:
         text["rope_theta"] = rope["rope_theta"]
         if rope.get("rope_type", "default") != "default":
             text["rope_scaling"] = {key: value for key, value in rope.items() if key != "rope_theta"}
+    if decoder == qwen3_moe.DECODER:
+        text |= qwen3_moe.fields_to(config)
     return {"architectures": [DECODERS[decoder]], "model_type": decoder, **text}
 
 

@@ -139,11 +139,11 @@ def from_moe_llava(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Te
         else:
             renamed[_replace_prefix(name.replace(*reversed(ROUTER)), 1, 0)] = tensor
     for layer, weights in experts.items():
-        renamed |= {f"{layer}mlp.experts.{name}": tensor for name, tensor in _fuse(layer, weights).items()}
+        renamed |= {f"{layer}mlp.experts.{name}": tensor for name, tensor in fuse_experts(layer, weights).items()}
     return renamed
 
 
-def _fuse(layer, weights):
+def fuse_experts(layer, weights):
     """Return our tensors of one layer from its experts' weights, a dict (linear, weight or bias, expert) -> tensor."""
     fusion = GATED if any(linear == "gate_proj" for linear, _, _ in weights) else PLAIN
     kinds = sorted({kind for _, kind, _ in weights}, reverse=True)  # weight, bias

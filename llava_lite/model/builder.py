@@ -17,7 +17,7 @@ from llava_lite.checkpoints.load_report import missing_and_unexpected, own_accou
 from llava_lite.checkpoints.partial import check_no_missing_or_unexpected, check_parts_found, merge_adapter
 from llava_lite.checkpoints.source import Checkpoint
 from llava_lite.checkpoints.step_weights import check_has_config
-from llava_lite.checkpoints.tokenizer import get_image_processor, load_tokenizer
+from llava_lite.checkpoints.tokenizer import check_vocabulary_of_base, get_image_processor, load_tokenizer
 from llava_lite.checkpoints.torch_files import is_torch_checkpoint
 from llava_lite.checkpoints.vocabulary import fit_rows
 from llava_lite.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_PATCH_TOKEN
@@ -95,6 +95,7 @@ def load_pretrained_model(
     arguments = {name: value for name, value in arguments.items() if value is not None}
     # Before the weights: a missing package or file is reported before they are fetched.
     tokenizer = load_tokenizer(checkpoint)
+    check_vocabulary_of_base(checkpoint, tokenizer)
     with checkpoint.readable_errors():
         model = _load_model(checkpoint, base, config, arguments)
     if device_map is None and is_too_large(model, device) and _is_installed("accelerate"):

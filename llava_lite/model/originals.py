@@ -5,7 +5,6 @@ A file or directory of theirs holds the base or stands on one: Meta's directory,
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,23 +13,16 @@ from typing import NamedTuple
 import torch
 from transformers import AutoTokenizer, LlamaTokenizer
 
-from llava_lite.checkpoints.partial import check_no_missing_or_unexpected, load_trained, merge_lora
+from llava_lite.checkpoints.partial import check_no_missing_or_unexpected, load_trained
 from llava_lite.checkpoints.source import Checkpoint
 from llava_lite.checkpoints.torch_files import KINDS, META, TOKENIZER, is_torch_checkpoint, read_torch_checkpoint
-from llava_lite.configuration import config_class_for
 from llava_lite.formats import meta_llama
-from llava_lite.formats.llama_shapes import lora_fields
-from llava_lite.model import model_class_for
-from llava_lite.model.assemble import assemble
-from llava_lite.model.attention import choose_attention
+from llava_lite.model.assemble import EMBEDDINGS, IS_LORA, add_lora, assemble, model_from_weights
 from llava_lite.model.loading import CONNECTOR, TOWER, get_new_weights
 from llava_lite.tower_config import feature_width, load_vision_config
 
-EMBEDDINGS = "model.embed_tokens.weight"
-PEFT_PREFIX = "base_model.model."
 TOKENIZERS = ("tokenizer.json", TOKENIZER)
 QUERIES = f"{TOWER}vision_tower.query_tokens"
-IS_LORA = re.compile(r"\.lora_[AB]\.")
 # Keys of a language model's config that params.json tells by other names.
 LANGUAGE_KEYS = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 LANGUAGE_KEYS += ("num_key_value_heads", "rms_norm_eps", "rope_theta", "max_position_embeddings", "rope_scaling")
@@ -172,82 +164,6 @@ def check_complete(model, weights: Mapping, what: str) -> None:
     new = get_new_weights(model.config)
     names = {name for name, _ in model.named_parameters() if name.startswith((CONNECTOR, *new))}
     check_no_missing_or_unexpected(what, type(model).__name__, names - set(weights), set())
-
-
-class HeldWeights(Checkpoint):
-    """A checkpoint in memory: the fields of its config.json and its weights, both under our names."""
-
-    def __init__(self, fields: Mapping, weights: Mapping[str, torch.Tensor], name: str = "the checkpoint"):
-        super().__init__(None)
-        self._fields, self._weights, self._name = dict(fields), dict(weights), name
-
-    def __str__(self) -> str:
-        return self._name
-
-    @property
-    def fields(self) -> dict:
-        """The fields."""
-        return self._fields
-
-    @property
-    def format(self):
-        """Itself: what reads the weights."""
-        return self
-
-    def weights(self) -> dict:
-        """Return the weights."""
-        return self._weights
-
-    def weights_from(self, weights: dict, fields: dict) -> dict:
-        """Return the weights, whose names are ours already."""
-        return weights
-
-
-def model_from_weights(fields: Mapping, weights: Mapping[str, torch.Tensor], dtype=None, attn_implementation=None):
-    """Return a model of the fields of a config and of weights under our names, in eval mode.
-
-    The weights of a named vision tower may be absent: they are then read from it. A LoRA among the weights is put in
-    and merged where prompts do not pass it. dtype: None for that of the embeddings. Raises ValueError with the names
-    of weights that are missing, unknown or of another shape.
-    """
-    lora = {name: weight for name, weight in weights.items() if IS_LORA.search(name)}
-    weights = {name: weight for name, weight in weights.items() if name not in lora}
-    fields = dict(fields)
-    config = config_class_for(fields.pop("model_type"))(**fields)
-    stored = weights.get(EMBEDDINGS, next(iter(weights.values()))).dtype
-    model, _ = model_class_for(config.model_type).open_complete(
-        HeldWeights(fields, weights),
-        config,
-        dtype=stored if dtype is None else dtype,
-        attn_implementation=choose_attention(attn_implementation),
-    )
-    # It has no directory.
-    model.config.name_or_path = ""
-    return add_lora(model, lora).eval()
-
-
-def add_lora(model, lora: Mapping[str, torch.Tensor]):
-    """Return a model with a LoRA under our names put in, and merged where prompts do not pass it."""
-    if not lora:
-        return model
-    try:
-        from peft import LoraConfig, get_peft_model
-    except ImportError as error:
-        raise ImportError("the checkpoint holds a LoRA; install peft (pip install 'llava-lite[peft]').") from error
-    options = lora_fields(lora)
-    targets = "|".join(options.pop("target_modules"))
-    pattern = rf"model\.layers\.\d+\.(self_attn|mlp)\.({targets})"
-    tuned = get_peft_model(model, LoraConfig(target_modules=pattern, **options), autocast_adapter_dtype=False)
-    parameters = dict(tuned.named_parameters())
-    places = {name: PEFT_PREFIX + re.sub(r"(lora_[AB])\.", r"\1.default.", name) for name in lora}
-    unknown = sorted(name for name, place in places.items() if place not in parameters)
-    missing = sorted({name for name in parameters if ".lora_" in name} - set(places.values()))
-    if unknown or missing:
-        raise ValueError(f"the LoRA does not fit: the model has no {unknown[:4]}, the checkpoint no {missing[:4]}.")
-    with torch.no_grad():
-        for name, place in places.items():
-            parameters[place].copy_(lora[name])
-    return merge_lora(tuned)
 
 
 def load_original(path, base=None, vision_tower=None, tokenizer=None, **kwargs):

@@ -7,7 +7,12 @@ import sys
 import pytest
 
 from llava_lite.checkpoints.source import Checkpoint
-from llava_lite.checkpoints.tokenizer import get_image_processor, get_template_name, load_tokenizer
+from llava_lite.checkpoints.tokenizer import (
+    check_vocabulary_of_base,
+    get_image_processor,
+    get_template_name,
+    load_tokenizer,
+)
 from llava_lite.mm_utils import tokenizer_image_token
 from llava_lite.processing.processor import LlavaLiteProcessor
 
@@ -104,6 +109,30 @@ def test_directory_without_a_tokenizer_takes_that_of_its_base(toy_model, toy_llm
     assert load_tokenizer(tmp_path, base).get_vocab() == words
     load_tokenizer(base).save_pretrained(tmp_path)
     assert load_tokenizer(tmp_path, "nowhere/at-all").get_vocab() == words
+
+
+@pytest.mark.parametrize(
+    ("kind", "num_rows", "fits"), [("llama", 512, True), ("llama", 462, True), ("qwen", 512, False)]
+)
+def test_trained_weights_on_a_base_of_another_vocabulary_are_refused(
+    kind, num_rows, fits, toy_model, toy_tokenizer_for, tmp_path
+):
+    config = toy_model().config
+    for directory, tokenizer in (("tuned", toy_tokenizer_for("llama")), ("base", toy_tokenizer_for(kind))):
+        tokenizer.save_pretrained(tmp_path / directory)
+        config.save_pretrained(tmp_path / directory)
+        config.vocab_size = num_rows
+        config.base_model_name_or_path = None
+    (tmp_path / "base" / "model.safetensors").touch()
+    checkpoint = Checkpoint(str(tmp_path / "tuned"), base=str(tmp_path / "base"))
+    tokenizer = load_tokenizer(checkpoint)
+    if fits:
+        check_vocabulary_of_base(checkpoint, tokenizer)
+        return
+    with pytest.raises(
+        ValueError, match=r"another vocabulary than that of .*base.* tokens of the base have another id"
+    ):
+        check_vocabulary_of_base(checkpoint, tokenizer)
 
 
 def test_image_processor_is_the_directories_own_or_the_towers(toy_model, toy_tower_dir, tmp_path):

@@ -130,6 +130,24 @@ def test_module_exists_and_its_flags_are_known(command):
         assert [flag for flag in flags_of(arguments) if f'"{flag}"' not in text] == []
 
 
+# Servers that are not installed here: the words before the model, and those of their flags that the pages use.
+SERVERS = {
+    ("vllm", "serve"): {"--port", "--api-key"},
+    ("python3", "-m", "sglang.launch_server", "--model-path"): {"--host", "--port"},
+}
+
+
+@pytest.mark.parametrize("server", SERVERS, ids=" ".join)
+def test_other_servers_get_a_directory_that_the_page_has_converted(server):
+    found = all_commands(*server)
+    assert found
+    for command in found:
+        converted = [other.words[-1] for other in all_commands("llava-lite", "convert") if other.page == command.page]
+        model, *arguments = command.words[len(server) :]
+        assert model in converted, str(command)
+        assert set(flags_of(arguments)) <= SERVERS[server], str(command)
+
+
 def test_extras_and_constraints_of_pip_exist():
     tomllib = pytest.importorskip("tomllib", reason="reads pyproject.toml; Python 3.11 has a reader, 3.10 has none")
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]

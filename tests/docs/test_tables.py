@@ -12,6 +12,9 @@ CHECKPOINTS = ROOT / "docs/checkpoints.md"
 # mkdocs, deepspeed, docker, hf, LLaVA's own programs, lmms-eval and VLMEvalKit.
 OF_OTHER_PROGRAMS = (
     "--strict",
+    "--api-key",
+    "--host",
+    "--port",
     "--module",
     "--build-arg",
     "--gpus",

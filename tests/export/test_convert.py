@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedTokenizerFast
 
 from llava_lite.export import verify
@@ -126,6 +126,84 @@ def test_transformers_answers_the_same_and_the_round_trip_is_bit_equal(full_dire
         f"llava_{arguments.get('model_type', 'llama')}",
     )
     assert config["image_aspect_ratio"] == arguments.get("image_aspect_ratio", "square")
+
+
+def set_head_width(directory, width):
+    """Give a stored Qwen3 model heads of a width that is not hidden_size / num_attention_heads."""
+    path = directory / "model.safetensors"
+    weights = load_file(path)
+    torch.manual_seed(4)
+    heads = {
+        "q_proj": (4 * width, 32),
+        "k_proj": (2 * width, 32),
+        "v_proj": (2 * width, 32),
+        "o_proj": (32, 4 * width),
+    }
+    for layer in range(4):
+        attention = f"model.layers.{layer}.self_attn."
+        for name, shape in heads.items():
+            weights[f"{attention}{name}.weight"] = 0.2 * torch.randn(shape)
+        for name in ("q_norm", "k_norm"):
+            weights[f"{attention}{name}.weight"] = torch.ones(width)
+    save_file(weights, path, {"format": "pt"})
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(config | {"head_dim": width}))
+
+
+@pytest.mark.parametrize(
+    ("moe", "arguments", "dense_layers"),
+    [
+        (MOE, {"conv_template": "qwen", "tower": "siglip"}, [1, 3]),
+        ({**MOE, "top_k_experts": 1, "moe_mode": "second_half"}, {"image_aspect_ratio": "pad"}, [0, 1]),
+        (
+            {**MOE, "top_k_experts": 3, "num_experts": [5], "moe_layers_idx": [2]},
+            {"use_sliding_window": True},
+            [0, 1, 3],
+        ),
+        # In evaluation every expert has room for all tokens.
+        ({**MOE, "moe_mode": "dense", "moe_drop_tokens": True, "moe_second_expert_sampling": True}, {}, []),
+    ],
+    ids=["top-2", "top-1", "top-3", "all layers"],
+)
+def test_experts_of_qwen3_become_qwen3_moe_and_the_round_trip_is_bit_equal(
+    full_directory, tmp_path, moe, arguments, dense_layers
+):
+    windows = {"sliding_window": 8, "max_window_layers": 0, "layer_types": ["sliding_attention"] * 4}
+    arguments |= windows if "use_sliding_window" in arguments else {}
+    source = full_directory("qwen3", "qwen", moe=moe, **arguments)
+    # upcycle makes copies; these differ, so that a wrong order of experts is seen.
+    weights = load_file(source / "model.safetensors")
+    torch.manual_seed(5)
+    weights |= {name: 0.2 * torch.randn_like(w) for name, w in weights.items() if ".mlp.experts." in name}
+    save_file(weights, source / "model.safetensors", {"format": "pt"})
+    set_head_width(source, 16)
+    assert convert(source, tmp_path / "hf", report=str).logits <= 1e-5
+    assert_transformers_agrees(source, tmp_path / "hf")
+    text = json.loads((tmp_path / "hf" / "config.json").read_text())["text_config"]
+    assert (text["model_type"], text["architectures"]) == ("qwen3_moe", ["Qwen3MoeForCausalLM"])
+    assert (text["mlp_only_layers"], text["num_experts"]) == (dense_layers, moe["num_experts"][0])
+    assert (text["num_experts_per_tok"], text["norm_topk_prob"]) == (moe["top_k_experts"], moe["top_k_experts"] > 1)
+    names = load_file(tmp_path / "hf" / "model.safetensors").keys()
+    assert "language_model.model.layers.2.mlp.experts.3.gate_proj.weight" in names
+    assert not any("gate_up_proj" in name for name in names)
+    convert(tmp_path / "hf", tmp_path / "back", report=str)
+    before, after = (load_file(directory / "model.safetensors") for directory in (source, tmp_path / "back"))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    before, after = (json.loads((path / "config.json").read_text()) for path in (source, tmp_path / "back"))
+    assert after["moe"] == before["moe"]
+    assert [after[key] for key in ("model_type", "head_dim", "layer_types")] == [
+        before[key] for key in ("model_type", "head_dim", "layer_types")
+    ]
+
+
+def test_shards_with_experts_keep_within_their_size(full_directory, tmp_path):
+    source = full_directory("qwen3", "qwen", moe=MOE)
+    convert(source, tmp_path / "hf", max_shard_size="100KB", report=str)
+    sizes = [path.stat().st_size for path in (tmp_path / "hf").glob("*.safetensors")]
+    # The two vocabulary matrices alone are larger.
+    assert sorted(sizes)[-3] <= 110_000
+    assert_transformers_agrees(source, tmp_path / "hf")
 
 
 def test_tokenizer_that_reads_the_start_of_a_text_otherwise_gets_a_space(full_directory, toy_tokenizer, tmp_path):
@@ -277,7 +355,8 @@ def test_wrong_weights_fail_the_check_and_get_no_name(full_directory, tmp_path, 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ({"moe": MOE}, "has no experts"),
+        ({"moe": MOE}, "for Qwen3 alone .qwen3_moe.; this model has experts .config.moe. in a decoder 'llama'"),
+        ({"model_type": "qwen3", "moe": MOE | {"use_residual": True}}, "use_residual is True"),
         ({"model_type": "phi"}, "lm_head has a bias"),
         ({"tower": "dinov2", "mm_image_size": None}, "'dinov2' is none that readers"),
         ({"mm_projector_type": "mlp3x_gelu"}, "is not two linear layers"),
@@ -327,6 +406,11 @@ def test_wrong_directories_are_refused_with_reasons(full_directory, toy_llm_dir,
     config = json.loads((source / "config.json").read_text()) | {"base_model_name_or_path": "some/base"}
     (source / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match=r"holds only what was trained.*llava-lite merge"):
+        convert(source, tmp_path / "new", report=str)
+    # A merge would not mend this.
+    prompts = {"mm_injection": "adaption_prompt", "adaption_prompt_layers": 2, "mm_projector_type": "query_vit"}
+    (source / "config.json").write_text(json.dumps(config | prompts))
+    with pytest.raises(ValueError, match="no prompts in its attention"):
         convert(source, tmp_path / "new", report=str)
 
 
@@ -454,10 +538,12 @@ def test_way_to_llava_is_refused_where_it_reads_other_ids(foreign_directory, toy
     assert not list(tmp_path.glob("llava*"))
 
 
-@pytest.mark.parametrize("tower", ["clip", "siglip"])
-def test_images_of_any_resolution_become_llava_next(full_directory, tmp_path, tower):
+@pytest.mark.parametrize(("tower", "model_type", "moe"), [("clip", "llama", None), ("siglip", "qwen3", MOE)])
+def test_images_of_any_resolution_become_llava_next(full_directory, tmp_path, tower, model_type, moe):
     pinpoints = [[32, 64], [64, 32], [64, 64], [96, 32]]
     source = full_directory(
+        model_type,
+        moe=moe,
         conv_template="mistral_instruct",
         tower=tower,
         image_aspect_ratio="anyres",

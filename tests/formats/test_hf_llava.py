@@ -250,7 +250,7 @@ def test_the_default_strategy_drops_the_first_patch_of_a_tower_without_a_class_t
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"moe": {"num_experts": [4]}}, "has no experts"),
+        ({"moe": {"num_experts": [4]}}, "for Qwen3 alone"),
         ({"model_type": "llava_phi"}, "lm_head has a bias"),
         ({"model_type": "llava_gemma"}, "not among those tried"),
         ({"vision_config": None}, "no vision tower"),

@@ -20,9 +20,10 @@ from toy_originals import PROMPTS as NUM_PROMPTS
 from transformers import Blip2Config, LlamaForCausalLM
 
 from llava_lite.formats import llama_adapter, meta_llama
+from llava_lite.model.assemble import model_from_weights
 from llava_lite.model.builder import load_pretrained_model
 from llava_lite.model.encoders.blip2 import Blip2Encoder
-from llava_lite.model.originals import model_from_weights, open_original, read_original
+from llava_lite.model.originals import open_original, read_original
 
 KINDS = ("BIAS", "LORA-BIAS", "CAPTION")
 HEADS = {"mm_query_heads": 2, "vision_config": {"num_attention_heads": 4}}
