@@ -15,8 +15,9 @@ from transformers import (
     StoppingCriteria,
     StoppingCriteriaList,
 )
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from llava_lite.model.builder import context_len
 from llava_lite.serve.api.answer import Answer
 from llava_lite.serve.api.sampling import RouterWatch, lead, rounding_error
 
@@ -40,8 +41,21 @@ def why_alone(model) -> str | None:
     counting = [name for name in COUNTING if getattr(model.generation_config, name, None)]
     if counting:
         return f"its generation_config.json has {', '.join(counting)}, which count from the beginning of a call"
-    kinds = {type(layer).__name__ for layer in DynamicCache(config=config).layers if type(layer) is not DynamicLayer}
+    kinds = {type(layer).__name__ for layer in DynamicCache(config=config).layers if not keeps_all(layer, config)}
     return f"its cache has layers of the kind {', '.join(sorted(kinds))}" if kinds else None
+
+
+def keeps_all(layer, config) -> bool:
+    """Return whether a layer of a cache keeps every position of a prompt and its answer, in two plain tensors."""
+    if type(layer) is DynamicSlidingWindowLayer:
+        return layer.sliding_window >= get_context_len(config)
+    return type(layer) is DynamicLayer
+
+
+def get_context_len(config) -> int:
+    """Return how many tokens a prompt and its answer may have together: those of training, and of the decoder."""
+    lengths = (context_len(config), getattr(config, "max_position_embeddings", None))
+    return min(length for length in lengths if length is not None)
 
 
 class Batch:

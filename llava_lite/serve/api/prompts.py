@@ -3,8 +3,8 @@
 import torch
 
 from llava_lite.inference import check_sees
-from llava_lite.model.builder import context_len
 from llava_lite.serve.api.answer import Answer, Ends
+from llava_lite.serve.api.batch import get_context_len
 from llava_lite.serve.api.chat_request import ChatRequest, ImageURL
 from llava_lite.serve.api.errors import RequestError
 from llava_lite.serve.api.images import ImageLimits, read_image
@@ -21,8 +21,7 @@ class Prompts:
         self.model, self.processor, self.limits = model, processor, limits
         self.default_max_tokens = default_max_tokens
         self.ends = Ends.of(model, processor)
-        longest = (context_len(model.config), getattr(model.config, "max_position_embeddings", None))
-        self.context_len = min(length for length in longest if length is not None)
+        self.context_len = get_context_len(model.config)
 
     def answers(self, asked: ChatRequest, sends: list) -> list[Answer]:
         """Return the answers of a request, to be generated; RequestError for a prompt that the model cannot take.

@@ -10,8 +10,8 @@ from transformers import TopPLogitsWarper
 # Measured in float32 on toys: a logit in a batch of 64 is off by up to 8 roundings of the largest one. A cache that is
 # off as much adds some more.
 ROUNDINGS = 64
-# How far the probabilities that a nucleus sums up may be off, as a fraction of 1.
-TOP_P_ERROR = 1e-3
+# How far a sum of all probabilities may be off by rounding of its own.
+SUM_ERROR = 1e-5
 LEAST_TEMPERATURE = 1e-5
 
 
@@ -48,8 +48,11 @@ class Sampling:
 
     def _is_certain(self, token: int, logits, noisy, error: float) -> bool:
         """Return whether a token wins in every nucleus that rounding might have chosen."""
-        surely, possibly = (nucleus(logits, self.top_p + by) for by in (-TOP_P_ERROR, TOP_P_ERROR))
-        if lead(noisy.masked_fill(~possibly, -torch.inf)) <= error or not surely[token]:
+        # A probability is off by a factor of at most exp(2 * error), and so are sums of them.
+        sum_error = SUM_ERROR + 2 * error
+        surely, possibly = (nucleus(logits, self.top_p + by) for by in (-sum_error, sum_error))
+        rivals = noisy.masked_fill(~possibly, -torch.inf)
+        if int(rivals.argmax()) != token or lead(rivals) <= error or not surely[token]:
             return False
         return bool(surely.all()) or bool(logits[token] - logits[~surely].max() > error)
 
