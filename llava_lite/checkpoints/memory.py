@@ -54,6 +54,11 @@ def check_fits(name: str, needed: int, free: float) -> None:
     """Raise ValueError for weights that need more bytes than are free."""
     if needed > free:
         raise ValueError(
-            f"{name!r} needs {needed / 2**30:.1f} GiB of memory for its weights, and {free / 2**30:.1f} GiB are free "
-            "on this machine. Free some, load it in fewer bits (load_4bit=True), or use a machine with more."
+            f"{name!r} needs {shown(needed)} of memory for its weights, and {shown(free)} are free on this machine. "
+            "Free some, load it in fewer bits (load_4bit=True), or use a machine with more."
         )
+
+
+def shown(num_bytes: float) -> str:
+    """Return bytes as messages write them."""
+    return f"{num_bytes / 2**30:.1f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:.1f} MiB"

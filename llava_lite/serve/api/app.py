@@ -42,7 +42,7 @@ def build_app(engine: Engine, prompts: Prompts, settings: Settings):
     from starlette.exceptions import HTTPException
 
     app = FastAPI(title="llava_lite", docs_url=None, redoc_url=None, openapi_url=None)
-    created = int(time.time())
+    app.state.engine, created = engine, int(time.time())
     readers = ThreadPoolExecutor(NUM_READERS, thread_name_prefix="reader")
 
     async def check_key(request: Request):

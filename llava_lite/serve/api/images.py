@@ -169,17 +169,19 @@ class PinnedConnection(HTTPConnection):
     def __init__(self, scheme: str, host: str, port: int, address: str, timeout_s: float):
         super().__init__(host, port, timeout=timeout_s)
         self.scheme, self.address = scheme, address
+        # HTTPConnection forgets its socket where a response lasts until the connection is closed.
+        self._open: socket.socket | None = None
 
     def connect(self):
         """Connect to the address; the name is not looked up again."""
-        plain = socket.create_connection((self.address, self.port), self.timeout)
-        # Before the handshake, which may take for ever too.
-        self.sock = plain
+        # Known before the handshake, which may take for ever too.
+        self.sock = self._open = socket.create_connection((self.address, self.port), self.timeout)
         if self.scheme == "https":
-            self.sock = ssl.create_default_context().wrap_socket(plain, server_hostname=self.host)
+            context = ssl.create_default_context()
+            self.sock = self._open = context.wrap_socket(self.sock, server_hostname=self.host)
 
     def abort(self):
         """End a connection that another thread waits for."""
         # It may have ended meanwhile.
         with suppress(OSError, AttributeError):
-            self.sock.shutdown(socket.SHUT_RDWR)
+            self._open.shutdown(socket.SHUT_RDWR)

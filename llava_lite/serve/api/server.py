@@ -5,7 +5,7 @@ import ipaddress
 import logging
 import os
 import socket
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -93,7 +93,9 @@ def run(app, listener: socket.socket, on_start=None) -> None:
     server = uvicorn.Server(config)
     if on_start is not None:
         on_start(server)
-    server.run(sockets=[listener])
+    # uvicorn ends its requests at Ctrl-C, and then raises it once more.
+    with suppress(KeyboardInterrupt):
+        server.run(sockets=[listener])
 
 
 def check_extra() -> None:
