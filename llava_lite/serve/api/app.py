@@ -114,13 +114,17 @@ class Call:
         self.loop, self.events = asyncio.get_running_loop(), asyncio.Queue()
         self.started = time.monotonic()
         self.answers, self.leaver, self.has_text = [], None, False
+        self.num_reserved = 0
         self.head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": settings.name}
 
     async def respond(self, request):
         """Return the body of a response as a dict, or an iterator of the events of a stream."""
         streams = False
         try:
+            # Before the body is read: those who wait are bounded, and so is what they have sent.
+            self._reserve(1)
             asked = await self._within_time(self._read(request))
+            self._reserve(asked.n - 1)
             self.leaver = asyncio.ensure_future(self._watch(request))
             await self._within_time(self._submit(asked))
             streams = asked.stream
@@ -155,16 +159,15 @@ class Call:
 
     async def _submit(self, asked: ChatRequest) -> None:
         """Queue the answers of a request."""
-        self.engine.reserve(asked.n)
-        try:
-            sends = [self._sender(i) for i in range(asked.n)]
-            answers = await self.loop.run_in_executor(self.readers, self.prompts.answers, asked, sends)
-        except BaseException:
-            self.engine.release(asked.n)
-            raise
-        self.answers = answers
-        self.engine.submit(answers)
-        self.engine.metrics.prompt_tokens.inc(answers[0].prompt_len)
+        sends = [self._sender(i) for i in range(asked.n)]
+        self.answers = await self.loop.run_in_executor(self.readers, self.prompts.answers, asked, sends)
+        self.num_reserved = 0
+        self.engine.submit(self.answers)
+        self.engine.metrics.prompt_tokens.inc(self.answers[0].prompt_len)
+
+    def _reserve(self, num_answers: int) -> None:
+        self.engine.reserve(num_answers)
+        self.num_reserved += num_answers
 
     def _sender(self, index: int):
         def send(event):
@@ -261,6 +264,8 @@ class Call:
         """Free what is still generated for this request."""
         if self.leaver is not None:
             self.leaver.cancel()
+        self.engine.release(self.num_reserved)
+        self.num_reserved = 0
         self.engine.leave(self.answers)
 
 

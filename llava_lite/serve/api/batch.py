@@ -38,6 +38,8 @@ def why_alone(model) -> str | None:
         return "its experts drop tokens above a capacity, which depends on the batch (moe_drop_tokens)"
     if any(block.moe.moe_second_expert_sampling == "always" for block in blocks):
         return "its second expert is drawn at random (moe_second_expert_sampling)"
+    if getattr(model, "is_loaded_in_8bit", False):
+        return "in 8 bit it rounds the columns of a whole batch alike"
     counting = [name for name in COUNTING if getattr(model.generation_config, name, None)]
     if counting:
         return f"its generation_config.json has {', '.join(counting)}, which count from the beginning of a call"
@@ -125,6 +127,7 @@ class Batch:
                 do_sample=False,
                 num_beams=1,
                 num_return_sequences=1,
+                use_cache=True,
                 pad_token_id=self.pad_token_id,
                 eos_token_id=list(answers[0].ends.ids),
                 stop_strings=None,

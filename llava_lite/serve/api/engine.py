@@ -16,12 +16,11 @@ logger = logging.getLogger(__name__)
 
 
 class QueueFull(Exception):
-    """There is no place for a further answer; how many wait, and how many may."""
+    """There is no place for so many answers; how many wait, and how many may."""
 
-    def __init__(self, num_waiting: int, max_waiting: int):
-        super().__init__(
-            f"{num_waiting} answers are waiting, and the queue has {max_waiting} places. Try again later."
-        )
+    def __init__(self, num_asked: int, num_waiting: int, max_waiting: int):
+        places = f"{num_waiting} of the {max_waiting} places in the queue are taken"
+        super().__init__(f"{places}; there is none for {num_asked} more. Try again later.")
 
 
 class Engine:
@@ -73,7 +72,7 @@ class Engine:
         """Reserve places in the queue for answers that are being prepared; QueueFull if there are too few."""
         with self._changed:
             if self.num_waiting + num_answers > self.max_waiting:
-                raise QueueFull(self.num_waiting, self.max_waiting)
+                raise QueueFull(num_answers, self.num_waiting, self.max_waiting)
             self._num_reserved += num_answers
 
     def release(self, num_answers: int) -> None:
@@ -138,7 +137,7 @@ class Engine:
         except Exception as error:
             self._fail(self._batch.clear(), error)
         while self._batch.doubtful:
-            answer = self._batch.doubtful.pop()
+            answer = self._batch.doubtful.pop(0)
             self.metrics.answers_again.inc()
             try:
                 self._batch.run_alone(answer)

@@ -19,4 +19,9 @@ class RequestError(Exception):
 def error_body(message: str, status: int, param: str | None = None, code: str | None = None) -> dict:
     """Return OpenAI's error body."""
     kind = TYPES.get(status, "server_error" if status >= 500 else "invalid_request_error")
-    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+    return {"error": {"message": printable(message), "type": kind, "param": param and printable(param), "code": code}}
+
+
+def printable(text: str) -> str:
+    """Return a text without halves of characters, which JSON may hold and UTF-8 cannot."""
+    return text.encode("utf-8", "replace").decode()

@@ -6,12 +6,12 @@ import logging
 import os
 import socket
 from contextlib import contextmanager, suppress
-from pathlib import Path
 
 import torch
 
 from llava_lite.checkpoints.memory import check_fits, free_ram, weight_bytes
 from llava_lite.checkpoints.source import Checkpoint
+from llava_lite.checkpoints.torch_files import is_torch_checkpoint
 from llava_lite.conversation import get_template
 from llava_lite.inference import load
 from llava_lite.serve.api.images import ImageLimits
@@ -46,8 +46,6 @@ def serve(options) -> None:
             load_4bit=options.load_4bit,
             **({"revision": options.revision} if options.revision else {}),
         )
-        if options.conv_mode is not None:
-            processor.conv_template = options.conv_mode
         with running(model, processor, options) as app:
             announce(options, listener)
             run(app, listener)
@@ -68,6 +66,8 @@ def running(model, processor, options):
         max_pixels=options.max_image_pixels,
         hosts=frozenset(host.lower() for host in options.allow_host),
     )
+    if options.conv_mode is not None:
+        processor.conv_template = options.conv_mode
     settings = Settings(model_name(options), api_key(options), options.timeout)
     engine = Engine(model, processor, Metrics(), options.max_batch, options.max_queue, not options.inexact)
     if engine.why_alone is not None:
@@ -128,8 +128,7 @@ def listen(host: str, port: int) -> socket.socket:
 
 def check_memory(options) -> None:
     """Raise ValueError if the weights need more memory than is free; OSError if the model is not there."""
-    # Files of other systems, which are no directories, are read by their own loaders.
-    if Path(options.model).is_file():
+    if is_torch_checkpoint(options.model):
         return
     checkpoint = Checkpoint(options.model, base=options.model_base, revision=options.revision)
     checkpoint.check()

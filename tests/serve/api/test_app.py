@@ -186,7 +186,12 @@ def test_log_probabilities_come_whole_and_in_pieces(pair):
             "more than 5,000. Make it smaller",
         ),
         ({"messages": show(text="x" * 2**21)}, openai.APIStatusError, None, "The body has more than"),
-        ({"n": 9}, openai.RateLimitError, "queue_full", "the queue has 8 places"),
+        (
+            {"n": 9},
+            openai.RateLimitError,
+            "queue_full",
+            "1 of the 8 places in the queue are taken; there is none for 8 more",
+        ),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -229,6 +234,24 @@ def test_all_but_the_health_need_the_key(pair):
                 assert json.loads(text)["error"]["code"] == "invalid_api_key"
         with pytest.raises(openai.AuthenticationError):
             server.client.with_options(api_key="wrong").models.list()
+
+
+def test_half_a_character_is_refused_like_any_other_fault(pair):
+    with serving(*pair()) as server:
+        message = {"role": "user", "content": "Hello!"}
+        half = "a\ud800"
+        for more in ({"messages": [{**message, "content": half}]}, {half: 1}, {"messages": [{**message, half: 1}]}):
+            body = json.dumps({"model": "toy", "messages": [message], **more}).encode()
+            status, _, text = fetch(server, "/v1/chat/completions", body=body)
+            assert (status, json.loads(text)["error"]["type"]) == (400, "invalid_request_error")
+
+
+def test_another_prompt_format_is_the_one_of_reply(pair):
+    asked = pair()
+    plain = reply(*asked, TEXT, draw_image(1), max_new_tokens=12)
+    with serving(*asked, "--conv-mode", "llava_llama_2") as server:
+        answer = create(server, show(draw_image(1))).choices[0].message.content
+    assert answer == reply(*asked, TEXT, draw_image(1), "llava_llama_2", max_new_tokens=12) != plain
 
 
 def test_a_path_that_is_not_there_is_answered_in_the_same_form(pair):
@@ -277,9 +300,7 @@ def test_a_full_queue_is_answered_with_429(pair):
         wait_for(lambda: metrics(server)["llava_lite_running"] == 1)
         connections.append(ask_raw(server))
         wait_for(lambda: metrics(server)["llava_lite_queue_length"] == 1)
-        with pytest.raises(
-            openai.RateLimitError, match="1 answers are waiting, and the queue has 1 places"
-        ) as refused:
+        with pytest.raises(openai.RateLimitError, match="1 of the 1 places in the queue are taken") as refused:
             create(server, show())
         assert refused.value.response.headers["Retry-After"] == "1"
         for connection in connections:

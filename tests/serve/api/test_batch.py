@@ -125,6 +125,14 @@ def test_a_penalty_of_the_checkpoint_counts_no_padding(pair):
     assert texts == replies(asked) != plain
 
 
+def test_a_stop_of_the_checkpoint_ends_an_answer_as_in_reply(pair):
+    asked = pair()
+    plain = replies(asked)
+    asked[0].generation_config.stop_strings = ["e", "n"]
+    texts, *_ = run(asked, max_batch=4)
+    assert texts == replies(asked) != plain
+
+
 def test_a_placeholder_of_the_vocabulary_is_not_taken_for_a_new_image(pair):
     asked = pair(image_token_index=5)
     assert run(asked, max_batch=4)[0] == replies(asked)

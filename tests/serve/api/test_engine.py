@@ -56,7 +56,7 @@ def end_of(events):
 def test_places_are_reserved_used_and_given_back(started):
     engine, ask = started(max_waiting=3)
     engine.reserve(2)
-    with pytest.raises(QueueFull, match="2 answers are waiting, and the queue has 3 places"):
+    with pytest.raises(QueueFull, match="2 of the 3 places in the queue are taken; there is none for 2 more"):
         engine.reserve(2)
     assert engine.num_waiting == 2
     engine.release(2)
