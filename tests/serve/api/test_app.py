@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from api_server import KEY, data_url, serving, show
 from conftest import draw_image
+from pages import ROOT, blocks, commands
 
 from llava_lite.inference import reply
 from llava_lite.media.preprocess import load_image_processor
@@ -335,6 +336,21 @@ def test_a_model_that_fails_once_answers_the_next(pair):
             create(server, show())
         assert create(server, show()).choices[0].message.content
     hook.remove()
+
+
+def test_the_requests_of_the_page_are_answered(pair, tmp_path, monkeypatch, capsys):
+    page = ROOT / "docs" / "serving.md"
+    (code,) = blocks(page, "python")
+    draw_image(1).save(tmp_path / "image.jpg")
+    monkeypatch.chdir(tmp_path)
+    with serving(*pair(), "--served-model-name", "stage3") as server:
+        exec(code.replace("http://127.0.0.1:8000", server.url).replace('"none"', f'"{KEY}"'), {})
+        assert capsys.readouterr().out.strip()
+        (curl,) = [command.words for command in commands(page) if command.words[0] == "curl"]
+        address, body = curl[1].removeprefix("http://127.0.0.1:8000"), curl[curl.index("-d") + 1]
+        status, headers, text = fetch(server, address, body=body.encode())
+        assert (status, headers["Content-Type"]) == (200, "text/event-stream; charset=utf-8")
+        assert text.endswith("data: [DONE]\n\n")
 
 
 def test_clients_at_once_share_a_batch_and_the_metrics_say_so(pair):
