@@ -49,7 +49,7 @@ def test_command_answers_without_torch(arguments):
         ("model_vqa", "Did you mean `llava-lite answer`?"),
         (
             "xyzzy",
-            "Known: train, check, data, single-turn, plan, report, chat, eval, answer, flagperf, convert, push, "
+            "Known: train, check, data, single-turn, plan, report, chat, serve, eval, answer, flagperf, convert, push, "
             "merge, apply-delta, bank.",
         ),
     ],

@@ -41,6 +41,8 @@ PROGRAMS = {"llava_lite.serve.cli", "llava_lite.eval.run_llava"}
 FLOORS = {name: floor for floor, names in enumerate(ORDER) for name in names}
 # Installed by an extra, or by nothing at all: imported only where it is needed, inside a function.
 OPTIONAL = {"accelerate", "bitsandbytes", "datasets", "deepspeed", "flash_attn", "gradio", "matplotlib", "peft"}
+# For serving alone.
+OPTIONAL |= {"fastapi", "prometheus_client", "starlette", "uvicorn"}
 OPTIONAL |= {"av", "faiss", "pyarrow", "liger_kernel", "sklearn", "tensorboard", "torchvision", "wandb"}
 # For evaluation alone.
 OPTIONAL |= {"easy_vqa", "lmms_eval", "openpyxl", "pycocoevalcap"}
@@ -240,7 +242,7 @@ def test_extras_that_messages_name_exist():
 def test_constraints_fit_the_bounds(constraints):
     pinned = pins(constraints)
     installed_by_scripts = [
-        line for extra in ("", "train", "peft", "quant", "dev", "docs") for line in requirements()[extra]
+        line for extra in ("", "train", "peft", "quant", "serve", "dev", "docs") for line in requirements()[extra]
     ]
     for requirement in installed_by_scripts:
         assert requirement.specifier.contains(pinned[requirement.name.replace("_", "-")]), requirement

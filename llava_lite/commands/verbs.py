@@ -5,7 +5,7 @@ import argparse
 from llava_lite import __version__
 
 # Verbs whose flags can be read, and wrong ones answered, before torch is imported for what they do.
-_SAME_NAME = ("answer", "bank", "chat", "convert", "eval", "flagperf", "merge", "plan", "push", "report")
+_SAME_NAME = ("answer", "bank", "chat", "convert", "eval", "flagperf", "merge", "plan", "push", "report", "serve")
 PARSERS = {verb: f"llava_lite.commands.{verb}" for verb in _SAME_NAME}
 PARSERS |= {"check": "llava_lite.commands.check_flags", "apply-delta": "llava_lite.commands.apply_delta"}
 PARSERS["single-turn"] = "llava_lite.commands.single_turn"
@@ -29,6 +29,7 @@ VERBS = {
         "write the page of a run, in progress or ended: llava-lite report RUN_DIR",
     ),
     "chat": ("llava_lite.serve.cli", "chat with a model in the terminal: llava-lite chat MODEL --image-file x.jpg"),
+    "serve": ("llava_lite.commands.serve", "answer requests as OpenAI's API: llava-lite serve MODEL --port 8000"),
     "eval": (
         "llava_lite.commands.eval",
         "score a model on a benchmark: llava-lite eval pope --model DIR --data DIR; llava-lite eval list",
@@ -69,7 +70,8 @@ OTHER_VERBS = {
     "single-turn": "single_turn singleturn split llava_to_single_turn",
     "plan": "estimate memory",
     "report": "summary summarize summarise page html plot plots visualize visualise curves metrics",
-    "chat": "run serve infer inference generate ask talk demo cli reply",
+    "chat": "run infer inference generate ask talk demo cli reply",
+    "serve": "server api api-server api_server openai vllm sglang deploy host",
     "eval": "evaluate evaluation test benchmark benchmarks score bench lmms_eval lmms-eval",
     "answer": "answers batch batch-inference batch_inference batch_infer predict model_vqa model_vqa_loader vqa",
     "convert": "export",

@@ -3,7 +3,7 @@
 # Sourced by quickstart.sh and test.sh; ROOT is the clone.
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
-EXTRAS=train,peft,quant,eval,dev,docs
+EXTRAS=train,peft,quant,eval,serve,dev,docs
 MIN_FREE_GIB=4
 
 say() { printf '%s\n' "$@" >&2; }

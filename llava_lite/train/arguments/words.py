@@ -145,6 +145,15 @@ OURS = {
         "quant8": "--load-8bit",
         "question": "it after `USER:` when the chat has begun",
     },
+    "serve": {
+        "base": "--model-base",
+        "model": "the model as the first word, llava-lite serve MODEL",
+        "template": "--conv-mode",
+        "new_tokens": "--max-new-tokens",
+        "quant4": "--load-4bit",
+        "quant8": "--load-8bit",
+        "batch": "--max-batch",
+    },
     "convert": {
         "model": "the model as the first word, llava-lite convert SOURCE TARGET",
         "output": "the new directory as the second word, llava-lite convert SOURCE TARGET",

@@ -2,8 +2,8 @@
 
 import logging
 import os
-from pathlib import Path
 
+from llava_lite.checkpoints.memory import free_ram
 from llava_lite.distributed.ranks import everyone
 from llava_lite.train.estimate.memory import estimate_memory, get_offload, gib, longest_batch, spread_layers
 
@@ -75,21 +75,6 @@ def usable_bytes(device, num_local_ranks=1, held=0):
         free, _ = torch.cuda.mem_get_info(device)
         return USABLE_FRACTION["cuda"] * (free + torch.cuda.memory_reserved(device))
     return USABLE_FRACTION["cpu"] * (free_ram() / num_local_ranks + held)
-
-
-def free_ram(proc="/proc/meminfo", group="/sys/fs/cgroup"):
-    """Return the free bytes of this machine, or of the container of this process."""
-    lines = dict(line.split(":") for line in Path(proc).read_text().splitlines())
-    free = int(lines["MemAvailable"].split()[0]) * 1024
-    try:
-        limit, used = (Path(group, f"memory.{name}").read_text().strip() for name in ("max", "current"))
-    except OSError:
-        return free
-    # Cached files count as used, and are dropped when memory is needed.
-    stat = Path(group, "memory.stat")
-    kinds = dict(line.split() for line in stat.read_text().splitlines()) if stat.is_file() else {}
-    reclaimable = int(kinds.get("inactive_file", 0))
-    return free if limit == "max" else min(free, max(0, int(limit) - int(used) + reclaimable))
 
 
 def checkpoint_layers(model, chosen):

@@ -10,7 +10,6 @@ import torch
 from llava_lite.train.estimate.checkpointing import (
     choose_checkpointing,
     fewest_checkpointed,
-    free_ram,
 )
 from llava_lite.train.estimate.memory import GIB, activation_bytes, gib, layer_activation_bytes, loss_bytes
 
@@ -49,19 +48,6 @@ def test_fewest_layers_that_fit_are_chosen():
         4,
         4,
     ]
-
-
-def test_free_memory_is_what_the_machine_or_its_container_has_left(tmp_path):
-    (tmp_path / "meminfo").write_text("MemTotal: 100 kB\nMemAvailable:      50 kB\n")
-    assert free_ram(tmp_path / "meminfo", tmp_path) == 50 * 1024
-    (tmp_path / "memory.max").write_text("max\n")
-    (tmp_path / "memory.current").write_text("4096\n")
-    assert free_ram(tmp_path / "meminfo", tmp_path) == 50 * 1024
-    (tmp_path / "memory.max").write_text("8192\n")
-    assert free_ram(tmp_path / "meminfo", tmp_path) == 4096
-    (tmp_path / "memory.stat").write_text("anon 1000\ninactive_file 3000\n")
-    assert free_ram(tmp_path / "meminfo", tmp_path) == 4096 + 3000
-    assert free_ram() > 2**20
 
 
 def test_loss_is_that_of_the_device_of_the_run(toy_model, room, caplog):

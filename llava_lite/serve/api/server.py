@@ -1,0 +1,164 @@
+"""Turn the options of `llava-lite serve` into a server that answers until it is stopped."""
+
+import errno
+import ipaddress
+import logging
+import os
+import socket
+from contextlib import contextmanager, suppress
+
+import torch
+
+from llava_lite.checkpoints.memory import check_fits, free_ram, weight_bytes
+from llava_lite.checkpoints.source import Checkpoint
+from llava_lite.checkpoints.torch_files import is_torch_checkpoint
+from llava_lite.conversation import get_template
+from llava_lite.inference import load
+from llava_lite.serve.api.images import ImageLimits
+from llava_lite.serve.cli import check_device
+
+logger = logging.getLogger(__name__)
+
+KEY_VARIABLE = "LLAVA_LITE_API_KEY"
+# Requests that are still running when the server is stopped may go on for so long.
+SHUTDOWN_S = 5
+
+
+def serve(options) -> None:
+    """Load the model and serve it; what is wrong shows before minutes of loading.
+
+    Raises ValueError or OSError, in a sentence, for a wrong option, a port in use, a model that is not there or does
+    not fit into memory; ImportError without the extra.
+    """
+    check_extra()
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s")
+    check_device(options.device)
+    if options.conv_mode is not None:
+        get_template(options.conv_mode)
+    listener = listen(options.host, options.port)
+    with listener:
+        check_memory(options)
+        model, processor = load(
+            options.model,
+            device=options.device,
+            model_base=options.model_base,
+            load_8bit=options.load_8bit,
+            load_4bit=options.load_4bit,
+            **({"revision": options.revision} if options.revision else {}),
+        )
+        with running(model, processor, options) as app:
+            announce(options, listener)
+            run(app, listener)
+
+
+@contextmanager
+def running(model, processor, options):
+    """Yield the application of a model, whose engine runs meanwhile."""
+    # Imported here: without the extra these names do not exist.
+    from llava_lite.serve.api.app import Settings, build_app
+    from llava_lite.serve.api.engine import Engine
+    from llava_lite.serve.api.metrics import Metrics
+    from llava_lite.serve.api.prompts import Prompts
+
+    limits = ImageLimits(
+        max_images=options.max_images,
+        max_bytes=options.max_image_bytes,
+        max_pixels=options.max_image_pixels,
+        hosts=frozenset(host.lower() for host in options.allow_host),
+    )
+    if options.conv_mode is not None:
+        processor.conv_template = options.conv_mode
+    settings = Settings(model_name(options), api_key(options), options.timeout)
+    engine = Engine(model, processor, Metrics(), options.max_batch, options.max_queue, not options.inexact)
+    if engine.why_alone is not None:
+        logger.warning("Answers are generated one after another: %s.", engine.why_alone)
+    elif engine.is_exact and model.dtype in (torch.float16, torch.bfloat16) and options.max_batch > 1:
+        logger.warning(
+            "In %s, rounding in a batch may change most answers, which are then generated again alone. --inexact "
+            "keeps them as they are; --max-batch 1 asks for no batches.",
+            str(model.dtype).removeprefix("torch."),
+        )
+    engine.start()
+    try:
+        yield build_app(engine, Prompts(model, processor, limits, options.max_new_tokens), settings)
+    finally:
+        engine.close()
+
+
+def run(app, listener: socket.socket, on_start=None) -> None:
+    """Answer at a socket until the process is told to stop. on_start: called with uvicorn's server."""
+    import uvicorn
+
+    config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=SHUTDOWN_S)
+    server = uvicorn.Server(config)
+    if on_start is not None:
+        on_start(server)
+    # uvicorn ends its requests at Ctrl-C, and then raises it once more.
+    with suppress(KeyboardInterrupt):
+        server.run(sockets=[listener])
+
+
+def check_extra() -> None:
+    """Raise ImportError that names the extra if a library of it is missing."""
+    try:
+        import fastapi
+        import prometheus_client
+        import uvicorn
+    except ImportError as error:
+        raise ImportError(
+            f"{error.name} is not installed; install the extra: pip install 'llava-lite[serve]'."
+        ) from error
+    del fastapi, prometheus_client, uvicorn
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """Return a socket that listens at an address; OSError in a sentence if it cannot."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listener = socket.socket(family, kind, protocol)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+        listener.listen()
+    except OSError as error:
+        reasons = {errno.EADDRINUSE: "another program uses it", errno.EACCES: "ports below 1024 are for root"}
+        reason = reasons.get(error.errno, str(error))
+        raise OSError(f"cannot listen at {host}:{port}: {reason}. Name another --port or --host.") from error
+    return listener
+
+
+def check_memory(options) -> None:
+    """Raise ValueError if the weights need more memory than is free; OSError if the model is not there."""
+    if is_torch_checkpoint(options.model):
+        return
+    checkpoint = Checkpoint(options.model, base=options.model_base, revision=options.revision)
+    checkpoint.check()
+    bits = 4 if options.load_4bit else 8 if options.load_8bit else None
+    on_gpu = torch.cuda.is_available() and options.device != "cpu"
+    free = free_ram() + (torch.cuda.mem_get_info(options.device)[0] if on_gpu else 0)
+    needed = weight_bytes(checkpoint, bits, widens_half=not on_gpu)
+    if checkpoint.base is not None:
+        needed += weight_bytes(checkpoint.base, bits, widens_half=not on_gpu)
+    check_fits(options.model, needed, free)
+
+
+def model_name(options) -> str:
+    """Return how requests name the model."""
+    return options.served_model_name or str(options.model).rstrip("/").rpartition("/")[2]
+
+
+def api_key(options) -> str | None:
+    """Return the key of --api-key, else that of the environment; ValueError for an empty one."""
+    key = options.api_key if options.api_key is not None else os.environ.get(KEY_VARIABLE)
+    if key is not None and not key.strip():
+        raise ValueError(f"the API key is empty; give one by --api-key or {KEY_VARIABLE}, or leave both out.")
+    return key and key.strip()
+
+
+def announce(options, listener: socket.socket) -> None:
+    """Log where the server is, and warn if others can reach it."""
+    host, port = listener.getsockname()[:2]
+    shown = f"[{host}]" if ":" in host else host
+    logger.info("Serving %s at http://%s:%d/v1 (Ctrl-C stops it).", model_name(options), shown, port)
+    if not ipaddress.ip_address(host.partition("%")[0]).is_loopback:
+        guard = "whoever has the key" if api_key(options) else "anyone who reaches it (there is no --api-key)"
+        logger.warning("%s is not this machine alone: %s may ask, and nothing is encrypted.", shown, guard)
