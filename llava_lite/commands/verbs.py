@@ -5,7 +5,7 @@ import argparse
 from llava_lite import __version__
 
 # Verbs whose flags can be read, and wrong ones answered, before torch is imported for what they do.
-_SAME_NAME = ("answer", "bank", "chat", "convert", "eval", "flagperf", "merge", "plan", "push")
+_SAME_NAME = ("answer", "bank", "chat", "convert", "demo", "eval", "flagperf", "merge", "plan", "push")
 PARSERS = {verb: f"llava_lite.commands.{verb}" for verb in _SAME_NAME}
 PARSERS |= {"check": "llava_lite.commands.check_flags", "apply-delta": "llava_lite.commands.apply_delta"}
 PARSERS["single-turn"] = "llava_lite.commands.single_turn"
@@ -25,6 +25,10 @@ VERBS = {
         "estimate parameters and memory of a run: flags of train, and --num_devices N",
     ),
     "chat": ("llava_lite.serve.cli", "chat with a model in the terminal: llava-lite chat MODEL --image-file x.jpg"),
+    "demo": (
+        "llava_lite.commands.demo",
+        "chat on a web page, with one model or two side by side: llava-lite demo MODEL [MODEL...]",
+    ),
     "eval": (
         "llava_lite.commands.eval",
         "score a model on a benchmark: llava-lite eval pope --model DIR --data DIR; llava-lite eval list",
@@ -64,7 +68,8 @@ OTHER_VERBS = {
     "check": "validate verify lint data inspect",
     "single-turn": "single_turn singleturn split llava_to_single_turn",
     "plan": "estimate memory",
-    "chat": "run serve infer inference generate ask talk demo cli reply",
+    "chat": "run serve infer inference generate ask talk cli reply",
+    "demo": "web webui web-ui ui gradio page app playground gradio_web_server",
     "eval": "evaluate evaluation test benchmark benchmarks score bench lmms_eval lmms-eval",
     "answer": "answers batch batch-inference batch_inference batch_infer predict model_vqa model_vqa_loader vqa",
     "convert": "export",
