@@ -76,7 +76,8 @@ def reply(
             "reply returns the text of one answer a question; return_dict_in_generate and num_return_sequences are "
             "for model.generate, whose inputs `prepare` makes."
         )
-    inputs, end = prepare(processor, question, _with_stand_in(question, images, media), conv_template, history)
+    images = _with_stand_in(question, images, media, feature_bank)
+    inputs, end = prepare(processor, question, images, conv_template, history)
     generate_kwargs |= _encode_media(model, inputs, media, feature_bank)
     generation = _generation_arguments(model, processor, end, temperature, num_beams, generate_kwargs)
     tokens = _generate(model, inputs, image_cache, max_new_tokens=max_new_tokens, **generation)
@@ -102,7 +103,7 @@ def stream(
 
     Arguments as in `reply`. An error during generation is raised here; closing the iterator stops the model.
     """
-    images = _with_stand_in([question], [images], media)
+    images = _with_stand_in([question], [images], media, feature_bank)
     inputs, end = prepare(processor, [question], images, conv_template, [history])
     generate_kwargs |= _encode_media(model, inputs, media, feature_bank)
     streamer = TextIteratorStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
@@ -150,8 +151,10 @@ def prepare(processor, questions, images, conv_template=None, history=None):
     return processor.encode(prompts, groups), _end_token(processor, conv_template)
 
 
-def _with_stand_in(questions, images, media):
+def _with_stand_in(questions, images, media, feature_bank):
     """Return the images; with media an image for the one question, in whose place their features will stand."""
+    if media is None and feature_bank is not None:
+        raise ValueError("feature_bank is for media=; images alone are not pulled towards a bank.")
     if media is None:
         return images
     if len(questions) != 1 or any(images):
@@ -164,8 +167,6 @@ def _with_stand_in(questions, images, media):
 
 def _encode_media(model, inputs, media, feature_bank):
     """Return the keywords of `generate` that media need, and take the stand-in's pixels out of the inputs."""
-    if media is None and feature_bank is not None:
-        raise ValueError("feature_bank is for media=; images alone are not pulled towards a bank.")
     if media is None:
         return {}
     inputs.pop("pixel_values")

@@ -20,7 +20,8 @@ MAX_WAITING = 64
 MAX_FILE_SIZE = "100mb"
 # Uploads are deleted when they are a day old; looked for every hour.
 DELETE_UPLOADS_S = (3600, 86400)
-ACCEPTED = {"image": "image", "audio": "audio", "video": "video"}
+# What the browser lets a visitor choose; what a model does not read is answered in a sentence.
+UPLOADS = ("image", "audio", "video")
 
 
 def import_gradio():
@@ -105,7 +106,7 @@ class DemoPage:
     def build(self):
         """Return gradio's Blocks."""
         gr = import_gradio()
-        kinds = [kind for kind in ACCEPTED if any(kind in model.kinds for model in self.models.values())]
+        kinds = [kind for kind in UPLOADS if any(kind in model.kinds for model in self.models.values())]
         with gr.Blocks(analytics_enabled=False, title="llava_lite", delete_cache=DELETE_UPLOADS_S) as page:
             session = gr.State(Session([Conversation() for _ in range(self.num_panels)]))
             with gr.Row(elem_id="head"):
@@ -119,8 +120,8 @@ class DemoPage:
                 box = gr.MultimodalTextbox(
                     placeholder=f"Ask; add files ({', '.join(kinds)})" if kinds else "Ask",
                     file_count="multiple",
-                    file_types=[ACCEPTED[kind] for kind in kinds] or ["text"],
-                    sources=["upload"] if kinds else [],
+                    file_types=list(UPLOADS),
+                    sources=["upload"],
                     show_label=False,
                     elem_id="box",
                 )

@@ -10,10 +10,14 @@ FONTS = ("system-ui", "sans-serif")
 MONO_FONTS = ("ui-monospace", "monospace")
 SWITCH_THEME = "() => { document.body.classList.toggle('dark'); }"
 CSS = """
-.gradio-container { max-width: 1280px !important; margin: 0 auto !important; }
+body { background: var(--body-background-fill) !important; }
+/* Not hidden, with which nothing inside could be sticky. */
+.gradio-container { max-width: 1280px !important; margin: 0 auto !important; overflow: clip !important; }
 #head { align-items: center; }
 #head h1 { font-size: 1.25rem; margin: 0; }
 #theme { min-width: 7rem; max-width: 9rem; }
+/* A word without a place to break would make the page wider than a phone. */
+.chat .message *, #head * { overflow-wrap: anywhere !important; }
 #composer { position: sticky; bottom: 0; z-index: 20; gap: 0.5rem; padding: 0.5rem 0;
     background: var(--body-background-fill); }
 /* It would send an image to Hugging Face. */
@@ -35,8 +39,6 @@ CSS = """
 .routing-bar span { overflow: hidden; text-align: center; font-size: 0.7rem; line-height: 1.15rem; color: #111; }
 @media (max-width: 640px) {
     .gradio-container, .gradio-container .main { padding: 0.4rem !important; }
-    .gradio-container .main, .gradio-container .wrap, .gradio-container .contain, .gradio-container .column,
-    .gradio-container .row { min-width: 0 !important; max-width: 100% !important; }
     #head > * { min-width: 0 !important; }
     .chat { height: 45vh !important; min-height: 16rem !important; }
 }
