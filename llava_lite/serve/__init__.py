@@ -1,1 +1,1 @@
-"""Ways to chat with a model: a terminal chat."""
+"""Ways to chat with a model: a terminal chat, and a web page."""

@@ -122,6 +122,7 @@ class DemoPage:
                     file_count="multiple",
                     file_types=list(UPLOADS),
                     sources=["upload"],
+                    label="Question",
                     show_label=False,
                     elem_id="box",
                 )

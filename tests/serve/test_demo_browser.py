@@ -80,6 +80,8 @@ def server(demo_python, directory, toy_llm_dir, toy_tower_dir, toy_tokenizer_for
         finally:
             process.kill()
             process.wait()
+    # What visitors uploaded goes when the page ends.
+    assert not [path for path in (directory / "uploads").rglob("*") if path.is_file()]
     assert "Traceback" not in (directory / "log").read_text(encoding="utf-8")
 
 
