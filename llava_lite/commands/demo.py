@@ -45,10 +45,10 @@ def main(argv=None) -> int:
     for flag in ("model_base", "revision"):
         if getattr(flags, flag) is not None and len(names) > 1:
             raise ValueError(f"--{flag.replace('_', '-')} is for one model, and {len(names)} are given.")
-    if not 0 <= flags.temperature <= 2 or not 0 < flags.top_p <= 1:
-        raise ValueError(
-            f"--temperature is 0 to 2 and --top-p above 0 and at most 1; got {flags.temperature} and {flags.top_p}."
-        )
+    if not 0 <= flags.temperature <= 2 or not 0.01 <= flags.top_p <= 1:
+        raise ValueError(f"--temperature is 0 to 2 and --top-p 0.01 to 1; got {flags.temperature} and {flags.top_p}.")
+    if flags.seed is not None and not 0 <= flags.seed < 2**63:
+        raise ValueError(f"--seed {flags.seed}: a seed is a whole number from 0 to 2^63-1.")
     # Imported here: a wrong flag is answered without torch. What is wrong shows before minutes of loading.
     from llava_lite.conversation import get_template
     from llava_lite.serve.cli import check_device

@@ -95,6 +95,8 @@ class DemoPage:
                     yield "", charts
                 if not panel.turns or panel.turns[-1].ask is not ask:
                     notices.append(f"{name} ended its answer at once; ask in another way, or with a temperature.")
+                elif panel.turns[-1].remark:
+                    notices.append(panel.turns[-1].remark)
                 found = model.last_routes(panel, settings) if with_routes else None
                 charts[i] = routing_html(found) if found else ""
             except torch.OutOfMemoryError:
@@ -160,6 +162,7 @@ class DemoPage:
 
     def build_controls(self, gr) -> list:
         """Return the components whose values `read_settings` takes, and whether routes are wanted."""
+        names = list(dict.fromkeys([*TEMPLATES, *filter(None, [self.settings.template])]))
         own = {model.processor.conv_template for model in self.models.values()}
         label = f"the model's own ({own.pop()})" if len(own) == 1 else "each model's own"
         begin, has_experts = self.settings, any(model.routes is not None for model in self.models.values())
@@ -167,10 +170,10 @@ class DemoPage:
         with gr.Accordion("Settings", open=False, elem_id="settings"):
             with gr.Row():
                 template = gr.Dropdown(
-                    [(label, ""), *TEMPLATES], value=begin.template or "", label="Template", info="prompt format"
+                    [(label, ""), *names], value=begin.template or "", label="Template", info="prompt format"
                 )
                 temperature = gr.Slider(0, 2, begin.temperature, step=0.05, label="Temperature", info="0: greedy")
-                top_p = gr.Slider(0.05, 1, begin.top_p, step=0.05, label="Top-p", info="1: all tokens")
+                top_p = gr.Slider(0.01, 1, begin.top_p, step=0.01, label="Top-p", info="1: all tokens")
             with gr.Row():
                 longest = gr.Slider(
                     1, most, begin.max_new_tokens, step=1, label="Max new tokens", info="longest answer"
@@ -201,9 +204,11 @@ class DemoPage:
             return chosen, Settings(template or None, temperature, top_p, int(longest), read_seed(seed)), with_routes
 
         def stream(state, steps, asked):
-            text = ""
+            # Emptied once: what is typed during the answer stays.
+            text, emptied = "", {box: None}
             for text, charts in steps:
-                yield show(state, text, charts) | {box: None}
+                yield show(state, text, charts) | (emptied if asked else {})
+                emptied = {}
             # What no panel could answer goes back into the box, to be changed.
             if text and asked and not any(panel.turns and panel.turns[-1].ask is state.last for panel in state.panels):
                 yield show(state, text) | {box: asked}
@@ -260,5 +265,5 @@ def serve(page, host: str, port: int) -> None:
         quiet=True,
         prevent_thread_lock=True,
     )
-    print(f"The page is at http://{host}:{port}/ (Ctrl-C ends it).", flush=True)
+    print(f"The page is at http://{f'[{host}]' if ':' in host else host}:{port}/ (Ctrl-C ends it).", flush=True)
     page.block_thread()

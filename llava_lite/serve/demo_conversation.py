@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import mimetypes
 import os
+import re
 from dataclasses import dataclass, field
+from html import escape
 from pathlib import Path
 
 from llava_lite.conversation.images import add_placeholders
@@ -42,11 +44,15 @@ class Ask:
 
 @dataclass(eq=False)
 class Turn:
-    """A question, its text as the model reads it (with image placeholders), and the answer so far."""
+    """A question, its text as the model reads it (with image placeholders), and the answer so far.
+
+    remark: what is to be said of the answer, if anything.
+    """
 
     ask: Ask
     question: str
     answer: str = ""
+    remark: str = ""
 
 
 @dataclass(eq=False)
@@ -92,8 +98,8 @@ class Conversation:
         shown = []
         for turn in self.turns:
             shown += [{"role": "user", "content": {"path": upload.path}} for upload in turn.ask.uploads]
-            shown += [{"role": "user", "content": turn.ask.text}] if turn.ask.text else []
-            shown += [{"role": "assistant", "content": turn.answer}] if turn.answer else []
+            shown += [{"role": "user", "content": as_markdown(turn.ask.text)}] if turn.ask.text else []
+            shown += [{"role": "assistant", "content": as_markdown(turn.answer)}] if turn.answer else []
         return shown
 
 
@@ -115,6 +121,15 @@ class Session:
             if panel.turns and panel.turns[-1].ask is self.last:
                 panel.turns.pop()
         return self.last
+
+
+def as_markdown(text: str) -> str:
+    """Return Markdown that shows what is a tag in HTML, such as `<image>`, as it was written.
+
+    Code keeps its characters, which Markdown shows as they are.
+    """
+    parts = re.split(r"(```.*?(?:```|$)|`[^`\n]+`)", text, flags=re.DOTALL)
+    return "".join(part if i % 2 else escape(part, quote=False) for i, part in enumerate(parts))
 
 
 def read_ask(text: str, paths) -> Ask:

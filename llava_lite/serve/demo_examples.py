@@ -11,13 +11,13 @@ BESIDE_A_MODEL = "examples.jsonl"
 
 
 def read_examples(file: str | Path) -> list[tuple[str, list[str]]]:
-    """Return (text, paths of images) of the first questions about different images in a file.
+    """Return (text, paths of images) of the first questions about different images, different questions first.
 
     file: a JSON list, or one JSON object a line as `llava-lite answer` reads them: "text" (or "question"), and
     "image", a name or a list of names beside the file; without it a question about text. Raises ValueError for other
     content, or an image that is not there.
     """
-    file, found, seen = Path(file), [], set()
+    file, new, asked_before = Path(file), {}, {}
     for record in _records(file):
         fields = record if isinstance(record, dict) else {}
         text, image = fields.get("text", fields.get("question")), fields.get("image")
@@ -31,10 +31,9 @@ def read_examples(file: str | Path) -> list[tuple[str, list[str]]]:
         missing = [path for path in paths if not Path(path).is_file()]
         if missing:
             raise ValueError(f"{file}: the image {missing[0]} of {text[:40]!r} is not there.")
-        if paths not in seen and len(found) < NUM_EXAMPLES:
-            seen.add(paths)
-            found.append((text, list(paths)))
-    return found
+        (asked_before if text in new.values() else new).setdefault(paths, text)
+    found = asked_before | new
+    return [(found[paths], list(paths)) for paths in dict.fromkeys([*new, *asked_before])][:NUM_EXAMPLES]
 
 
 def find_examples(model_paths) -> Path | None:

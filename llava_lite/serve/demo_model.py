@@ -8,12 +8,29 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
+import torch
+from PIL import Image
+from transformers import StoppingCriteria
+
 from llava_lite.inference import prepare, stream
 from llava_lite.media_inputs import known_kinds
 from llava_lite.model.builder import context_len
 from llava_lite.model.fusion.image_cache import ImageFeatureCache
 from llava_lite.serve.demo_conversation import Ask, Conversation
 from llava_lite.serve.sampling import sampling
+
+# Takes the place of media where tokens are counted.
+STAND_IN = Image.new("RGB", (8, 8))
+
+
+class _Count(StoppingCriteria):
+    """Count the tokens of one answer, and stop nothing."""
+
+    num_tokens = 0
+
+    def __call__(self, input_ids, scores, **kwargs):
+        self.num_tokens += 1
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
 
 @dataclass(frozen=True)
@@ -47,6 +64,11 @@ class DemoModel:
         """Return the kinds of files that it reads."""
         return known_kinds(self.model)
 
+    @property
+    def context_len(self) -> int:
+        """Return how many tokens a conversation may have, images and the answer included."""
+        return context_len(self.model.config)
+
     def answer(self, conversation: Conversation, ask: Ask, settings: Settings) -> Iterator[None]:
         """Add a question to a conversation and its answer, piece by piece; yield after each.
 
@@ -56,8 +78,8 @@ class DemoModel:
         turn, images, media = conversation.begin(ask, self.kinds, self.name)
         history = conversation.history
         processors = sampling(settings.temperature, settings.top_p, settings.seed)
-        if media is None:
-            self.check_length(turn.question, images, history, settings)
+        longest = self.longest_answer(turn.question, images if media is None else [STAND_IN], history, settings)
+        count = _Count()
         conversation.turns.append(turn)
         try:
             yield
@@ -69,10 +91,11 @@ class DemoModel:
                     images,
                     settings.template,
                     history,
-                    settings.max_new_tokens,
+                    longest,
                     image_cache=self.image_cache,
                     media=media,
                     logits_processor=processors,
+                    stopping_criteria=[count],
                 )
                 try:
                     for piece in pieces:
@@ -80,20 +103,28 @@ class DemoModel:
                         yield
                 finally:
                     pieces.close()
+            if count.num_tokens >= longest < settings.max_new_tokens:
+                turn.remark = (
+                    f"{self.name} ended its answer after {longest:,} tokens, where the {self.context_len:,} that it "
+                    "reads are full; start a new conversation."
+                )
         finally:
             if not turn.answer and turn in conversation.turns:
                 conversation.turns.remove(turn)
 
-    def check_length(self, question, images, history, settings: Settings) -> None:
-        """Raise ValueError for a conversation that leaves no place for the answer in the model's context."""
+    def longest_answer(self, question, images, history, settings: Settings) -> int:
+        """Return how many tokens an answer may have: the maximum of new tokens, or what the context has left.
+
+        Raises ValueError for a conversation that leaves nothing.
+        """
         inputs, _ = prepare(self.processor, [question], [images], settings.template, [history])
-        length, most = inputs["input_ids"].shape[1], context_len(self.model.config)
-        if length + settings.max_new_tokens > most:
+        length = inputs["input_ids"].shape[1]
+        if length >= self.context_len:
             raise ValueError(
-                f"the conversation has {length:,} tokens, images included, and an answer may have "
-                f"{settings.max_new_tokens:,}, but {self.name} reads {most:,} together; start a new conversation, or "
-                "lower the maximum of new tokens."
+                f"the conversation has {length:,} tokens, images included, and {self.name} reads "
+                f"{self.context_len:,} with its answer; start a new conversation."
             )
+        return min(settings.max_new_tokens, self.context_len - length)
 
     def last_routes(self, conversation: Conversation, settings: Settings) -> dict | None:
         """Return what `routes` counts of the prompt of the last turn; None without experts, turns or with media."""

@@ -22,8 +22,9 @@ def with_gradio(monkeypatch, tmp_path):
     [
         (["a", "b", "--model-base", "c"], "--model-base is for one model, and 2 are given."),
         (["a", "a"], "a model is given twice: a, a. Give each once."),
-        (["a", "--temperature", "3"], "--temperature is 0 to 2 and --top-p above 0 and at most 1; got 3.0 and 1.0."),
-        (["a", "--top-p", "0"], "--temperature is 0 to 2 and --top-p above 0 and at most 1; got 0.2 and 0.0."),
+        (["a", "--temperature", "3"], "--temperature is 0 to 2 and --top-p 0.01 to 1; got 3.0 and 1.0."),
+        (["a", "--top-p", "0"], "--temperature is 0 to 2 and --top-p 0.01 to 1; got 0.2 and 0.0."),
+        (["a", "--seed", "-1"], "--seed -1: a seed is a whole number from 0 to 2^63-1."),
         (["a", "--port", "70000"], "--port 70000: a port is a number from 0 to 65535."),
         (["a", "--device", "tpu9"], "--device tpu9: give cuda, cuda:1 or cpu."),
         (["a", "--examples", "gone.jsonl"], "'gone.jsonl': No such file or directory."),

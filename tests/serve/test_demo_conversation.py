@@ -4,7 +4,7 @@ import pytest
 from conftest import draw_image
 
 from llava_lite.media.image import ImageError
-from llava_lite.serve.demo_conversation import Ask, Conversation, Session, Upload, read_ask
+from llava_lite.serve.demo_conversation import Ask, Conversation, Session, Upload, as_markdown, read_ask
 
 
 @pytest.fixture
@@ -97,6 +97,11 @@ def test_messages_show_files_text_and_answer(files):
         {"role": "assistant", "content": "yes"},
         {"role": "user", "content": "And?"},
     ]
+
+
+def test_tags_are_shown_as_they_are_written_and_code_stays_code():
+    assert as_markdown("a <b> & **c**") == "a &lt;b&gt; &amp; **c**"
+    assert as_markdown("`<b>` <c>\n```\n<d>\n``` <e>\n```\n<f") == "`<b>` &lt;c&gt;\n```\n<d>\n``` &lt;e&gt;\n```\n<f"
 
 
 def test_errors_name_files_as_the_visitor_does():

@@ -1,6 +1,7 @@
 """Examples of the page are questions of a file."""
 
 import json
+from pathlib import Path
 
 import pytest
 from conftest import draw_image
@@ -37,6 +38,18 @@ def test_one_question_an_image_and_not_more_than_fit(directory):
     records = [{"text": f"{i} {turn}", "image": f"{i}.png"} for i in range(NUM_EXAMPLES + 2) for turn in "ab"]
     found = read_examples(write(directory / "q.jsonl", records))
     assert [text for text, _ in found] == [f"{i} a" for i in range(NUM_EXAMPLES)]
+
+
+def test_different_questions_come_first(directory):
+    records = [{"text": text, "image": f"{i}.png"} for i, text in enumerate(["a", "a", "b", "a", "c"])]
+    found = read_examples(write(directory / "q.jsonl", records))
+    assert [(text, Path(paths[0]).stem) for text, paths in found] == [
+        ("a", "0"),
+        ("b", "2"),
+        ("c", "4"),
+        ("a", "1"),
+        ("a", "3"),
+    ]
 
 
 @pytest.mark.parametrize(

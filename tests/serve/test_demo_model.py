@@ -109,12 +109,25 @@ def test_visitors_at_once_get_what_each_would_alone(demo_model, images):
 
 def test_a_conversation_beyond_the_context_is_refused_with_the_numbers(demo_model, images):
     model, talk = demo_model(tokenizer_model_max_length=64), Conversation()
-    with pytest.raises(
-        ValueError, match=r"the conversation has \d\d tokens, .* may have 40, but toy reads 64 together"
-    ):
-        finish(model, talk, Ask("What colour?", (images[0],)), Settings(temperature=0.0, max_new_tokens=40))
+    long = Ask("What colour is the square? " * 9, (images[0],))
+    with pytest.raises(ValueError, match=r"the conversation has \d\d+ tokens, .* and toy reads 64 with its answer;"):
+        finish(model, talk, long)
     assert talk.turns == []
     assert not model.lock.locked()
+
+
+def test_an_answer_that_fills_the_context_is_said_to_be_cut(demo_model, images):
+    model, talk = demo_model(tokenizer_model_max_length=64), Conversation()
+    model.model.generation_config.suppress_tokens = [2]
+    ask, settings = Ask("What?", (images[0],)), Settings(temperature=0.0, max_new_tokens=60)
+    answer = finish(model, talk, ask, settings)
+    room = model.longest_answer("<image>\nWhat?", [images[0].path], [], settings)
+    assert 0 < room < 60
+    assert talk.turns[0].remark.startswith(f"toy ended its answer after {room} tokens, where the 64 that it reads")
+    assert answer == reply(model.model, model.processor, "What?", images[0].path, max_new_tokens=room)
+    other = Conversation()
+    finish(model, other, ask, Settings(temperature=0.0, max_new_tokens=room))
+    assert (other.turns[0].answer, other.turns[0].remark) == (answer, "")
 
 
 def test_a_file_that_is_gone_or_no_sound_leaves_the_model_free(demo_model, images, toy_tokenizer, tmp_path):
