@@ -36,7 +36,8 @@ body { background: var(--body-background-fill) !important; }
 .routing-row { display: flex; gap: 0.4rem; align-items: center; }
 .routing-row em { flex: 0 0 2.8rem; font-style: normal; opacity: 0.8; }
 .routing-bar { flex: 1; display: flex; height: 1.15rem; margin: 1px 0; border-radius: 3px; overflow: hidden; }
-.routing-bar span { overflow: hidden; text-align: center; font-size: 0.7rem; line-height: 1.15rem; color: #111 !important; }
+.routing-bar span { overflow: hidden; text-align: center; font-size: 0.7rem; line-height: 1.15rem;
+    color: #111 !important; }
 @media (max-width: 640px) {
     .gradio-container, .gradio-container .main { padding: 0.4rem !important; }
     #head > * { min-width: 0 !important; }

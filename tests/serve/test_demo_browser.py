@@ -265,7 +265,7 @@ def test_what_is_wrong_is_a_sentence_on_the_page_and_the_server_goes_on(open_pag
         f"{name}: clip.mp4 is of kind video, and {name} reads image and text." for name in NAMES
     )
     page = open_page()
-    send(page, "How many circles? " * 500)
+    send(page, "How many circles? " * 600)
     page.wait_for_selector(notice, state="visible")
     assert "and llava-dense reads 2,048 with its answer; start a new conversation" in page.inner_text(notice)
     set_longest(page, 5)
