@@ -248,8 +248,10 @@ def serve(page, host: str, port: int) -> None:
     """Serve the page until Ctrl-C; nothing is shared or reported to gradio's makers."""
     gr = import_gradio()
     middleware = import_module("starlette.middleware").Middleware
+    # As a URL writes an address of version 6.
+    name = f"[{host}]" if ":" in host else host
     page.launch(
-        server_name=host,
+        server_name=name,
         server_port=port,
         share=False,
         ssr_mode=False,
@@ -265,5 +267,5 @@ def serve(page, host: str, port: int) -> None:
         quiet=True,
         prevent_thread_lock=True,
     )
-    print(f"The page is at http://{f'[{host}]' if ':' in host else host}:{port}/ (Ctrl-C ends it).", flush=True)
+    print(f"The page is at http://{name}:{port}/ (Ctrl-C ends it).", flush=True)
     page.block_thread()
