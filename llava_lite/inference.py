@@ -76,14 +76,9 @@ def reply(
             "reply returns the text of one answer a question; return_dict_in_generate and num_return_sequences are "
             "for model.generate, whose inputs `prepare` makes."
         )
-    if media is None and feature_bank is not None:
-        raise ValueError("feature_bank is for media=; images alone are not pulled towards a bank.")
-    if media is not None:
-        images = _stand_in(processor, question, images)
+    images = _with_stand_in(question, images, media, feature_bank)
     inputs, end = prepare(processor, question, images, conv_template, history)
-    if media is not None:
-        inputs.pop("pixel_values")
-        generate_kwargs["image_features"] = media_features(model, media, feature_bank)
+    generate_kwargs |= _encode_media(model, inputs, media, feature_bank)
     generation = _generation_arguments(model, processor, end, temperature, num_beams, generate_kwargs)
     tokens = _generate(model, inputs, image_cache, max_new_tokens=max_new_tokens, **generation)
     answers = [_strip_end_token(text, end.text) for text in processor.batch_decode(tokens, skip_special_tokens=True)]
@@ -100,13 +95,17 @@ def stream(
     max_new_tokens=512,
     temperature=0.0,
     image_cache=None,
+    media=None,
+    feature_bank=None,
     **generate_kwargs,
 ):
     """Yield the answer to one question in pieces, which together are the answer of `reply`.
 
     Arguments as in `reply`. An error during generation is raised here; closing the iterator stops the model.
     """
-    inputs, end = prepare(processor, [question], [images], conv_template, [history])
+    images = _with_stand_in([question], [images], media, feature_bank)
+    inputs, end = prepare(processor, [question], images, conv_template, [history])
+    generate_kwargs |= _encode_media(model, inputs, media, feature_bank)
     streamer = TextIteratorStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
     stop, failures = Event(), []
     criteria = StoppingCriteriaList([*generate_kwargs.pop("stopping_criteria", []), _StopOn(stop)])
@@ -152,14 +151,26 @@ def prepare(processor, questions, images, conv_template=None, history=None):
     return processor.encode(prompts, groups), _end_token(processor, conv_template)
 
 
-def _stand_in(processor, questions, images):
-    """Return an image for one question about media, in whose place their features will stand."""
+def _with_stand_in(questions, images, media, feature_bank):
+    """Return the images; with media an image for the one question, in whose place their features will stand."""
+    if media is None and feature_bank is not None:
+        raise ValueError("feature_bank is for media=; images alone are not pulled towards a bank.")
+    if media is None:
+        return images
     if len(questions) != 1 or any(images):
         raise ValueError(
             f"media are for one question without images; got {len(questions)} questions and "
             f"{sum(bool(group) for group in images)} groups of images. Give images among the media."
         )
     return [[Image.new("RGB", (8, 8))]]
+
+
+def _encode_media(model, inputs, media, feature_bank):
+    """Return the keywords of `generate` that media need, and take the stand-in's pixels out of the inputs."""
+    if media is None:
+        return {}
+    inputs.pop("pixel_values")
+    return {"image_features": media_features(model, media, feature_bank)}
 
 
 def check_sees(processor, has_images):

@@ -22,8 +22,7 @@ def media_features(model, media: dict, feature_bank=None, **mixing) -> torch.Ten
     mixture is pulled; mixing: its top_k, temperature and weight, see mix_embeddings. Raises ValueError with the known
     ones for a kind that the tower does not read.
     """
-    tower = model.get_vision_tower()
-    known = getattr(getattr(tower, "config", None), "modalities", ["image"] if tower is not None else [])
+    tower, known = model.get_vision_tower(), known_kinds(model)
     if not isinstance(media, dict):
         raise ValueError(f"media is a dict of kinds, such as {{'audio': 'bird.wav'}}; got {type(media).__name__}.")
     if not media:
@@ -45,6 +44,12 @@ def media_features(model, media: dict, feature_bank=None, **mixing) -> torch.Ten
         mix[kind] = (source, float(weight))
     (parts,) = embed_media(tower, [mix])
     return mix_embeddings(parts, bank=feature_bank, **mixing)[:, None].to(tower.dtype)
+
+
+def known_kinds(model) -> list[str]:
+    """Return the kinds of media that a model reads, such as ["image"]; none for one that reads text alone."""
+    tower = model.get_vision_tower()
+    return list(getattr(getattr(tower, "config", None), "modalities", ["image"] if tower is not None else []))
 
 
 def read_weighted(kind: str, value) -> tuple:

@@ -49,8 +49,8 @@ def test_command_answers_without_torch(arguments):
         ("model_vqa", "Did you mean `llava-lite answer`?"),
         (
             "xyzzy",
-            "Known: train, check, data, single-turn, plan, report, chat, serve, eval, answer, flagperf, convert, push, "
-            "merge, apply-delta, bank.",
+            "Known: train, check, data, single-turn, plan, report, chat, serve, demo, eval, answer, flagperf, "
+            "convert, push, merge, apply-delta, bank.",
         ),
     ],
 )

@@ -5,8 +5,8 @@ import argparse
 from llava_lite import __version__
 
 # Verbs whose flags can be read, and wrong ones answered, before torch is imported for what they do.
-_SAME_NAME = ("answer", "bank", "chat", "convert", "eval", "flagperf", "merge", "plan", "push", "report", "serve")
-PARSERS = {verb: f"llava_lite.commands.{verb}" for verb in _SAME_NAME}
+_OF_MODELS = ("answer", "bank", "chat", "convert", "demo", "eval", "merge", "push", "serve")
+PARSERS = {verb: f"llava_lite.commands.{verb}" for verb in (*_OF_MODELS, "flagperf", "plan", "report")}
 PARSERS |= {"check": "llava_lite.commands.check_flags", "apply-delta": "llava_lite.commands.apply_delta"}
 PARSERS["single-turn"] = "llava_lite.commands.single_turn"
 # Those whose command line may hold flags of `train` too.
@@ -30,6 +30,10 @@ VERBS = {
     ),
     "chat": ("llava_lite.serve.cli", "chat with a model in the terminal: llava-lite chat MODEL --image-file x.jpg"),
     "serve": ("llava_lite.commands.serve", "answer requests as OpenAI's API: llava-lite serve MODEL --port 8000"),
+    "demo": (
+        "llava_lite.commands.demo",
+        "chat on a web page, with one model or two side by side: llava-lite demo MODEL [MODEL...]",
+    ),
     "eval": (
         "llava_lite.commands.eval",
         "score a model on a benchmark: llava-lite eval pope --model DIR --data DIR; llava-lite eval list",
@@ -70,8 +74,9 @@ OTHER_VERBS = {
     "single-turn": "single_turn singleturn split llava_to_single_turn",
     "plan": "estimate memory",
     "report": "summary summarize summarise page html plot plots visualize visualise curves metrics",
-    "chat": "run infer inference generate ask talk demo cli reply",
+    "chat": "run infer inference generate ask talk cli reply",
     "serve": "server api api-server api_server openai vllm sglang deploy host",
+    "demo": "web webui web-ui ui gradio app playground gradio_web_server",
     "eval": "evaluate evaluation test benchmark benchmarks score bench lmms_eval lmms-eval",
     "answer": "answers batch batch-inference batch_inference batch_infer predict model_vqa model_vqa_loader vqa",
     "convert": "export",

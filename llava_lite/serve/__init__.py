@@ -1,1 +1,1 @@
-"""Ways to chat with a model: a terminal chat, and OpenAI's API."""
+"""Ways to chat with a model: a terminal chat, OpenAI's API, and a web page."""

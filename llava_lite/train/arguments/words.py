@@ -154,6 +154,15 @@ OURS = {
         "quant8": "--load-8bit",
         "batch": "--max-batch",
     },
+    "demo": {
+        "base": "--model-base",
+        "model": "the model as the first word, llava-lite demo MODEL",
+        "template": "--conv-mode",
+        "new_tokens": "--max-new-tokens",
+        "quant4": "--load-4bit",
+        "quant8": "--load-8bit",
+        "images": "nothing: images are added on the page",
+    },
     "convert": {
         "model": "the model as the first word, llava-lite convert SOURCE TARGET",
         "output": "the new directory as the second word, llava-lite convert SOURCE TARGET",
