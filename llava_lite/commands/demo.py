@@ -51,7 +51,7 @@ def main(argv=None) -> int:
         raise ValueError(f"--seed {flags.seed}: a seed is a whole number from 0 to 2^63-1.")
     # Imported here: a wrong flag is answered without torch. What is wrong shows before minutes of loading.
     from llava_lite.conversation import get_template
-    from llava_lite.serve.cli import check_device
+    from llava_lite.model.placement import check_device
     from llava_lite.serve.demo import DemoPage, import_gradio, serve
     from llava_lite.serve.demo_examples import find_examples, read_examples
     from llava_lite.serve.demo_model import Settings

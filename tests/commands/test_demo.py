@@ -7,6 +7,7 @@ import pytest
 
 from llava_lite.cli import main
 from llava_lite.commands.demo import name_models
+from llava_lite.model.placement import list_devices
 
 
 @pytest.fixture
@@ -26,7 +27,7 @@ def with_gradio(monkeypatch, tmp_path):
         (["a", "--top-p", "0"], "--temperature is 0 to 2 and --top-p 0.01 to 1; got 0.2 and 0.0."),
         (["a", "--seed", "-1"], "--seed -1: a seed is a whole number from 0 to 2^63-1."),
         (["a", "--port", "70000"], "--port 70000: a port is a number from 0 to 65535."),
-        (["a", "--device", "tpu9"], "--device tpu9: give cuda, cuda:1 or cpu."),
+        (["a", "--device", "tpu9"], f"--device tpu9: this machine has {', '.join(list_devices())}."),
         (["a", "--examples", "gone.jsonl"], "'gone.jsonl': No such file or directory."),
     ],
 )

@@ -14,8 +14,8 @@ from llava_lite.checkpoints.source import Checkpoint
 from llava_lite.checkpoints.torch_files import is_torch_checkpoint
 from llava_lite.conversation import get_template
 from llava_lite.inference import load
+from llava_lite.model.placement import check_device
 from llava_lite.serve.api.images import ImageLimits
-from llava_lite.serve.cli import check_device
 
 logger = logging.getLogger(__name__)
 
