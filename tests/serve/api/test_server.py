@@ -61,7 +61,7 @@ def test_a_model_that_needs_more_memory_than_is_free_is_refused(checkpoint, caps
     [
         (["no/such/model"], "no/such/model"),
         (["{model}", "--conv-mode", "v9"], "v9"),
-        (["{model}", "--device", "gpu"], "--device gpu: give cuda, cuda:1 or cpu"),
+        (["{model}", "--device", "gpu"], "--device gpu: this machine has "),
         (["{model}", "--api-key", " "], "the API key is empty; give one by --api-key or LLAVA_LITE_API_KEY"),
     ],
 )
