@@ -1,10 +1,10 @@
-"""Turn the training split of easy-VQA into records of LLaVA: captions, questions without a template, conversations.
+"""Turn the training split of easy-VQA into records of LLaVA: captions, lists of names, questions, conversations.
 
 python -m playground.easy_vqa.make_data --out easy_vqa/data
 
-Below --out stand captions.json, questions.json, conversations.json and images/. What is said about an image follows
-from its own questions and answers. Of each image there are copies whose shape is elsewhere: 4,000 images alone are
-soon known by heart.
+Below --out stand captions.json, names.json, questions.json, conversations.json and images/. What is said about an
+image follows from its own questions and answers. Of each image there are copies whose shape is elsewhere: 4,000 images
+alone are soon known by heart.
 """
 
 import argparse
@@ -175,7 +175,7 @@ def make_data(out, data, num_copies=NUM_COPIES, seed=0):
     (out / "images").mkdir(parents=True, exist_ok=True)
     asked = read_questions(data / "train")
     wordings = get_wordings(asked)
-    records = {"captions": [], "questions": [], "conversations": []}
+    records = {"captions": [], "names": [], "questions": [], "conversations": []}
     for number, questions in tqdm(asked.items(), desc="easy-VQA", unit="image", mininterval=1):
         with Image.open(data / f"train/images/{number}.png") as file:
             image = np.asarray(file.convert("RGB"))
@@ -195,7 +195,7 @@ def records_of(name, questions, facts, wordings, is_asked, rng):
     """Yield (file, record) of an image."""
     if None not in facts:
         yield "captions", plain_record("caption", name, caption(facts))
-        yield "captions", plain_record("names", name, name_list(facts, rng))
+        yield "names", plain_record("names", name, name_list(facts, rng))
         drawn = draw_questions(facts, wordings, rng) if is_asked else []
         if drawn:
             yield "questions", plain_record("drawn", name, as_text(drawn))
