@@ -1,9 +1,10 @@
-"""Turn the training split of easy-VQA into records of LLaVA: captions for stage 1, conversations for stage 2.
+"""Turn the training split of easy-VQA into records of LLaVA: captions, lists of names, questions, conversations.
 
 python -m playground.easy_vqa.make_data --out easy_vqa/data
 
-Below --out stand captions.json, conversations.json and images/. A caption says what the questions and answers of its
-image say. Of each image there are copies whose shape is elsewhere: 4,000 images alone are soon known by heart.
+Below --out stand captions.json, names.json, questions.json, conversations.json and images/. What is said about an
+image follows from its own questions and answers. Of each image there are copies whose shape is elsewhere: 4,000 images
+alone are soon known by heart.
 """
 
 import argparse
@@ -23,8 +24,14 @@ from llava_lite.eval.questions import SHORT_ANSWER
 COLOURS = {"black", "blue", "brown", "gray", "green", "red", "teal", "yellow"}
 NEGATIONS = {"no", "not"}
 NUM_COPIES = 3
-# Of the images of a shape, the original and its copies, so many get a conversation; all get a caption.
+# Of the images of a shape, the original and its copies, so many get questions; all get captions.
 NUM_ASKED = 2
+# A list names so many colours and shapes that are not in the image, and each of the two that are with this chance.
+NUM_ABSENT = {"colour": 4, "shape": 2}
+PRESENT_RATIO = 0.7
+# Fewer negations than others: at equal shares "yes" and "no" follow each name equally often, and a model that does not
+# compare yet gets no hint to.
+NEGATED_RATIO = 0.4
 
 
 class Facts(NamedTuple):
@@ -42,17 +49,29 @@ def read_questions(directory):
     return dict(found)
 
 
+def names_in(question):
+    """Return the colours and shapes that a question names."""
+    return set(re.findall(r"\w+", question)) & (SHAPES | COLOURS)
+
+
+def is_negated(question):
+    """Return whether a question asks for what is not there."""
+    return not NEGATIONS.isdisjoint(re.findall(r"\w+", question))
+
+
+def says_there(question, answer):
+    """Return whether an answer of yes or no says that what the question names is in the image."""
+    return (answer == "yes") != is_negated(question)
+
+
 def get_facts(questions):
     """Return the facts that questions and answers of one image name, or leave as the only choice."""
     true, false = set(), set()
     for question, answer in questions:
-        words = set(re.findall(r"\w+", question))
-        named = words & (SHAPES | COLOURS)
         if answer in YES_NO:
-            is_there = (answer == "yes") != bool(words & NEGATIONS)
-            (true if is_there else false).update(named)
+            (true if says_there(question, answer) else false).update(names_in(question))
         else:
-            true |= named | {answer}
+            true |= names_in(question) | {answer}
     return Facts(*(get_only(names & true) or get_only(names - false) for names in (COLOURS, SHAPES)))
 
 
@@ -66,14 +85,63 @@ def caption(facts):
     return None if None in facts else f"a {facts.colour} {facts.shape}"
 
 
-def caption_record(name, text):
-    """Return a record of stage 1."""
+def shuffled(items, rng):
+    """Return the items in a random order."""
+    return [items[i] for i in rng.permutation(len(items))]
+
+
+def draw_names(facts, rng):
+    """Return names in a random order: what the image shows or not, and some that it does not show."""
+    names = []
+    for own, known, num in zip(facts, (COLOURS, SHAPES), NUM_ABSENT.values(), strict=True):
+        names += [own] if rng.random() < PRESENT_RATIO else []
+        names += shuffled(sorted(known - {own}), rng)[:num]
+    return shuffled(names, rng)
+
+
+def name_list(facts, rng):
+    """Return "teal no circle yes red yes": names and whether the image shows them."""
+    return " ".join(f"{name} {'yes' if name in facts else 'no'}" for name in draw_names(facts, rng))
+
+
+def get_wordings(asked):
+    """Return {(name, is negated): all questions of yes or no that name it} of {image: its questions}."""
+    found = defaultdict(set)
+    for question in {text for questions in asked.values() for text, answer in questions if answer in YES_NO}:
+        for name in names_in(question):
+            found[name, is_negated(question)].add(question)
+    return {key: sorted(questions) for key, questions in found.items()}
+
+
+def draw_questions(facts, wordings, rng):
+    """Return questions of yes or no about drawn names, each as the split words it for some image, and the answers."""
+    pairs = []
+    for name in draw_names(facts, rng):
+        negated = bool(rng.random() < NEGATED_RATIO)
+        known = wordings.get((name, negated), ())
+        if known:
+            answer = "yes" if (name in facts) != negated else "no"
+            pairs.append((known[rng.integers(len(known))], answer))
+    return pairs
+
+
+def balance(questions, rng):
+    """Return all questions but some of yes or no: as many are left about what is absent as about what is there."""
+    yes_no = [pair for pair in questions if pair[1] in YES_NO]
+    there = [pair for pair in yes_no if says_there(*pair)]
+    absent = [pair for pair in yes_no if not says_there(*pair)]
+    others = [pair for pair in questions if pair[1] not in YES_NO]
+    return shuffled(there + shuffled(absent, rng)[: max(1, len(there))] + others, rng)
+
+
+def plain_record(kind, name, text):
+    """Return a record of an image and a text."""
     turns = [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": text}]
-    return {"id": f"caption_{name}", "image": f"{name}.png", "conversations": turns}
+    return {"id": f"{kind}_{name}", "image": f"{name}.png", "conversations": turns}
 
 
 def conversation_record(name, questions):
-    """Return a record of stage 2: all questions, the first with the image and the prompt of the benchmark."""
+    """Return a record of questions, the first with the image and the prompt of the benchmark."""
     turns = []
     for question, answer in questions:
         text = question if turns else f"<image>\n{question}{SHORT_ANSWER}"
@@ -105,25 +173,40 @@ def make_data(out, data, num_copies=NUM_COPIES, seed=0):
     """Write records and images below `out`, from the `train` directory below `data`."""
     rng = np.random.default_rng(seed)
     (out / "images").mkdir(parents=True, exist_ok=True)
-    captions, conversations = [], []
-    for number, questions in tqdm(
-        read_questions(data / "train").items(), desc="easy-VQA", unit="image", mininterval=1
-    ):
+    asked = read_questions(data / "train")
+    wordings = get_wordings(asked)
+    records = {"captions": [], "names": [], "questions": [], "conversations": []}
+    for number, questions in tqdm(asked.items(), desc="easy-VQA", unit="image", mininterval=1):
         with Image.open(data / f"train/images/{number}.png") as file:
             image = np.asarray(file.convert("RGB"))
-        text = caption(get_facts(questions))
+        facts = get_facts(questions)
         for copy in range(1 + num_copies):
             name = f"{number}_{copy}"
             Image.fromarray(move_shape(image, rng) if copy else image).save(
                 out / f"images/{name}.png", compress_level=1
             )
-            if copy < NUM_ASKED:
-                shuffled = [questions[i] for i in rng.permutation(len(questions))]
-                conversations.append(conversation_record(name, shuffled))
-            if text is not None:
-                captions.append(caption_record(name, text))
-    for name, records in (("captions", captions), ("conversations", conversations)):
-        (out / f"{name}.json").write_text(json.dumps(records, indent=1))
+            for file, record in records_of(name, questions, facts, wordings, copy < NUM_ASKED, rng):
+                records[file].append(record)
+    for name, found in records.items():
+        (out / f"{name}.json").write_text(json.dumps(found, indent=1))
+
+
+def records_of(name, questions, facts, wordings, is_asked, rng):
+    """Yield (file, record) of an image."""
+    if None not in facts:
+        yield "captions", plain_record("caption", name, caption(facts))
+        yield "names", plain_record("names", name, name_list(facts, rng))
+        drawn = draw_questions(facts, wordings, rng) if is_asked else []
+        if drawn:
+            yield "questions", plain_record("drawn", name, as_text(drawn))
+    if is_asked:
+        yield "questions", plain_record("asked", name, as_text(balance(questions, rng)))
+        yield "conversations", conversation_record(name, balance(questions, rng))
+
+
+def as_text(pairs):
+    """Return questions and answers as one text."""
+    return " ".join(f"{question} {answer}" for question, answer in pairs)
 
 
 def main():

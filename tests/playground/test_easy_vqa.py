@@ -9,9 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image, ImageDraw
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from playground.easy_vqa import make_data
+from playground.easy_vqa import llm, make_data
 
 ROOT = Path(__file__).resolve().parents[2]
 COLOURS = {"red": (255, 0, 0), "teal": (0, 128, 128), "blue": (0, 0, 255)}
@@ -63,7 +65,12 @@ def number_of(record):
     return int(record["image"].split("_")[0])
 
 
-def test_conversations_ask_all_questions_of_an_image_with_the_prompt_of_the_benchmark(out):
+def pairs_of(text):
+    """Return the questions and answers of a text such as "is there a red shape? yes what shape is present? circle"."""
+    return re.findall(r"([^?]+\?) (\w+)", text)
+
+
+def test_conversations_ask_as_often_about_what_is_there_as_about_what_is_not(out):
     records = read(out / "conversations.json")
     assert len(records) == len({record["id"] for record in records}) == 2 * len(TRAIN)
     for record in records:
@@ -74,8 +81,20 @@ def test_conversations_ask_all_questions_of_an_image_with_the_prompt_of_the_benc
         assert first.startswith(start)
         assert first.endswith(end)
         questions = [first.removeprefix(start).removesuffix(end), *others]
-        pairs = zip(questions, [turn["value"] for turn in turns[1::2]], strict=True)
-        assert sorted(pairs) == sorted(TRAIN[number_of(record)][2])
+        check_balanced(list(zip(questions, [turn["value"] for turn in turns[1::2]], strict=True)), record)
+
+
+def check_balanced(pairs, record):
+    """Check that the pairs are those of the image, some of those of yes or no about what is absent left out."""
+    known = TRAIN[number_of(record)][2]
+    assert len(pairs) == len(set(pairs))
+    assert set(pairs) <= set(known)
+    left_out = set(known) - set(pairs)
+    assert all(answer in make_data.YES_NO and not make_data.says_there(text, answer) for text, answer in left_out)
+    there = [make_data.says_there(*pair) for pair in pairs if pair[1] in make_data.YES_NO]
+    assert there.count(False) <= max(1, there.count(True))
+    # Left out where there are too many, and only there.
+    assert not left_out or there.count(False) == max(1, there.count(True))
 
 
 def test_captions_say_what_the_questions_say_where_that_is_all(out):
@@ -83,6 +102,36 @@ def test_captions_say_what_the_questions_say_where_that_is_all(out):
     assert len(records) == 4 * len(CAPTIONS)
     for record in records:
         assert [turn["value"] for turn in record["conversations"]] == ["<image>", CAPTIONS[number_of(record)]]
+
+
+def test_lists_of_names_say_what_the_image_shows(out):
+    records = read(out / "names.json")
+    assert len(records) == 4 * len(CAPTIONS)
+    answers = []
+    for record in records:
+        words = record["conversations"][1]["value"].split()
+        assert set(words[::2]) <= make_data.SHAPES | make_data.COLOURS
+        shown = CAPTIONS[number_of(record)].split()
+        assert words[1::2] == ["yes" if name in shown else "no" for name in words[::2]]
+        answers += words[1::2]
+    assert {"yes", "no"} == set(answers)
+
+
+def test_questions_without_a_template_are_worded_as_the_split_words_them(out):
+    wordings = {text for *_, pairs in TRAIN for text, answer in pairs if answer in make_data.YES_NO}
+    records = read(out / "questions.json")
+    assert {record["id"].split("_")[0] for record in records} == {"drawn", "asked"}
+    for record in records:
+        pairs = pairs_of(record["conversations"][1]["value"])
+        pairs = [(text.strip(), answer) for text, answer in pairs]
+        assert pairs
+        if record["id"].startswith("asked"):
+            check_balanced(pairs, record)
+            continue
+        assert {text for text, _ in pairs} <= wordings
+        for text, answer in pairs:
+            (name,) = make_data.names_in(text)
+            assert make_data.says_there(text, answer) == (name in CAPTIONS[number_of(record)].split())
 
 
 def test_every_copy_shows_the_shape_of_its_image_and_no_image_is_of_the_test_split(data, out):
@@ -105,6 +154,20 @@ def test_a_moved_shape_is_found_all_over_the_image():
     rng = np.random.default_rng(0)
     lefts = [np.flatnonzero((make_data.move_shape(image, rng) == 0).any(axis=(0, 2))).min() for _ in range(200)]
     assert set(lefts) == set(range(25))
+
+
+def test_new_words_begin_unlike_each_other_and_the_old_ones_as_they_were(out):
+    model, tokenizer = llm.make_llm(out)
+    old = AutoTokenizer.from_pretrained(llm.TINY_LLM)
+    before = AutoModelForCausalLM.from_pretrained(llm.TINY_LLM).get_input_embeddings().weight
+    table = model.get_input_embeddings().weight.detach()
+    at = {word: tokenizer(word, add_special_tokens=False).input_ids for word in ("rectangle", "circle", "teal", "red")}
+    assert [len(ids) for ids in at.values()] == [1, 1, 1, 1]
+    words = table[[ids[0] for ids in at.values()]]
+    cosines = torch.nn.functional.cosine_similarity(words[:, None], words, dim=-1)
+    # Of random vectors of 128 numbers a cosine spreads by 0.09; means of the letters of two new words are at 0.94 or more.
+    assert (cosines - torch.eye(4)).abs().max() < 0.4
+    assert torch.equal(words[3], before[old("red", add_special_tokens=False).input_ids[0]])
 
 
 def test_questions_of_the_package_never_contradict_each_other():
@@ -143,7 +206,7 @@ def test_run_trains_both_stages_and_scores_the_test_split(data, tmp_path):
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert [line.split("\t")[0] for line in (out / "seconds.tsv").read_text().splitlines()] == [
-        *("data", "tower", "llm", "stage1", "stage2", "eval")
+        *("data", "tower", "llm", "stage1", "stage1b", "stage2", "eval")
     ]
     result = read(out / "eval/results.json")
     assert (result["benchmark"], result["num_questions"]) == ("easy_vqa", len(TEST[0][2]))
