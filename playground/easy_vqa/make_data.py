@@ -24,8 +24,6 @@ from llava_lite.eval.questions import SHORT_ANSWER
 COLOURS = {"black", "blue", "brown", "gray", "green", "red", "teal", "yellow"}
 NEGATIONS = {"no", "not"}
 NUM_COPIES = 3
-# Of the images of a shape, the original and its copies, so many get questions; all get captions.
-NUM_ASKED = 2
 # A list names so many colours and shapes that are not in the image, and each of the two that are with this chance.
 NUM_ABSENT = {"colour": 4, "shape": 2}
 PRESENT_RATIO = 0.7
@@ -185,23 +183,22 @@ def make_data(out, data, num_copies=NUM_COPIES, seed=0):
             Image.fromarray(move_shape(image, rng) if copy else image).save(
                 out / f"images/{name}.png", compress_level=1
             )
-            for file, record in records_of(name, questions, facts, wordings, copy < NUM_ASKED, rng):
+            for file, record in records_of(name, questions, facts, wordings, rng):
                 records[file].append(record)
     for name, found in records.items():
         (out / f"{name}.json").write_text(json.dumps(found, indent=1))
 
 
-def records_of(name, questions, facts, wordings, is_asked, rng):
+def records_of(name, questions, facts, wordings, rng):
     """Yield (file, record) of an image."""
     if None not in facts:
         yield "captions", plain_record("caption", name, caption(facts))
         yield "names", plain_record("names", name, name_list(facts, rng))
-        drawn = draw_questions(facts, wordings, rng) if is_asked else []
+        drawn = draw_questions(facts, wordings, rng)
         if drawn:
             yield "questions", plain_record("drawn", name, as_text(drawn))
-    if is_asked:
-        yield "questions", plain_record("asked", name, as_text(balance(questions, rng)))
-        yield "conversations", conversation_record(name, balance(questions, rng))
+    yield "questions", plain_record("asked", name, as_text(balance(questions, rng)))
+    yield "conversations", conversation_record(name, balance(questions, rng))
 
 
 def as_text(pairs):

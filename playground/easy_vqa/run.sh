@@ -75,7 +75,7 @@ part data python -m playground.easy_vqa.make_data --out "$OUT/data" --data "$DAT
 OMP_NUM_THREADS=1 part tower python -m playground.easy_vqa.tower --data "$OUT/data" --out "$OUT/tower" ${STEPS:+--steps "$STEPS"}
 part llm python -m playground.easy_vqa.llm --data "$OUT/data" --out "$OUT/llm"
 MODEL=$OUT/llm pretrain stage1 "captions names"
-MODEL=$OUT/stage1 pretrain stage1b questions
+MODEL=$OUT/stage1 pretrain stage1b "names questions"
 MODEL=$OUT/stage1b PROJECTOR=none train stage2 finetune conversations
 part eval llava-lite eval easy_vqa --model "$OUT/stage2" --data "$DATA" --out "$OUT/eval" --batch-size 100
 
