@@ -165,7 +165,7 @@ def test_new_words_begin_unlike_each_other_and_the_old_ones_as_they_were(out):
     assert [len(ids) for ids in at.values()] == [1, 1, 1, 1]
     words = table[[ids[0] for ids in at.values()]]
     cosines = torch.nn.functional.cosine_similarity(words[:, None], words, dim=-1)
-    # Cosines of random vectors of 128 numbers spread by 0.09; those of the means of two words' letters are 0.94 or more.
+    # Cosines of random vectors of 128 numbers spread by 0.09; those of means of letters are 0.94 or more.
     assert (cosines - torch.eye(4)).abs().max() < 0.4
     assert torch.equal(words[3], before[old("red", add_special_tokens=False).input_ids[0]])
 
@@ -218,9 +218,10 @@ def test_run_trains_both_stages_and_scores_the_test_split(data, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_short_run_learns_to_compare_names_with_the_image(tmp_path):
-    """A third of the steps or less. A model that does not compare gets half of the questions of yes or no right."""
+def test_the_command_reaches_97_percent_of_the_test_split(tmp_path):
+    """The complete command, a quarter of an hour. A model that does not compare gets 82% of yes or no right."""
     pytest.importorskip("easy_vqa", reason="trains on the package: pip install easy-vqa")
-    _, result = run(make_data.installed()[0], tmp_path, "--steps", "250")
+    _, result = run(make_data.installed()[0], tmp_path)
     assert result["num_questions"] == 9673
-    assert min(result["scores"].values()) > LEAST, result["scores"]
+    assert result["score"] >= 97
+    assert min(result["scores"].values()) >= 95, result["scores"]
