@@ -55,15 +55,18 @@ def main(argv=None) -> int:
     from llava_lite.serve.demo import DemoPage, import_gradio, serve
     from llava_lite.serve.demo_examples import find_examples, read_examples
     from llava_lite.serve.demo_model import Settings
-    from llava_lite.serve.ports import check_port
+    from llava_lite.serve.listening import listen
+    from llava_lite.serve.memory import check_memory
 
     import_gradio()
-    check_port(flags.host, flags.port)
+    # Closed at once: gradio makes its own socket.
+    listen(flags.host, flags.port).close()
     check_device(flags.device)
     if flags.conv_mode is not None:
         get_template(flags.conv_mode)
     file = flags.examples or find_examples(flags.models)
     examples = [] if file is None else read_examples(file)
+    check_memory(flags.models, flags)
     settings = Settings(flags.conv_mode, flags.temperature, flags.top_p, flags.max_new_tokens, flags.seed)
     page = DemoPage(load_models(names, flags), settings, examples)
     if flags.host not in LOOPBACK:

@@ -29,7 +29,7 @@ def import_gradio():
     try:
         return import_module("gradio")
     except ImportError as error:
-        raise ImportError(f"the page needs gradio ({error}): pip install 'llava-lite[demo]'.") from error
+        raise ImportError(f"the page needs gradio ({error}): pip install 'llava-lite[serve]'.") from error
 
 
 def read_seed(text: str) -> int | None:

@@ -12,7 +12,7 @@ from llava_lite.model.placement import list_devices
 
 @pytest.fixture
 def with_gradio(monkeypatch, tmp_path):
-    """A module of gradio's name, which is in no environment of the tests: what stands before it is what is tested."""
+    """A module of gradio's name: what stands before the page is what is tested."""
     (tmp_path / "gradio.py").touch()
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "gradio", raising=False)
@@ -40,15 +40,14 @@ def test_a_port_in_use_is_one_sentence(with_gradio, capsys):
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
         assert main(["demo", "a", "--port", str(port)]) == 1
-    assert capsys.readouterr().err == (
-        f"llava-lite demo: port {port} of 127.0.0.1 is in use; give another with --port.\n"
-    )
+    reason = f"cannot listen at 127.0.0.1:{port}: another program uses it. Name another --port or --host."
+    assert capsys.readouterr().err == f"llava-lite demo: {reason}\n"
 
 
 def test_without_gradio_the_extra_is_named(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "gradio", None)
     assert main(["demo", "a"]) == 1
-    assert "pip install 'llava-lite[demo]'" in capsys.readouterr().err
+    assert "pip install 'llava-lite[serve]'" in capsys.readouterr().err
 
 
 def test_models_are_named_by_what_tells_them_apart():

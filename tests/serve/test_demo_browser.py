@@ -8,7 +8,6 @@ import socket
 import subprocess
 import sys
 import time
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -31,21 +30,6 @@ OVERFLOW = "document.documentElement.scrollWidth - window.innerWidth"
 
 
 @pytest.fixture(scope="module")
-def demo_python():
-    """The Python of an environment with gradio, made where it is missing: gradio refuses the Pillow of this one."""
-    if find_spec("gradio"):
-        return sys.executable
-    directory = os.environ.get("LLAVA_LITE_DEMO_VENV", str(ROOT / ".venv-demo"))
-    lines = (ROOT / "constraints-demo.txt").read_text(encoding="utf-8").splitlines()
-    pins = [line for line in lines if line and not line.startswith("#")]
-    command = ["bash", str(ROOT / "scripts/lib/overlay.sh"), sys.executable, directory, *pins]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
-    if done.returncode:
-        pytest.skip(f"gradio cannot be installed here: {(done.stderr.splitlines() or ['no message'])[-1]}")
-    return done.stdout.strip()
-
-
-@pytest.fixture(scope="module")
 def browser():
     sync_api = pytest.importorskip("playwright.sync_api", reason="drives the browser; it comes with the extra dev")
     chromium = shutil.which("chromium")
@@ -63,12 +47,12 @@ def directory(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def server(demo_python, directory, toy_llm_dir, toy_tower_dir, toy_tokenizer_for):
+def server(directory, toy_llm_dir, toy_tower_dir, toy_tokenizer_for):
     """The address of a page of two models, which never end an answer by themselves."""
     write_models(directory, toy_llm_dir, toy_tower_dir, toy_tokenizer_for)
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
-    command = [demo_python, "-m", "llava_lite.cli", "demo", *NAMES, "--port", str(port), "--device", "cpu"]
+    command = [sys.executable, "-m", "llava_lite.cli", "demo", *NAMES, "--port", str(port), "--device", "cpu"]
     command += ["--temperature", "0", "--max-new-tokens", str(NUM_TOKENS), "--examples", "examples.jsonl"]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "GRADIO_TEMP_DIR": str(directory / "uploads")}
     with open(directory / "log", "w+", encoding="utf-8") as log:

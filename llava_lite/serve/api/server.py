@@ -1,6 +1,5 @@
 """Turn the options of `llava-lite serve` into a server that answers until it is stopped."""
 
-import errno
 import ipaddress
 import logging
 import os
@@ -9,13 +8,12 @@ from contextlib import contextmanager, suppress
 
 import torch
 
-from llava_lite.checkpoints.memory import check_fits, free_ram, weight_bytes
-from llava_lite.checkpoints.source import Checkpoint
-from llava_lite.checkpoints.torch_files import is_torch_checkpoint
 from llava_lite.conversation import get_template
 from llava_lite.inference import load
 from llava_lite.model.placement import check_device
 from llava_lite.serve.api.images import ImageLimits
+from llava_lite.serve.listening import listen
+from llava_lite.serve.memory import check_memory
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +35,7 @@ def serve(options) -> None:
         get_template(options.conv_mode)
     listener = listen(options.host, options.port)
     with listener:
-        check_memory(options)
+        check_memory([options.model], options)
         model, processor = load(
             options.model,
             device=options.device,
@@ -109,36 +107,6 @@ def check_extra() -> None:
             f"{error.name} is not installed; install the extra: pip install 'llava-lite[serve]'."
         ) from error
     del fastapi, prometheus_client, uvicorn
-
-
-def listen(host: str, port: int) -> socket.socket:
-    """Return a socket that listens at an address; OSError in a sentence if it cannot."""
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        listener = socket.socket(family, kind, protocol)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
-        listener.listen()
-    except OSError as error:
-        reasons = {errno.EADDRINUSE: "another program uses it", errno.EACCES: "ports below 1024 are for root"}
-        reason = reasons.get(error.errno, str(error))
-        raise OSError(f"cannot listen at {host}:{port}: {reason}. Name another --port or --host.") from error
-    return listener
-
-
-def check_memory(options) -> None:
-    """Raise ValueError if the weights need more memory than is free; OSError if the model is not there."""
-    if is_torch_checkpoint(options.model):
-        return
-    checkpoint = Checkpoint(options.model, base=options.model_base, revision=options.revision)
-    checkpoint.check()
-    bits = 4 if options.load_4bit else 8 if options.load_8bit else None
-    on_gpu = torch.cuda.is_available() and options.device != "cpu"
-    free = free_ram() + (torch.cuda.mem_get_info(options.device)[0] if on_gpu else 0)
-    needed = weight_bytes(checkpoint, bits, widens_half=not on_gpu)
-    if checkpoint.base is not None:
-        needed += weight_bytes(checkpoint.base, bits, widens_half=not on_gpu)
-    check_fits(options.model, needed, free)
 
 
 def model_name(options) -> str:

@@ -49,7 +49,7 @@ def test_an_address_that_is_not_here_is_one_sentence(checkpoint, capsys):
 
 
 def test_a_model_that_needs_more_memory_than_is_free_is_refused(checkpoint, capsys, monkeypatch):
-    monkeypatch.setattr(server, "free_ram", lambda: 2**10)
+    monkeypatch.setattr("llava_lite.serve.memory.free_ram", lambda: 2**10)
     shown = answer_to(capsys, checkpoint(), "--port", 0, "--device", "cpu")
     assert re.search(r"needs [\d.]+ MiB of memory for its weights, and 0\.0 MiB are free", shown)
     assert "--load-4bit" in shown
