@@ -1,7 +1,8 @@
 """Train toy stages, full and resumed, and write what each run saw: `resume_cases.py CASES.json RESULTS_RANK.json`.
 
 Started by test_resume.py, alone or by a launcher on several ranks; one start runs many cases. A case: "argv", "output"
-(a directory), "resume_from" (steps), "broken" (guards to take out, see BREAKS), "full_disk_on" (a rank).
+(a directory), "resume_from" (steps), "more" (flags of the resumed runs alone), "broken" (guards to take out, see
+BREAKS), "full_disk_on" (a rank).
 """
 
 import hashlib
@@ -24,7 +25,9 @@ from llava_lite.train.train import train
 
 RANK = int(os.environ.get("RANK", "0"))
 # Depends on the clock.
-NOT_COMPARED = {"tokens_per_s", "mfu", "train_runtime", "train_samples_per_second", "train_steps_per_second"}
+NOT_COMPARED = {"tokens_per_s", "mfu"} | {
+    f"{part}_{name}" for part in ("train", "eval") for name in ("runtime", "samples_per_second", "steps_per_second")
+}
 
 
 # Each takes one guard of the resume out, to show that the comparison sees it.
@@ -56,15 +59,34 @@ def digests(model):
 
 def digest(weight):
     """Return the SHA-256 of a tensor's bytes."""
-    return hashlib.sha256(weight.contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
+    return hashlib.sha256(weight.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()).hexdigest()
+
+
+def optimizer_digest(trainer):
+    """Return the SHA-256 of all that the optimizer of this rank holds: its weights, moments and steps."""
+    optimizer, found = trainer.optimizer, hashlib.sha256()
+    while hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
+    for group in optimizer.param_groups:
+        found.update(repr(sorted((k, v) for k, v in group.items() if k != "params")).encode())
+        for param in group["params"]:
+            for _, value in [("", param.detach()), *sorted(optimizer.state[param].items())]:
+                found.update((digest(value) if torch.is_tensor(value) else repr(value)).encode())
+    return found.hexdigest()
+
+
+def random_state_digest():
+    """Return the SHA-256 of the random states that a step may draw from."""
+    states = torch.get_rng_state().numpy().tobytes(), repr(np.random.get_state()), repr(random.getstate())
+    return hashlib.sha256(repr(states).encode()).hexdigest()
 
 
 def run(argv, **replacements):
-    """Train once; return weights, log and samples."""
+    """Train once; return weights, optimizer, random state, log, and the samples of each step."""
     samples, step = [], LLaVATrainer.training_step
 
     def noting_step(trainer, model, inputs, *args, **kwargs):
-        samples.append(list(inputs["sample_ids"]))
+        samples.append([trainer.state.global_step, list(inputs["sample_ids"])])
         return step(trainer, model, inputs, *args, **kwargs)
 
     # A run begins in a new process: nothing may hang on the random state that the last one left.
@@ -73,7 +95,8 @@ def run(argv, **replacements):
     with replaced({"training_step": noting_step, **replacements}):
         trainer = train(argv)
     log = [{k: v for k, v in line.items() if k not in NOT_COMPARED} for line in trainer.state.log_history]
-    return {"weights": digests(trainer.model), "log": log, "samples": samples}
+    states = {"optimizer": optimizer_digest(trainer), "random state": random_state_digest()}
+    return {"weights": digests(trainer.model), "log": log, "samples": samples, **states}
 
 
 def fill_disk(argv, output, full_rank):
@@ -97,7 +120,7 @@ def fill_disk(argv, output, full_rank):
         return {"error": str(error), "left": left, "newest": newest_complete_checkpoint(output)}
 
 
-def run_case(argv, output, resume_from=(), broken=(), full_disk_on=None):
+def run_case(argv, output, resume_from=(), more=(), broken=(), full_disk_on=None):
     """Run a case and return its results by name."""
     if full_disk_on is not None:
         return {"full disk": fill_disk(argv, output, full_disk_on)}
@@ -106,7 +129,7 @@ def run_case(argv, output, resume_from=(), broken=(), full_disk_on=None):
         for guard in (None, *broken):
             again, name = f"{output}/from_{step}", f"{step} without {guard}" if guard else str(step)
             flags = ["--output_dir", again, "--resume_from_checkpoint", f"{output}/full/checkpoint-{step}"]
-            results[name] = run([*argv, *flags], **BREAKS.get(guard, {}))
+            results[name] = run([*argv, *flags, *more], **BREAKS.get(guard, {}))
             if RANK == 0:
                 shutil.rmtree(again)
     return results

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from toy_shards import write_caption_tars
 
 from llava_lite.train.saving.manifest import newest_complete_checkpoint
 
@@ -25,13 +26,18 @@ STAGES = {
     "packs": ["--tuning", "moe", "--num_experts", "2", "--packing", "tokens"],
     "crops": ["--tuning", "projector", "--version", "alpaca", "--image_aspect_ratio", "random_crop"],
 }
+# What a run has beside its stage: an evaluation with answers, shards in place of records, or features from a cache.
+# A resumed run finds the features that the full run has made, or makes them again in a directory of its own.
+BESIDE = ("", "evaluation", "shards", "features made before", "features made again")
+# A crop is another one in every epoch, so its features are not cached; packs of shards have a test of their own.
+WITHOUT = {("crops", "features made before"), ("crops", "features made again"), ("packs", "shards")}
 # Tokens of a pack that make as many packs of the 22 records as there are micro-batches of 2 or of 1 of them.
 PACK_TOKENS = {2: 145, 1: 95}
 
 
 @pytest.fixture(scope="module")
-def flags(tmp_path_factory, toy_llm_dir, toy_tower_dir, toy_data):
-    """Return a function: stage, workers, records a rank and micro-batch -> flags of a run of 12 steps in 2 epochs.
+def case(tmp_path_factory, toy_llm_dir, toy_tower_dir, toy_data):
+    """Return a function: stage, workers, records a rank and micro-batch, ... -> a case of 12 steps in 2 epochs.
 
     Saved every 4, logged every 3; with attention dropout, and the last step of an epoch one record short.
     """
@@ -40,6 +46,9 @@ def flags(tmp_path_factory, toy_llm_dir, toy_tower_dir, toy_data):
     config = json.loads((llm / "config.json").read_text())
     (llm / "config.json").write_text(json.dumps(config | {"attention_dropout": 0.1}))
     data, images = toy_data(num_records=22)
+    held_out, _ = toy_data(num_records=6, seed=1)
+    shards = tmp_path_factory.mktemp("shards")
+    pattern = write_caption_tars(shards, [9, 5, 8])
     common = {
         "model_name_or_path": llm,
         "vision_tower": toy_tower_dir("clip"),
@@ -56,14 +65,29 @@ def flags(tmp_path_factory, toy_llm_dir, toy_tower_dir, toy_data):
         "disable_tqdm": True,
     }
 
-    def make(stage, workers, batch_size):
+    def make(stage, workers, batch_size, beside="", engine=(), resume_from=(8, 4), **others):
         own = {"dataloader_num_workers": workers, "per_device_train_batch_size": batch_size}
+        more = {}
         if stage == "packs":
             own |= {"per_device_train_batch_size": 1, "packing_tokens": PACK_TOKENS[batch_size]}
-        pairs = [(f"--{name}", str(value)) for name, value in (common | own).items()]
-        return [*STAGES[stage], *(word for pair in pairs for word in pair)]
+        if beside == "evaluation":
+            own |= {"eval_data_path": held_out, "eval_strategy": "steps", "eval_steps": 3}
+            own |= {"num_eval_generations": 2, "eval_max_new_tokens": 4}
+        if beside == "shards":
+            own |= {"data_path": pattern, "image_folder": shards, "max_steps": 12, "shuffle_window": 4}
+        if beside.startswith("features"):
+            own["feature_cache"] = tmp_path_factory.mktemp("features")
+        if beside == "features made again":
+            more["feature_cache"] = tmp_path_factory.mktemp("features")
+        argv = [*STAGES[stage], *as_flags(common | own), *engine]
+        return {"argv": argv, "more": as_flags(more), "resume_from": resume_from, **others}
 
     return make
+
+
+def as_flags(values):
+    """Return the words of flags."""
+    return [word for name, value in values.items() for word in (f"--{name}", str(value))]
 
 
 def run_cases(directory, cases, launcher=(), num_ranks=1, timeout_s=1500):
@@ -108,9 +132,9 @@ def assert_equal_to_full(ranks, case):
         for name, found in resumed.items():
             assert found["log"] == full["log"], f"from {name}"
             assert found["weights"] == full["weights"], f"from {name}"
-            # Of 12 steps in 2 epochs of 11 micro-batches.
-            assert len(found["samples"]) == {"4": 14, "8": 7}[name]
-            assert found["samples"] == full["samples"][-len(found["samples"]) :], f"from {name}"
+            assert found["samples"] == [sample for sample in full["samples"] if sample[0] >= int(name)], f"from {name}"
+            assert found["optimizer"] == full["optimizer"], f"from {name}"
+            assert found["random state"] == full["random state"], f"from {name}"
 
 
 def assert_opens_as_trained(directory, results, case):
@@ -126,7 +150,7 @@ def assert_opens_as_trained(directory, results, case):
 def differences(ranks, case, name):
     """Return what a run with a guard taken out had otherwise than the full one."""
     found, full = ranks[0][case][name], ranks[0][case]["full"]
-    samples = full["samples"][-len(found["samples"]) :]
+    samples = [sample for sample in full["samples"] if sample[0] >= int(name.split()[0])]
     pairs = {key: (found[key], samples if key == "samples" else full[key]) for key in found}
     return {key for key, (one, other) in pairs.items() if one != other}
 
@@ -135,10 +159,16 @@ def differences(ranks, case, name):
 
 
 @pytest.fixture(scope="module")
-def alone(flags, tmp_path_factory):
-    """Results of the stages in one process; 0 workers for some of them, 2 for the others."""
-    workers = {"projector": 2, "full": 0, "lora": 2, "moe": 0, "packs": 2, "crops": 2}
-    cases = {stage: {"argv": flags(stage, workers[stage], 2), "resume_from": [8, 4]} for stage in STAGES}
+def alone(case, tmp_path_factory):
+    """Results of the stages in one process; 0 workers for some of them, 2 for the others; each beside something."""
+    cases = {
+        "projector": case("projector", 2, 2, "shards"),
+        "full": case("full", 0, 2, "evaluation"),
+        "lora": case("lora", 2, 2, "features made again"),
+        "moe": case("moe", 0, 2, "features made before"),
+        "packs": case("packs", 2, 2, "evaluation"),
+        "crops": case("crops", 2, 2),
+    }
     cases["full"]["broken"] = ["random state"]
     cases["moe"]["broken"] = ["counters of the log"]
     cases["crops"]["broken"] = ["epoch of the data set"]
@@ -151,7 +181,7 @@ def test_a_stage_resumes_bit_for_bit(alone, stage):
 
 
 def test_without_the_random_state_weights_and_losses_would_differ(alone):
-    assert differences(alone, "full", "4 without random state") == {"weights", "log"}
+    assert differences(alone, "full", "4 without random state") == {"weights", "log", "optimizer", "random state"}
 
 
 def test_without_the_counters_the_next_line_of_the_log_would_differ(alone):
@@ -159,15 +189,16 @@ def test_without_the_counters_the_next_line_of_the_log_would_differ(alone):
 
 
 def test_without_the_epoch_the_crops_would_differ(alone):
-    assert differences(alone, "crops", "8 without epoch of the data set") == {"weights", "log"}
+    assert differences(alone, "crops", "8 without epoch of the data set") == {"weights", "log", "optimizer"}
 
 
 @pytest.mark.slow
-def test_a_stage_resumes_bit_for_bit_with_the_other_number_of_workers(flags, tmp_path):
-    workers = {"projector": 0, "full": 2, "lora": 0, "moe": 2, "packs": 0, "crops": 1}
-    cases = {stage: {"argv": flags(stage, workers[stage], 2), "resume_from": [8, 4]} for stage in STAGES}
+@pytest.mark.parametrize("beside", BESIDE)
+@pytest.mark.parametrize("workers", [0, 2])
+def test_every_stage_resumes_bit_for_bit_with_workers_and_without(case, tmp_path, workers, beside):
+    cases = {stage: case(stage, workers, 2, beside) for stage in STAGES if (stage, beside) not in WITHOUT}
     ranks = run_cases(tmp_path, cases)
-    for stage in STAGES:
+    for stage in cases:
         assert_equal_to_full(ranks, stage)
 
 
@@ -175,16 +206,16 @@ def test_a_stage_resumes_bit_for_bit_with_the_other_number_of_workers(flags, tmp
 
 
 @pytest.fixture(scope="module")
-def two_ranks(flags, tmp_path_factory):
+def two_ranks(case, tmp_path_factory):
     """Results of two stages on 2 ranks under ZeRO-2, and of a disk that is full for the second rank.
 
     The other stages, ZeRO-3 and both numbers of workers are in the slow tests.
     """
     zero2 = ["--deepspeed", str(ROOT / "zero2.json")]
     cases = {
-        "full": {"argv": [*flags("full", 0, 1), *zero2], "resume_from": [8], "broken": ["epoch of the sampler"]},
-        "packs": {"argv": [*flags("packs", 2, 1), *zero2], "resume_from": [4]},
-        "full disk": {"argv": [*flags("full", 0, 1), *zero2], "full_disk_on": 1},
+        "full": case("full", 0, 1, "evaluation", zero2, [8], broken=["epoch of the sampler"]),
+        "packs": case("packs", 2, 1, "features made again", zero2, [4]),
+        "full disk": case("full", 0, 1, engine=zero2, full_disk_on=1),
     }
     return run_cases(tmp_path_factory.mktemp("ranks"), cases, deepspeed_launcher(29701), num_ranks=2)
 
@@ -208,37 +239,42 @@ def test_a_disk_that_is_full_for_one_rank_stops_both_and_leaves_the_checkpoint_b
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("bf16", ["False", "True"])
-@pytest.mark.parametrize("stage_of_zero", [2, 3])
-def test_all_stages_resume_bit_for_bit_under_zero(flags, tmp_path, stage_of_zero, bf16):
-    zero = ["--deepspeed", str(ROOT / f"zero{stage_of_zero}.json"), "--bf16", bf16]
+@pytest.mark.parametrize(("bf16", "beside"), [("True", ""), *(("False", beside) for beside in BESIDE)])
+@pytest.mark.parametrize("stage_of_zero", [0, 2, 3])
+def test_all_stages_resume_bit_for_bit_under_zero(case, tmp_path, stage_of_zero, bf16, beside):
+    config = json.loads((ROOT / f"zero{stage_of_zero or 2}.json").read_text())
+    config["zero_optimization"]["stage"] = stage_of_zero
+    (tmp_path / "zero.json").write_text(json.dumps(config))
+    zero = ["--deepspeed", str(tmp_path / "zero.json"), "--bf16", bf16]
     cases = {
-        f"{stage} {workers}": {"argv": [*flags(stage, workers, 1), *zero], "resume_from": [8, 4]}
+        f"{stage} {workers}": case(stage, workers, 1, beside, zero)
         for stage in STAGES
         for workers in (0, 2)
+        if (stage, beside) not in WITHOUT
     }
     ranks = run_cases(tmp_path, cases, deepspeed_launcher(29702), num_ranks=2, timeout_s=3000)
-    for case in cases:
-        assert_equal_to_full(ranks, case)
-        if not case.startswith("lora"):
-            assert_opens_as_trained(tmp_path, ranks[0], case)
+    for name in cases:
+        assert_equal_to_full(ranks, name)
+        if not name.startswith("lora"):
+            assert_opens_as_trained(tmp_path, ranks[0], name)
 
 
 @pytest.mark.slow
-def test_all_stages_resume_bit_for_bit_under_ddp(flags, tmp_path):
-    cases = {stage: {"argv": flags(stage, 2, 1), "resume_from": [8, 4]} for stage in STAGES}
+@pytest.mark.parametrize("beside", BESIDE)
+def test_all_stages_resume_bit_for_bit_under_ddp(case, tmp_path, beside):
+    cases = {stage: case(stage, 2, 1, beside) for stage in STAGES if (stage, beside) not in WITHOUT}
     cases["packs"]["broken"] = ["epoch of the sampler"]
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29703"]
     ranks = run_cases(tmp_path, cases, launcher, num_ranks=2)
-    for stage in STAGES:
+    for stage in cases:
         assert_equal_to_full(ranks, stage)
     assert "samples" in differences(ranks, "packs", "8 without epoch of the sampler")
 
 
 @pytest.mark.slow
-def test_sigterm_to_launcher_ranks_and_workers_saves_on_both_ranks(flags, tmp_path):
+def test_sigterm_to_launcher_ranks_and_workers_saves_on_both_ranks(case, tmp_path):
     output = tmp_path / "out"
-    argv = [*flags("full", 2, 1), "--deepspeed", ROOT / "zero2.json", "--output_dir", output]
+    argv = [*case("full", 2, 1)["argv"], "--deepspeed", ROOT / "zero2.json", "--output_dir", output]
     argv += ["--num_train_epochs", 500, "--save_steps", 100000]
     command = [str(word) for word in (*deepspeed_launcher(29704), ROOT / "llava_lite/train/train.py", *argv)]
     # As a scheduler does it: the first of DeepSpeed's two launchers dies of the signal and passes nothing on.
