@@ -4,8 +4,8 @@
 
 Faults come at random instants: a rank or a loader worker is killed (SIGKILL) or stopped (SIGSTOP, as if it hung), the
 disk fills up, or the run gets SIGTERM, SIGINT or SIGHUP. The disk is a small one of its own where this process may
-mount it, else a limit on the size of files. Writes run_N.log, soak.jsonl with a line for each fault, and soak.png. Ends
-with 1 where the two runs differ or a fault was not answered as it should be. The flags name no --output_dir.
+mount it, else a limit on the size of files. Writes run_N.log, soak.jsonl (a line for each fault) and soak.png. Ends with
+1 where the two runs differ or a fault was not answered as it should be. The flags name no --output_dir.
 """
 
 import argparse
@@ -148,10 +148,8 @@ def is_answered(line: dict) -> bool:
         return code == 0
     if kind in SIGNALS:
         # A launcher that gets the signal reports 1, or dies of it.
-        ends_at_once = (-SIGNALS[kind], 128 + SIGNALS[kind], 1)
-        return (
-            code == EXIT_RESUMABLE or (line["step"] <= line["from_step"] or line["ranks"] > 1) and code in ends_at_once
-        )
+        may_end_at_once = line["step"] <= line["from_step"] or line["ranks"] > 1
+        return code == EXIT_RESUMABLE or (may_end_at_once and code in (-SIGNALS[kind], 128 + SIGNALS[kind], 1))
     return code not in (0, None)
 
 
@@ -248,7 +246,7 @@ def draw(directory: Path, lines: list[dict]) -> None:
         steps = [line["step"] for line in lines if line.get("met") and line["fault"] == kind]
         axes.plot(steps, [-0.04 - 0.035 * i] * len(steps), "|", ms=9, mew=2, color=f"C{i + 1}", label=kind,
                   transform=axes.get_xaxis_transform(), clip_on=False)  # fmt: skip
-    axes.set(xlabel="", ylabel="loss", title=f"{sum(bool(line.get('met')) for line in lines)} faults")
+    axes.set(xlabel="step", ylabel="loss", title=f"{sum(bool(line.get('met')) for line in lines)} faults")
     axes.tick_params(axis="x", pad=8 + 10 * len(kinds))
     figure.legend(loc="outside right upper", frameon=False)
     figure.savefig(directory / "soak.png", dpi=150)
