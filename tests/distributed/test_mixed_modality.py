@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import socket
 import subprocess
 import sys
@@ -16,6 +17,17 @@ CASES = [
     for stage in (2, 3)
     for seed, checkpointing in ((0, False), (1, True))
 ]
+
+
+def random_cases(count: int, seed: int) -> list[dict]:
+    """Return schedules that are drawn at random: their batches, ZeRO stage, experts, checkpointing and crops."""
+    rng = random.Random(seed)
+    cases = []
+    for i in range(count):
+        moe, anyres = rng.choice([(False, False), (True, False), (False, True)])
+        case = {"moe": moe, "anyres": anyres, "stage": rng.choice([2, 3]), "checkpointing": rng.random() < 0.5}
+        cases.append(case | {"seed": 1000 * seed + i})
+    return cases
 
 
 def free_port() -> int:
@@ -54,9 +66,22 @@ def spawn(world: int, out: Path, timeout_s: float, cases, *flags) -> list[int]:
 
 @pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_mixed_ranks_neither_hang_nor_change_the_loss(world, tmp_path):
-    out = tmp_path / "losses.json"
-    codes = spawn(world, out, 500, CASES)
-    assert codes == [0] * world, (tmp_path / "rank0.log").read_text()[-3000:]
+    assert_as_one_process(world, tmp_path, CASES, 500)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [2, 4])
+def test_two_hundred_random_schedules_neither_hang_nor_change_the_loss(world, tmp_path):
+    for part in range(4):
+        (tmp_path / str(part)).mkdir()
+        assert_as_one_process(world, tmp_path / str(part), random_cases(25, 4 * world + part), 1500)
+
+
+def assert_as_one_process(world: int, directory: Path, cases, timeout_s: float) -> None:
+    """Run cases on `world` ranks; compare each loss and answer with those of one process."""
+    out = directory / "losses.json"
+    codes = spawn(world, out, timeout_s, cases)
+    assert codes == [0] * world, (directory / "rank0.log").read_text()[-3000:]
     for result in json.loads(out.read_text()):
         assert result["losses"] == pytest.approx(result["expected"]["losses"], abs=1e-5), result["case"]
         assert result["tokens"] == result["expected"]["tokens"], result["case"]
