@@ -4,8 +4,8 @@
 
 Faults come at random instants: a rank or a loader worker is killed (SIGKILL) or stopped (SIGSTOP, as if it hung), the
 disk fills up, or the run gets SIGTERM, SIGINT or SIGHUP. The disk is a small one of its own where this process may
-mount it, else a limit on the size of files. Writes run_N.log, soak.jsonl (a line for each fault) and soak.png. Its status
-is 1 where the runs differ or a fault was not answered as it should be. The flags name no --output_dir.
+mount it, else a limit on the size of files. Writes run_N.log, soak.jsonl (a line for each fault) and soak.png. Its
+status is 1 where the runs differ or a fault was not answered as it should be. The flags name no --output_dir.
 """
 
 import argparse
