@@ -9,12 +9,12 @@ import numpy as np
 
 from llava_lite.conversation import get_template
 from llava_lite.data.check.image_meter import ImageMeter
-from llava_lite.data.check.recheck import recheck_images
+from llava_lite.data.check.recheck import StampedMeter, recheck_images
 from llava_lite.data.check.report import Report, get_kinds
 from llava_lite.data.check.text_counts import count_texts
 from llava_lite.data.encode import RecordEncoder
 from llava_lite.data.errors import DataError
-from llava_lite.data.index.annotations import Annotations
+from llava_lite.data.index.annotations import IMAGE_COLUMNS, Annotations
 from llava_lite.data.index.cache import get_key
 from llava_lite.data.index.tables import get_slots
 from llava_lite.data.records.record import missing_images
@@ -83,7 +83,7 @@ def _find_problems(
 ) -> dict[int, tuple[str, str]]:
     """Return kind and reason of every record that cannot be used; the tables are complete afterwards."""
     found = {}
-    images = f"images-{get_key(*meter.key)}"
+    images, meter = f"images-{get_key('stamped', *meter.key)}", StampedMeter(meter)
     facts = annotations.record_facts()
     for i in np.flatnonzero(facts.num_images < 0).tolist():
         try:
@@ -95,8 +95,11 @@ def _find_problems(
     for i, error in annotations.count_tokens(encoder, layout, num_workers).items():
         found.setdefault(i, ("text", str(error)))
     annotations.tables = annotations.tables._replace(images=images)
-    checked = annotations.complete(images, 3, meter, "checking images", per_image=True, num_threads=NUM_THREADS)
-    for i, error in (checked | recheck_images(annotations, images, 3, meter, NUM_THREADS)).items():
+    # First those that were checked before: afterwards all are.
+    changed = recheck_images(annotations, images, meter, NUM_THREADS)
+    options = {"per_image": True, "num_threads": NUM_THREADS}
+    checked = annotations.complete(images, IMAGE_COLUMNS, meter, "checking images", **options)
+    for i, error in (changed | checked).items():
         found.setdefault(i, ("image", str(error)))
     for i, reason in _length_problems(annotations, max_length).items():
         found.setdefault(i, ("length", reason))
@@ -112,7 +115,7 @@ def _bad_record(annotations: Annotations, i: int, kind: str, reason: str) -> Bad
 def _other_suffixes(annotations: Annotations) -> int:
     count = 0
     for file, positions, _ in annotations.by_file():
-        table = file.table(annotations.tables.images, 3, per_image=True)
+        table = file.table(annotations.tables.images, IMAGE_COLUMNS, per_image=True)
         count += int((table.rows()[get_slots(table.starts, positions), 2] == 1).sum())
     return count
 
