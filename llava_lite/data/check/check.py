@@ -33,12 +33,19 @@ class BadRecord(NamedTuple):
     id: str | None  # None if the record cannot be read
     kind: Literal["record", "text", "placeholder", "image", "length"]
     reason: str
+    path: str | None = None  # of the image or the other file that the reason is about
 
     def __str__(self):
         """Return one line with name, position and reason."""
         where = f"{os.path.basename(self.file)}[{self.position}]"
         name = where if self.id is None else f"record {self.id!r} ({where})"
         return self.reason if where in self.reason else f"{name}: {self.reason}"
+
+
+def get_path(error: BaseException | None) -> str | None:
+    """Return the file that an error is about, if it names one."""
+    path = getattr(error, "path", None)
+    return path if isinstance(path, str) else None
 
 
 class Before(NamedTuple):
@@ -80,8 +87,8 @@ def _length_problems(annotations: Annotations, max_length: int) -> dict[int, str
 
 def _find_problems(
     annotations, encoder, layout, max_length, meter, num_workers, placeholder_as_text
-) -> dict[int, tuple[str, str]]:
-    """Return kind and reason of every record that cannot be used; the tables are complete afterwards."""
+) -> dict[int, tuple]:
+    """Return kind, reason and perhaps path of every record that cannot be used; the tables are complete afterwards."""
     found = {}
     images, meter = f"images-{get_key('stamped', *meter.key)}", StampedMeter(meter)
     facts = annotations.record_facts()
@@ -100,16 +107,16 @@ def _find_problems(
     options = {"per_image": True, "num_threads": NUM_THREADS}
     checked = annotations.complete(images, IMAGE_COLUMNS, meter, "checking images", **options)
     for i, error in (changed | checked).items():
-        found.setdefault(i, ("image", str(error)))
+        found.setdefault(i, ("image", str(error), get_path(error)))
     for i, reason in _length_problems(annotations, max_length).items():
         found.setdefault(i, ("length", reason))
     return dict(sorted(found.items()))
 
 
-def _bad_record(annotations: Annotations, i: int, kind: str, reason: str) -> BadRecord:
+def _bad_record(annotations: Annotations, i: int, kind: str, reason: str, path: str | None = None) -> BadRecord:
     file, position = annotations.place(i)
     record_id = None if kind == "record" else annotations[i].id
-    return BadRecord(file.source.path, position, record_id, kind, reason)
+    return BadRecord(file.source.path, position, record_id, kind, reason, path)
 
 
 def _other_suffixes(annotations: Annotations) -> int:
