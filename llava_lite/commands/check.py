@@ -133,6 +133,19 @@ def judge_bad_records(report: Report, flags) -> tuple[bool, str]:
     return True, f"ready to train: {number(report.num_records, 'record')}; {num_bad:,} left out (--bad_record skip)."
 
 
+def show_batches(run, sets, flags) -> None:
+    """Write the page of the first batches; DataError for a record in them that cannot be read, as training would."""
+    from llava_lite.train.preview.page import write_page
+    from llava_lite.train.preview.read import read_batches
+
+    if flags.num_image_tokens is not None:
+        raise ValueError("--show needs the tower that prepares images: give --vision_tower, not --num_image_tokens.")
+    batches, problems = read_batches(run, *sets, flags.show)
+    write_page(flags.page, run, batches)
+    print(f"{flags.page}: {number(len(batches), 'batch', 'batches')}")
+    run.facts.logs["train"].leave_out(problems, 0)
+
+
 def check_run(flags, reports: dict[str, tuple[list[str], Report]]) -> tuple[bool, list[str]]:
     """Return whether a run with these flags would reach its first step, and the lines that say so.
 
@@ -153,8 +166,9 @@ def check_run(flags, reports: dict[str, tuple[list[str], Report]]) -> tuple[bool
     judged = [judge_bad_records(report, flags) for _, report in reports.values()]
     refused = [line for is_ready, line in judged if not is_ready]
     try:
-        with run.start(opened):
-            pass
+        with run.start(opened) as sets:
+            if flags.show:
+                show_batches(run, sets, flags)
     except FOR_PEOPLE as error:
         refused = refused or [f"{NOT_READY}{get_sentence(error)}"]
     return not refused, refused or [line for _, line in judged]
