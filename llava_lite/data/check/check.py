@@ -9,6 +9,7 @@ import numpy as np
 
 from llava_lite.conversation import get_template
 from llava_lite.data.check.image_meter import ImageMeter
+from llava_lite.data.check.image_names import open_names
 from llava_lite.data.check.recheck import StampedMeter, recheck_images
 from llava_lite.data.check.report import Report, get_kinds
 from llava_lite.data.check.text_counts import count_texts
@@ -106,6 +107,9 @@ def _find_problems(
     changed = recheck_images(annotations, images, meter, NUM_THREADS)
     options = {"per_image": True, "num_threads": NUM_THREADS}
     checked = annotations.complete(images, IMAGE_COLUMNS, meter, "checking images", **options)
+    for file in annotations.files:
+        # For the next check.
+        open_names(file, NUM_THREADS)
     for i, error in (changed | checked).items():
         found.setdefault(i, ("image", str(error), get_path(error)))
     for i, reason in _length_problems(annotations, max_length).items():

@@ -2,8 +2,8 @@
 
 The table of images holds a stamp of each file: its path, size, modification time and change time. The last is set by
 the system with every change, also by one that restores the others, such as `cp -p` or `chmod`. A start looks at the
-status of each file and opens only those whose stamp is another: above 20,000 files a second on a local disk
-(benchmarks/check.py).
+status of each file and opens only those whose stamp is another: 40,000 files a second on a local disk and two busy
+cores (benchmarks/check.py), whatever the size of a record.
 """
 
 import os
@@ -13,6 +13,7 @@ import zlib
 import numpy as np
 
 from llava_lite.data.check.image_meter import ImageMeter
+from llava_lite.data.check.image_names import open_names
 from llava_lite.data.image_files import safe_path
 from llava_lite.data.index.annotations import IMAGE_COLUMNS
 from llava_lite.data.index.tables import measure_records
@@ -107,7 +108,8 @@ def recheck_images(annotations, name: str, meter: StampedMeter, num_threads: int
         known = np.setdiff1d(positions[np.diff(images.starts)[positions] > 0], images.unknown(positions))
         changed, purpose = [], f"checking changed images of {file.name}"
         stamps, starts = images.rows()[:, -1].tolist(), images.starts.tolist()
-        for measured in measure_records(file, known, meter.stamp, purpose, num_threads=num_threads):
+        named = open_names(file, num_threads) if len(known) else file
+        for measured in measure_records(named, known, meter.stamp, purpose, num_threads=num_threads):
             changed += [position for position, _ in measured.problems]
             for position, found in zip(measured.positions, measured.rows, strict=True):
                 if tuple(stamps[starts[position] : starts[position + 1]]) != found:

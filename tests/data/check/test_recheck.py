@@ -231,6 +231,31 @@ def test_a_changed_sound_or_cloud_is_found(kind, change, tmp_path, check):
     assert list(check(records, IMAGEBIND)) == [kind]
 
 
+def test_a_check_of_files_seen_before_reads_no_record(images, check, monkeypatch):
+    records = [media_record(str(i), image=NAMES[i % 4]) for i in range(40)]
+    check(records)
+    reads, pread = [], os.pread
+    monkeypatch.setattr(os, "pread", lambda *where: reads.append(where) or pread(*where))
+    assert check(records) == {}
+    # The first one, to see that the file is of a format that is read.
+    assert len(reads) == 1
+    delete(images / "b/2.png")
+    assert len(check(records)) == 10
+
+
+@pytest.mark.parametrize("name", ["Ünï cödé.png", "with\nline break.png", "a\tb.png", "-dash.png"])
+def test_names_of_any_characters_are_followed(name, images, check):
+    draw_image(5).save(images / name)
+    records = [media_record("odd", image=name), media_record("text"), *RECORDS]
+    assert check(records) == check(records) == {}
+    empty(images / name)
+    assert list(check(records)) == ["odd"]
+
+
+def test_records_without_any_image_are_checked_again(check):
+    assert check([media_record("text")]) == check([media_record("text")]) == {}
+
+
 @pytest.mark.parametrize("num_records", [1, 600])
 def test_records_of_many_chunks_are_checked_by_threads_with_the_same_result(num_records, images, check):
     records = [media_record(str(i), image=NAMES[i % 4]) for i in range(num_records)]
