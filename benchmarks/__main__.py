@@ -21,7 +21,7 @@ from benchmarks.results import write_page
 from benchmarks.table import as_text, table
 
 DIRECTORY = Path(__file__).resolve().parent
-BENCHMARKS = ("start_up", "annotations", "images", "moe_layer", "generation", "training", "ablation")
+BENCHMARKS = ("start_up", "annotations", "check", "images", "moe_layer", "generation", "training", "ablation")
 
 
 def run(name: str, file: Path, flags: list[str]) -> bool:

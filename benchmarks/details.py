@@ -26,6 +26,11 @@ ANNOTATIONS = [
     ("private MB, increase", "private_bytes", 1e-6, "{:.0f}"),
     ("private MB, all", "private_bytes_of_process", 1e-6, "{:.0f}"),
 ]
+CHECK = [
+    ("files/s", "rate", 1, "{:,.0f}"),
+    ("CPU us per file", "cpu_s_per_unit", 1e6, "{:.1f}"),
+    ("ratio", "ratio", 1, "{:.2f}"),
+]
 START_UP = [("CPU s", "cpu_s", 1, "{:.2f}"), ("of torch and Trainer", "of_trainer", 1, "{:.2f}")]
 
 
@@ -48,7 +53,7 @@ def rivals_table(figures: dict, columns: list) -> str:
 
 
 def detail_parts(reports: dict) -> list[str]:
-    """Return the headings and tables of MoE layer, generation, images, annotations and start-up."""
+    """Return the headings and tables of MoE layer, generation, images, annotations, check and start-up."""
     parts = []
     layers = dig(reports, "moe_layer", "results", "training") or {}
     parts += ["## MoE layer, forward and backward"] if layers else []
@@ -57,7 +62,8 @@ def detail_parts(reports: dict) -> list[str]:
         parts += [f"{num_tokens} tokens; ratio over {base}.{over_itself(figures)}", rivals_table(figures, MOE_LAYER)]
     parts += grouped("Generation", dig(reports, "generation", "results"), GENERATION)
     parts += grouped("Images", dig(reports, "images", "results"), IMAGES, "_cpu")
-    for title, name, columns in (("Annotations", "annotations", ANNOTATIONS), ("Start-up", "start_up", START_UP)):
+    tables = [("Annotations", "annotations", ANNOTATIONS), ("Check of images seen before", "check", CHECK)]
+    for title, name, columns in (*tables, ("Start-up", "start_up", START_UP)):
         figures = dig(reports, name, "results")
         parts += [f"## {title}", over_itself(figures).strip(), rivals_table(figures, columns)] if figures else []
     return parts

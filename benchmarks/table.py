@@ -196,6 +196,13 @@ ANNOTATIONS = Row(
     most=True,
     form="{:.3g}",
 )
+CHECK = Row(
+    "check of 100k image files that were checked before, files/s",
+    (20_000,),
+    (35_000,),
+    lambda reports: [reports["check"]["results"]["llava-lite"]["rate"]],
+    form="{:,.0f}",
+)
 ROWS = [
     SPEED,
     SPEED_BY_TORCH,
@@ -248,6 +255,7 @@ ROWS = [
     IMAGES,
     IMAGES_OVER_PROCESSOR,
     ANNOTATIONS,
+    CHECK,
     Row(
         "CPU s of `import llava_lite` / `--help`; a run's imports over torch and Trainer",
         (0.1, 0.3, 1.3),

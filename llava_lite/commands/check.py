@@ -4,19 +4,22 @@ import argparse
 import dataclasses
 import math
 import os
-from types import SimpleNamespace
+import sys
 
-from llava_lite.commands.check_flags import build_parser
-from llava_lite.conversation import get_template
-from llava_lite.conversation.end_tokens import check_end_token
-from llava_lite.data.check.check import NUM_NAMED, check_annotations, write_skipped_log
-from llava_lite.data.check.report import get_kinds, number
-from llava_lite.data.encode import RecordEncoder
+from llava_lite.commands.check_flags import OWN, build_parser
+from llava_lite.data.check.check import NUM_NAMED, apply_policy, write_skipped_log
+from llava_lite.data.check.report import Report, get_kinds, number
+from llava_lite.data.check.report_file import report_content, write_report_file
 from llava_lite.data.errors import DataError
 from llava_lite.data.index.annotations import open_annotations
+from llava_lite.errors import get_sentence
 from llava_lite.media.layout import ImageLayout
-from llava_lite.train.arguments.legacy import RENAMED, TRANSLATED, WITHOUT_EFFECT, open_yaml, split_flags
+from llava_lite.train.arguments.legacy import RENAMED, TRANSLATED, WITHOUT_EFFECT, join_flags, open_yaml, split_flags
 from llava_lite.train.arguments.words import meant_by, unknown_flags, words_left
+
+# The errors of a run that are for the person who wrote its flags.
+FOR_PEOPLE = (ValueError, OSError, ImportError)
+NOT_READY = "not ready: "
 
 
 def parse_flags(argv) -> argparse.Namespace:
@@ -48,8 +51,7 @@ def parse_flags(argv) -> argparse.Namespace:
             raise ValueError(f"--{name} is needed: {what}.")
     if flags.image_folder is not None and not os.path.isdir(flags.image_folder):
         raise ValueError(f"--image_folder {flags.image_folder}: there is no such directory.")
-    if "tune_mm_mlp_adapter" in flags.passed_over:
-        flags.tuning = flags.tuning or "projector"
+    flags.of_run = join_flags([(name, values) for name, values in split_flags(words) if name not in OWN])
     return flags
 
 
@@ -63,44 +65,13 @@ def training_flags() -> set[str]:
     }
 
 
-def model_config(flags):
-    """Return the config of the run's model, as training would make it; None if there is neither model nor tower."""
-    from llava_lite.checkpoints.source import Checkpoint
-    from llava_lite.configuration import config_class_for, get_text_fields
-    from llava_lite.tower_config import get_tower_fields
+def open_run(flags):
+    """Return the run that the flags describe, without its weights, as a DryRun."""
+    from llava_lite.train.dry_run import DryRun
 
-    checkpoint = Checkpoint(flags.model_name_or_path, cache_dir=flags.cache_dir)
-    has_model = bool(checkpoint.fields)
-    if not has_model and flags.vision_tower is None:
-        return None
-    config = checkpoint.config if has_model else None
-    if config is None or not config.model_type.startswith("llava_"):
-        fields = get_tower_fields(flags.vision_tower, flags.cache_dir)
-        fields |= {} if config is None else get_text_fields(config)
-        config = config_class_for("llama" if config is None else config.model_type)(**fields)
-    for key in (
-        "image_aspect_ratio",
-        "image_grid_pinpoints",
-        "mm_patch_merge_type",
-        "mm_vision_select_feature",
-        "mm_projector_type",
-        "mm_query_len",
-        "mm_injection",
-        "mm_image_position",
-        "mm_boundary_vectors",
-        "mm_use_im_start_end",
-        "mm_use_im_patch_token",
-    ):
-        if getattr(flags, key) is not None:
-            setattr(config, key, getattr(flags, key))
-    return config
-
-
-def get_layout(flags, config) -> ImageLayout | None:
-    """Return how an image becomes features; None where nothing names an encoder."""
     if flags.num_image_tokens is None:
-        return config.image_layout if config is not None and config.has_vision_tower else None
-    return ImageLayout.read(
+        return DryRun(flags.of_run)
+    layout = ImageLayout.read(
         flags.num_image_tokens,
         math.isqrt(flags.num_image_tokens),
         flags.image_size,
@@ -108,50 +79,29 @@ def get_layout(flags, config) -> ImageLayout | None:
         flags.mm_patch_merge_type or "flat",
         flags.image_grid_pinpoints,
     )
+    return DryRun(flags.of_run, layout)
 
 
-def record_encoder(flags, config) -> RecordEncoder:
-    """Return what makes tokens of records, with the tokens that training would add to the tokenizer."""
-    from llava_lite.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_PATCH_TOKEN
-    from llava_lite.train.build import add_tokens, build_tokenizer
-
-    names = SimpleNamespace(model_name_or_path=flags.model_name_or_path)
-    tokenizer = build_tokenizer(
-        names, SimpleNamespace(cache_dir=flags.cache_dir, model_max_length=flags.model_max_length)
-    )
-    add_tokens(tokenizer, flags.new_tokens or [])
-    wraps = bool(flags.mm_use_im_start_end if config is None else config.mm_use_im_start_end)
-    has_patch = bool(flags.mm_use_im_patch_token if config is None else config.mm_use_im_patch_token)
-    words = [DEFAULT_IMAGE_PATCH_TOKEN] * has_patch + [DEFAULT_IM_START_TOKEN, DEFAULT_IM_END_TOKEN] * wraps
-    tokenizer.add_tokens(words, special_tokens=True)
-    choices = {"chat_end_token": flags.chat_end_token, "special_tokens_in_text": flags.special_tokens_in_text}
-    template = get_template(flags.version, **choices)
-    check_end_token(template, tokenizer, flags.version)
-    places = {} if config is None else {"injection": config.mm_injection, "image_position": config.mm_image_position}
-    return RecordEncoder(tokenizer, template, wraps, **places)
+def get_head(run) -> str | None:
+    """Return the line on what a run makes of an image; None for a model without a tower."""
+    if run.layout is None:
+        return None
+    length = f"up to {run.layout.most_tokens:,} (anyres)" if run.layout.is_anyres else f"{run.layout.num_features:,}"
+    longest = run.training_args.model_max_length
+    return f"an image is {length} tokens; template {run.model_args.version}, at most {longest:,} tokens"
 
 
-def check_files(paths, flags, encoder, layout):
-    """Print what the check finds in some files, and return its report."""
-    annotations = open_annotations(paths, flags.image_folder, num_workers=flags.num_workers)
-    if layout is None and annotations.has_image.any():
-        raise DataError(
-            f"{', '.join(paths)}: {int(annotations.has_image.sum()):,} records have images, and "
-            f"{flags.model_name_or_path} has no vision tower, so that nobody knows how many features an image has. "
-            "Name the tower of the run with --vision_tower, or give --num_image_tokens."
-        )
-    report = check_annotations(
-        annotations,
-        encoder,
-        layout or ImageLayout(0),
-        flags.model_max_length,
-        bad_record="skip",
-        max_bad_fraction=1.0,
-        decode=flags.decode,
-        follow_links=flags.follow_links,
-        num_workers=flags.num_workers,
-        placeholder_as_text=flags.placeholder_as_text,
-    )
+def check_files(paths, run, flags):
+    """Print what the check finds in some files; return their examples, and its report."""
+    if run.layout is None:
+        annotations = open_annotations(paths, flags.image_folder, num_workers=flags.num_workers)
+        if annotations.has_image.any():
+            raise DataError(
+                f"{', '.join(paths)}: {int(annotations.has_image.sum()):,} records have images, and "
+                f"{flags.model_name_or_path} has no vision tower, so that nobody knows how many features an image "
+                "has. Name the tower of the run with --vision_tower, or give --num_image_tokens."
+            )
+    dataset, report = run.open(paths, flags.num_workers, flags.decode)
     if report.bad:
         total = report.num_records + len(report.bad)
         print(f"{len(report.bad):,} of {total:,} records cannot be used ({get_kinds(report.bad)}):")
@@ -160,52 +110,90 @@ def check_files(paths, flags, encoder, layout):
             more = "" if flags.bad_records_file else "; --bad_records_file FILE writes all of them"
             print(f"  ... and {len(report.bad) - NUM_NAMED:,} more{more}")
     print(report.summary())
-    return report
+    return dataset, report
 
 
-def verdict(report, flags) -> tuple[bool, str]:
-    """Return whether a run with these flags could start, and the message about it."""
+def judge_bad_records(report: Report, flags) -> tuple[bool, str]:
+    """Return whether --bad_record and --max_bad_fraction of the run allow its bad records, and the message."""
     num_bad, total = len(report.bad), report.num_records + len(report.bad)
-    if not report.num_records:
-        return False, f"not ready: none of {number(total, 'record')} can be used."
-    if flags.tuning == "projector" and not report.num_with_image:
-        return False, "not ready: --tuning projector trains on records with images, and no record has one."
-    if not num_bad:
-        return True, f"ready to train: {'all ' * (total > 1)}{number(total, 'record')} can be used."
-    if flags.bad_record == "raise":
-        what = "record must" if num_bad == 1 else "records must"
-        return False, f"not ready: {num_bad:,} {what} be mended, or left out with --bad_record skip."
-    if num_bad > flags.max_bad_fraction * total:
+    try:
+        apply_policy(report.bad, total, flags.bad_record, flags.max_bad_fraction)
+    except DataError:
+        if not report.num_records:
+            return False, f"{NOT_READY}none of {number(total, 'record')} can be used."
+        if flags.bad_record == "raise":
+            what = "record must" if num_bad == 1 else "records must"
+            return False, f"{NOT_READY}{num_bad:,} {what} be mended, or left out with --bad_record skip."
         return False, (
-            f"not ready: {num_bad:,} of {total:,} records ({num_bad / total:.2%}) cannot be used, and --bad_record "
+            f"{NOT_READY}{num_bad:,} of {total:,} records ({num_bad / total:.2%}) cannot be used, and --bad_record "
             f"skip leaves out at most {flags.max_bad_fraction:.2%}. Mend them, or raise --max_bad_fraction."
         )
+    if not num_bad:
+        return True, f"ready to train: {'all ' * (total > 1)}{number(total, 'record')} can be used."
     return True, f"ready to train: {number(report.num_records, 'record')}; {num_bad:,} left out (--bad_record skip)."
 
 
-def main(argv=None) -> int:
-    """Check the data of a run from the command line; 0 if the run could start, else 1."""
-    import sys
+def show_batches(run, sets, flags) -> None:
+    """Write the page of the first batches; DataError for a record in them that cannot be read, as training would."""
+    from llava_lite.train.preview.page import write_page
+    from llava_lite.train.preview.read import read_batches
 
-    flags = parse_flags(sys.argv[1:] if argv is None else argv)
-    from llava_lite.checkpoints.source import Checkpoint
+    if flags.num_image_tokens is not None:
+        raise ValueError("--show needs the tower that prepares images: give --vision_tower, not --num_image_tokens.")
+    batches, problems = read_batches(run, *sets, flags.show)
+    write_page(flags.page, run, batches)
+    print(f"{flags.page}: {number(len(batches), 'batch', 'batches')}")
+    run.facts.logs["train"].leave_out(problems, 0)
 
-    Checkpoint.of_flag(flags.model_name_or_path)
-    config = model_config(flags)
-    encoder, layout = record_encoder(flags, config), get_layout(flags, config)
-    if layout is not None:
-        length = f"{layout.num_features:,}" if not layout.is_anyres else f"up to {layout.most_tokens:,} (anyres)"
-        print(f"an image is {length} tokens; template {flags.version}, at most {flags.model_max_length:,} tokens")
-    ready, lines, bad = True, [], []
-    for paths in filter(None, (flags.data_path, flags.eval_data_path)):
+
+def check_run(flags, reports: dict[str, tuple[list[str], Report]]) -> tuple[bool, list[str]]:
+    """Return whether a run with these flags would reach its first step, and the lines that say so.
+
+    reports: receives paths and report of the files that are trained on, "train", and evaluated on, "eval".
+    """
+    run = open_run(flags)
+    head = get_head(run)
+    if head is not None:
+        print(head)
+    opened = {}
+    for name, paths in (("train", flags.data_path), ("eval", flags.eval_data_path)):
+        if paths is None:
+            continue
         if flags.eval_data_path:
             print(f"{', '.join(paths)}:")
-        report = check_files(paths, flags, encoder, layout)
-        # What is evaluated on may be text alone.
-        relaxed = {"tuning": None} if paths is flags.eval_data_path else {}
-        is_ready, line = verdict(report, SimpleNamespace(**vars(flags) | relaxed))
-        ready, lines, bad = ready and is_ready, [*lines, line], bad + report.bad
+        opened[tuple(paths)] = check_files(paths, run, flags)
+        reports[name] = (paths, opened[tuple(paths)][1])
+    judged = [judge_bad_records(report, flags) for _, report in reports.values()]
+    refused = [line for is_ready, line in judged if not is_ready]
+    try:
+        with run.start(opened) as sets:
+            if flags.show:
+                show_batches(run, sets, flags)
+    except FOR_PEOPLE as error:
+        refused = refused or [f"{NOT_READY}{get_sentence(error)}"]
+    return not refused, refused or [line for _, line in judged]
+
+
+def write_report(flags, reports: dict, reason: str | None) -> None:
+    """Write the report for programs, if --report asks for one."""
+    if flags.report is None:
+        return
+    names = "model_name_or_path vision_tower image_folder version model_max_length bad_record max_bad_fraction tuning"
+    settings = {name: getattr(flags, name) for name in names.split()}
+    write_report_file(flags.report, report_content(settings, reports, reason))
+
+
+def main(argv=None) -> int:
+    """Check the data of a run from the command line; 0 if the run would reach its first step, else 1."""
+    flags = parse_flags(sys.argv[1:] if argv is None else argv)
+    reports = {}
+    try:
+        is_ready, lines = check_run(flags, reports)
+    except FOR_PEOPLE as error:
+        write_report(flags, reports, get_sentence(error))
+        raise
     if flags.bad_records_file:
-        write_skipped_log(flags.bad_records_file, bad)
-    print("\n".join(lines if ready or len(lines) == 1 else [line for line in lines if line.startswith("not")]))
-    return 0 if ready else 1
+        write_skipped_log(flags.bad_records_file, [bad for _, report in reports.values() for bad in report.bad])
+    write_report(flags, reports, None if is_ready else " ".join(lines).removeprefix(NOT_READY))
+    print("\n".join(lines))
+    return 0 if is_ready else 1

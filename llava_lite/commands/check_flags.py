@@ -6,11 +6,21 @@ import os
 from llava_lite.commands.parser import CommandParser, yes_or_no
 from llava_lite.constants import ASPECT_RATIOS, MERGE_TYPES
 
+# The flags that a run does not have.
+OWN = ("decode", "bad_records_file", "num_workers", "num_image_tokens", "image_size", "report", "show", "page")
 DESCRIPTION = """Look at every record and image of a training run before any GPU time is spent.
 
 Give it the flags of the run, or the YAML file that holds them: flags without effect on the data are ignored. It
 reports how many records can be used, how long they are with the features of the model's own vision tower, and what
-is wrong with each of the others. It ends with one line, `ready to train` or `not ready`, and exits with 0 or 1."""
+is wrong with each of the others. It ends with one line. Exit status: 0, `ready to train`: the run would reach its
+first step; 1, `not ready`: it would stop before, and why; 2: the command line itself is wrong."""
+
+
+def at_least_one(text: str) -> int:
+    """Read a whole number above 0."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: a whole number from 1 on")
+    return int(text)
 
 
 def build_parser() -> CommandParser:
@@ -87,6 +97,16 @@ def build_parser() -> CommandParser:
     own.add_argument(
         "--bad_records_file", metavar="FILE", help="write the bad records to this file, one JSON object a line"
     )
+    own.add_argument(
+        "--report", metavar="FILE.json", help="write what the check finds to this file (docs/data.md has its fields)"
+    )
+    own.add_argument(
+        "--show",
+        metavar="N",
+        type=at_least_one,
+        help="write the first N batches of the run as an HTML page, to --page",
+    )
+    own.add_argument("--page", metavar="FILE.html", default="batches.html", help="that page (default batches.html)")
     own.add_argument(
         "--num_workers", "--dataloader_num_workers", metavar="N", type=int, default=os.cpu_count(),
         help="processes that count tokens of large files (default: one for each CPU)",

@@ -4,7 +4,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from llava_lite.conversation import Conversation
-from llava_lite.data.check.check import BadRecord, Report, check_annotations
+from llava_lite.data.check.check import BadRecord, Report, check_annotations, get_path
 from llava_lite.data.encode import RecordEncoder
 from llava_lite.data.errors import DataError
 from llava_lite.data.examples import CLIP_336, ExampleMaker
@@ -114,7 +114,7 @@ class LazySupervisedDataset(ExampleMaker, Dataset):
         except DataError:
             record_id = None
         file, position = self.annotations.place(i)
-        bad = BadRecord(file.source.path, position, record_id, kind, str(error))
+        bad = BadRecord(file.source.path, position, record_id, kind, str(error), get_path(error.__cause__))
         return {"place": self.annotations.number(i), **bad._asdict()}
 
     def open(self, record: Record, image: str | bytes | MediaMix) -> Image.Image | LoadedMix:

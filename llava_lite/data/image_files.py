@@ -7,6 +7,7 @@ name. An image that the record itself holds, as bytes, is checked in the same wa
 import io
 import os
 import re
+import stat
 from functools import lru_cache
 
 from PIL import Image
@@ -82,7 +83,18 @@ def find_image(image_folder: str | None, name: str, follow_links: bool = False) 
     for other in OTHER_SUFFIXES:
         if other != suffix and os.path.isfile(os.path.join(image_folder, stem + other)):
             return safe_path(image_folder, stem + other, follow_links), True
-    raise ImageError(path, "there is no such file.")
+    raise ImageError(path, why_no_file(path))
+
+
+def why_no_file(path: str) -> str:
+    """Return the reason why a path is not one of a regular file."""
+    try:
+        mode = os.stat(path).st_mode
+    except FileNotFoundError:
+        return "it is a link to a file that does not exist." if os.path.islink(path) else "there is no such file."
+    except OSError as error:
+        return f"{error.strerror}."
+    return "it is a directory." if stat.S_ISDIR(mode) else "it is no regular file but a pipe, a socket or a device."
 
 
 def open_record_image(source: str | bytes, name: str = "in the record"):

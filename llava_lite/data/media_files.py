@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 
 from llava_lite.data.errors import DataError
-from llava_lite.data.image_files import find_image, inspect_image, safe_path
+from llava_lite.data.image_files import find_image, inspect_image, safe_path, why_no_file
 from llava_lite.data.records.keys import rewriting
 from llava_lite.data.records.media import MediaMix, MediaPart
 from llava_lite.media.audio import FRAME_LEN, RATE_HZ, load_audio
@@ -65,7 +65,7 @@ def find_part(image_folder: str | None, part: MediaPart, follow_links: bool = Fa
     except ImageError as error:
         raise MediaError(part.kind, error.path, error.reason) from error
     if not os.path.isfile(path):
-        raise MediaError(part.kind, path, "there is no such file.")
+        raise MediaError(part.kind, path, why_no_file(path))
     return path, False
 
 

@@ -42,23 +42,32 @@ def assemble(model, vision_tower: str | None = None, *, config_overrides: dict |
     unknown decoder, tower or connector.
     """
     checkpoint = Checkpoint.open(model, kwargs)
-    config = copy.deepcopy(checkpoint.config)
+    config = get_run_config(checkpoint, vision_tower, config_overrides)
     model_class = model_class_for(config.model_type)
-    overrides = dict(config_overrides or {})
-    if is_llava(config):
-        return reopen(model_class, checkpoint, config, vision_tower, overrides, kwargs)
-    tower_fields = get_tower_fields(vision_tower, **checkpoint.shared_keywords)
-    config = model_class.config_class(**(get_text_fields(config) | overrides | tower_fields))
-    spell_out_pinpoints(config)
+    if is_llava(checkpoint.config):
+        new_parts = get_new_weights(config, checkpoint.config)
+        return model_class.from_pretrained(checkpoint, config=config, new_parts=new_parts, **kwargs)
     kwargs["attn_implementation"] = choose_attention(kwargs.pop("attn_implementation", None))
     new_parts = (CONNECTOR, TOWER, *get_new_weights(config))
     model, _ = model_class.open_complete(checkpoint, config, new_parts=new_parts, **kwargs)
     return model
 
 
-def reopen(model_class, checkpoint, config, vision_tower: str | None, overrides: dict, kwargs: dict):
-    """Open a LLaVA checkpoint with some config keys changed; its connector was trained for its own tower and type."""
-    path, own, before = checkpoint.path, config.mm_vision_tower, copy.deepcopy(config)
+def get_run_config(checkpoint: Checkpoint, vision_tower: str | None = None, config_overrides: dict | None = None):
+    """Return the config of the model that `assemble` makes, from configs alone; ValueError for what does not fit."""
+    config, overrides = copy.deepcopy(checkpoint.config), dict(config_overrides or {})
+    if is_llava(config):
+        override(config, checkpoint.path, vision_tower, overrides)
+    else:
+        fields = get_text_fields(config) | overrides | get_tower_fields(vision_tower, **checkpoint.shared_keywords)
+        config = model_class_for(config.model_type).config_class(**fields)
+    spell_out_pinpoints(config)
+    return config
+
+
+def override(config, path, vision_tower: str | None, overrides: dict) -> None:
+    """Set keys in the config of a LLaVA checkpoint; its connector was trained for its own tower and type."""
+    own = config.mm_vision_tower
     if vision_tower is not None and own is not None and vision_tower != own:
         logger.warning("%s was trained with tower %r; %r is taken as another copy of it.", path, own, vision_tower)
         config.mm_vision_tower = vision_tower
@@ -74,9 +83,6 @@ def reopen(model_class, checkpoint, config, vision_tower: str | None, overrides:
                 "Leave the flag out to keep its own."
             )
         setattr(config, key, value)
-    spell_out_pinpoints(config)
-    kwargs["new_parts"] = get_new_weights(config, before)
-    return model_class.from_pretrained(checkpoint, config=config, **kwargs)
 
 
 def spell_out_pinpoints(config) -> None:

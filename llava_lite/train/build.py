@@ -31,19 +31,7 @@ def build_model(model_args, data_args, training_args):
     model = assemble(
         checkpoint,
         model_args.vision_tower,
-        config_overrides={
-            **model_args.config_choices(),
-            **data_args.config_choices(),
-            "tokenizer_padding_side": "right",
-            "tokenizer_model_max_length": training_args.model_max_length,
-            "conv_template": model_args.version,
-            "chat_end_token": model_args.chat_end_token,
-            "enable_thinking": bool(model_args.enable_thinking),
-            "special_tokens_in_text": data_args.special_tokens_in_text,
-            "mm_projector_lr": training_args.mm_projector_lr,
-            "tune_mm_mlp_adapter": training_args.tuning == "projector",
-            "freeze_mm_mlp_adapter": training_args.freeze_mm_mlp_adapter,
-        },
+        config_overrides=get_config_overrides(model_args, data_args, training_args),
         dtype=loading_dtype(training_args),
         attn_implementation=choose_attention(
             model_args.attn_implementation, training_args.device.type, packed=training_args.packing != "none"
@@ -55,6 +43,23 @@ def build_model(model_args, data_args, training_args):
     if model_args.pretrain_mm_mlp_adapter is not None:
         load_connector(model, model_args.pretrain_mm_mlp_adapter)
     return model.train()
+
+
+def get_config_overrides(model_args, data_args, training_args) -> dict:
+    """Return the config keys that the flags of a run set."""
+    return {
+        **model_args.config_choices(),
+        **data_args.config_choices(),
+        "tokenizer_padding_side": "right",
+        "tokenizer_model_max_length": training_args.model_max_length,
+        "conv_template": model_args.version,
+        "chat_end_token": model_args.chat_end_token,
+        "enable_thinking": bool(model_args.enable_thinking),
+        "special_tokens_in_text": data_args.special_tokens_in_text,
+        "mm_projector_lr": training_args.mm_projector_lr,
+        "tune_mm_mlp_adapter": training_args.tuning == "projector",
+        "freeze_mm_mlp_adapter": training_args.freeze_mm_mlp_adapter,
+    }
 
 
 def quantization(training_args, stored=None, path=None):
@@ -103,6 +108,15 @@ def add_tokens(tokenizer, words):
     return num_known
 
 
+def add_image_tokens(tokenizer, config):
+    """Add the special tokens of LLaVA that the config asks for."""
+    from llava_lite.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_PATCH_TOKEN
+
+    words = [DEFAULT_IMAGE_PATCH_TOKEN] if config.mm_use_im_patch_token else []
+    words += [DEFAULT_IM_START_TOKEN, DEFAULT_IM_END_TOKEN] if config.mm_use_im_start_end else []
+    tokenizer.add_tokens(words, special_tokens=True)
+
+
 def fit_vocabulary(model, tokenizer, num_known=None, named=(), adapter=None, seed=0):
     """Add LLaVA's image tokens, if the config asks for them, and resize the vocabulary to the tokenizer's.
 
@@ -112,12 +126,9 @@ def fit_vocabulary(model, tokenizer, num_known=None, named=(), adapter=None, see
     """
     from llava_lite.checkpoints.copying import read_weights
     from llava_lite.checkpoints.vocabulary import EMBEDDING, fit_rows, load_rows
-    from llava_lite.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_PATCH_TOKEN
 
-    words = [DEFAULT_IMAGE_PATCH_TOKEN] if model.config.mm_use_im_patch_token else []
-    words += [DEFAULT_IM_START_TOKEN, DEFAULT_IM_END_TOKEN] if model.config.mm_use_im_start_end else []
     num_known = min(len(tokenizer) if num_known is None else num_known, model.config.vocab_size)
-    tokenizer.add_tokens(words, special_tokens=True)
+    add_image_tokens(tokenizer, model.config)
     fit_rows(model, len(tokenizer), num_known, seed=seed)
     fresh = {*range(num_known, len(tokenizer)), *tokenizer.convert_tokens_to_ids(list(named))}
     if fresh and adapter is not None and EMBEDDING in read_weights(adapter):

@@ -8,17 +8,17 @@ from transformers import Trainer
 from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_callback import ProgressCallback, TrainerCallback
 
-from llava_lite.data.sampler import GroupSampler, ModalityLengthGroupedSampler, split_to_even_chunks
+from llava_lite.data.sampler import split_to_even_chunks
 from llava_lite.model.adaption_prompt import gates_are_open
 from llava_lite.model.moe.block import RoutingContext
 from llava_lite.train.compat.arguments import completed
 from llava_lite.train.compat.order import (
     LengthGroupedSampler,
-    get_examples,
     get_length_grouped_indices,
     get_modality_length_grouped_indices,
 )
 from llava_lite.train.compat.state import get_mm_adapter_state_maybe_zero_3, maybe_zero_3
+from llava_lite.train.inputs.sampler import get_sampler
 from llava_lite.train.inputs.shards import StreamMixin
 from llava_lite.train.inputs.skipped import SkipMixin
 from llava_lite.train.monitor.evaluation import EvaluationMixin
@@ -155,30 +155,8 @@ class LLaVATrainer(StreamMixin, SkipMixin, PushingMixin, CheckpointMixin, Evalua
     def _get_train_sampler(self, train_dataset=None):
         """Return the sampler of groups or packs, or the one by length and modality; else Trainer's own."""
         dataset = self.train_dataset if train_dataset is None else train_dataset
-        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        num_parts = self.args.world_size * self.args.gradient_accumulation_steps
-        if getattr(dataset, "groups", None) is not None:
-            if self.args.packing == "tokens":
-                raise ValueError(
-                    "--packing tokens packs records of all groups together, and the types of META share no batch; "
-                    "drop the flag, or the types."
-                )
-            return GroupSampler(dataset.lengths, dataset.groups, self.args.train_batch_size, num_parts, seed)
-        if self.args.packing == "tokens":
-            from llava_lite.data.packing import PackSampler, check_pack_lengths
-
-            check_pack_lengths(dataset, self.args.packing_tokens)
-            return PackSampler(dataset.lengths, self.args.packing_tokens, seed)
-        if not self.args.group_by_modality_length:
-            return super()._get_train_sampler(dataset)
-        lengths, has_image = get_examples(dataset)
-        return ModalityLengthGroupedSampler(
-            lengths,
-            has_image,
-            batch_size=self.args.train_batch_size,
-            world_size=num_parts,
-            seed=seed,
-        )
+        sampler = get_sampler(dataset, self.args)
+        return super()._get_train_sampler(dataset) if sampler is None else sampler
 
     # A step.
 

@@ -9,12 +9,13 @@ import numpy as np
 
 from llava_lite.conversation import get_template
 from llava_lite.data.check.image_meter import ImageMeter
-from llava_lite.data.check.recheck import recheck_images
+from llava_lite.data.check.image_names import open_names
+from llava_lite.data.check.recheck import StampedMeter, recheck_images
 from llava_lite.data.check.report import Report, get_kinds
 from llava_lite.data.check.text_counts import count_texts
 from llava_lite.data.encode import RecordEncoder
 from llava_lite.data.errors import DataError
-from llava_lite.data.index.annotations import Annotations
+from llava_lite.data.index.annotations import IMAGE_COLUMNS, Annotations
 from llava_lite.data.index.cache import get_key
 from llava_lite.data.index.tables import get_slots
 from llava_lite.data.records.record import missing_images
@@ -33,12 +34,19 @@ class BadRecord(NamedTuple):
     id: str | None  # None if the record cannot be read
     kind: Literal["record", "text", "placeholder", "image", "length"]
     reason: str
+    path: str | None = None  # of the image or the other file that the reason is about
 
     def __str__(self):
         """Return one line with name, position and reason."""
         where = f"{os.path.basename(self.file)}[{self.position}]"
         name = where if self.id is None else f"record {self.id!r} ({where})"
         return self.reason if where in self.reason else f"{name}: {self.reason}"
+
+
+def get_path(error: BaseException | None) -> str | None:
+    """Return the file that an error is about, if it names one."""
+    path = getattr(error, "path", None)
+    return path if isinstance(path, str) else None
 
 
 class Before(NamedTuple):
@@ -80,10 +88,10 @@ def _length_problems(annotations: Annotations, max_length: int) -> dict[int, str
 
 def _find_problems(
     annotations, encoder, layout, max_length, meter, num_workers, placeholder_as_text
-) -> dict[int, tuple[str, str]]:
-    """Return kind and reason of every record that cannot be used; the tables are complete afterwards."""
+) -> dict[int, tuple]:
+    """Return kind, reason and perhaps path of every record that cannot be used; the tables are complete afterwards."""
     found = {}
-    images = f"images-{get_key(*meter.key)}"
+    images, meter = f"images-{get_key('stamped', *meter.key)}", StampedMeter(meter)
     facts = annotations.record_facts()
     for i in np.flatnonzero(facts.num_images < 0).tolist():
         try:
@@ -95,24 +103,30 @@ def _find_problems(
     for i, error in annotations.count_tokens(encoder, layout, num_workers).items():
         found.setdefault(i, ("text", str(error)))
     annotations.tables = annotations.tables._replace(images=images)
-    checked = annotations.complete(images, 3, meter, "checking images", per_image=True, num_threads=NUM_THREADS)
-    for i, error in (checked | recheck_images(annotations, images, 3, meter, NUM_THREADS)).items():
-        found.setdefault(i, ("image", str(error)))
+    # First those that were checked before: afterwards all are.
+    changed = recheck_images(annotations, images, meter, NUM_THREADS)
+    options = {"per_image": True, "num_threads": NUM_THREADS}
+    checked = annotations.complete(images, IMAGE_COLUMNS, meter, "checking images", **options)
+    for file in annotations.files:
+        # For the next check.
+        open_names(file, NUM_THREADS)
+    for i, error in (changed | checked).items():
+        found.setdefault(i, ("image", str(error), get_path(error)))
     for i, reason in _length_problems(annotations, max_length).items():
         found.setdefault(i, ("length", reason))
     return dict(sorted(found.items()))
 
 
-def _bad_record(annotations: Annotations, i: int, kind: str, reason: str) -> BadRecord:
+def _bad_record(annotations: Annotations, i: int, kind: str, reason: str, path: str | None = None) -> BadRecord:
     file, position = annotations.place(i)
     record_id = None if kind == "record" else annotations[i].id
-    return BadRecord(file.source.path, position, record_id, kind, reason)
+    return BadRecord(file.source.path, position, record_id, kind, reason, path)
 
 
 def _other_suffixes(annotations: Annotations) -> int:
     count = 0
     for file, positions, _ in annotations.by_file():
-        table = file.table(annotations.tables.images, 3, per_image=True)
+        table = file.table(annotations.tables.images, IMAGE_COLUMNS, per_image=True)
         count += int((table.rows()[get_slots(table.starts, positions), 2] == 1).sum())
     return count
 

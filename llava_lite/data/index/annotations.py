@@ -20,6 +20,9 @@ from llava_lite.data.records.media import KINDS
 from llava_lite.data.records.record import Record
 from llava_lite.media.layout import ImageLayout
 
+# Of the table of images: width, height, 1 for a file under another suffix than in the record, stamp of the file.
+IMAGE_COLUMNS = 4
+
 
 class TokenFacts(NamedTuple):
     """Facts about a record's tokens, with one placeholder an image: the columns [N] of a table, or one row."""
@@ -215,7 +218,7 @@ class Annotations:
         starts = np.concatenate([[0], np.cumsum(self.num_images)])
         sizes = np.empty((int(starts[-1]), 2), np.int32)
         for file, positions, numbers in self.by_file():
-            table = file.table(self.tables.images, 3, per_image=True)
+            table = file.table(self.tables.images, IMAGE_COLUMNS, per_image=True)
             sizes[get_slots(starts, numbers)] = table.rows()[get_slots(table.starts, positions), :2]
         return sizes
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from llava_lite.data.check.check import Before
+from llava_lite.data.dataset import open_dataset
 from llava_lite.data.index.sources import is_shards
 from llava_lite.data.skipped import LeftOut
 from llava_lite.distributed.ranks import everyone
@@ -18,20 +19,19 @@ from llava_lite.train.saving.run_facts import LOGS
 logger = logging.getLogger(__name__)
 
 
-def load_data(model, tokenizer, model_args, data_args, training_args, facts):
+def load_data(model, tokenizer, model_args, data_args, training_args, facts, opener=open_dataset):
     """Return the training set and the evaluation set (or None); every record is checked, except those of shards.
 
-    facts: the RunFacts of the run, which get its skipped-records logs.
+    facts: the RunFacts of the run, which get its skipped-records logs. opener: opens annotation files as open_dataset
+    does.
     """
-    from llava_lite.data.dataset import open_dataset
-
     if data_args.data_path is None:
         raise ValueError("--data_path is needed: one or more files of records.")
     settings = example_settings(model, model_args, data_args, training_args, facts.moment)
     has_shards = is_shards(data_args.data_path)
 
     def open_files(paths, name):
-        dataset, report = open_dataset(
+        dataset, report = opener(
             paths,
             tokenizer,
             image_folder=data_args.image_folder,

@@ -19,7 +19,8 @@ logger = logging.getLogger(__name__)
 
 def get_bad(line: dict) -> BadRecord:
     """Return the bad record that a line of the log, or of a checkpoint, describes."""
-    return BadRecord(*(line[field] for field in BadRecord._fields))
+    # Earlier versions wrote no path.
+    return BadRecord(**{field: line.get(field) for field in BadRecord._fields})
 
 
 class SkipLog:

@@ -2,6 +2,9 @@
 
 from html import escape
 
+# A browser runs and fetches nothing, even if a text came through unescaped.
+POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
+
 
 class Html(str):
     """Markup, written as it is; any other text is escaped."""
@@ -68,3 +71,15 @@ def section(title: str, *children) -> Html:
     """Return a section with its heading."""
     name = title.lower().replace(" ", "-")
     return tag("section", tag("h2", title, id=name), *children, aria_labelledby=name)
+
+
+def document(title: str, body, css: str) -> str:
+    """Return a page that holds all it needs; body: the markup of its content."""
+    meta = [
+        Html('<meta charset="utf-8">'),
+        Html('<meta name="viewport" content="width=device-width, initial-scale=1">'),
+        Html(f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'),
+        tag("title", title),
+        tag("style", Html(css)),
+    ]
+    return join(Html("<!doctype html>\n"), tag("html", tag("head", *meta), tag("body", body), lang="en"), "\n")

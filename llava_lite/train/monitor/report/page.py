@@ -8,15 +8,13 @@ from llava_lite import __version__
 from llava_lite.train.monitor.report import results, sections
 from llava_lite.train.monitor.report.cost import Cost
 from llava_lite.train.monitor.report.findings import find
-from llava_lite.train.monitor.report.html import Html, join, section, tag
+from llava_lite.train.monitor.report.html import Html, document, join, section, tag
 from llava_lite.train.monitor.report.read import Run, read_run
 from llava_lite.train.monitor.report.style import CSS
 from llava_lite.train.monitor.report.words import big, clock, number, span
 from llava_lite.train.monitor.summary import REPORT, time_line
 from llava_lite.train.publish.card import STAGES
 
-# A browser runs and fetches nothing, even if a text came through unescaped.
-POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 STATES = {"open": "no end recorded"}
 MOST_SCORES = 3
 
@@ -51,15 +49,9 @@ def to_page(run: Run) -> str:
     parts += [part(run) for part in (sections.what_it_is, sections.data, sections.trained)]
     parts += [part(run) for part in (results.curves, results.experts, results.samples, results.scores, results.cost)]
     made = f"Made by llava-lite {__version__} on {datetime.now():%Y-%m-%d %H:%M} from {run.directory}."
-    meta = [
-        Html('<meta charset="utf-8">'),
-        Html('<meta name="viewport" content="width=device-width, initial-scale=1">'),
-        Html(f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'),
-        tag("title", f"{name}: report of a training run"),
-        tag("style", Html(CSS)),
-    ]
-    body = tag("body", tag("main", *parts, sections.flags(run), tag("footer", made)))
-    return join(Html("<!doctype html>\n"), tag("html", tag("head", *meta), body, lang="en"), "\n")
+    return document(
+        f"{name}: report of a training run", tag("main", *parts, sections.flags(run), tag("footer", made)), CSS
+    )
 
 
 def head(run, name: str) -> Html:

@@ -1,0 +1,1 @@
+"""The page of a run's first batches: what `llava-lite check --show` writes."""
