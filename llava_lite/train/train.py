@@ -190,11 +190,13 @@ def main(argv=None):
         logger.info("%s", done)
         leave()
         return
+    # A second signal must not end what has been saved with another code.
+    stage.trainer.progress.leaves_process = True
     try:
         with errors_in_one_line((DataError,)):
             run(stage, argv)
     except SystemExit as end:
-        # After SIGTERM all ranks have saved; after an error some may be anywhere.
+        # After a signal all ranks have saved; after an error some may be anywhere.
         if end.code == EXIT_RESUMABLE:
             leave()
         raise
