@@ -13,6 +13,7 @@ from llava_lite.train.saving import other_ranks as other
 from llava_lite.train.saving.due import DoDueWork, DueWork, restore_callbacks, undone_on
 from llava_lite.train.saving.engine import load_engine
 from llava_lite.train.saving.interrupt import EXIT_RESUMABLE, LOSS, EvaluationStopped, ProgressCallback
+from llava_lite.train.saving.lock import output_held
 from llava_lite.train.saving.resume import find_checkpoint
 from llava_lite.train.saving.same_run import SameRunMixin, get_num_ranks
 from llava_lite.train.saving.trained_weights import TRAINED, check_frozen, frozen_prints, load_trained
@@ -68,13 +69,14 @@ class CheckpointMixin(SameRunMixin):
 
     def train(self, resume_from_checkpoint=None, **kwargs):
         """Train; a checkpoint is verified and compared with this run before anything is loaded."""
-        path = find_checkpoint(self.args.output_dir, resume_from_checkpoint or False, self.args.should_save)
-        self.check_checkpoint(path)
         self._ignore_keys_for_eval = kwargs.get("ignore_keys_for_eval")
         self.pop_callback(DoDueWork)
         self.add_callback(DoDueWork(self))
-        with self.progress.workers_ended():
-            return super().train(resume_from_checkpoint=path, **kwargs)
+        with output_held(self.args):
+            path = find_checkpoint(self.args.output_dir, resume_from_checkpoint or False, self.args.should_save)
+            self.check_checkpoint(path)
+            with self.progress.workers_ended():
+                return super().train(resume_from_checkpoint=path, **kwargs)
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """Return the micro-batches of a step; none for a run that has all its steps, which would take one more."""
