@@ -214,7 +214,9 @@ class CheckpointMixin(SameRunMixin):
         """Write checkpoint-N; after a signal end the process, with the code that says so."""
         stopped_by, step = self.progress.stop_requested, self.state.global_step
         if stopped_by and step == 0:
-            logger.warning("%s before the first step: nothing to save, leaving with code %d.", stopped_by, EXIT_RESUMABLE)
+            logger.warning(
+                "%s before the first step: nothing to save, leaving with code %d.", stopped_by, EXIT_RESUMABLE
+            )
             raise SystemExit(EXIT_RESUMABLE)
         with self.stopped_clock():
             final = Path(self._get_output_dir(trial)) / f"checkpoint-{step}"

@@ -72,9 +72,19 @@ class Signal(TrainerCallback):
         time.sleep(0.2)
 
 
+class Drawn(plain.Sequences):
+    """Sequences that each move the random state when they are read, as an augmentation does."""
+
+    def __getitem__(self, i):
+        torch.rand(1)
+        return super().__getitem__(i)
+
+
 def start(directory, run, *callbacks, **more):
     """Return a trainer of a run; the callbacks come before ours."""
-    return plain.build_trainer(directory, callbacks=callbacks, **(RUNS[run] | more))
+    trainer = plain.build_trainer(directory, callbacks=callbacks, **(RUNS[run] | more))
+    trainer.eval_dataset = Drawn()
+    return trainer
 
 
 def facts(trainer):
@@ -87,7 +97,9 @@ def facts(trainer):
         "optimizer": {f"{i}.{k}": digest(torch.as_tensor(v)) for i, own in optimizer.items() for k, v in own.items()},
         "random": digest(torch.get_rng_state()),
         "best": (state.best_metric, state.best_global_step, Path(state.best_model_checkpoint or "").name),
-        "early stopping": [c.state() for c in trainer.callback_handler.callbacks if hasattr(c, "early_stopping_patience")],
+        "early stopping": [
+            c.state() for c in trainer.callback_handler.callbacks if hasattr(c, "early_stopping_patience")
+        ],
         "step": state.global_step,
     }
 
@@ -136,18 +148,24 @@ def resume(directory, run, **more):
     return facts(resumed)
 
 
+def get_id(value):
+    """Return the name of a part of a case, None for pytest's own."""
+    return f"{value.step}-{value.batch}" if isinstance(value, Signal) else None
+
+
 WORKERS = {"dataloader_num_workers": 2}
+# Ended in a step after which an evaluation is due, or in a batch of it.
 CASES = [
     ("steps", Signal(4), {}),
     ("steps", Signal(6, batch=2), {}),
     ("steps", Signal(5), {}),
     ("steps", Signal(11), {}),
     ("steps", Signal(11, batch=1), {}),
-    ("steps", Signal(6, batch=3), WORKERS),
+    pytest.param("steps", Signal(6, batch=3), WORKERS, marks=pytest.mark.slow),
     ("evaluation alone", Signal(6), {}),
     ("evaluation alone", Signal(9, batch=1), {}),
     ("epochs", Signal(11), {}),
-    ("epochs", Signal(11, batch=1), WORKERS),
+    pytest.param("epochs", Signal(11, batch=1), WORKERS, marks=pytest.mark.slow),
     ("epochs", Signal(22, batch=2), {}),
     ("mixed", Signal(11), {}),
     ("mixed", Signal(11, batch=2), {}),
@@ -155,8 +173,10 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(("run", "sent", "more"), CASES, ids=lambda v: f"{v.step}-{v.batch}" if hasattr(v, "step") else None)
-def test_a_run_that_is_stopped_at_an_evaluation_becomes_the_one_never_stopped(never_stopped, tmp_path, run, sent, more):
+@pytest.mark.parametrize(("run", "sent", "more"), CASES, ids=get_id)
+def test_a_run_that_is_stopped_at_an_evaluation_becomes_the_one_never_stopped(
+    never_stopped, tmp_path, run, sent, more
+):
     stop(start(tmp_path, run, *patience(run), sent, **more))
     assert resume(tmp_path, run, **more) == never_stopped(run, **more)[0]
 
