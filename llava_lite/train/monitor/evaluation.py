@@ -29,7 +29,7 @@ def readable_examples(eval_set, num_examples, facts):
 
 
 class EvaluationMixin:
-    """Trainer overrides; a subclass sets eval_examples, eval_max_new_tokens, meter, and progress (a ProgressCallback)."""
+    """Trainer overrides; a subclass sets eval_examples, eval_max_new_tokens, meter and progress (ProgressCallback)."""
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """Return the mean loss of a batch; the sums over supervised tokens are kept for evaluation_loop."""
@@ -87,7 +87,7 @@ class EvaluationMixin:
             release()
 
     def begin_answers(self, step, is_answered):
-        """Drop the answers of an earlier run that this one gives again, those at `step` too unless it has given them."""
+        """Drop the answers that this run gives again: after `step`, and at it unless the run has given them."""
         if self.is_world_process_zero():
             begin_answers(self.args.output_dir, step, is_answered)
 

@@ -190,7 +190,7 @@ class CheckpointMixin(SameRunMixin):
         due.saved = None
 
     def _log_save_evaluate_again(self, saved: dict) -> None:
-        """Log, evaluate and save what is due by the flags of `control`; the step has been checked when it was taken."""
+        """Log, evaluate and save by the flags of `control`; the step itself was checked when it was taken."""
         figures = {"learning_rate": saved["learning_rate"]}
         arguments = (None, self.state.epoch, self._ignore_keys_for_eval, time.time())
         CheckpointMixin._maybe_log_save_evaluate(

@@ -17,14 +17,14 @@ STEP, EPOCH = "step", "epoch"
 class DueWork:
     """What is still to do after a step.
 
-    place: after the step itself, or at the end of its epoch. evaluate, save: whether these are due. saved: the state of
-    the checkpoint that is resumed, until its work is done. random_state: the directory of the random state after that,
-    with which the next step begins.
+    place: after the step itself, or at the end of its epoch. evaluate, save: whether these are due. saved: the state
+    of the checkpoint that is resumed, until its work is done; path: that checkpoint. random_state: the directory of the
+    random state after that, with which the next step begins.
     """
 
     def __init__(self, trainer):
         self.trainer = trainer
-        self.saved, self.random_state, self.is_repeating = None, None, False
+        self.saved, self.path, self.random_state, self.is_repeating = None, None, None, False
         self.begin(num_steps=1)
 
     def begin(self, num_steps: int) -> None:

@@ -1,9 +1,10 @@
 """Keep a second run out of the output directory of one that is running, on this machine or another.
 
 The kernel's lock on a file in the directory ends with the process that holds it, whatever ends it, and is seen from
-every container of a machine. From another machine it is seen where the file system passes it on. For those that do not,
-the file names its owner, who writes a new number into it every few seconds: a process that finds the file of another
-machine watches for some seconds whether the number changes. No clocks are compared, and no process number is trusted.
+every container of a machine. From another machine it is seen where the file system passes it on. For those that do
+not, the file names its owner, who writes a new number into it every few seconds: a process that finds the file of
+another machine watches for some seconds whether the number changes. No clocks are compared, no process number is
+trusted.
 """
 
 import atexit
