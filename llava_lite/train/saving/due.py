@@ -18,8 +18,8 @@ class DueWork:
     """What is still to do after a step.
 
     place: after the step itself, or at the end of its epoch. evaluate, save: whether these are due. saved: the state
-    of the checkpoint that is resumed, until its work is done; path: that checkpoint. random_state: the directory of the
-    random state after that, with which the next step begins.
+    of the checkpoint that is resumed, until its work is done; path: its directory. random_state: a directory with the
+    random state after that work, with which the next step begins.
     """
 
     def __init__(self, trainer):
