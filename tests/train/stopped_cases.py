@@ -1,8 +1,8 @@
 """Stop toy stages by signals and resume them: `stopped_cases.py CASES.json RESULTS_RANK.json`.
 
 Started by test_stopped.py on one rank or several; one start runs many cases. A case: "argv", "output" (a directory),
-"stops": a list of {"signal", "step", "at", "rank"}; at: "step" (in it), a number (in this batch of the evaluation after
-it), or "answer" (while an answer of it is generated). Rank None: all.
+"stops": a list of {"signal", "step", "at", "rank"}; at: "step" (in it), a number (in this batch of the evaluation
+after it), or "answer" (while an answer of it is generated). Rank None: all.
 """
 
 import json

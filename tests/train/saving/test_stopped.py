@@ -28,9 +28,9 @@ def flags(tmp_path, monkeypatch, toy_llm_dir, toy_tower_dir, toy_data):
     (data, images), (held_out, _) = toy_data(tmp_path / "data", 12), toy_data(tmp_path / "held_out", 6)
     common = (
         f"--model_name_or_path {llm} --vision_tower {toy_tower_dir('clip')} --mm_projector_type mlp2x_gelu "
-        f"--tuning full --data_path {data} --image_folder {images} --eval_data_path {held_out} --num_train_epochs 2 --use_cpu True "
-        "--learning_rate 0.01 --logging_steps 1 --disable_tqdm True --num_eval_generations 2 --eval_max_new_tokens 4 "
-        "--per_device_eval_batch_size 1 --gradient_accumulation_steps 2"
+        f"--tuning full --data_path {data} --image_folder {images} --eval_data_path {held_out} --num_train_epochs 2 "
+        "--use_cpu True --learning_rate 0.01 --logging_steps 1 --disable_tqdm True --num_eval_generations 2 "
+        "--eval_max_new_tokens 4 --per_device_eval_batch_size 1 --gradient_accumulation_steps 2"
     )
 
     def make(*more, batch, workers=0):
