@@ -1,8 +1,10 @@
 """Remember what a run has seen between two logged steps, and turn a signal into a checkpoint."""
 
+import atexit
 import signal
 import time
 import traceback
+import weakref
 from contextlib import contextmanager
 
 import torch
@@ -16,6 +18,7 @@ EXIT_RESUMABLE = 75
 # What Trainer counts between two logged steps and writes nowhere; it has no public name for any of it.
 LOSS, LOSS_LOGGED, LAST_LOGGED_STEP = "_tr_loss", "_total_loss_scalar", "_globalstep_last_logged"
 FIRST_STEP = "_initial_global_step"
+EVALUATION_LOADERS = "_eval_dataloaders"
 
 
 class EvaluationStopped(Exception):
@@ -154,6 +157,17 @@ class ProgressCallback(TrainerCallback):
     def on_train_end(self, args, state, control, **kwargs):
         """Give the signals back to their former handlers."""
         self.signals.hand_back()
+        # Registered when there are workers, it runs before what waits for them.
+        atexit.register(lambda progress=weakref.ref(self): progress() and progress().end_persistent_workers())
+
+    def end_persistent_workers(self) -> None:
+        """Let go of the loaders whose workers outlive an epoch or an evaluation; these end with their loader."""
+        trainer = self.trainer
+        if trainer.args.dataloader_persistent_workers:
+            trainer.callback_handler.train_dataloader = trainer.callback_handler.eval_dataloader = None
+            # Trainer has no public name for where it keeps them.
+            getattr(trainer, EVALUATION_LOADERS, {}).clear()
+            trainer.accelerator.free_memory()
 
     @contextmanager
     def workers_ended(self):
@@ -168,10 +182,7 @@ class ProgressCallback(TrainerCallback):
             is_saved = self.stop_requested is not None and isinstance(error, SystemExit)
             if not (is_saved and self.leaves_process):
                 self.signals.hand_back(forget=is_saved)
-            if self.trainer.args.dataloader_persistent_workers:
-                # Those end with their loader.
-                self.trainer.callback_handler.train_dataloader = None
-                self.trainer.accelerator.free_memory()
+            self.end_persistent_workers()
             cause = error
             while cause is not None:
                 traceback.clear_frames(cause.__traceback__)
