@@ -158,7 +158,7 @@ class ProgressCallback(TrainerCallback):
         """Give the signals back to their former handlers."""
         self.signals.hand_back()
         # Registered when there are workers, it runs before what waits for them.
-        atexit.register(lambda progress=weakref.ref(self): progress() and progress().end_persistent_workers())
+        atexit.register(_end_workers_of, weakref.ref(self))
 
     def end_persistent_workers(self) -> None:
         """Let go of the loaders whose workers outlive an epoch or an evaluation; these end with their loader."""
@@ -188,6 +188,12 @@ class ProgressCallback(TrainerCallback):
                 traceback.clear_frames(cause.__traceback__)
                 cause = cause.__cause__ or cause.__context__
             raise
+
+
+def _end_workers_of(progress: weakref.ref) -> None:
+    """End the workers of a run whose trainer is still there."""
+    if progress() is not None:
+        progress().end_persistent_workers()
 
 
 def steps_an_epoch(train_dataloader, args) -> int:

@@ -235,8 +235,8 @@ def test_all_stages_resume_bit_for_bit_under_ddp(flags, tmp_path):
     assert "samples" in differences(ranks, "packs", "8 without epoch of the sampler")
 
 
-# The terminal sends Ctrl-C and its end to launcher, ranks and workers; torchrun's ranks are out of its reach, and get it
-# from their launcher. DeepSpeed's sends SIGTERM after it.
+# The terminal sends Ctrl-C and its end to launcher, ranks and workers; torchrun's ranks are out of its reach, and get
+# it from their launcher. DeepSpeed's sends SIGTERM after it.
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("launcher", "number"),
