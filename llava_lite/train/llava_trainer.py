@@ -120,7 +120,10 @@ class LLaVATrainer(StreamMixin, SkipMixin, PushingMixin, CheckpointMixin, Evalua
     def begin_run(self):
         """Start the log, the clock and the watch on the first gradients."""
         super().begin_run()
-        self.run_log.start(self.state.global_step)
+        step = self.state.global_step
+        written = [line for line in self.state.log_history if line["step"] == step]
+        self.run_log.start(step, len(written))
+        self.begin_answers(step, is_answered=any("eval_runtime" in line for line in written))
         self.last_metrics_step = min(self.last_metrics_step, self.state.global_step)
         self.watch = GradientWatch(self.groups)
         self.watched_step, self.gates_were_open = None, gates_are_open(self.unwrapped)

@@ -36,6 +36,7 @@ from llava_lite.train.monitor.report.record import open_record
 from llava_lite.train.monitor.summary import finished_before, peak_memory_gib, start_again, summary
 from llava_lite.train.publish.push import check_can_push
 from llava_lite.train.saving.interrupt import EXIT_RESUMABLE
+from llava_lite.train.saving.lock import hold_output, release_output
 from llava_lite.train.startup import (
     check_installed,
     errors_in_one_line,
@@ -96,12 +97,20 @@ class Stage(NamedTuple):
 
 
 def prepare(argv):
-    """Return the stage that the flags describe, ready for its first step."""
-    return build_stage(*read_flags(argv))
+    """Return the stage that the flags describe, ready for its first step; its output directory is kept for it."""
+    flags = read_flags(argv)
+    try:
+        return build_stage(*flags)
+    except BaseException:
+        release_output(flags[-1])
+        raise
 
 
 def read_flags(argv):
-    """Return (model_args, data_args, training_args); raise what can be found wrong before anything is loaded."""
+    """Return (model_args, data_args, training_args); raise what can be found wrong before anything is loaded.
+
+    From here on this process holds the lock of the output directory.
+    """
     start_logging()
     with same_for_the_node():
         model_args, data_args, training_args = parse_args(argv)
@@ -112,6 +121,7 @@ def read_flags(argv):
         check_installed(data_args, training_args)
     use_one_device(argv, training_args)
     join_ranks(training_args)
+    hold_output(training_args)
     return model_args, data_args, training_args
 
 
@@ -159,6 +169,16 @@ def run(stage, argv=()):
 
     argv: the flags as they were typed, for the report.
     """
+    args = stage.trainer.args
+    hold_output(args)
+    try:
+        return run_alone(stage, argv)
+    finally:
+        release_output(args)
+
+
+def run_alone(stage, argv):
+    """Do what `run` does, in an output directory that no other run uses."""
     trainer, args = stage.trainer, stage.trainer.args
     start_again(args, stage.checkpoint)
     record = open_record(trainer, stage.model_args, stage.data_args, argv)
@@ -184,17 +204,28 @@ def main(argv=None):
         return
     with errors_in_one_line():
         flags = read_flags(argv)
+    try:
+        run_flags(flags, argv)
+    finally:
+        release_output(flags[-1])
+
+
+def run_flags(flags, argv):
+    """Train a stage by flags that have been read, unless the output directory holds the complete run."""
+    with errors_in_one_line():
         done = finished_before(flags[-1])
         stage = build_stage(*flags) if done is None else None
     if stage is None:
         logger.info("%s", done)
         leave()
         return
+    # A second signal must not end what has been saved with another code.
+    stage.trainer.progress.leaves_process = True
     try:
         with errors_in_one_line((DataError,)):
             run(stage, argv)
     except SystemExit as end:
-        # After SIGTERM all ranks have saved; after an error some may be anywhere.
+        # After a signal all ranks have saved; after an error some may be anywhere.
         if end.code == EXIT_RESUMABLE:
             leave()
         raise

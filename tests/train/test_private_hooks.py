@@ -13,6 +13,7 @@ from llava_lite.train.trainer_parts import CALLED, OVERRIDDEN, TESTED, check_tra
 
 # The parameters of each; _set_gradient_checkpointing has a further one in later versions.
 PARAMETERS = {
+    "_evaluate": ["self", "trial", "ignore_keys_for_eval", "skip_scheduler"],
     "_get_train_sampler": ["self", "train_dataset"],
     "_load_best_model": ["self"],
     "_load_from_checkpoint": ["self", "resume_from_checkpoint", "model"],

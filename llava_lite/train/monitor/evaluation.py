@@ -5,7 +5,7 @@ import torch
 from llava_lite.constants import IGNORE_INDEX
 from llava_lite.distributed.ranks import everyone
 from llava_lite.train.deepspeed.experts import needs_all_ranks
-from llava_lite.train.monitor.generations import generate_answers, report_answers, write_answers
+from llava_lite.train.monitor.generations import begin_answers, generate_answers, report_answers, write_answers
 
 
 def count_for_rank(num_records, rank, batch_size):
@@ -29,7 +29,7 @@ def readable_examples(eval_set, num_examples, facts):
 
 
 class EvaluationMixin:
-    """Trainer overrides; a subclass sets eval_examples, eval_max_new_tokens and meter."""
+    """Trainer overrides; a subclass sets eval_examples, eval_max_new_tokens, meter and progress (ProgressCallback)."""
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """Return the mean loss of a batch; the sums over supervised tokens are kept for evaluation_loop."""
@@ -70,9 +70,11 @@ class EvaluationMixin:
     def evaluate(self, *args, **kwargs):
         """Return the metrics of the evaluation set; answers go to generations.jsonl and the loggers."""
         with self.meter.pause():
-            metrics = super().evaluate(*args, **kwargs)
-            self.answer_examples()
-            self.release_gathered()
+            try:
+                metrics = super().evaluate(*args, **kwargs)
+                self.answer_examples()
+            finally:
+                self.release_gathered()
         return metrics
 
     def release_gathered(self):
@@ -84,15 +86,26 @@ class EvaluationMixin:
         if release is not None:
             release()
 
-    def answer_examples(self):
-        """Generate answers to a few records: on rank 0, or on all ranks where a forward pass needs them."""
-        model = self.unwrapped
-        if not self.eval_examples or not (needs_all_ranks(model) or self.is_world_process_zero()):
-            return
-        with self.accelerator.autocast():
-            answers = generate_answers(
-                model, self.processing_class, self.eval_examples, self.args.device, self.eval_max_new_tokens
-            )
+    def begin_answers(self, step, is_answered):
+        """Drop the answers that this run gives again: after `step`, and at it unless the run has given them."""
         if self.is_world_process_zero():
+            begin_answers(self.args.output_dir, step, is_answered)
+
+    def answer_examples(self):
+        """Generate answers to a few records: on rank 0, or on all ranks where a forward pass needs them.
+
+        After each, all ranks agree whether a signal has come; what is given after one may be cut short.
+        """
+        model, answers = self.unwrapped, []
+        answers_here = needs_all_ranks(model) or self.is_world_process_zero()
+        for example in self.eval_examples:
+            if answers_here:
+                with self.accelerator.autocast():
+                    answers += generate_answers(
+                        *(model, self.processing_class, [example], self.args.device, self.eval_max_new_tokens),
+                        is_stopped=lambda: self.progress.is_evaluating and self.progress.signals.number > 0,
+                    )
+            self.progress.stop_evaluation_if_signalled()
+        if answers and self.is_world_process_zero():
             write_answers(self.args.output_dir, self.state.global_step, answers)
             report_answers(self.callback_handler.callbacks, self.state.global_step, answers)

@@ -5,11 +5,13 @@ import logging
 from pathlib import Path
 
 import torch
+from transformers import StoppingCriteria, StoppingCriteriaList
 
 from llava_lite.constants import IGNORE_INDEX
 from llava_lite.conversation.end_tokens import end_ids, get_config_end_token, stop_arguments
 from llava_lite.data.collator import batch_images
 from llava_lite.train.deepspeed.experts import needs_all_ranks
+from llava_lite.train.monitor.run_log import RunLog
 
 logger = logging.getLogger(__name__)
 
@@ -33,11 +35,23 @@ def decode(tokenizer, ids, end_token=""):
     return (text.partition(end_token)[0] if end_token else text).strip()
 
 
+class StopIf(StoppingCriteria):
+    """Ends the generation after the next token once `is_stopped` returns True."""
+
+    def __init__(self, is_stopped):
+        self.is_stopped = is_stopped
+
+    def __call__(self, input_ids, scores, **kwargs):
+        """Return [B], whether each sequence ends; input_ids: [B, T]."""
+        return torch.full(input_ids.shape[:1], self.is_stopped(), device=input_ids.device)
+
+
 @torch.no_grad()
-def generate_answers(model, tokenizer, examples, device, max_new_tokens):
+def generate_answers(model, tokenizer, examples, device, max_new_tokens, is_stopped=lambda: False):
     """Return [{"id", "prompt", "expected", "answer"}] for examples of the evaluation set, greedily.
 
-    An answer ends at the end token of the conversation template or of the generation config.
+    An answer ends at the end token of the conversation template or of the generation config, or, incomplete, once
+    `is_stopped()` is True.
 
     Under ZeRO-3 and --ep_size all ranks must call this with the same examples: every step needs all ranks.
     """
@@ -56,6 +70,7 @@ def generate_answers(model, tokenizer, examples, device, max_new_tokens):
             # A rank that stops early would leave the others waiting in the next all-gather.
             synced_gpus=needs_all_ranks(model),
             pad_token_id=tokenizer.pad_token_id,
+            stopping_criteria=StoppingCriteriaList([StopIf(is_stopped)]),
             **stop,
         )
         answers.append(
@@ -67,6 +82,13 @@ def generate_answers(model, tokenizer, examples, device, max_new_tokens):
             }
         )
     return answers
+
+
+def begin_answers(output_dir, step, is_answered):
+    """Drop from generations.jsonl what comes after `step`, and the answers at `step` too unless `is_answered`."""
+    log = RunLog(output_dir, name=GENERATIONS)
+    if log.path.is_file():
+        log.start(step, None if is_answered else 0)
 
 
 def write_answers(output_dir, step, answers):

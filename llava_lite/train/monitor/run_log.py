@@ -19,11 +19,16 @@ class RunLog:
         self.path = Path(output_dir) / name
         self.is_writer = is_writer
 
-    def start(self, step):
-        """Start after `step`: a resumed run drops the lines that it is about to write again."""
+    def start(self, step, num_of_step=None):
+        """Start after `step`: a resumed run drops the lines that it is about to write again.
+
+        num_of_step: how many lines of that step it has written when it was saved; None for all.
+        """
         if not self.is_writer:
             return
-        kept = [line for line in read_metrics(self.path) if line["step"] <= step] if step else []
+        lines = read_metrics(self.path) if step else []
+        kept = [line for line in lines if line["step"] < step]
+        kept += [line for line in lines if line["step"] == step][:num_of_step]
         self.path.parent.mkdir(parents=True, exist_ok=True)
         beside = self.path.with_suffix(".tmp")
         beside.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import time
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -9,8 +10,10 @@ from safetensors.torch import load_file
 
 from llava_lite.train.saving import manifest as paper
 from llava_lite.train.saving import other_ranks as other
+from llava_lite.train.saving.due import DoDueWork, DueWork, restore_callbacks, undone_on
 from llava_lite.train.saving.engine import load_engine
-from llava_lite.train.saving.interrupt import EXIT_RESUMABLE, ProgressCallback
+from llava_lite.train.saving.interrupt import EXIT_RESUMABLE, LOSS, EvaluationStopped, ProgressCallback
+from llava_lite.train.saving.lock import output_held
 from llava_lite.train.saving.resume import find_checkpoint
 from llava_lite.train.saving.same_run import SameRunMixin, get_num_ranks
 from llava_lite.train.saving.trained_weights import TRAINED, check_frozen, frozen_prints, load_trained
@@ -38,6 +41,7 @@ class CheckpointMixin(SameRunMixin):
             raise ValueError("--fsdp: checkpoints of FSDP runs are not written here; use --deepspeed zero3.")
         if self.args.enable_jit_checkpoint:
             raise ValueError("--enable_jit_checkpoint: SIGTERM always saves a full checkpoint here; drop the flag.")
+        self.due = DueWork(self)
         self.progress = ProgressCallback(self)
         self.add_callback(self.progress)
         self.checkpoint_writer = CheckpointWriter(self)
@@ -65,10 +69,14 @@ class CheckpointMixin(SameRunMixin):
 
     def train(self, resume_from_checkpoint=None, **kwargs):
         """Train; a checkpoint is verified and compared with this run before anything is loaded."""
-        path = find_checkpoint(self.args.output_dir, resume_from_checkpoint or False, self.args.should_save)
-        self.check_checkpoint(path)
-        with self.progress.workers_ended():
-            return super().train(resume_from_checkpoint=path, **kwargs)
+        self._ignore_keys_for_eval = kwargs.get("ignore_keys_for_eval")
+        self.pop_callback(DoDueWork)
+        self.add_callback(DoDueWork(self))
+        with output_held(self.args):
+            path = find_checkpoint(self.args.output_dir, resume_from_checkpoint or False, self.args.should_save)
+            self.check_checkpoint(path)
+            with self.progress.workers_ended():
+                return super().train(resume_from_checkpoint=path, **kwargs)
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """Return the micro-batches of a step; none for a run that has all its steps, which would take one more."""
@@ -101,6 +109,9 @@ class CheckpointMixin(SameRunMixin):
                 self.load_engine(path)
                 self._load_optimizer_and_scheduler(path)
             self.load_progress(path)
+            self.due.saved = self.progress.saved.get("due")
+            restore_callbacks(self)
+        self.due.path = path
         return prepared
 
     # Trainer's own looks for a complete model, and loads an engine strictly.
@@ -130,6 +141,67 @@ class CheckpointMixin(SameRunMixin):
         # As the first of those ranks saw them: under ZeRO-3 that is a shard.
         check_frozen(frozen_prints(self.model, saved_by), self.progress.saved["frozen"], path)
 
+    # After a step.
+
+    # No callback comes before the log of a step, or knows the figures in it.
+    def _maybe_log_save_evaluate(self, tr_loss, grad_norm, model, *args, **kwargs):
+        """Log, evaluate and save what is due; after a signal save in any case, before an evaluation."""
+        self.due.note(self.control, grad_norm, kwargs.get("learning_rate"))
+        self.control.should_save |= self.progress.stop_requested is not None
+        super()._maybe_log_save_evaluate(tr_loss, grad_norm, model, *args, **kwargs)
+
+    # What an evaluation returns is compared with the best one: one that is interrupted must not return.
+    def _evaluate(self, trial, ignore_keys_for_eval, skip_scheduler=False):
+        """Evaluate; if a signal has come or comes meanwhile, save what was there before, and end the process."""
+        if skip_scheduler and self.progress.is_resumed:
+            # --eval_on_start: this is no start.
+            return {}
+        try:
+            with undone_on(EvaluationStopped, self), self.progress.evaluating():
+                metrics = super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler)
+        except EvaluationStopped:
+            self._save_checkpoint(self.model, trial)
+            raise
+        self.due.evaluate = False
+        return metrics
+
+    def do_due_work(self) -> None:
+        """Do what was still to do when the checkpoint that is resumed was saved, as the run never stopped did it."""
+        due, saved = self.due, self.due.saved
+        if saved is None:
+            return
+        is_epoch_over = due.is_epoch_over()
+        self.control.should_training_stop |= due.is_stopped()
+        if saved["evaluate"] or is_epoch_over:
+            self._load_rng_state(due.path)
+            self.progress.restore_random_state()
+            due.is_repeating = True
+            if saved["evaluate"]:
+                due.place = saved["place"]
+                self.control.should_evaluate, self.control.should_save = True, saved["save"]
+                self._log_save_evaluate_again(saved)
+            if is_epoch_over:
+                self.control = self.callback_handler.on_epoch_end(self.args, self.state, self.control)
+                self._log_save_evaluate_again(saved)
+            due.is_repeating, self.progress.saved_by_others = False, None
+            due.keep_random_state()
+        # A callback has ended the run, such as the one for early stopping.
+        self.progress.is_finished |= self.control.should_training_stop
+        due.saved = None
+
+    def _log_save_evaluate_again(self, saved: dict) -> None:
+        """Log, evaluate and save by the flags of `control`; the step itself was checked when it was taken."""
+        figures = {"learning_rate": saved["learning_rate"]}
+        arguments = (None, self.state.epoch, self._ignore_keys_for_eval, time.time())
+        CheckpointMixin._maybe_log_save_evaluate(
+            self, getattr(self, LOSS), saved["grad_norm"], self.model, *arguments, **figures
+        )
+
+    def _load_rng_state(self, checkpoint):
+        """Load the random state of a checkpoint, or the one after the work that was due."""
+        kept = self.due.random_state
+        super()._load_rng_state(checkpoint if kept is None else kept.name)
+
     # Writing.
 
     def log(self, logs, start_time=None):
@@ -139,9 +211,15 @@ class CheckpointMixin(SameRunMixin):
 
     # Trainer's own writes in place: a save that is cut off leaves half a checkpoint, under the name of a complete one.
     def _save_checkpoint(self, model, trial):
-        """Write checkpoint-N; after SIGTERM end the process, with the code that says so."""
+        """Write checkpoint-N; after a signal end the process, with the code that says so."""
+        stopped_by, step = self.progress.stop_requested, self.state.global_step
+        if stopped_by and step == 0:
+            logger.warning(
+                "%s before the first step: nothing to save, leaving with code %d.", stopped_by, EXIT_RESUMABLE
+            )
+            raise SystemExit(EXIT_RESUMABLE)
         with self.stopped_clock():
-            final = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
+            final = Path(self._get_output_dir(trial)) / f"checkpoint-{step}"
             if self.progress.last_saved != final:
                 self.store_flos()
                 if self.state.best_global_step:
@@ -151,6 +229,6 @@ class CheckpointMixin(SameRunMixin):
                 self.progress.last_saved = final
                 if self.args.push_to_hub:
                     self.push_checkpoint(str(final))
-            if self.progress.stop_requested:
-                logger.warning("SIGTERM: %s is saved, leaving with code %d.", final, EXIT_RESUMABLE)
+            if stopped_by:
+                logger.warning("%s: %s is saved, leaving with code %d.", stopped_by, final, EXIT_RESUMABLE)
                 raise SystemExit(EXIT_RESUMABLE)

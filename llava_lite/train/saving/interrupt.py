@@ -1,21 +1,28 @@
-"""Remember what a run has seen between two logged steps, and turn SIGTERM into a checkpoint."""
+"""Remember what a run has seen between two logged steps, and turn a signal into a checkpoint."""
 
+import atexit
 import signal
-import threading
 import time
 import traceback
+import weakref
 from contextlib import contextmanager
 
 import torch
 from transformers import TrainerCallback
 
 from llava_lite.train.saving import other_ranks as other
+from llava_lite.train.saving.signals import SignalWatch
 
-# sysexits.h, EX_TEMPFAIL: "the user is invited to retry". Saved after SIGTERM; the same command resumes the run.
+# sysexits.h, EX_TEMPFAIL: "the user is invited to retry". Saved after a signal; the same command resumes the run.
 EXIT_RESUMABLE = 75
 # What Trainer counts between two logged steps and writes nowhere; it has no public name for any of it.
 LOSS, LOSS_LOGGED, LAST_LOGGED_STEP = "_tr_loss", "_total_loss_scalar", "_globalstep_last_logged"
 FIRST_STEP = "_initial_global_step"
+EVALUATION_LOADERS = "_eval_dataloaders"
+
+
+class EvaluationStopped(Exception):
+    """A signal came in an evaluation; raised on all ranks together."""
 
 
 class ProgressCallback(TrainerCallback):
@@ -25,15 +32,16 @@ class ProgressCallback(TrainerCallback):
 
     first_step, seconds_before: step at which the run began, seconds that it had run before this process resumed it.
     frozen: checksums of the frozen weights. saved_by_others: (path, number of ranks) of a checkpoint that another
-    number of ranks saved. is_finished: whether a run has all its steps before its first batch.
+    number of ranks saved. is_finished: whether a run has all its steps before its first batch. stop_requested: the
+    name of the signal after which a run saves and ends. leaves_process: nobody needs the signals after that.
     """
 
     def __init__(self, trainer):
         self.trainer = trainer
         self.saved, self.last_saved, self.frozen, self.saved_by_others = None, None, {}, None
         self.first_step, self.seconds_before, self._started_s = 0, 0.0, time.time()
-        self.stop_requested, self._signalled, self._handler = False, False, None
-        self.epoch, self.is_finished = 0, False
+        self.signals, self.stop_requested, self.leaves_process = SignalWatch(), None, False
+        self.epoch, self.is_finished, self.is_resumed, self.is_evaluating = 0, False, False, False
 
     def state(self) -> dict:
         """Return this rank's progress, readable under `weights_only`."""
@@ -45,6 +53,7 @@ class ProgressCallback(TrainerCallback):
             "first_step": self.first_step,
             "seconds": self.seconds_before + time.time() - self._started_s,
             "frozen": self.frozen,
+            "due": trainer.due.state(),
             "more": trainer.progress_state(),
         }
 
@@ -53,9 +62,9 @@ class ProgressCallback(TrainerCallback):
         self.saved = torch.load(path, map_location="cpu", weights_only=True)
 
     def on_train_begin(self, args, state, control, train_dataloader=None, **kwargs):
-        """Restore the saved progress and listen to SIGTERM."""
+        """Restore the saved progress and listen to signals."""
         trainer, saved = self.trainer, self.saved
-        self._started_s = time.time()
+        self._started_s, self.stop_requested, self.is_resumed = time.time(), None, saved is not None
         self.first_step = state.global_step if saved is None else saved["first_step"]
         if saved is not None:
             setattr(trainer, LOSS, saved["loss_since_log"].to(args.device))
@@ -66,10 +75,11 @@ class ProgressCallback(TrainerCallback):
             self.seconds_before = saved["seconds"]
             trainer.load_progress_state(saved["more"])
             self.saved = None
-        self.epoch, self._batches_to_skip = divmod(state.global_step, steps_an_epoch(train_dataloader, args))
+        num_steps = steps_an_epoch(train_dataloader, args)
+        self.epoch, self._batches_to_skip = divmod(state.global_step, num_steps)
         self.is_finished = state.global_step >= state.max_steps
-        if threading.current_thread() is threading.main_thread():
-            self._listen()
+        trainer.due.begin(num_steps)
+        self.signals.listen()
 
     def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs):
         """Begin the epoch; a finished run that is started again stops before its first batch."""
@@ -77,24 +87,25 @@ class ProgressCallback(TrainerCallback):
             control.should_training_stop = True
         self.trainer.set_sampler_epoch(train_dataloader, self.epoch)
         self.trainer.begin_epoch(self.epoch)
-        self._restore_random_state()
+        self.restore_random_state()
 
     def on_step_begin(self, args, state, control, **kwargs):
         """Restore the random state after the batches that a resumed epoch skips, as Trainer does."""
         if self._batches_to_skip:
-            self._restore_random_state()
+            self.restore_random_state()
         self.saved_by_others = None
 
-    def _restore_random_state(self) -> None:
+    def restore_random_state(self) -> None:
         """Restore a random state where another number of ranks saved, and Trainer finds no file for this rank."""
         if self.saved_by_others is not None:
             other.restore_random_state(self.trainer, *self.saved_by_others)
 
     def on_epoch_end(self, args, state, control, **kwargs):
         """Count the epoch; of a run that has trained nothing, nothing is written again."""
-        self.epoch += 1
-        if self.is_finished:
-            control.should_log = control.should_evaluate = control.should_save = False
+        if self.trainer.due.begin_epoch_end():
+            self.epoch += 1
+            if self.is_finished:
+                control.should_log = control.should_evaluate = control.should_save = False
 
     def count_earlier_time(self, metrics: dict) -> None:
         """Turn the time and speed of this process, in the metrics that end a run, into those of the complete run."""
@@ -104,63 +115,85 @@ class ProgressCallback(TrainerCallback):
             for key in ("train_samples_per_second", "train_steps_per_second"):
                 metrics[key] = round(metrics[key] * seconds / (seconds + self.seconds_before), 3)
 
-    def _listen(self) -> None:
-        """Note SIGTERM instead of dying of it.
-
-        Launchers and schedulers send it to the process tree. Loader workers inherit that it is blocked, so none dies
-        of it and takes the rank along before it could save; a handler set in a worker would come too late for one that
-        is just starting. Threads that were there before do not block it: for them there is the handler.
-        """
-        self._handler = signal.signal(signal.SIGTERM, self._note_sigterm)
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-
-    def _note_sigterm(self, signum, frame):
-        self._signalled = True
-
     def on_step_end(self, args, state, control, **kwargs):
-        """Save and stop once any rank received SIGTERM; launchers send it to the ranks at different moments.
+        """Save and stop once any rank received a signal; launchers send it to the ranks at different moments.
 
         The same message carries whether a rank could not read a record of the step.
         """
-        is_signalled = self._signalled or signal.SIGTERM in signal.sigpending()
-        stop, has_news = any_rank_each([is_signalled, self.trainer.has_news], args.device)
+        self.trainer.due.begin_step_end()
+        number, has_news = highest_of_ranks([self.signals.number, self.trainer.has_news], args.device)
         if has_news:
             self.trainer.agree_on_left_out()
-        if stop:
-            # SIGKILL follows SIGTERM, mostly after 30 s: the save comes before an evaluation that is due.
-            self.stop_requested, control.should_save, control.should_evaluate = True, True, False
+        self._stop(number)
+
+    def _stop(self, number: int) -> None:
+        """Note the signal of this number, if it is one."""
+        if number and self.stop_requested is None:
+            self.stop_requested = signal.Signals(number).name
+
+    def on_prediction_step(self, args, state, control, **kwargs):
+        """Stop an evaluation after the batch in which a signal came."""
+        self.stop_evaluation_if_signalled()
+
+    def stop_evaluation_if_signalled(self) -> None:
+        """Raise EvaluationStopped on all ranks in an evaluation of the run, once any received a signal."""
+        if not self.is_evaluating:
+            return
+        self._stop(highest_of_ranks([self.signals.number], self.trainer.args.device)[0])
+        if self.stop_requested:
+            raise EvaluationStopped
+
+    @contextmanager
+    def evaluating(self):
+        """Let a signal end the evaluation inside; one that has come already does so before it begins."""
+        if self.stop_requested:
+            raise EvaluationStopped
+        self.is_evaluating = True
+        try:
+            yield
+        finally:
+            self.is_evaluating = False
 
     def on_train_end(self, args, state, control, **kwargs):
-        """Give SIGTERM back to its former handler."""
-        self.hand_back()
+        """Give the signals back to their former handlers."""
+        self.signals.hand_back()
+        # Registered when there are workers, it runs before what waits for them.
+        atexit.register(_end_workers_of, weakref.ref(self))
+
+    def end_persistent_workers(self) -> None:
+        """Let go of the loaders whose workers outlive an epoch or an evaluation; these end with their loader."""
+        trainer = self.trainer
+        if trainer.args.dataloader_persistent_workers:
+            trainer.callback_handler.train_dataloader = trainer.callback_handler.eval_dataloader = None
+            # Trainer has no public name for where it keeps them.
+            getattr(trainer, EVALUATION_LOADERS, {}).clear()
+            trainer.accelerator.free_memory()
 
     @contextmanager
     def workers_ended(self):
-        """Let the loader's workers end if training ends with an error.
+        """Let the loader's workers end if training ends with an error or after a signal.
 
         They inherit that SIGTERM is blocked, with which Python would end them at exit, and it waits for them: a run
         that failed would never return. They end with the loader's iterator, which the frames of the error hold.
         """
         try:
             yield
-        except (Exception, KeyboardInterrupt) as error:
-            self.hand_back()
-            if self.trainer.args.dataloader_persistent_workers:
-                # Those end with their loader.
-                self.trainer.callback_handler.train_dataloader = None
-                self.trainer.accelerator.free_memory()
+        except BaseException as error:
+            is_saved = self.stop_requested is not None and isinstance(error, SystemExit)
+            if not (is_saved and self.leaves_process):
+                self.signals.hand_back(forget=is_saved)
+            self.end_persistent_workers()
             cause = error
             while cause is not None:
                 traceback.clear_frames(cause.__traceback__)
                 cause = cause.__cause__ or cause.__context__
             raise
 
-    def hand_back(self) -> None:
-        """Let SIGTERM end this process again."""
-        if self._handler is not None:
-            signal.signal(signal.SIGTERM, self._handler)
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
-            self._handler = None
+
+def _end_workers_of(progress: weakref.ref) -> None:
+    """End the workers of a run whose trainer is still there."""
+    if progress() is not None:
+        progress().end_persistent_workers()
 
 
 def steps_an_epoch(train_dataloader, args) -> int:
@@ -174,8 +207,13 @@ def steps_an_epoch(train_dataloader, args) -> int:
 
 def any_rank_each(flags: list[bool], device: torch.device) -> list[bool]:
     """Return on every rank which of the flags are set on one of them, in one message."""
+    return [bool(number) for number in highest_of_ranks(flags, device)]
+
+
+def highest_of_ranks(numbers: list[int], device: torch.device) -> list[int]:
+    """Return on every rank the highest of each number on any of them, in one message."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return flags
-    numbers = torch.tensor([int(flag) for flag in flags], device=device)
-    torch.distributed.all_reduce(numbers, op=torch.distributed.ReduceOp.MAX)
-    return [bool(number) for number in numbers.tolist()]
+        return [int(number) for number in numbers]
+    highest = torch.tensor([int(number) for number in numbers], device=device)
+    torch.distributed.all_reduce(highest, op=torch.distributed.ReduceOp.MAX)
+    return highest.tolist()

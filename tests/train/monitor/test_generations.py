@@ -8,6 +8,8 @@ import torch
 from conftest import CHATML
 
 from llava_lite.train.monitor.generations import (
+    GENERATIONS,
+    begin_answers,
     decode,
     generate_answers,
     prompt_and_answer,
@@ -85,3 +87,25 @@ def test_an_answer_ends_at_the_end_token_of_the_prompt_format(toy_model, toy_tok
     model.lm_head.register_forward_hook(dictate)
     (answer,) = generate_answers(model, toy_tokenizer, [example], "cpu", max_new_tokens=len(output))
     assert answer["answer"] == "The square is red."
+
+
+def test_an_answer_ends_at_the_next_token_once_it_is_stopped(toy_model, toy_tokenizer):
+    model = toy_model()
+    toy_tokenizer.pad_token = toy_tokenizer.unk_token
+    ids = torch.tensor([1, 5, 6, 7])
+    example = {"id": "a", "input_ids": ids, "labels": torch.where(ids == 7, ids, -100)}
+    calls = []
+    model.register_forward_hook(lambda *args: calls.append(0))
+    generate_answers(model, toy_tokenizer, [example], "cpu", max_new_tokens=6, is_stopped=lambda: len(calls) == 2)
+    assert len(calls) == 2
+
+
+@pytest.mark.parametrize(("is_answered", "steps"), [(True, [2, 4]), (False, [2])])
+def test_a_resumed_run_drops_the_answers_that_it_gives_again(tmp_path, is_answered, steps):
+    begin_answers(tmp_path, 4, is_answered)
+    assert not (tmp_path / GENERATIONS).exists()
+    for step in (2, 4, 6):
+        write_answers(tmp_path, step, [{"id": "a", "prompt": "b", "expected": "c", "answer": "d"}])
+    begin_answers(tmp_path, 4, is_answered)
+    lines = (tmp_path / GENERATIONS).read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == steps

@@ -58,3 +58,12 @@ def test_bar_shows_loss_speed_and_mfu():
     logs = {"loss": 1.23456, "moe_loss": 0.01, "tokens_per_s": 1234.5, "mfu": 0.456}
     assert bar_text(logs) == "loss 1.2346, balance 0.0100, 1,234 tok/s/device, MFU 45.6%"
     assert bar_text({"eval_loss": 1.0}) == ""
+
+
+def test_a_resumed_run_keeps_as_many_lines_of_its_step_as_it_had_written(tmp_path):
+    log = RunLog(tmp_path)
+    for line in ({"step": 2, "loss": 1.5}, {"step": 4, "loss": 1.0}, {"step": 4, "eval_loss": 1.2}, {"step": 5}):
+        log.write(line)
+    # Saved before the evaluation, which it makes again.
+    log.start(4, 1)
+    assert read_metrics(log.path) == [{"step": 2, "loss": 1.5}, {"step": 4, "loss": 1.0}]

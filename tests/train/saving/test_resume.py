@@ -271,19 +271,34 @@ def test_all_stages_resume_bit_for_bit_under_ddp(case, tmp_path, beside):
     assert "samples" in differences(ranks, "packs", "8 without epoch of the sampler")
 
 
+# The terminal sends Ctrl-C and its end to launcher, ranks and workers; torchrun's ranks are out of its reach, and get
+# it from their launcher. DeepSpeed's sends SIGTERM after it.
 @pytest.mark.slow
-def test_sigterm_to_launcher_ranks_and_workers_saves_on_both_ranks(case, tmp_path):
+@pytest.mark.parametrize(
+    ("launcher", "number"),
+    [
+        ("deepspeed", signal.SIGTERM),
+        ("deepspeed", signal.SIGINT),
+        ("deepspeed", signal.SIGHUP),
+        ("torchrun", signal.SIGINT),
+        ("torchrun", signal.SIGTERM),
+    ],
+)
+def test_a_signal_to_launcher_ranks_and_workers_saves_on_both_ranks(case, tmp_path, launcher, number):
     output = tmp_path / "out"
-    argv = [*case("full", 2, 1)["argv"], "--deepspeed", ROOT / "zero2.json", "--output_dir", output]
-    argv += ["--num_train_epochs", 500, "--save_steps", 100000]
-    command = [str(word) for word in (*deepspeed_launcher(29704), ROOT / "llava_lite/train/train.py", *argv)]
-    # As a scheduler does it: the first of DeepSpeed's two launchers dies of the signal and passes nothing on.
+    argv = [*case("full", 2, 1)["argv"], "--output_dir", output, "--num_train_epochs", 500, "--save_steps", 100000]
+    if launcher == "deepspeed":
+        argv, start = [*argv, "--deepspeed", ROOT / "zero2.json"], deepspeed_launcher(29704)
+    else:
+        start = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29704"]
+    command = [str(word) for word in (*start, ROOT / "llava_lite/train/train.py", *argv)]
+    # The first of DeepSpeed's two launchers dies of SIGTERM and passes nothing on.
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     run = subprocess.Popen(command, env=environment(), start_new_session=True, **streams)
     try:
         next(line for line in run.stdout if "'loss'" in line)
-        os.killpg(run.pid, signal.SIGTERM)
-        log, _ = run.communicate(timeout=120)
+        os.killpg(run.pid, number)
+        log, _ = run.communicate(timeout=300)
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(run.pid, signal.SIGKILL)
