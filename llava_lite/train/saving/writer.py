@@ -134,15 +134,17 @@ class CheckpointWriter:
         if not trainer.args.should_save:
             return
         earlier = [paper.get_serial(path) for path in paper.checkpoints_in(final.parent)]
+        # One whose manifest cannot be read has a serial too, which no other one may get.
+        num_unknown = sum(serial < 0 for serial in earlier)
         manifest = {
             "step": trainer.state.global_step,
             "world_size": trainer.args.world_size,
-            "serial": max(earlier, default=-1) + 1,
+            "serial": max(earlier, default=-1) + 1 + num_unknown,
             "steps": trainer.step_settings(),
             "schedule": trainer.get_schedule(),
             "files": files,
         }
-        paper.write_json(staged / paper.MANIFEST, manifest)
+        paper.write_manifest(staged, manifest)
         paper.publish(staged, final)
         best = trainer.state.best_model_checkpoint
         paper.prune(final.parent, trainer.args.save_total_limit, keep=[final, *([best] if best else [])])
