@@ -54,7 +54,7 @@ def recheck_images(annotations, name: str, num_columns: int, meter: ImageMeter, 
         stamps = file.table(f"{name}-stamps", 1, per_image=True)
         known = np.setdiff1d(positions[np.diff(images.starts)[positions] > 0], images.unknown(positions))
         changed, purpose = [], f"checking changed images of {file.name}"
-        rows = stamps.rows()[:, 0]
+        rows = stamps.known_rows()[:, 0]
         for measured in measure_records(file, known, stamp, purpose, num_threads=num_threads):
             changed += [position for position, _ in measured.problems]
             for position, found in zip(measured.positions, measured.rows, strict=True):

@@ -126,6 +126,12 @@ class SkipMixin:
         self.found[name] = []
         if self.stream is not None:
             raise_together(self.end_of_stream, DataError, f"The run stopped at step {self.state.global_step}.")
+        # Nothing is wrong with these records: no flag leaves them out.
+        damaged = sorted(line["reason"] for line in found if line.get("kind") == "features")
+        if damaged:
+            failure = DataError(f"at step {self.state.global_step}: {damaged[0]}")
+            failure.reported_by_first_of = "RANK"
+            raise failure
         if name in self.logs:
             # Before the first step of a resumed run its state is not read yet.
             self.logs[name].leave_out(found, max(self.state.global_step, self.facts.step))

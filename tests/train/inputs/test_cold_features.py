@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from llava_lite.data.errors import DataError
 from llava_lite.train.inputs import feature_fill
 from llava_lite.train.train import train
 
@@ -20,8 +21,10 @@ SETTINGS = {
     "packs": ("full", "--packing", "tokens", "--packing_tokens", 160, "--num_train_epochs", 2),
     "lora with dropout": ("lora", "--lora_dropout", 0.3, "--max_steps", 4),
     "experts": ("moe", "--max_steps", 4),
-    "evaluation": ("full", "--max_steps", 4, "--eval_split", 4, "--eval_strategy", "steps", "--eval_steps", 2)
-    + ("--num_eval_generations", 1, "--eval_max_new_tokens", 3),
+    "evaluation": (
+        *("full", "--max_steps", 4, "--eval_split", 4, "--eval_strategy", "steps", "--eval_steps", 2),
+        *("--num_eval_generations", 1, "--eval_max_new_tokens", 3),
+    ),
 }
 
 
@@ -102,3 +105,42 @@ def test_two_ranks_that_fill_the_cache_train_what_they_do_with_a_full_one(stage_
     found = launch(cases, tmp_path)
     assert len(found["cold"][0]["loss"]) == 4
     assert found["cold"] == found["warm"]
+
+
+def flip_a_bit_of_each_feature_file(store):
+    """Damage the first image's features in every file."""
+    for path in store.rglob("*.bin"):
+        content = bytearray(path.read_bytes())
+        content[100] ^= 1
+        path.unlink()
+        path.write_bytes(content)
+
+
+def test_damaged_features_are_made_again_before_the_first_step(run, tmp_path, caplog):
+    store = tmp_path / "store"
+    expected = run("first", "plain", "--feature_cache", store)
+    flip_a_bit_of_each_feature_file(store)
+    assert_same(expected, run("second", "plain", "--feature_cache", store))
+    assert "features of 1 image(s) in" in caplog.text
+    caplog.clear()
+    assert_same(expected, run("third", "plain", "--feature_cache", store))
+    assert "are damaged" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("setting", "policy"), [("plain", "skip"), pytest.param("two workers", "raise", marks=pytest.mark.slow)]
+)
+def test_features_that_a_worker_finds_damaged_end_the_run_and_it_resumes_exactly(
+    run, tmp_path, monkeypatch, setting, policy
+):
+    store = ("--feature_cache", tmp_path / "store", "--bad_record", policy, "--num_train_epochs", 3, "--max_steps", -1)
+    expected = run("first", setting, *store)
+    with monkeypatch.context() as patch:
+        # As with a cache that is too large to be read before the first step.
+        patch.setattr(feature_fill, "CHECKED_BYTES", 0)
+        flip_a_bit_of_each_feature_file(tmp_path / "store")
+        with pytest.raises(DataError, match=r"at step \d+: record \d+: its cached features in .* are damaged"):
+            run("second", setting, *store)
+    # No checkpoint of the step that would have trained without the record.
+    assert not list((tmp_path / "second").glob("skipped_records.jsonl.part"))
+    assert_same(expected, run("second", setting, *store))
