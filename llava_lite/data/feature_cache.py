@@ -259,7 +259,7 @@ class FeatureWriter:
         path, file, entries = Path(self.file.name), self.file, self.entries
         self.file, self.entries = None, []
         try:
-            with named_disk_errors(self.store.directory, ADVICE):
+            with named_disk_errors(self.store.directory, ADVICE, file.tell()):
                 file.flush()
                 os.fsync(file.fileno())
                 file.close()

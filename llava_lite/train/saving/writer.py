@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 from transformers.trainer_callback import ExportableState
 
 from llava_lite.distributed.ranks import everyone, raise_together
+from llava_lite.errors import get_free_space
 from llava_lite.train.deepspeed.experts import parallel_experts
 from llava_lite.train.saving import manifest as paper
 from llava_lite.train.saving.engine import save_engine
@@ -52,10 +53,9 @@ class CheckpointWriter:
         if failed and self.trainer.args.should_save:
             shutil.rmtree(staged, ignore_errors=True)
         if failed:
-            free_bytes = shutil.disk_usage(self.trainer.args.output_dir).free
             advice = (
-                f"Could not {doing} {staged}: about {self.get_needed_bytes():,} bytes are needed, {free_bytes:,} "
-                "are free. Earlier checkpoints are untouched; make room and resume."
+                f"Could not {doing} {staged}: about {self.get_needed_bytes():,} bytes are needed"
+                f"{get_free_space(staged.parent)}. Earlier checkpoints are untouched; make room and resume."
             )
             raise_together(error, paper.SaveError, advice)
         return result
