@@ -14,7 +14,7 @@ import torch
 from llava_lite.checkpoints.copying import copy_weights, gathered, is_partitioned, load_into, read_weights
 from llava_lite.checkpoints.files import ADAPTER, ADAPTER_WEIGHTS, COMPLETE, PROJECTOR, TRAINED
 from llava_lite.checkpoints.source import Checkpoint
-from llava_lite.checkpoints.step_weights import get_step_adapter, holds_step, step_weights
+from llava_lite.checkpoints.step_weights import get_step_adapter, holds_step, step_weights, verify_model
 from llava_lite.checkpoints.vocabulary import EMBEDDING, HEAD, fill_rows, fit_rows, is_row_name, load_saved_rows
 from llava_lite.formats import foreign_format, llava
 
@@ -51,6 +51,7 @@ def apply_trained(model, checkpoint, num_rows: int):
 
 def apply_step(model, checkpoint, num_rows: int):
     """Return the model with the trained weights of a checkpoint-N, LoRA merged, and the names of those weights."""
+    verify_model(checkpoint.path)
     weights, adapter = step_weights(checkpoint.path)
     projector = checkpoint.file(PROJECTOR)
     # The connector is there too if it did not train: it may have come from a file of its own.

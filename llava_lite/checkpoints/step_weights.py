@@ -14,25 +14,58 @@ from safetensors.torch import save_file
 
 from llava_lite.checkpoints.copying import read_weights
 from llava_lite.checkpoints.engine_files import LATEST, engine_directory, engine_weights
+from llava_lite.checkpoints.manifest import MANIFEST, BrokenCheckpoint, checkpoints_in, read_manifest, verify
 from llava_lite.checkpoints.source import Checkpoint
 from llava_lite.formats.llava import plain_name
 
 logger = logging.getLogger(__name__)
 
-# The last file of a checkpoint-N; a finished directory has none.
-MANIFEST = "manifest.json"
 STATE, TRAINED = "trainer_state.json", "trained.safetensors"
 ADAPTER, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+# What only a run reads: a checkpoint without them, to save space, is still a model.
+_FOR_A_RUN = re.compile(r"(optimizer|scheduler|scaler)\.pt|rng_state(_\d+)?\.pth|progress_\d+\.pt")
 # PEFT names an adapter's weights after the adapter while it trains, and no more when it is saved.
 _LORA = re.compile(r"(\.lora_\w+)\.default(?=\.|$)")
 
 
 def holds_step(path) -> bool:
-    """Tell whether a local directory holds the state of a run at a step, with its trained weights."""
+    """Tell whether a local directory holds the state of a run at a step, with its trained weights.
+
+    A finished directory has no manifest. Raises BrokenCheckpoint for the state of a run that has lost its own.
+    """
     directory = Path(path)
+    if has_lost_manifest(directory):
+        raise BrokenCheckpoint(directory, MANIFEST, "is missing")
     return (directory / MANIFEST).is_file() and (
         (directory / TRAINED).is_file() or engine_directory(directory) is not None
     )
+
+
+def has_lost_manifest(directory: Path) -> bool:
+    """Tell whether a directory holds a file that only a checkpoint-N of ours has, and no manifest."""
+    return not (directory / MANIFEST).is_file() and next(directory.glob("progress_*.pt"), None) is not None
+
+
+def verify_model(path) -> None:
+    """Compare the files of a checkpoint-N that a model is opened from with the manifest; raises BrokenCheckpoint."""
+    verify(path, lambda name: _FOR_A_RUN.fullmatch(name) is None)
+
+
+def name_newest(path) -> str:
+    """Return the end of a message about a directory that is no model: its newest checkpoint, and which are broken."""
+    hint = ""
+    for step in checkpoints_in(path):
+        try:
+            # Those of other programs have no manifest.
+            if (step / MANIFEST).exists() or has_lost_manifest(step):
+                # Sizes alone, for a message; whoever opens the checkpoint compares the rest.
+                verify(step, lambda name: _FOR_A_RUN.fullmatch(name) is None, hashes=False)
+        except BrokenCheckpoint as error:
+            hint += f"; its {step.name} is not complete ({error.file} {error.reason})"
+            continue
+        if (step / "config.json").is_file():
+            return f"{hint}; a checkpoint of it is {str(step)!r}"
+    return hint
 
 
 def step_weights(path) -> tuple[Mapping, dict]:
@@ -51,13 +84,10 @@ def step_weights(path) -> tuple[Mapping, dict]:
 
 def describe_step(path) -> str:
     """Return the step of the run at which a checkpoint was saved, and its ranks."""
-    state, manifest = map(Checkpoint(path).read_json, (STATE, MANIFEST))
-    ranks = manifest.get("world_size")
-    of_ranks = "" if ranks is None else f", saved by {ranks} rank{'s' * (ranks != 1)}"
-    stage = manifest.get("steps", {}).get("DeepSpeed ZeRO stage")
-    return f"step {state.get('global_step')} of {state.get('max_steps')}{of_ranks}" + (
-        "" if stage is None else f" under ZeRO-{stage}"
-    )
+    state, manifest = Checkpoint(path).read_json(STATE), read_manifest(path)
+    ranks, stage = manifest["world_size"], manifest["steps"].get("DeepSpeed ZeRO stage")
+    of_ranks = f", saved by {ranks} rank{'s' * (ranks != 1)}" + ("" if stage is None else f" under ZeRO-{stage}")
+    return f"step {state.get('global_step')} of {state.get('max_steps')}{of_ranks}"
 
 
 def check_has_config(path) -> None:
@@ -87,7 +117,7 @@ def get_step_adapter(path, adapter: Mapping | None = None) -> Iterator[Path]:
 def step_without_adapter(path) -> Iterator[Path]:
     """Give a directory with the other trained weights of a checkpoint-N, as a finished run writes it."""
     gone = (ADAPTER, MANIFEST, LATEST, TRAINED)
-    with linked_directory(path, lambda name: name not in gone) as directory:
+    with linked_directory(path, lambda name: name not in gone and not _FOR_A_RUN.fullmatch(name)) as directory:
         write_weights(step_weights(path)[0], directory / TRAINED, path)
         yield directory
 

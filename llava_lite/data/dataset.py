@@ -8,7 +8,7 @@ from llava_lite.data.check.check import BadRecord, Report, check_annotations, ge
 from llava_lite.data.encode import RecordEncoder
 from llava_lite.data.errors import DataError
 from llava_lite.data.examples import CLIP_336, ExampleMaker
-from llava_lite.data.feature_cache import FeatureView
+from llava_lite.data.feature_cache import DamagedFeatures, FeatureView
 from llava_lite.data.image_files import find_image, open_record_image
 from llava_lite.data.index.annotations import Annotations, open_annotations
 from llava_lite.data.index.cache import file_key, get_key
@@ -109,6 +109,7 @@ class LazySupervisedDataset(ExampleMaker, Dataset):
     def problem(self, i: int, error: ValueError) -> dict:
         """Return the entry of record i in the skipped-records log: its number, file, position, id and the reason."""
         kind = "image" if isinstance(error.__cause__, (ImageError, MediaError)) else "record"
+        kind = "features" if isinstance(error, DamagedFeatures) else kind
         try:
             record_id = self.annotations[i].id
         except DataError:

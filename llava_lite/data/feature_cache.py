@@ -3,14 +3,17 @@
 There is one directory for each tower and image transform. It holds shards of two files: `<name>.bin`, the features,
 and `<name>.npy`, the list of them. A shard has one writer. Its list is renamed into place last, and without it the
 shard is not read, so a writer that is killed leaves no partial features. Any number of processes may write, each its
-own shards, and read at the same time. Letters: S images of the records, n crops of one, P features of a crop, C tower
-width.
+own shards, and read at the same time. The list has a CRC-32 of each image's features, which is compared whenever they
+are read; damaged ones are taken off the list, so that the next run makes them again. Letters: S images of the records,
+n crops of one, P features of a crop, C tower width.
 """
 
+import logging
 import os
 import socket
 import time
 import uuid
+import zlib
 from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
@@ -20,19 +23,41 @@ import numpy as np
 import torch
 
 from llava_lite.data.errors import DataError
-from llava_lite.data.index.cache import get_key, load_array, save_array
+from llava_lite.data.index.cache import (
+    ADVICE,
+    get_key,
+    load_array,
+    load_undamaged,
+    locked,
+    make_directory,
+    save_array,
+)
+from llava_lite.errors import named_disk_errors
+
+logger = logging.getLogger(__name__)
 
 # Increased when the stored data or their keys change.
-VERSION = 1
+VERSION = 2
 SHARD_BYTES = 1 << 30
 # Partial files that have not changed for this long belong to a writer that was killed.
 ORPHAN_S = 24 * 3600
 KEY = "S24"
 # num_crops: 0 for an image that is one crop, [P, C] and not [n, P, C].
 ENTRY = np.dtype(
-    [("key", KEY), ("offset", "<i8"), ("num_crops", "<i4"), ("num_features", "<i4"), ("size", "<i4", (2,))]
+    [
+        ("key", KEY),
+        ("offset", "<i8"),
+        ("num_crops", "<i4"),
+        ("num_features", "<i4"),
+        ("size", "<i4", (2,)),
+        ("checksum", "<u4"),
+    ]
 )
 PLACE = np.dtype([("shard", "<i4"), *[(name, ENTRY[name]) for name in ENTRY.names[1:]]])
+
+
+class DamagedFeatures(DataError):
+    """Stored features whose bytes are not those that were written."""
 
 
 class StoredImage(NamedTuple):
@@ -77,14 +102,43 @@ class FeatureStore:
         return places
 
     def _entries(self, name: str) -> np.ndarray:
-        """Return the list of a shard, without entries beyond the end of its file, which a crash may have lost."""
-        entries = load_array(self.directory / f"{name}.npy")
+        """Return the list of a shard, without entries beyond the end of its file, which a crash may have lost.
+
+        A damaged list is empty: what it named is made again.
+        """
+        entries = load_undamaged(self.directory / f"{name}.npy")
+        if entries is None or entries.dtype != ENTRY:
+            return np.zeros(0, ENTRY)
         num_bytes = os.path.getsize(self.directory / f"{name}.bin")
-        ends = entries["offset"] + np.maximum(entries["num_crops"], 1) * self._crop_bytes(entries["num_features"])
-        return entries[ends <= num_bytes]
+        return entries[entries["offset"] + self.num_bytes(entries) <= num_bytes]
 
     def _crop_bytes(self, num_features):
-        return np.int64(num_features) * self.width * self.dtype.itemsize
+        return np.asarray(num_features, np.int64) * self.width * self.dtype.itemsize
+
+    def drop_damaged(self, keys: np.ndarray) -> int:
+        """Read the stored features of these images, take damaged ones off the lists, and return how many they were."""
+        names, num_damaged = self.shards(), 0
+        places = self.find(keys, names)
+        for shard in np.unique(places["shard"][places["shard"] >= 0]).tolist():
+            here = places[places["shard"] == shard]
+            with open(self.directory / f"{names[shard]}.bin", "rb") as file:
+                for place in here[np.argsort(here["offset"])]:
+                    file.seek(int(place["offset"]))
+                    if zlib.crc32(file.read(int(self.num_bytes(place)))) != place["checksum"]:
+                        self.drop(names[shard], int(place["offset"]))
+                        num_damaged += 1
+        return num_damaged
+
+    def drop(self, name: str, offset: int) -> None:
+        """Take one entry off the list of a shard; processes that have read the list keep theirs."""
+        path = self.directory / f"{name}.npy"
+        with locked(path, f"take damaged features off {path}"):
+            entries = self._entries(name)
+            save_array(path, entries[entries["offset"] != offset])
+
+    def num_bytes(self, places):
+        """Return the bytes of the features at one or several places."""
+        return np.maximum(places["num_crops"], 1) * self._crop_bytes(places["num_features"])
 
     def view(self, keys: np.ndarray, starts: np.ndarray) -> "FeatureView":
         """Return the features of images by record: record i has the images starts[i] to starts[i + 1] of keys [S].
@@ -99,7 +153,7 @@ class FeatureStore:
         if missing:
             raise KeyError(f"{missing} of {len(keys)} images have no features in {self.directory}.")
         path = self.directory / "views" / get_key(keys.tobytes(), starts.tobytes(), *names)
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_directory(path.parent)
         for part, array in (("places", places), ("starts", starts)):
             save_array(path.with_suffix(f".{part}"), array)
         return FeatureView(self, names, path)
@@ -137,16 +191,30 @@ class FeatureView:
         places = self.places[self.starts[i] : self.starts[i + 1]]
         if (places["shard"] < 0).any():
             raise DataError(f"record {i}: one of its images could not be used when the feature cache was filled.")
-        return [self._read(place) for place in places]
+        return [self._read(i, place) for place in places]
 
-    def _read(self, place) -> StoredImage:
+    def _read(self, i: int, place) -> StoredImage:
         num_crops, num_features, start = int(place["num_crops"]), int(place["num_features"]), int(place["offset"])
         shape = (num_features, self.store.width)
         shape = (num_crops, *shape) if num_crops else shape
-        stop = start + int(np.prod(shape)) * self.store.dtype.itemsize
         # Copied: the memory map is read-only, and a batch is a copy anyway.
-        data = torch.from_numpy(np.array(self._map(int(place["shard"]))[start:stop]))
-        return StoredImage(tuple(place["size"].tolist()), data.view(self.store.dtype).view(shape))
+        data = np.array(self._map(int(place["shard"]))[start : start + int(self.store.num_bytes(place))])
+        if zlib.crc32(data) != place["checksum"]:
+            self._drop(i, self.shards[int(place["shard"])], start)
+        features = torch.from_numpy(data).view(self.store.dtype).view(shape)
+        return StoredImage(tuple(place["size"].tolist()), features)
+
+    def _drop(self, i: int, shard: str, offset: int):
+        """Take damaged features off the list, and raise DamagedFeatures for record i."""
+        path = self.store.directory / f"{shard}.bin"
+        advice = "Start again: they are made again, and the run resumes from its last checkpoint."
+        try:
+            self.store.drop(shard, offset)
+        except OSError as error:
+            advice = f"Delete {path.with_suffix('.npy')}, which could not be written ({error.strerror or error})."
+        raise DamagedFeatures(
+            f"record {i}: its cached features in {path} at byte {offset:,} are damaged (checksum differs). {advice}"
+        )
 
 
 class FeatureWriter:
@@ -158,7 +226,7 @@ class FeatureWriter:
         self.entries = []
 
     def __enter__(self):
-        self.store.directory.mkdir(parents=True, exist_ok=True)
+        make_directory(self.store.directory)
         return self
 
     def __exit__(self, *error):
@@ -174,10 +242,13 @@ class FeatureWriter:
             )
         if self.file is None:
             name = f"{socket.gethostname()[:20]}-{os.getpid()}-{uuid.uuid4().hex[:12]}"
-            self.file = open(self.store.directory / f"{name}.bin", "wb")  # noqa: SIM115 - closed in close_shard
+            with named_disk_errors(self.store.directory, ADVICE):
+                self.file = open(self.store.directory / f"{name}.bin", "wb")  # noqa: SIM115 - closed in close_shard
         num_crops = len(features) if features.dim() == 3 else 0
-        self.entries.append((key, self.file.tell(), num_crops, features.shape[-2], tuple(size)))
-        self.file.write(features.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+        data, offset = features.detach().cpu().contiguous().view(torch.uint8).numpy().data, self.file.tell()
+        with named_disk_errors(self.store.directory, ADVICE, data.nbytes):
+            self.file.write(data)
+        self.entries.append((key, offset, num_crops, features.shape[-2], tuple(size), zlib.crc32(data)))
         if self.file.tell() >= SHARD_BYTES:
             self.close_shard()
 
@@ -188,9 +259,10 @@ class FeatureWriter:
         path, file, entries = Path(self.file.name), self.file, self.entries
         self.file, self.entries = None, []
         try:
-            file.flush()
-            os.fsync(file.fileno())
-            file.close()
+            with named_disk_errors(self.store.directory, ADVICE, file.tell()):
+                file.flush()
+                os.fsync(file.fileno())
+                file.close()
             save_array(path.with_suffix(".npy"), np.array(entries, ENTRY))
         except OSError:
             # The disk is full: a partial shard must not stay on it.

@@ -21,6 +21,7 @@ from llava_lite.checkpoints.step_weights import (
     holds_step,
     linked_directory,
     step_without_adapter,
+    verify_model,
 )
 from llava_lite.export import verify
 from llava_lite.export.merged_card import CARD, merged_card
@@ -124,6 +125,7 @@ def open_unmerged(directory, base):
     """Return (model, processor, whether an adapter is still to be put on it) of a directory and its base."""
     is_adapter = (directory / ADAPTER).is_file()
     if is_adapter and holds_step(directory):
+        verify_model(directory)
         with step_without_adapter(directory) as rest:
             return *load(rest, device="cpu", dtype="auto", model_base=base), True
     if not is_adapter:

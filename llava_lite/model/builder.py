@@ -16,7 +16,7 @@ from llava_lite.checkpoints.files import readable_file_errors
 from llava_lite.checkpoints.load_report import missing_and_unexpected, own_accounting
 from llava_lite.checkpoints.partial import check_no_missing_or_unexpected, check_parts_found, merge_adapter
 from llava_lite.checkpoints.source import Checkpoint
-from llava_lite.checkpoints.step_weights import check_has_config
+from llava_lite.checkpoints.step_weights import check_has_config, name_newest
 from llava_lite.checkpoints.tokenizer import check_vocabulary_of_base, get_image_processor, load_tokenizer
 from llava_lite.checkpoints.torch_files import is_torch_checkpoint
 from llava_lite.checkpoints.vocabulary import fit_rows
@@ -248,10 +248,7 @@ def check_holds_model(name):
     if not path.is_dir() or (path / "config.json").is_file() or (path / "adapter_config.json").is_file():
         return
     check_has_config(path)
-    steps = [step.parent for step in path.glob("checkpoint-*/config.json") if step.parent.name[11:].isdigit()]
-    newest = max(steps, key=lambda step: int(step.name[11:]), default=None)
-    hint = "" if newest is None else f"; a checkpoint of it is {str(newest)!r}"
-    raise OSError(f"{str(path)!r} is no checkpoint: it has no config.json{hint}.")
+    raise OSError(f"{str(path)!r} is no checkpoint: it has no config.json{name_newest(path)}.")
 
 
 def as_dtype(dtype):

@@ -1,6 +1,7 @@
 """The Trainer of transformers with LLaVA's sampler, parameter groups, exact accumulation, guards and metrics."""
 
 import logging
+from contextlib import contextmanager
 from functools import cached_property
 
 import torch
@@ -9,6 +10,8 @@ from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_callback import ProgressCallback, TrainerCallback
 
 from llava_lite.data.sampler import split_to_even_chunks
+from llava_lite.distributed.ranks import raise_together
+from llava_lite.errors import DiskError, get_sentence
 from llava_lite.model.adaption_prompt import gates_are_open
 from llava_lite.model.moe.block import RoutingContext
 from llava_lite.train.compat.arguments import completed
@@ -89,6 +92,7 @@ class LLaVATrainer(StreamMixin, SkipMixin, PushingMixin, CheckpointMixin, Evalua
         # The model divides its loss by num_items_in_batch and shifts labels, whatever wraps it.
         self.model_accepts_loss_kwargs = self._loss_shifts_labels = True
         self.run_log = RunLog(args.output_dir, self.is_world_process_zero())
+        self.log_error = None
         self.experts = ExpertMeter()
         self.balance_sum = torch.zeros((), device=args.device)
         self.last_metrics_step = 0
@@ -122,8 +126,10 @@ class LLaVATrainer(StreamMixin, SkipMixin, PushingMixin, CheckpointMixin, Evalua
         super().begin_run()
         step = self.state.global_step
         written = [line for line in self.state.log_history if line["step"] == step]
-        self.run_log.start(step, len(written))
-        self.begin_answers(step, is_answered=any("eval_runtime" in line for line in written))
+        with self.kept_log_error():
+            self.run_log.start(step, len(written))
+            self.begin_answers(step, is_answered=any("eval_runtime" in line for line in written))
+        self.raise_log_error()
         self.last_metrics_step = min(self.last_metrics_step, self.state.global_step)
         self.watch = GradientWatch(self.groups)
         self.watched_step, self.gates_were_open = None, gates_are_open(self.unwrapped)
@@ -133,7 +139,11 @@ class LLaVATrainer(StreamMixin, SkipMixin, PushingMixin, CheckpointMixin, Evalua
         """Draw the plots, on one rank."""
         if self.run_log.is_writer:
             with self.meter.pause():
-                draw_plots(self.args.output_dir)
+                try:
+                    draw_plots(self.args.output_dir)
+                except OSError as error:
+                    # Decoration; `llava-lite report` draws from the log at any time.
+                    logger.warning("%s has no new plots: %s", self.args.output_dir, get_sentence(error))
 
     # Optimizer and sampler.
 
@@ -232,18 +242,44 @@ class LLaVATrainer(StreamMixin, SkipMixin, PushingMixin, CheckpointMixin, Evalua
 
     # The log.
 
+    @contextmanager
+    def kept_log_error(self):
+        """Keep an OSError of this rank until all ranks raise it, at the end of a step."""
+        try:
+            yield
+        except OSError as error:
+            self.log_error = self.log_error or error
+
+    @property
+    def has_news(self):
+        """Whether this rank must tell the others of a record, or of a log that could not be written."""
+        return super().has_news or self.log_error is not None
+
+    def agree_on_left_out(self, name="train"):
+        """Leave out on every rank what any rank could not read; end all of them if one could not write its log."""
+        super().agree_on_left_out(name)
+        self.raise_log_error()
+
+    def raise_log_error(self):
+        """Raise DiskError on every rank if one could not write its log; all must call it."""
+        raise_together(self.log_error, DiskError, f"The run stopped at step {self.state.global_step}.")
+
     def log(self, logs, start_time=None):
-        """Write a line of the log; of training also balance loss, tokens a second, MFU and expert load."""
+        """Write a line of the log; of training also balance loss, tokens a second, MFU and expert load.
+
+        If the disk refuses it, the run ends with the next step, on all ranks.
+        """
         reports = {}
         if "loss" in logs:
             logs.update(self.get_metrics(logs["loss"]))
             reports = self.experts.read(lambda row: self.accelerator.reduce(row, "sum"))
-        super().log(logs, start_time)
-        line = {"step": self.state.global_step, **logs}
-        if reports:
-            self.report(flat_report(reports))
-            line["experts"] = {str(layer): report for layer, report in reports.items()}
-        self.run_log.write(line)
+        with self.kept_log_error():
+            super().log(logs, start_time)
+            line = {"step": self.state.global_step, **logs}
+            if reports:
+                self.report(flat_report(reports))
+                line["experts"] = {str(layer): report for layer, report in reports.items()}
+            self.run_log.write(line)
 
     def report(self, numbers):
         """Send numbers to TensorBoard, W&B and the like only: too many for a terminal and the trainer's state."""

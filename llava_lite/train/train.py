@@ -11,6 +11,7 @@ from transformers import set_seed
 from llava_lite.conversation.end_tokens import add_end_token, check_end_token, get_end_token
 from llava_lite.data.errors import DataError
 from llava_lite.distributed.ranks import leave
+from llava_lite.errors import DiskError
 from llava_lite.train.arguments.parse import build_parser, parse_args
 from llava_lite.train.arguments.paths import check_enough_records, check_needed, check_paths
 from llava_lite.train.arguments.short_help import asks_for_help, main_page
@@ -37,6 +38,7 @@ from llava_lite.train.monitor.summary import finished_before, peak_memory_gib, s
 from llava_lite.train.publish.push import check_can_push
 from llava_lite.train.saving.interrupt import EXIT_RESUMABLE
 from llava_lite.train.saving.lock import hold_output, release_output
+from llava_lite.train.saving.manifest import BrokenCheckpoint, SaveError
 from llava_lite.train.startup import (
     check_installed,
     errors_in_one_line,
@@ -186,6 +188,7 @@ def run_alone(stage, argv):
     with record.ending(write_report):
         result = trainer.train(resume_from_checkpoint=stage.checkpoint)
         is_full = save(trainer, stage.model_args, stage.data_args)
+        trainer.raise_log_error()
         if args.push_to_hub:
             trainer.push_to_hub()
         record.end("finished", memory_gib=peak_memory_gib(args.device))
@@ -222,7 +225,7 @@ def run_flags(flags, argv):
     # A second signal must not end what has been saved with another code.
     stage.trainer.progress.leaves_process = True
     try:
-        with errors_in_one_line((DataError,)):
+        with errors_in_one_line((DataError, DiskError, SaveError, BrokenCheckpoint)):
             run(stage, argv)
     except SystemExit as end:
         # After a signal all ranks have saved; after an error some may be anywhere.
@@ -275,11 +278,10 @@ def checkpoint_to_resume(training_args):
 def save(trainer, model_args, data_args):
     """Write the final directory and return whether it holds every weight, or those that trained."""
     from llava_lite.train.publish.card import make_card
-    from llava_lite.train.saving.final import save_final
+    from llava_lite.train.saving.final import save_final, write_state
 
     args, model = trainer.args, trainer.unwrapped
     is_full = args.save_full or args.tuning not in PARTIAL_TUNINGS
-    trainer.save_state()
     if not args.uses_deepspeed and args.bits == 16:
         # Trained weights were kept in float32 for small updates; a model is saved in the dtype of its forward pass.
         trainer.model.to(compute_dtype(args))
@@ -296,6 +298,8 @@ def save(trainer, model_args, data_args):
         card=make_card(trainer, model_args, data_args, is_full),
         is_writer=args.should_save,
     )
+    # Last: it says that the run is complete, which the model of an earlier run would not be.
+    write_state(trainer)
     return is_full
 
 

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -115,12 +116,54 @@ def test_entries_beyond_the_end_of_a_cut_file_are_not_read(store):
     assert (store.find(keys(1, 2, 3))["shard"] >= 0).tolist() == [True, True, False]
 
 
-def test_an_empty_list_of_a_shard_is_named(store):
-    write(store, 1)
+@pytest.mark.parametrize("content", [b"", b"list", None])
+def test_a_damaged_list_names_nothing_and_its_features_are_made_again(store, caplog, content):
+    write(store, 1, 2)
     (path,) = store.directory.glob("*.npy")
-    path.write_bytes(b"")
-    with pytest.raises(ValueError, match=rf"{path.name} is not an array .* Delete the file"):
-        store.find(keys(1))
+    if content is None:
+        content = bytearray(path.read_bytes())
+        content[-40] ^= 1
+    path.unlink()
+    path.write_bytes(content)
+    assert (store.find(keys(1, 2))["shard"] < 0).all()
+    assert f"{path} is damaged" in caplog.text
+    write(store, 1, 2)
+    assert torch.equal(one_each(store, 2)[0][0].features, features(2))
+
+
+@pytest.mark.parametrize("byte", [0, 40, P * C * 4 - 1])
+def test_damaged_features_are_found_when_they_are_read_and_taken_off_the_list(store, byte):
+    write(store, 1, 2, 3)
+    view = one_each(store, 1, 2, 3)
+    (path,) = store.directory.glob("*.bin")
+    with open(path, "r+b") as file:
+        file.seek(P * C * 4 + byte)
+        value = file.read(1)[0]
+        file.seek(P * C * 4 + byte)
+        file.write(bytes([value ^ 16]))
+    with pytest.raises(feature_cache.DamagedFeatures, match=rf"record 1: .* {path} at byte 96 .*Start again"):
+        view[1]
+    # The others are as they were, here and for whoever opens the store now.
+    assert torch.equal(view[2][0].features, features(3))
+    assert (store.find(keys(1, 2, 3))["shard"] >= 0).tolist() == [True, False, True]
+    write(store, 2)
+    assert [torch.equal(one_each(store, number)[0][0].features, features(number)) for number in (1, 2, 3)] == [
+        True
+    ] * 3
+
+
+def test_damaged_features_are_dropped_before_a_run_and_by_several_ranks_at_once(store):
+    write(store, *range(10))
+    (path,) = store.directory.glob("*.bin")
+    content = bytearray(path.read_bytes())
+    for number in (2, 3, 7):
+        content[number * P * C * 4 + 5] ^= 1
+    path.write_bytes(content)
+    found = keys(*range(10))
+    with ThreadPoolExecutor(2) as pool:
+        counts = list(pool.map(store.drop_damaged, (found[::2], found[1::2])))
+    assert counts == [1, 2]
+    assert np.flatnonzero(store.find(found)["shard"] < 0).tolist() == [2, 3, 7]
 
 
 def test_only_old_remains_are_swept(store):

@@ -94,7 +94,7 @@ def main(directory, num_passes, num_random):
         "check_room",
         "fsync_tree",
         "digests",
-        "write_json",
+        "write_text",
         "publish",
         "prune",
         "list_files",

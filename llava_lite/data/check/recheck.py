@@ -107,7 +107,7 @@ def recheck_images(annotations, name: str, meter: StampedMeter, num_threads: int
         images = file.table(name, IMAGE_COLUMNS, per_image=True)
         known = np.setdiff1d(positions[np.diff(images.starts)[positions] > 0], images.unknown(positions))
         changed, purpose = [], f"checking changed images of {file.name}"
-        stamps, starts = images.rows()[:, -1].tolist(), images.starts.tolist()
+        stamps, starts = images.known_rows()[:, -1].tolist(), images.starts.tolist()
         named = open_names(file, num_threads) if len(known) else file
         for measured in measure_records(named, known, meter.stamp, purpose, num_threads=num_threads):
             changed += [position for position, _ in measured.problems]

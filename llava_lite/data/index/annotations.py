@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from llava_lite.data.index.cache import cache_root, get_key, load_array, save_array
+from llava_lite.data.index.cache import cache_root, get_key, load_array, load_undamaged, make_directory, save_array
 from llava_lite.data.index.indexed_file import IndexedFile, RecordFacts, index_file
 from llava_lite.data.index.sources import open_sources, sample_positions
 from llava_lite.data.index.tables import get_slots
@@ -226,8 +226,8 @@ class Annotations:
 def _kept(selection: np.ndarray, root: Path) -> Path:
     """Return the path of the selection on disk, so that a worker needs only the path."""
     path = root / "selections" / f"{get_key(selection.tobytes())}.npy"
-    if not path.exists():
-        path.parent.mkdir(exist_ok=True)
+    if load_undamaged(path) is None:
+        make_directory(path.parent)
         save_array(path, selection)
     return path
 

@@ -7,13 +7,28 @@ import hashlib
 import logging
 import os
 import time
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 
+from llava_lite.errors import DiskError, named_disk_errors
+
 logger = logging.getLogger(__name__)
+
+OTHER_PLACE = "ame another directory: LLAVA_LITE_CACHE for indexes, --feature_cache for features."
+ADVICE = f"Make room there, or n{OTHER_PLACE}"
+# An array file ends with these bytes and the CRC-32 of all bytes before them; NumPy ignores what follows an array.
+MARK = b"\0crc-32\0"
+_PIECE_BYTES = 1 << 22
+# The array files that this process has compared with their checksums, as they were: path -> what `stat` said.
+_compared = {}
+
+
+class DamagedArray(ValueError):
+    """An array file whose bytes are not those that were written."""
 
 
 def cache_root(cache_dir: str | None = None) -> Path:
@@ -52,7 +67,8 @@ def locked(path: Path, purpose: str) -> Iterator[None]:
     start = time.monotonic()
     while True:
         try:
-            lock.acquire(timeout=60)
+            with named_disk_errors(lock.lock_file, ADVICE):
+                lock.acquire(timeout=60)
             break
         except Timeout:
             waited_s = time.monotonic() - start
@@ -63,26 +79,75 @@ def locked(path: Path, purpose: str) -> Iterator[None]:
         lock.release()
 
 
+def make_directory(path: Path) -> None:
+    """Make a directory and those above it; DiskError if that cannot be done."""
+    with named_disk_errors(path, ADVICE):
+        path.mkdir(parents=True, exist_ok=True)
+
+
 def save_array(path: Path, array: np.ndarray) -> None:
-    """Write an array atomically: a reader finds the old file or the new one."""
+    """Write an array with its checksum, atomically: a reader finds the old file or the new one.
+
+    DiskError names the file, the bytes needed and those free.
+    """
     draft = path.with_name(f"{path.name}.{os.getpid()}.{time.monotonic_ns()}.part")
-    try:
-        with open(draft, "wb") as file:
-            np.save(file, array)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(draft, path)
-    finally:
-        draft.unlink(missing_ok=True)
+    with named_disk_errors(path, ADVICE, array.nbytes):
+        try:
+            with open(draft, "w+b") as file:
+                np.save(file, array)
+                file.seek(0)
+                checksum = get_checksum(file, os.fstat(file.fileno()).st_size)
+                file.write(MARK + checksum.to_bytes(4, "little"))
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(draft, path)
+        finally:
+            draft.unlink(missing_ok=True)
+
+
+def get_checksum(file, num_bytes: int) -> int:
+    """Return the CRC-32 of the next `num_bytes` of a file, or of those that there are."""
+    checksum = 0
+    while num_bytes > 0 and (piece := file.read(min(num_bytes, _PIECE_BYTES))):
+        checksum, num_bytes = zlib.crc32(piece, checksum), num_bytes - len(piece)
+    return checksum
 
 
 def load_array(path: Path) -> np.ndarray | None:
-    """Return the array, memory-mapped and read-only; None if there is no file."""
+    """Return the array, memory-mapped and read-only; None if there is no file.
+
+    Its bytes are compared with the checksum once in a process; DamagedArray if they differ.
+    """
     try:
+        check_array(path)
         # A plain view: indexing a np.memmap takes a microsecond more.
         return np.load(path, mmap_mode="r").view(np.ndarray)
     except FileNotFoundError:
         return None
     # NumPy raises EOFError for an empty file.
-    except (ValueError, EOFError) as error:
-        raise ValueError(f"{path} is not an array ({error}). Delete the file; it is made again.") from None
+    except (ValueError, EOFError, IsADirectoryError) as error:
+        raise DamagedArray(f"{path} is damaged ({error}). Start again: it is made again.") from None
+    except OSError as error:
+        raise DiskError(f"{path} cannot be read: {error.strerror or error}. N{OTHER_PLACE}") from error
+
+
+def check_array(path: Path) -> None:
+    """Raise DamagedArray if the bytes of an array file are not those that were written."""
+    status = os.stat(path)
+    state = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+    if _compared.get(os.fspath(path)) == state:
+        return
+    with open(path, "rb") as file:
+        checksum = get_checksum(file, status.st_size - len(MARK) - 4)
+        if file.read() != MARK + checksum.to_bytes(4, "little"):
+            raise DamagedArray("its checksum differs")
+    _compared[os.fspath(path)] = state
+
+
+def load_undamaged(path: Path) -> np.ndarray | None:
+    """Return the array like load_array; of a damaged file None, with a warning, for whoever makes it again."""
+    try:
+        return load_array(path)
+    except DamagedArray as error:
+        logger.warning("%s", str(error).replace("Start again: it", "It"))
+        return None

@@ -10,7 +10,15 @@ from typing import NamedTuple
 import numpy as np
 
 from llava_lite.data.errors import DataError
-from llava_lite.data.index.cache import file_key, get_key, load_array, locked, save_array
+from llava_lite.data.index.cache import (
+    file_key,
+    get_key,
+    load_array,
+    load_undamaged,
+    locked,
+    make_directory,
+    save_array,
+)
 from llava_lite.data.index.scan import placed_error
 from llava_lite.data.index.sources import READERS, Source
 from llava_lite.data.index.tables import Facts
@@ -21,7 +29,7 @@ from llava_lite.data.records.recipes import apply_recipe
 from llava_lite.data.records.record import Record, num_empty_answers, num_missing_images, parse_record
 
 # Increased when the stored facts, or how they are counted, change.
-VERSION = 4
+VERSION = 5
 
 
 class IndexedFile:
@@ -103,10 +111,10 @@ def _measure(record: Record) -> RecordFacts:
 def index_file(source: Source, root: Path, num_workers: int = 0) -> IndexedFile:
     """Return the file with its index, which is made now if it is not in the cache."""
     directory = root / f"{Path(source.path).stem[:40]}-{get_key(VERSION, source.kind, file_key(source.path))}"
-    if not (directory / "spans.npy").exists():
-        directory.mkdir(parents=True, exist_ok=True)
+    if load_undamaged(directory / "spans.npy") is None:
+        make_directory(directory)
         with locked(directory / "spans", f"index {source.path}"):
-            if not (directory / "spans.npy").exists():
+            if load_undamaged(directory / "spans.npy") is None:
                 save_array(directory / "spans.npy", _scan(source))
     indexed = IndexedFile(source, directory)
     if not len(indexed):

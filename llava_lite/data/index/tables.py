@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from llava_lite.data.index.cache import load_array, locked, save_array
+from llava_lite.data.index.cache import load_array, load_undamaged, locked, save_array
 
 CHUNK_RECORDS = 512
 # Start of a worker process on a busy machine: imports, and the load of a tokenizer.
@@ -136,14 +136,21 @@ class Facts:
         self.starts = starts
 
     def rows(self) -> np.ndarray:
-        """Return the table [S, C], memory-mapped if it exists."""
-        rows, shape = load_array(self.path), (int(self.starts[-1]), self.num_columns)
+        """Return the table [S, C], memory-mapped if it exists; DamagedArray if it is damaged."""
+        return self._of_my_shape(load_array(self.path))
+
+    def known_rows(self) -> np.ndarray:
+        """Return the table [S, C] for whoever measures what is unknown, which in a damaged table is everything."""
+        return self._of_my_shape(load_undamaged(self.path))
+
+    def _of_my_shape(self, rows: np.ndarray | None) -> np.ndarray:
+        shape = (int(self.starts[-1]), self.num_columns)
         return rows if rows is not None and rows.shape == shape else np.full(shape, -1, np.int32)
 
     def unknown(self, positions: np.ndarray) -> np.ndarray:
         """Return those of `positions` [n] whose slots are unknown."""
         positions = positions[self.starts[positions + 1] > self.starts[positions]]
-        return positions[self.rows()[self.starts[positions], 0] < 0]
+        return positions[self.known_rows()[self.starts[positions], 0] < 0]
 
     def complete(self, file: Sequence, positions: np.ndarray, measure, purpose: str, **pool) -> dict[int, ValueError]:
         """Measure the unknown records at `positions` [n]; return the reason for each that cannot be measured.
@@ -164,7 +171,7 @@ class Facts:
             return self._measure(file, positions, measure, purpose, **pool)
 
     def _measure(self, file, positions, measure, purpose, **pool) -> dict[int, ValueError]:
-        problems, rows = {}, np.array(self.rows())
+        problems, rows = {}, np.array(self.known_rows())
         try:
             for measured in measure_records(file, positions, measure, purpose, **pool):
                 problems.update(measured.problems)

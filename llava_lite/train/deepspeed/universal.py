@@ -23,8 +23,9 @@ from llava_lite.train.together import together
 logger = logging.getLogger(__name__)
 
 CONVERTER = "deepspeed.checkpoint.ds_to_universal"
-# Written beside the converted files once they are complete, or with the reason why they are not.
-ENDED = "ended"
+# Beside the converted files: the second is the new name of the first once the converter has ended, well or not. A
+# full disk has room for a new name.
+RUNNING, ENDED = "running", "ended"
 # The variables by which a launcher describes a rank; the converter is not one.
 RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _POLL_EVERY_S = 0.5
@@ -65,6 +66,7 @@ def make_room(directory: Path, there: Path) -> None:
     there.parent.mkdir(parents=True, exist_ok=True)
     paper.check_room(there.parent, needed_bytes)
     there.mkdir()
+    (there / RUNNING).touch()
 
 
 def convert(directory: Path, there: Path) -> None:
@@ -83,7 +85,7 @@ def convert(directory: Path, there: Path) -> None:
     failed = "" if done.returncode == 0 else f"DeepSpeed's {CONVERTER} could not convert {directory}: {last}"
     if failed:
         shutil.rmtree(there / directory.name, ignore_errors=True)
-    (there / ENDED).write_text(failed, encoding="utf-8")
+    os.replace(there / RUNNING, there / ENDED)
     if failed:
         raise ValueError(failed)
     logger.info("%s was converted for another number of ranks in %.0f s.", directory, time.monotonic() - started_s)

@@ -1,5 +1,6 @@
 """Fill the cache of vision features before the first step: find what is missing, run the frozen tower, write."""
 
+import logging
 import os
 
 import numpy as np
@@ -13,6 +14,10 @@ from llava_lite.train.together import together
 
 # Images of one call of the tower.
 BATCH_IMAGES = 16
+# Up to so many stored features a rank are compared with their checksums before the first step, and all when read.
+CHECKED_BYTES = 8 << 30
+
+logger = logging.getLogger(__name__)
 
 
 def image_keys(dataset, args, leave_out) -> tuple[np.ndarray, np.ndarray]:
@@ -57,6 +62,8 @@ def fill(store: FeatureStore, keys: np.ndarray, starts: np.ndarray, tower, datas
     most_local = max(everyone(args.local_process_index)) + 1
     num_local = int(os.environ.get("LOCAL_WORLD_SIZE", most_local))
     advice = f"Features made so far stay in {store.directory}: fix it and start again, or give --feature_cache off."
+    with together(ValueError, advice):
+        drop_damaged(store, keys, args.local_process_index, num_local)
     for place, num_places in ((args.process_index, args.world_size), (args.local_process_index, num_local)):
         # A barrier: from here on this rank sees what the others have written.
         everyone(None)
@@ -71,6 +78,18 @@ def fill(store: FeatureStore, keys: np.ndarray, starts: np.ndarray, tower, datas
             broken = write_features(store, keys, images, tower, args)
         broken = {slot: reason for found in everyone(broken) for slot, reason in found.items()}
         leave_out(_emptied(broken, keys, starts, dataset))
+
+
+def drop_damaged(store: FeatureStore, keys: np.ndarray, part: int, num_parts: int) -> None:
+    """Take damaged features off the lists, each rank of a node its part, where reading them takes little time."""
+    stored = np.unique(keys[keys != b""])
+    places = store.find(stored)
+    is_mine = np.flatnonzero(places["shard"] >= 0)[part::num_parts]
+    if store.num_bytes(places[is_mine]).sum() > CHECKED_BYTES:
+        return
+    num_damaged = store.drop_damaged(stored[is_mine])
+    if num_damaged:
+        logger.warning("features of %d image(s) in %s are damaged: they are made again.", num_damaged, store.directory)
 
 
 def _emptied(broken: dict[int, str], keys: np.ndarray, starts: np.ndarray, dataset) -> list[dict]:

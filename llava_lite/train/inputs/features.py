@@ -8,6 +8,7 @@ hang.
 import hashlib
 import logging
 import os
+import random
 import shutil
 from contextlib import contextmanager
 from pathlib import Path
@@ -34,8 +35,27 @@ DROPOUTS = ("attention_dropout", "hidden_dropout_prob", "attention_probs_dropout
 def use_features(trainer, dataset, where: str) -> None:
     """Let `dataset` return features in place of images, as `where` (a directory, or auto) asks; all ranks must call.
 
-    Raises ValueError if a directory is named and features cannot be cached, or do not fit on its disk.
+    Raises ValueError if a directory is named and features cannot be cached, or do not fit on its disk. Whether they
+    are made now or were made before, the random state is afterwards what it was.
     """
+    with kept_random_state():
+        _use_features(trainer, dataset, where)
+
+
+@contextmanager
+def kept_random_state():
+    """Give the random states of torch on every device, NumPy and Python back their values when the block ends."""
+    numbers, python = np.random.get_state(), random.getstate()
+    try:
+        # A data loader draws the seed of its workers, and images may be opened by anyone's code.
+        with torch.random.fork_rng():
+            yield
+    finally:
+        np.random.set_state(numbers)
+        random.setstate(python)
+
+
+def _use_features(trainer, dataset, where: str) -> None:
     tower = trainer.unwrapped.get_vision_tower()
     reason = why_not_cached(tower, dataset)
     root = cache_root() / "features" if where == "auto" else Path(where).expanduser()

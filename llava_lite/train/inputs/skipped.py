@@ -13,6 +13,9 @@ from llava_lite.data.check.report import number
 from llava_lite.data.errors import DataError
 from llava_lite.data.skipped import LeftOut
 from llava_lite.distributed.ranks import everyone, raise_together
+from llava_lite.errors import DiskError, named_disk_errors
+from llava_lite.train.monitor.run_log import ADVICE
+from llava_lite.train.together import together
 
 logger = logging.getLogger(__name__)
 
@@ -41,11 +44,15 @@ class SkipLog:
         self.start = list(start)
         self._add(later)
         if self.path is not None:
-            lines = [*(get_bad(line)._asdict() for line in self.start), *self.later]
+            text = "".join(map(_in_json, [*(get_bad(line)._asdict() for line in self.start), *self.later]))
             draft = Path(f"{self.path}.{os.getpid()}.part")
-            draft.parent.mkdir(parents=True, exist_ok=True)
-            draft.write_text("".join(map(_in_json, lines)), encoding="utf-8")
-            os.replace(draft, self.path)
+            with named_disk_errors(self.path, ADVICE, len(text)):
+                try:
+                    draft.parent.mkdir(parents=True, exist_ok=True)
+                    draft.write_text(text, encoding="utf-8")
+                    os.replace(draft, self.path)
+                finally:
+                    draft.unlink(missing_ok=True)
 
     def leave_out(self, found: list[dict], step: int) -> None:
         """Leave out the records that were found broken at a step; DataError where the flags do not allow it.
@@ -59,9 +66,8 @@ class SkipLog:
             return
         if self.bad_record == "skip":
             self._add(new)
-            if self.path is not None:
-                with open(self.path, "a", encoding="utf-8") as file:
-                    file.write("".join(map(_in_json, new)))
+            with together(DiskError, f"The run stopped at step {step}.", OSError):
+                self._write(new)
         if self.num_records is None:
             return
         skips = self.bad_record == "skip"
@@ -76,6 +82,13 @@ class SkipLog:
             "step %d: %s cannot be used; every rank leaves them out from here on: %s",
             step, number(len(new), "record"), "; ".join(str(get_bad(line)) for line in new),
         )  # fmt: skip
+
+    def _write(self, lines: list[dict]) -> None:
+        """Append lines to the file, on the rank that has one."""
+        if self.path is not None:
+            text = "".join(map(_in_json, lines))
+            with named_disk_errors(self.path, ADVICE, len(text)), open(self.path, "a", encoding="utf-8") as file:
+                file.write(text)
 
     def _add(self, lines: list[dict]) -> None:
         for line in lines:
@@ -127,6 +140,12 @@ class SkipMixin:
         self.found[name] = []
         if self.stream is not None:
             raise_together(self.end_of_stream, DataError, f"The run stopped at step {self.state.global_step}.")
+        # Nothing is wrong with these records: no flag leaves them out.
+        damaged = sorted(line["reason"] for line in found if line.get("kind") == "features")
+        if damaged:
+            failure = DataError(f"at step {self.state.global_step}: {damaged[0]}")
+            failure.reported_by_first_of = "RANK"
+            raise failure
         if name in self.logs:
             # Before the first step of a resumed run its state is not read yet.
             self.logs[name].leave_out(found, max(self.state.global_step, self.facts.step))

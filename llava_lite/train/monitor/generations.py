@@ -10,6 +10,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 from llava_lite.constants import IGNORE_INDEX
 from llava_lite.conversation.end_tokens import end_ids, get_config_end_token, stop_arguments
 from llava_lite.data.collator import batch_images
+from llava_lite.errors import get_sentence
 from llava_lite.train.deepspeed.experts import needs_all_ranks
 from llava_lite.train.monitor.run_log import RunLog
 
@@ -92,10 +93,16 @@ def begin_answers(output_dir, step, is_answered):
 
 
 def write_answers(output_dir, step, answers):
-    """Append the answers of one evaluation to generations.jsonl."""
-    with open(Path(output_dir) / GENERATIONS, "a", encoding="utf-8") as file:
-        for answer in answers:
-            file.write(json.dumps({"step": step, **answer}, ensure_ascii=False) + "\n")
+    """Append the answers of one evaluation to generations.jsonl; a disk that is full must not stop the run for them.
+
+    The log of the run shows them too.
+    """
+    try:
+        with open(Path(output_dir) / GENERATIONS, "a", encoding="utf-8") as file:
+            for answer in answers:
+                file.write(json.dumps({"step": step, **answer}, ensure_ascii=False) + "\n")
+    except OSError as error:
+        logger.warning("the answers of step %d are not in %s: %s", step, GENERATIONS, get_sentence(error))
 
 
 def report_answers(callbacks, step, answers):

@@ -1,6 +1,7 @@
 """Turn metrics.jsonl into images: loss.png, and expert_load.png for a model with experts."""
 
 import logging
+import os
 from functools import cache
 from pathlib import Path
 
@@ -33,6 +34,17 @@ def draw_plots(output_dir):
     if any("experts" in line for line in lines):
         paths.append(draw_expert_load(lines, Path(output_dir) / "expert_load.png"))
     return paths
+
+
+def save_figure(figure, path):
+    """Write a figure completely or not at all."""
+    draft = path.with_name(f"{path.name}.part")
+    try:
+        figure.savefig(draft, dpi=120, format="png")
+        os.replace(draft, path)
+    finally:
+        draft.unlink(missing_ok=True)
+    return path
 
 
 def new_figure(rows, columns, width, height):
@@ -115,8 +127,7 @@ def draw_loss(lines, path):
         # Steps are integers.
         axis.xaxis.get_major_locator().set_params(integer=True)
         axis.set_axisbelow(True)
-    figure.savefig(path, dpi=120)
-    return path
+    return save_figure(figure, path)
 
 
 def draw_expert_load(lines, path):
@@ -139,5 +150,4 @@ def draw_expert_load(lines, path):
         (axis.get_legend_handles_labels() for axis in axes[: len(layers)]), key=lambda pair: len(pair[0])
     )
     figure.legend(handles[::-1], labels[::-1], loc="outside right upper")
-    figure.savefig(path, dpi=120)
-    return path
+    return save_figure(figure, path)

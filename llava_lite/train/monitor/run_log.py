@@ -6,13 +6,16 @@ from pathlib import Path
 
 from transformers.trainer_callback import ProgressCallback
 
+from llava_lite.errors import named_disk_errors
+
+ADVICE = "Every checkpoint is as it was: make room, or mend what is said here, and start again to continue."
 METRICS = "metrics.jsonl"
 
 
 class RunLog:
     """The lines of metrics.jsonl, one a log: step, loss, its parts, rates, tokens a second, MFU, experts.
 
-    name: of another file of lines that each have a "step".
+    name: of another file of lines that each have a "step". DiskError where it cannot be written.
     """
 
     def __init__(self, output_dir, is_writer=True, name=METRICS):
@@ -29,16 +32,21 @@ class RunLog:
         lines = read_metrics(self.path) if step else []
         kept = [line for line in lines if line["step"] < step]
         kept += [line for line in lines if line["step"] == step][:num_of_step]
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        beside = self.path.with_suffix(".tmp")
-        beside.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-        beside.replace(self.path)
+        beside, text = self.path.with_suffix(".tmp"), "".join(json.dumps(line) + "\n" for line in kept)
+        with named_disk_errors(self.path, ADVICE, len(text)):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                beside.write_text(text, encoding="utf-8")
+                beside.replace(self.path)
+            finally:
+                beside.unlink(missing_ok=True)
 
     def write(self, line):
         """Append one line; JSON has no NaN, so what is not finite becomes text."""
         if self.is_writer:
-            with open(self.path, "a", encoding="utf-8") as file:
-                file.write(json.dumps(json_safe(line), allow_nan=False) + "\n")
+            text = json.dumps(json_safe(line), allow_nan=False) + "\n"
+            with named_disk_errors(self.path, ADVICE, len(text)), open(self.path, "a", encoding="utf-8") as file:
+                file.write(text)
 
 
 def json_safe(value):

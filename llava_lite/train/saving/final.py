@@ -4,6 +4,7 @@ import copy
 import logging
 import os
 import shutil
+import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -12,11 +13,13 @@ from safetensors.torch import save_file
 
 from llava_lite.checkpoints.copying import gathered
 from llava_lite.checkpoints.vocabulary import is_row_name
+from llava_lite.errors import get_free_space
 from llava_lite.formats.llava import plain_name
 from llava_lite.model.generation_config import write_generation_config
 from llava_lite.model.new_words import grown_layers, with_new_rows
 from llava_lite.train.deepspeed.experts import with_all_experts
 from llava_lite.train.saving import manifest as paper
+from llava_lite.train.saving.same_run import TRAINER_STATE
 from llava_lite.train.saving.trained_weights import PROJECTOR, TRAINED, projector_state, trained_state
 from llava_lite.train.together import together
 from llava_lite.train.tuning import compute_dtype
@@ -56,13 +59,19 @@ def save_final(
     staged = output_dir / STAGED
     weights = full_state(model, is_writer) if full else trained_state(model, is_writer, buffers=False)
     projector = projector_state(model, keep=is_writer)
-    advice = f"Could not write the model to {output_dir}; the last checkpoint-N holds its state."
+    needed_bytes = num_bytes(weights) + num_bytes(projector)
+    kept = [path.name for path in paper.checkpoints_in(output_dir)[:1]]
+    advice = (
+        f"Could not write the model to {output_dir}: about {needed_bytes:,} bytes are needed"
+        f"{get_free_space(output_dir)}. An earlier model there is as it was; "
+        + (f"{kept[0]} holds the state: make room and start again." if kept else "there is no checkpoint-N.")
+    )
     with together(paper.SaveError, advice):
         if is_writer:
             shutil.rmtree(staged, ignore_errors=True)
             try:
                 staged.mkdir(parents=True)
-                paper.check_room(output_dir, num_bytes(weights) + num_bytes(projector))
+                paper.check_room(output_dir, needed_bytes)
                 write_directory(model, staged, weights, projector, None if full else base, conv_template)
                 save_parts(parts, staged)
                 if card is not None:
@@ -205,16 +214,30 @@ def findable(name: str) -> str:
     return os.path.abspath(name) if os.path.isdir(name) else name
 
 
+def write_state(trainer) -> None:
+    """Write the trainer's state beside the model, completely or not at all; all ranks must call it."""
+    directory = Path(trainer.args.output_dir)
+    advice = f"Could not write {TRAINER_STATE} to {directory}{get_free_space(directory)}; the model is written."
+    with together(paper.SaveError, advice):
+        if trainer.args.should_save:
+            with tempfile.TemporaryDirectory(dir=directory, prefix=paper.STAGING_PREFIX) as there:
+                trainer.state.save_to_json(os.path.join(there, TRAINER_STATE))
+                os.replace(os.path.join(there, TRAINER_STATE), directory / TRAINER_STATE)
+            paper.fsync(directory / TRAINER_STATE)
+
+
 def move_into_place(staged: Path, output_dir: Path) -> None:
     """Move the written files to their place: config.json last, so that half a directory does not open as a model."""
     names = paper.list_files(staged)
     paper.as_readable_as(staged, names, staged / "config.json")
     paper.fsync_tree(staged, names)
+    # Needs room: while the earlier model is complete.
+    for name in names:
+        (output_dir / name).parent.mkdir(parents=True, exist_ok=True)
     (output_dir / "config.json").unlink(missing_ok=True)
     for pattern in (*STALE, TRAINED):
         for path in output_dir.glob(pattern):
             path.unlink()
     for name in sorted(names, key=lambda name: name == "config.json"):
-        (output_dir / name).parent.mkdir(parents=True, exist_ok=True)
         os.replace(staged / name, output_dir / name)
     paper.fsync(output_dir)

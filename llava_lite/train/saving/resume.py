@@ -47,7 +47,7 @@ def find_checkpoint(output_dir: str | Path, wanted: str | bool | None, is_writer
     wanted = {"true": True, "false": False}.get(str(wanted).lower(), wanted)
     if wanted is False:
         return None
-    with together(ValueError, "Nothing was changed.", ValueError):
+    with together(ValueError, "Nothing was changed.", (OSError, ValueError)):
         found = _look_for_checkpoint(output_dir, wanted) if is_writer else None
     answers = {path for path, looked in everyone((found, is_writer)) if looked}
     if len(answers) > 1:
@@ -62,7 +62,7 @@ def _look_for_checkpoint(output_dir: str | Path, wanted: str | bool | None) -> s
         inside = [path.name for path in paper.checkpoints_in(wanted)]
         if inside and not (Path(wanted) / paper.MANIFEST).is_file():
             raise ValueError(f"{wanted} is no checkpoint but holds some: name one of {inside}.")
-        paper.verify(wanted)
+        paper.verify_to_resume(wanted)
         return str(wanted)
     paper.finish_saves(output_dir)
     found = paper.newest_complete_checkpoint(output_dir)
@@ -117,6 +117,10 @@ def differences(saved: Mapping, now: Mapping) -> list[str]:
 def difference(key: str, saved, now) -> str:
     """Return how one setting of the run differs; of lists, what is in one only."""
     if isinstance(saved, list) and isinstance(now, list):
-        gone, added = sorted(set(saved) - set(now)), sorted(set(now) - set(saved))
+        # As text: a grid of any-resolution is a list of lists.
+        was, is_now = {str(value): value for value in saved}, {str(value): value for value in now}
+        gone, added = (
+            [one[key] for key in sorted(one.keys() - other)] for one, other in ((was, is_now), (is_now, was))
+        )
         return f"{key}: no longer {gone[:3]} ({len(gone)} in all), now also {added[:3]} ({len(added)} in all)"
     return f"{key} was {saved}, is {now}"

@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 from transformers.trainer_callback import ExportableState
 
 from llava_lite.distributed.ranks import everyone, raise_together
+from llava_lite.errors import get_free_space
 from llava_lite.train.deepspeed.experts import parallel_experts
 from llava_lite.train.saving import manifest as paper
 from llava_lite.train.saving.engine import save_engine
@@ -52,10 +53,9 @@ class CheckpointWriter:
         if failed and self.trainer.args.should_save:
             shutil.rmtree(staged, ignore_errors=True)
         if failed:
-            free_bytes = shutil.disk_usage(self.trainer.args.output_dir).free
             advice = (
-                f"Could not {doing} {staged}: about {self.get_needed_bytes():,} bytes are needed, {free_bytes:,} "
-                "are free. Earlier checkpoints are untouched; make room and resume."
+                f"Could not {doing} {staged}: about {self.get_needed_bytes():,} bytes are needed"
+                f"{get_free_space(staged.parent)}. Earlier checkpoints are untouched; make room and resume."
             )
             raise_together(error, paper.SaveError, advice)
         return result
@@ -134,15 +134,17 @@ class CheckpointWriter:
         if not trainer.args.should_save:
             return
         earlier = [paper.get_serial(path) for path in paper.checkpoints_in(final.parent)]
+        # One whose manifest cannot be read has a serial too, which no other one may get.
+        num_unknown = sum(serial < 0 for serial in earlier)
         manifest = {
             "step": trainer.state.global_step,
             "world_size": trainer.args.world_size,
-            "serial": max(earlier, default=-1) + 1,
+            "serial": max(earlier, default=-1) + 1 + num_unknown,
             "steps": trainer.step_settings(),
             "schedule": trainer.get_schedule(),
             "files": files,
         }
-        paper.write_json(staged / paper.MANIFEST, manifest)
+        paper.write_manifest(staged, manifest)
         paper.publish(staged, final)
         best = trainer.state.best_model_checkpoint
         paper.prune(final.parent, trainer.args.save_total_limit, keep=[final, *([best] if best else [])])

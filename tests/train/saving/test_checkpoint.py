@@ -157,7 +157,7 @@ def test_state_that_was_never_saved_is_refused(copied, tmp_path, name):
     (directory / name).unlink()
     manifest = json.loads((directory / paper.MANIFEST).read_text())
     del manifest["files"][name]
-    paper.write_json(directory / paper.MANIFEST, manifest)
+    paper.write_manifest(directory, manifest)
     with pytest.raises(ValueError, match=rf"cannot be resumed: it holds no {name}"):
         plain.build_trainer(tmp_path / "new").train(resume_from_checkpoint=str(directory))
 
@@ -180,7 +180,7 @@ def test_another_number_of_ranks_with_smaller_steps_is_refused(copied, tmp_path)
     directory = copied / "checkpoint-8"
     manifest = json.loads((directory / paper.MANIFEST).read_text())
     manifest["steps"]["world_size"] = 2
-    paper.write_json(directory / paper.MANIFEST, manifest)
+    paper.write_manifest(directory, manifest)
     with pytest.raises(ValueError, match=r"give --per_device_train_batch_size 1 --gradient_accumulation_steps 4"):
         plain.build_trainer(tmp_path / "new").train(resume_from_checkpoint=str(directory))
 

@@ -134,7 +134,7 @@ def test_without_room_the_earlier_directory_stays_as_it_was(trained, tmp_path, m
     save_final(before, tmp_path, full=True)
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(paper.shutil, "disk_usage", lambda path: usage._replace(free=1234))
-    with pytest.raises(paper.SaveError, match=r"[\d,]+ bytes are needed, 1,234 are free.*checkpoint-N holds"):
+    with pytest.raises(paper.SaveError, match=r"[\d,]+ bytes are needed, 1,234 are free.*there is no checkpoint-N"):
         save_final(trained("moe"), tmp_path, full=True)
     assert not (tmp_path / "tmp-final").exists()
     assert torch.equal(logits_of(LlavaLlamaForCausalLM.from_pretrained(tmp_path)), logits_of(before))

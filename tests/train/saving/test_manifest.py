@@ -21,7 +21,9 @@ def write(tmp_path):
         for file in ("trained.safetensors", "global_step4/states.pt", "trainer_state.json"):
             (directory / file).write_bytes(f"{name} {file}".encode() * 50)
         files = paper.digests(directory, paper.list_files(directory))
-        paper.write_json(directory / paper.MANIFEST, {"serial": serial, "files": files})
+        content = {"step": int(name.split("-")[-1]), "world_size": 1, "serial": serial, "files": files}
+        steps = {"world_size": 1, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}
+        paper.write_manifest(directory, content | {"steps": steps, "schedule": {"learning_rate": 1e-05}})
         return directory
 
     return make
@@ -111,7 +113,7 @@ def test_a_replacement_that_was_cut_off_between_its_two_renames_loses_nothing(wr
 
 def test_publishing_replaces_a_directory_of_the_same_name(write, tmp_path):
     write("checkpoint-8", 0)
-    os.rename(write("other", 7), tmp_path / "tmp-checkpoint-8")
+    os.rename(write("other-8", 7), tmp_path / "tmp-checkpoint-8")
     paper.publish(tmp_path / "tmp-checkpoint-8", tmp_path / "checkpoint-8")
     assert os.listdir(tmp_path) == ["checkpoint-8"]
     assert paper.get_serial(tmp_path / "checkpoint-8") == 7

@@ -191,7 +191,7 @@ def test_a_checkpoint_with_code_in_it_is_refused_and_the_code_does_not_run(stage
 
     manifest = json.loads((checkpoint / paper.MANIFEST).read_text())
     manifest["files"] |= paper.digests(checkpoint, [f"global_step3/{place}"])
-    paper.write_json(checkpoint / paper.MANIFEST, manifest)
+    paper.write_manifest(checkpoint, manifest)
     again = [*flags, "--max_steps", "4", "--resume_from_checkpoint", str(checkpoint)]
     found = launch([{"name": "again", "argv": again}], tmp_path, world_size=1)
     assert "pickle with code in it" in found["again"][0]["error"]

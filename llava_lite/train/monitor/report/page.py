@@ -37,8 +37,11 @@ def write_report(run_dir, out=None, score_dirs=()) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f"{path.name}.part")
     # A lone surrogate of an answer has no bytes.
-    draft.write_text(page, encoding="utf-8", errors="replace")
-    os.replace(draft, path)
+    try:
+        draft.write_text(page, encoding="utf-8", errors="replace")
+        os.replace(draft, path)
+    finally:
+        draft.unlink(missing_ok=True)
     return path
 
 

@@ -6,7 +6,7 @@ import os
 import re
 import shlex
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -63,6 +63,7 @@ class RunRecord(TrainerCallback):
             draft.write_text(json.dumps(self.facts, indent=1, default=str) + "\n", encoding="utf-8")
             os.replace(draft, self.path)
         except OSError as error:
+            draft.unlink(missing_ok=True)
             logger.warning("%s is not written: %s", self.path, get_sentence(error))
 
     def end(self, state: str, **more) -> None:
@@ -132,7 +133,9 @@ def open_record(trainer, model_args, data_args, argv) -> RunRecord:
     for row in facts["parameters"].values():
         row["dtypes"] = sorted(row["dtypes"])
     if is_writer:
-        directory.mkdir(parents=True, exist_ok=True)
+        # The log is the first file that must be written; it reports a directory that cannot be.
+        with suppress(OSError):
+            directory.mkdir(parents=True, exist_ok=True)
         facts["images"] = save_images(trainer.eval_dataset, trainer.eval_examples, directory)
     return RunRecord(facts, get_command(argv), directory / RUN, is_writer)
 

@@ -38,12 +38,14 @@ def test_a_line_that_is_being_written_is_left_out(run_dir):
 def test_a_stopped_run_of_an_earlier_version_has_the_flags_and_the_state_of_its_checkpoint(run_dir):
     directory = run_dir(LOG)
     (directory / "checkpoint-2").mkdir()
-    steps = {"seed": 7, "trained parameters": ["a", "b"]}
-    manifest = {"files": {}, "serial": 0, "steps": steps, "schedule": {"learning_rate": 1e-3}}
+    steps = {"seed": 7, "world_size": 1, "trained parameters": ["a", "b"]}
+    files = {"trainer_state.json": {"size": 1, "sha256": "0" * 64}}
+    manifest = {"files": files, "serial": 0, "step": 2, "world_size": 1, "steps": steps}
+    manifest |= {"schedule": {"learning_rate": 1e-3}}
     (directory / "checkpoint-2/manifest.json").write_text(json.dumps(manifest))
     (directory / "checkpoint-2/trainer_state.json").write_text(json.dumps({"global_step": 2, "max_steps": 9}))
     run = read_run(directory)
-    assert run.settings == {"seed": 7, "learning_rate": 1e-3}
+    assert run.settings == {"seed": 7, "world_size": 1, "learning_rate": 1e-3}
     assert (run.max_steps, run.status) == (9, "open")
 
 
