@@ -21,6 +21,7 @@ from llava_lite.train.compat.order import (
 from llava_lite.train.compat.state import get_mm_adapter_state_maybe_zero_3, maybe_zero_3
 from llava_lite.train.inputs.shards import StreamMixin
 from llava_lite.train.inputs.skipped import SkipMixin
+from llava_lite.train.monitor.activity import ActivityMixin
 from llava_lite.train.monitor.evaluation import EvaluationMixin
 from llava_lite.train.monitor.experts import ExpertMeter, flat_report
 from llava_lite.train.monitor.guards import GradientWatch, stop_if_gradient_not_finite, stop_if_not_finite
@@ -67,7 +68,7 @@ class RunEvents(TrainerCallback):
         self.trainer.finish_upload()
 
 
-class LLaVATrainer(StreamMixin, SkipMixin, PushingMixin, CheckpointMixin, EvaluationMixin, Trainer):
+class LLaVATrainer(ActivityMixin, StreamMixin, SkipMixin, PushingMixin, CheckpointMixin, EvaluationMixin, Trainer):
     """Trains a LLaVA model; args are llava_lite's TrainingArguments, batches come from its collator.
 
     eval_examples: examples of the evaluation set that are answered at each evaluation. tokenizer: LLaVA's word, from
@@ -196,6 +197,7 @@ class LLaVATrainer(StreamMixin, SkipMixin, PushingMixin, CheckpointMixin, Evalua
         """Train on a micro-batch and return its loss; the ids of its records are kept for messages."""
         inputs = dict(inputs)
         self.sample_ids = list(inputs.pop("sample_ids", ()))
+        self.note_part("forward of", self.sample_ids)
         return super().training_step(model, inputs, *args, **kwargs)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -213,7 +215,9 @@ class LLaVATrainer(StreamMixin, SkipMixin, PushingMixin, CheckpointMixin, Evalua
             loss = loss + balance
             self.balance_sum += balance.detach()
             self.experts.add(routing)
+        self.note_part("loss of", self.sample_ids)
         stop_if_not_finite(loss.detach(), self.sample_ids, self.state.global_step + 1)
+        self.note_part("backward of", self.sample_ids)
         self.ids_of_step += self.sample_ids
         return (loss, outputs) if return_outputs else loss
 

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 import torch
 from transformers import TrainerCallback
 
+from llava_lite.distributed.activity import waiting_for_ranks
 from llava_lite.train.saving import other_ranks as other
 
 # sysexits.h, EX_TEMPFAIL: "the user is invited to retry". Saved after SIGTERM; the same command resumes the run.
@@ -177,5 +178,6 @@ def any_rank_each(flags: list[bool], device: torch.device) -> list[bool]:
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return flags
     numbers = torch.tensor([int(flag) for flag in flags], device=device)
-    torch.distributed.all_reduce(numbers, op=torch.distributed.ReduceOp.MAX)
-    return [bool(number) for number in numbers.tolist()]
+    with waiting_for_ranks():
+        torch.distributed.all_reduce(numbers, op=torch.distributed.ReduceOp.MAX)
+        return [bool(number) for number in numbers.tolist()]

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import save_file
 from transformers.trainer_callback import ExportableState
 
+from llava_lite.distributed.activity import note
 from llava_lite.distributed.ranks import everyone, raise_together
 from llava_lite.train.deepspeed.experts import parallel_experts
 from llava_lite.train.saving import manifest as paper
@@ -43,6 +44,7 @@ class CheckpointWriter:
 
         `work` must not end early between two collectives: the other ranks would wait in the second.
         """
+        note(f"checkpoint of step {self.trainer.state.global_step}: {doing}")
         result, error = None, None
         try:
             result = work()
