@@ -4,9 +4,13 @@ import os
 import re
 import struct
 import time
+from contextlib import contextmanager
 
 import torch
 from torch.utils.data import get_worker_info
+
+from llava_lite.data.errors import DataError
+from llava_lite.distributed.processes import has_ended
 
 # Process, time at which it began to read (0 when it does not), bytes of the text that follows.
 _HEAD = struct.Struct("qdq")
@@ -70,17 +74,38 @@ def _name(worker: int, pid: int) -> str:
     return "this process" if pid == os.getpid() else f"worker {worker} (pid {pid})"
 
 
-def describe_dead_worker(error: Exception, notes: list[ReadingNotes]) -> str:
-    """Return which worker died with which record, "" if the error is not about a worker that died."""
+@contextmanager
+def dead_workers_named(*notes: ReadingNotes | None):
+    """Name the worker that died, and the record that it was reading, in an error inside that comes of its death.
+
+    Raises DataError. torch reports it by the number of the process at best, or as a connection that was lost.
+    """
+    try:
+        yield
+    except (RuntimeError, OSError, EOFError) as error:
+        try:
+            dead = _find_dead(error, notes)
+        except RuntimeError as signalled:
+            # The signal of its death comes after the connection has broken.
+            dead = _find_dead(signalled, notes)
+        if not dead:
+            raise
+        found = "; ".join(
+            f"{_name(worker, pid)} of the data loader was killed or crashed; it "
+            f"{'was reading' if seconds else 'had read'} {text}"
+            for worker, pid, seconds, text in dead
+        )
+        raise DataError(
+            f"{found}. Mostly the machine has run out of memory: lower --dataloader_num_workers, or look at this "
+            "record. Start the run again to resume from its last checkpoint."
+        ) from error
+
+
+def _find_dead(error: Exception, notes) -> list:
+    """Return the lines of the workers whose death an error comes from."""
     died = _DIED.search(str(error))
-    if died is None:
-        return ""
-    pids = {int(pid) for pid in died[1].split(",")}
-    found = [
-        f"{_name(worker, pid)} of the data loader was killed or crashed; it "
-        f"{'was reading' if seconds else 'had read'} {text}"
-        for table in notes
-        for worker, pid, seconds, text in table.read()
-        if pid in pids
-    ]
-    return "; ".join(found)
+    pids = {int(pid) for pid in died[1].split(",")} if died else ()
+    lines = [line for table in notes if table is not None for line in table.read()]
+    is_cut_off = isinstance(error, (ConnectionError, EOFError, FileNotFoundError))
+    # A worker that ended as it should was not reading.
+    return [line for line in lines if line[1] in pids or (is_cut_off and line[2] and has_ended(line[1]))]

@@ -20,6 +20,12 @@ def is_gone(pid: int, start: str | None) -> bool:
     return not fields or fields[19] != start or fields[0] in "ZX"
 
 
+def has_ended(pid: int) -> bool:
+    """Tell whether a child process has just ended; False on a system that does not tell."""
+    fields = _read(pid)
+    return bool(_read(os.getpid())) and (not fields or fields[0] in "ZX")
+
+
 def is_stopped(pid: int, start: str | None) -> bool:
     """Tell whether a signal or a debugger has stopped a process."""
     fields = _read(pid)

@@ -27,7 +27,6 @@ from llava_lite.distributed.exchange import INTERVAL_S, Exchange
 from llava_lite.distributed.judge import RankState
 from llava_lite.distributed.processes import end_process, get_start, is_gone, is_stopped
 from llava_lite.distributed.ranks import everyone
-from llava_lite.errors import get_sentence
 
 logger = logging.getLogger(__name__)
 
@@ -286,7 +285,7 @@ def watched():
         watch, message = _Current.watch, ""
         if watch is not None and _is_of_group(error):
             message = watch.explain()
-        stop_watch(message or f"{type(error).__name__}: {get_sentence(error)}")
+        stop_watch(message or f"{type(error).__name__}: {error}")
         if message:
             raise LostRankError(message) from error
         raise

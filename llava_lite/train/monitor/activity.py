@@ -2,8 +2,7 @@
 
 from transformers import TrainerCallback
 
-from llava_lite.data.errors import DataError
-from llava_lite.data.reading import ReadingNotes, describe_dead_worker
+from llava_lite.data.reading import ReadingNotes, dead_workers_named
 from llava_lite.distributed.activity import LOADER, LONG, STEP, NotedBatches, note
 from llava_lite.distributed.groups import set_group_timeouts
 
@@ -51,20 +50,15 @@ class ActivityMixin:
         """How long a part of a step may be silent."""
         return STEP if self.num_steps_here else LONG
 
-    def train(self, *args, **kwargs):
-        """Train; a worker that died is named with the record it was reading."""
-        try:
-            return super().train(*args, **kwargs)
-        except RuntimeError as error:
-            notes = [getattr(dataset, "reading", None) for dataset in (self.train_dataset, self.eval_dataset)]
-            found = describe_dead_worker(error, [one for one in notes if one is not None])
-            if not found:
-                raise
-            failure = DataError(
-                f"{found}. Mostly the machine has run out of memory: lower --dataloader_num_workers, or look at this "
-                "record. Start the run again to resume from its last checkpoint."
-            )
-            raise failure from error
+    @property
+    def readers(self):
+        """What the workers of training and evaluation read."""
+        return [getattr(dataset, "reading", None) for dataset in (self.train_dataset, self.eval_dataset)]
+
+    def training_step(self, *args, **kwargs):
+        """Train on a micro-batch; torch may report a worker that died at any moment."""
+        with dead_workers_named(*self.readers):
+            return super().training_step(*args, **kwargs)
 
     # The groups of an engine are made when it is.
     def _prepare_for_training(self, *args, **kwargs):
@@ -79,11 +73,12 @@ class ActivityMixin:
         noted = NotedBatches(
             epoch_iterator, f"step {self.state.global_step + 1}", readers=readers, then=self.step_kind
         )
-        return super().get_batch_samples(noted, num_batches, device)
+        with dead_workers_named(*self.readers):
+            return super().get_batch_samples(noted, num_batches, device)
 
     def note_eval(self, what: str, kind: str = LONG) -> None:
         """Note a part of an evaluation."""
-        readers = getattr(self.eval_dataset, "reading", None)
+        readers = self.readers[1]
         note(f"evaluation at step {self.state.global_step}: {what}", kind, readers=readers)
 
     def prediction_step(self, *args, **kwargs):
@@ -99,6 +94,7 @@ class ActivityMixin:
         """Evaluate, with notes."""
         self.num_eval_batches = 0
         self.note_eval("waiting for the first batch of the loader", LOADER)
-        output = super().evaluation_loop(*args, **kwargs)
+        with dead_workers_named(*self.readers):
+            output = super().evaluation_loop(*args, **kwargs)
         self.note_eval("has all batches")
         return output
