@@ -121,10 +121,11 @@ class ProgressCallback(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         """Save and stop once any rank received SIGTERM; launchers send it to the ranks at different moments.
 
-        The same message carries whether a rank could not read a record of the step.
+        The same message carries whether a rank could not read a record of the step, and whether its update is finite.
         """
         is_signalled = self._signalled or signal.SIGTERM in signal.sigpending()
-        stop, has_news = any_rank_each([is_signalled, self.trainer.has_news], args.device)
+        mine = [is_signalled, self.trainer.has_news, self.trainer.has_bad_update()]
+        stop, has_news, self.trainer.is_update_bad = any_rank_each(mine, args.device)
         if has_news:
             self.trainer.agree_on_left_out()
         if stop:
