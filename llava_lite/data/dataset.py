@@ -13,6 +13,7 @@ from llava_lite.data.image_files import find_image, open_record_image
 from llava_lite.data.index.annotations import Annotations, open_annotations
 from llava_lite.data.index.cache import file_key, get_key
 from llava_lite.data.media_files import LoadedMix, load_mix
+from llava_lite.data.reading import ReadingNotes
 from llava_lite.data.records.media import MediaMix
 from llava_lite.data.records.record import Record
 from llava_lite.data.skipped import LeftOut
@@ -28,10 +29,12 @@ class LazySupervisedDataset(ExampleMaker, Dataset):
     The arguments are those of ExampleMaker; image_folder: for annotation files without their own. features: of all
     images of these records, if they are cached; images are then neither opened nor encoded. left_out: the records that
     a run leaves out; with it, a record that cannot be read becomes an empty example with the reason under "left_out".
+    reading: where to note which record is read.
     """
 
     features: FeatureView | None = None
     left_out: LeftOut | None = None
+    reading: ReadingNotes | None = None
 
     def __init__(
         self,
@@ -94,6 +97,16 @@ class LazySupervisedDataset(ExampleMaker, Dataset):
 
     def read(self, i: int) -> dict:
         """Return the example of record i; DataError if it cannot be used."""
+        if self.reading is None:
+            return self._read(i)
+        file, position = self.annotations.place(i)
+        self.reading.begin(f"{file.name}[{position}]")
+        try:
+            return self._read(i)
+        finally:
+            self.reading.end()
+
+    def _read(self, i: int) -> dict:
         record = self.annotations[i]
         if self.features is None:
             images = [self.open(record, image) for image in record.images]
@@ -120,6 +133,9 @@ class LazySupervisedDataset(ExampleMaker, Dataset):
 
     def open(self, record: Record, image: str | bytes | MediaMix) -> Image.Image | LoadedMix:
         """Return an image of a record, or its media; DataError with the name of the record if it cannot be used."""
+        if self.reading is not None:
+            name = f", image {image!r}" if isinstance(image, str) else ""
+            self.reading.begin(f"{record.name}{name}")
         if isinstance(image, MediaMix):
             directory = record.image_folder or self.image_folder
             return load_mix(directory, image, self.layout, record.name, self.follow_links)

@@ -9,13 +9,16 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from llava_lite.distributed.activity import waiting_for_ranks
+
 
 def everyone(value) -> list:
     """Return the value of every rank, in rank order; all ranks must call it, so it is a barrier too."""
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return [value]
     values = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
+    with waiting_for_ranks():
+        dist.all_gather_object(values, value)
     return values
 
 

@@ -24,11 +24,13 @@ from llava_lite.train.compat.state import get_mm_adapter_state_maybe_zero_3, may
 from llava_lite.train.inputs.sampler import get_sampler
 from llava_lite.train.inputs.shards import StreamMixin
 from llava_lite.train.inputs.skipped import SkipMixin
+from llava_lite.train.monitor.activity import ActivityMixin
 from llava_lite.train.monitor.evaluation import EvaluationMixin
 from llava_lite.train.monitor.experts import ExpertMeter, flat_report
-from llava_lite.train.monitor.guards import GradientWatch, stop_if_gradient_not_finite, stop_if_not_finite
+from llava_lite.train.monitor.guards import GradientWatch
 from llava_lite.train.monitor.plots import draw_plots
 from llava_lite.train.monitor.run_log import RunLog, TrainingBar
+from llava_lite.train.monitor.skipped_steps import FiniteMixin
 from llava_lite.train.monitor.throughput import Meter, get_matmul, has_images, peak_flops, step_flops
 from llava_lite.train.publish.push import PushingMixin
 from llava_lite.train.saving.checkpoint import CheckpointMixin
@@ -70,7 +72,9 @@ class RunEvents(TrainerCallback):
         self.trainer.finish_upload()
 
 
-class LLaVATrainer(StreamMixin, SkipMixin, PushingMixin, CheckpointMixin, EvaluationMixin, Trainer):
+class LLaVATrainer(
+    ActivityMixin, FiniteMixin, StreamMixin, SkipMixin, PushingMixin, CheckpointMixin, EvaluationMixin, Trainer
+):
     """Trains a LLaVA model; args are llava_lite's TrainingArguments, batches come from its collator.
 
     eval_examples: examples of the evaluation set that are answered at each evaluation. tokenizer: LLaVA's word, from
@@ -132,7 +136,7 @@ class LLaVATrainer(StreamMixin, SkipMixin, PushingMixin, CheckpointMixin, Evalua
         self.raise_log_error()
         self.last_metrics_step = min(self.last_metrics_step, self.state.global_step)
         self.watch = GradientWatch(self.groups)
-        self.watched_step, self.gates_were_open = None, gates_are_open(self.unwrapped)
+        self.watched_step, self.checked_norm, self.gates_were_open = None, None, gates_are_open(self.unwrapped)
         self.meter.start_clock()
 
     def draw(self):
@@ -187,6 +191,7 @@ class LLaVATrainer(StreamMixin, SkipMixin, PushingMixin, CheckpointMixin, Evalua
         """Train on a micro-batch and return its loss; the ids of its records are kept for messages."""
         inputs = dict(inputs)
         self.sample_ids = list(inputs.pop("sample_ids", ()))
+        self.note_part("forward of", self.sample_ids)
         return super().training_step(model, inputs, *args, **kwargs)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -202,9 +207,11 @@ class LLaVATrainer(StreamMixin, SkipMixin, PushingMixin, CheckpointMixin, Evalua
         if outputs.get("moe_loss") is not None:
             balance = outputs["moe_loss"] / self.current_gradient_accumulation_steps
             loss = loss + balance
-            self.balance_sum += balance.detach()
+            self.balance_sum += balance.detach().where(balance.isfinite(), 0)
             self.experts.add(routing)
-        stop_if_not_finite(loss.detach(), self.sample_ids, self.state.global_step + 1)
+        self.note_part("loss of", self.sample_ids)
+        loss = self.checked_loss(loss)
+        self.note_part("backward of", self.sample_ids)
         self.ids_of_step += self.sample_ids
         return (loss, outputs) if return_outputs else loss
 
@@ -215,15 +222,14 @@ class LLaVATrainer(StreamMixin, SkipMixin, PushingMixin, CheckpointMixin, Evalua
     # No callback gets the gradient norm, and none comes before the log of a step.
     def _maybe_log_save_evaluate(self, tr_loss, grad_norm, model, *args, **kwargs):
         """Check the step before anything of it is written."""
-        # Loss scaling in fp16 provokes infinite gradients on purpose and skips the step.
-        if not self.args.fp16:
-            stop_if_gradient_not_finite(grad_norm, self.ids_of_step, self.state.global_step)
         # At the end of an epoch this runs twice for a step.
-        if self.watch.handles and self.watched_step != self.state.global_step:
-            self.watched_step = self.state.global_step
+        is_new, self.watched_step = self.watched_step != self.state.global_step, self.state.global_step
+        num_skipped = self.num_skipped
+        self.checked_norm = self.check_step(grad_norm) if is_new else self.checked_norm
+        if self.watch.handles and is_new and num_skipped == self.num_skipped:
             self.watch.check(self.has_images, exempt=self.groups_without_gradient(), is_supervised=self.is_supervised)
             self.gates_were_open = gates_are_open(self.unwrapped)
-        super()._maybe_log_save_evaluate(tr_loss, grad_norm, model, *args, **kwargs)
+        super()._maybe_log_save_evaluate(tr_loss, self.checked_norm, model, *args, **kwargs)
 
     def groups_without_gradient(self):
         """Return the groups that may get no gradient: rows of new tokens that no record holds, and some routers.

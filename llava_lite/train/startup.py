@@ -8,12 +8,15 @@ import logging
 import os
 import shlex
 import sys
+import time
 import warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
 
-from llava_lite.distributed.ranks import let_threads_finish
+from llava_lite.distributed.processes import is_mapped
+from llava_lite.distributed.ranks import everyone, let_threads_finish
+from llava_lite.distributed.watch import start_watch
 from llava_lite.errors import get_sentence
 from llava_lite.train.arguments.legacy import machine_has
 
@@ -23,6 +26,8 @@ TRACEBACK = "LLAVA_LITE_TRACEBACK"
 FOR_PEOPLE = (ValueError, OSError, ImportError)
 # The attribute of an error that names an environment variable: the rank for which it is 0 reports the error.
 REPORTED_BY_FIRST_OF = "reported_by_first_of"
+# A start that makes shared memory has joined all ranks by then, or never will.
+OLD_BUFFER_S = 600
 
 
 @contextmanager
@@ -111,19 +116,33 @@ def launch_hint(argv, num_devices: int) -> str:
 
 
 def join_ranks(training_args):
-    """Make DeepSpeed's process group; from here on only the first rank logs, but warnings and errors of all show."""
+    """Make DeepSpeed's process group and watch over it, with --ddp_timeout; all ranks must call it.
+
+    From here on only the first rank logs, but warnings and errors of all show.
+    """
     atexit.register(let_threads_finish)
     if training_args.uses_deepspeed:
         import deepspeed
 
         # accelerate does this on a GPU only; without it ZeRO-3 would build the model for a single rank.
-        deepspeed.init_distributed(auto_mpi_discovery=False)
-        atexit.register(free_shared_memory)
+        deepspeed.init_distributed(auto_mpi_discovery=False, timeout=training_args.ddp_timeout_delta)
+        free_shared_memory()
     if training_args.process_index != 0:
         logging.getLogger("llava_lite").setLevel(logging.WARNING)
+    start_watch(training_args.ddp_timeout, has_workers=training_args.dataloader_num_workers > 0)
 
 
 def free_shared_memory():
-    """Remove the shared memory by which DeepSpeed reduces on a CPU; it would stay until the machine restarts."""
-    place = f"{os.environ.get('MASTER_ADDR')}_{os.environ.get('MASTER_PORT')}_{os.environ.get('LOCAL_RANK', '0')}"
-    Path("/dev/shm", f"deepspeed_allreduce_buffer_{os.getuid()}_{place}").unlink(missing_ok=True)
+    """Remove the names of the shared memory by which DeepSpeed reduces on a CPU; all ranks must call it.
+
+    Every rank has opened those of all when it has joined, and keeps the memory; a name would stay, with the memory,
+    until the machine restarts, if a rank is killed. Names of a start that was killed before this go too.
+    """
+    everyone(None)
+    names = f"deepspeed_allreduce_buffer_{os.getuid()}_"
+    own = f"{names}{os.environ.get('MASTER_ADDR')}_{os.environ.get('MASTER_PORT')}_{os.environ.get('LOCAL_RANK', '0')}"
+    for path in Path("/dev/shm").glob(f"{names}*"):
+        with suppress(OSError):
+            is_old = time.time() - path.stat().st_mtime > OLD_BUFFER_S
+            if path.name == own or (is_old and not is_mapped(path)):
+                path.unlink()

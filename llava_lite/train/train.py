@@ -10,7 +10,9 @@ from transformers import set_seed
 
 from llava_lite.conversation.end_tokens import add_end_token, check_end_token, get_end_token
 from llava_lite.data.errors import DataError
+from llava_lite.distributed.activity import note
 from llava_lite.distributed.ranks import leave
+from llava_lite.distributed.watch import LostRankError, stop_watch, watched
 from llava_lite.errors import DiskError
 from llava_lite.train.arguments.parse import build_parser, parse_args
 from llava_lite.train.arguments.paths import check_enough_records, check_needed, check_paths
@@ -40,6 +42,7 @@ from llava_lite.train.saving.interrupt import EXIT_RESUMABLE
 from llava_lite.train.saving.lock import hold_output, release_output
 from llava_lite.train.saving.manifest import BrokenCheckpoint, SaveError
 from llava_lite.train.startup import (
+    FOR_PEOPLE,
     check_installed,
     errors_in_one_line,
     installed_attention,
@@ -132,6 +135,7 @@ def build_stage(model_args, data_args, training_args):
     from llava_lite.train.saving.final import write_opening
     from llava_lite.train.saving.run_facts import load_run_facts
 
+    note("choosing the checkpoint to resume from")
     set_seed(training_args.seed)
     checkpoint = checkpoint_to_resume(training_args)
     facts = load_run_facts(checkpoint)
@@ -139,6 +143,7 @@ def build_stage(model_args, data_args, training_args):
     num_known = add_tokens(tokenizer, model_args.new_tokens or [])
     template = get_run_template(model_args, data_args, facts.moment)
     check_end_token(template, tokenizer, model_args.version)
+    note("building the model")
     model = build_model(model_args, data_args, training_args)
     fit_vocabulary(
         *(model, tokenizer, num_known, model_args.new_tokens or []),
@@ -150,11 +155,13 @@ def build_stage(model_args, data_args, training_args):
     gather_experts_together(model)
     model = choose_what_trains(model, model_args, training_args)
     resolve_dtypes(model, training_args)
+    note("reading the records")
     train_set, eval_set = load_data(model, tokenizer, model_args, data_args, training_args, facts)
     check_enough_records(train_set, eval_set, training_args)
     logger.info("what trains (--tuning %s):\n%s", training_args.tuning, describe(model, training_args))
     num_checkpointed = choose_checkpointing(model, train_set, training_args, model_args.ep_size)
     logger.info("plan:\n%s", plan_run(model, train_set, training_args, num_checkpointed, model_args.ep_size))
+    note("preparing the trainer")
     shard_experts(model, model_args, training_args)
     trainer = build_trainer(model, tokenizer, train_set, eval_set, data_args, training_args, facts)
     parts = get_processors(trainer)
@@ -185,13 +192,16 @@ def run_alone(stage, argv):
     start_again(args, stage.checkpoint)
     record = open_record(trainer, stage.model_args, stage.data_args, argv)
     trainer.add_callback(record)
-    with record.ending(write_report):
+    note("beginning to train")
+    with watched(), record.ending(write_report):
         result = trainer.train(resume_from_checkpoint=stage.checkpoint)
         is_full = save(trainer, stage.model_args, stage.data_args)
         trainer.raise_log_error()
         if args.push_to_hub:
+            note("uploading the final directory")
             trainer.push_to_hub()
         record.end("finished", memory_gib=peak_memory_gib(args.device))
+    stop_watch()
     logger.info("%s", summary(trainer, result, is_full, record.facts["end"]["memory_gib"], record.page))
     return trainer
 
@@ -205,7 +215,7 @@ def main(argv=None):
     if asks_for_help(argv):
         print(main_page() if asks_for_help(argv) == "main" else build_parser().format_help(), end="")
         return
-    with errors_in_one_line():
+    with errors_in_one_line((*FOR_PEOPLE, LostRankError)):
         flags = read_flags(argv)
     try:
         run_flags(flags, argv)
@@ -215,17 +225,19 @@ def main(argv=None):
 
 def run_flags(flags, argv):
     """Train a stage by flags that have been read, unless the output directory holds the complete run."""
-    with errors_in_one_line():
+    with errors_in_one_line((*FOR_PEOPLE, LostRankError)):
         done = finished_before(flags[-1])
-        stage = build_stage(*flags) if done is None else None
+        with watched():
+            stage = build_stage(*flags) if done is None else None
     if stage is None:
         logger.info("%s", done)
+        stop_watch()
         leave()
         return
     # A second signal must not end what has been saved with another code.
     stage.trainer.progress.leaves_process = True
     try:
-        with errors_in_one_line((DataError, DiskError, SaveError, BrokenCheckpoint)):
+        with errors_in_one_line((DataError, DiskError, SaveError, BrokenCheckpoint, LostRankError)):
             run(stage, argv)
     except SystemExit as end:
         # After a signal all ranks have saved; after an error some may be anywhere.
@@ -280,6 +292,7 @@ def save(trainer, model_args, data_args):
     from llava_lite.train.publish.card import make_card
     from llava_lite.train.saving.final import save_final, write_state
 
+    note("writing the final directory")
     args, model = trainer.args, trainer.unwrapped
     is_full = args.save_full or args.tuning not in PARTIAL_TUNINGS
     if not args.uses_deepspeed and args.bits == 16:

@@ -1,7 +1,11 @@
 """Toy stages: the flags of a run of seconds, and a function that runs them in this process."""
 
+import os
 import shutil
+import socket
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -70,6 +74,37 @@ def run_stage(stage_flags):
     from llava_lite.train.train import train
 
     return lambda *args, **kwargs: train(stage_flags(*args, **kwargs))
+
+
+@pytest.fixture
+def run_with_fault(tmp_path):
+    """Return a function: (fault of fault_worker.py, flags, number of ranks) -> exit codes and logs of the ranks."""
+    root, worker = Path(__file__).parents[2], Path(__file__).with_name("fault_worker.py")
+
+    def start(fault, flags, num_ranks=1, limit_s=600):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        env = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(root)}
+        logs, ranks = [tmp_path / f"{rank}.log" for rank in range(num_ranks)], []
+        for rank, log in enumerate(logs):
+            own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": num_ranks, "LOCAL_WORLD_SIZE": num_ranks}
+            own |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "LOCAL_SIZE": num_ranks}
+            own = {key: str(value) for key, value in own.items()} if num_ranks > 1 else {}
+            command = [sys.executable, str(worker), fault, *flags]
+            with open(log, "w") as file:
+                ranks.append(
+                    subprocess.Popen(command, env=env | own, cwd=root, stderr=file, stdout=subprocess.DEVNULL)
+                )
+        try:
+            codes = [rank.wait(limit_s) for rank in ranks]
+        finally:
+            for rank in ranks:
+                rank.kill()
+                rank.wait()
+        return codes, [log.read_text() for log in logs]
+
+    return start
 
 
 @pytest.fixture

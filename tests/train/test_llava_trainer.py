@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from llava_lite.train.monitor.guards import NonFiniteError
+from llava_lite.train.monitor.finite import NonFiniteError
 from llava_lite.train.train import prepare, run
 
 # SGD, so that a difference in a gradient is seen as it is; Adam would hide its size.

@@ -89,7 +89,7 @@ def test_a_record_longer_than_a_pack_is_refused_by_its_name_before_the_first_ste
 
 
 def test_ids_of_a_pack_are_reported_where_its_loss_is_not_finite(stage_flags, data, tmp_path):
-    from llava_lite.train.monitor.guards import NonFiniteError
+    from llava_lite.train.monitor.finite import NonFiniteError
 
     stage = prepare(stage_flags("full", tmp_path / "out", *TOKENS, data=data))
     head = stage.trainer.model.get_output_embeddings()

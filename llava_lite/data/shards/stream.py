@@ -10,6 +10,7 @@ from llava_lite.data.errors import DataError
 from llava_lite.data.examples import ExampleMaker
 from llava_lite.data.image_files import open_record_image
 from llava_lite.data.index.cache import get_key
+from llava_lite.data.reading import ReadingNotes
 from llava_lite.data.shards.files import RawRecord, Shard
 from llava_lite.data.shards.order import RecordStream, StreamState
 from llava_lite.data.shards.read import parse_shard_record
@@ -40,8 +41,10 @@ class StreamDataset(IterableDataset):
     order of the stream, as fit in this number of tokens. bad_record: `raise`, or `skip`, which leaves out at most
     `max_bad_fraction` of the records. Records after a corrupt position cannot be counted; together they count as one
     bad record. left_out: the records that the run leaves out, on all streams; with it, a stream that may not continue
-    ends with a batch that has the reason in `end`, and raises no error.
+    ends with a batch that has the reason in `end`, and raises no error. reading: where to note which record is read.
     """
+
+    reading: ReadingNotes | None = None
 
     def __init__(
         self,
@@ -132,12 +135,21 @@ class StreamDataset(IterableDataset):
             self.window,
             self.states[mine],
         )
-        yield from self._batches(records, mine)
+        for batch in self._batches(records, mine):
+            self._note(None)
+            yield batch
+            self._note("the next record of its shards")
+
+    def _note(self, text: str | None) -> None:
+        """Note what this worker reads, None for nothing."""
+        if self.reading is not None:
+            self.reading.end() if text is None else self.reading.begin(text)
 
     def _batches(self, records: RecordStream, stream: int) -> Iterator[StreamBatch]:
         left_out, examples, state = [], [], records.state
         for shard, raw in records:
             place = self.shard_numbers[shard.path] << RECORD_BITS | raw.number
+            self._note(f"{shard.name}[{raw.number}] ({raw.key})")
             try:
                 is_known = self.left_out is not None and self.left_out.has(place, records.state.epoch)
                 if is_known:
@@ -157,6 +169,7 @@ class StreamDataset(IterableDataset):
                     left_out, examples = [], []
                 examples.append(example)
             state = records.state
+            self._note(f"the record after {shard.name}[{raw.number}]")
             if self.pack_tokens is None and len(examples) == self.batch_size:
                 yield StreamBatch(examples, stream, state, tuple(left_out))
                 left_out, examples = [], []

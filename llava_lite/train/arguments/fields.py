@@ -14,7 +14,13 @@ import transformers
 from llava_lite.distributed.ranks import stand_alone
 from llava_lite.train.arguments.injection import INJECTION_KEYS, InjectionArguments, knob, switch
 from llava_lite.train.arguments.legacy import machine_has
-from llava_lite.train.arguments.validate import check_data, check_loggers, check_model, check_training
+from llava_lite.train.arguments.validate import (
+    check_data,
+    check_loggers,
+    check_model,
+    check_skipped_steps,
+    check_training,
+)
 from llava_lite.train.deepspeed.files import CONFIGS, read_deepspeed, resolve_config
 
 MOE_KEYS = (
@@ -329,6 +335,12 @@ class TrainingArguments(transformers.TrainingArguments):
         "Hide losses that are not finite from the log; False lets them stop the run.", False
     )
 
+    max_skipped_steps: int = knob(
+        "Number of steps whose loss or gradient may be NaN or infinite: each is left out on all ranks, and logged "
+        "with its records; a further one stops the run.",
+        0,
+    )
+
     def __post_init__(self):
         """Check the flags against each other; set precision and device by the machine where they are not given."""
         self.resolve_checkpointing()
@@ -345,6 +357,9 @@ class TrainingArguments(transformers.TrainingArguments):
         if self.deepspeed and "LOCAL_RANK" not in os.environ:
             stand_alone()
         super().__post_init__()
+        check_skipped_steps(self)
+        # The loss of a step that is left out counts as the mean of the others.
+        self.logging_nan_inf_filter = self.logging_nan_inf_filter or self.max_skipped_steps > 0
         check_loggers(self.report_to)
 
     @property

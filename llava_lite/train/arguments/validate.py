@@ -41,7 +41,10 @@ NOT_NEGATIVE = (
     "warmup_steps",
     "max_grad_norm",
     "dataloader_num_workers",
+    "max_skipped_steps",
 )
+# Optimizers, by a part of their name, that change weights without a gradient or before all of them are known.
+UPDATES_ANYWAY = ("lomo", "layerwise", "schedule_free")
 LORA_FLAGS = ("lora_r", "lora_alpha", "lora_dropout", "lora_bias", "lora_vision_tower")
 
 
@@ -252,6 +255,27 @@ def check_numbers(args):
             getattr(strategy, "value", strategy) == "steps" and steps <= 0,
             f"--{kind}_steps {steps:g}: more than 0; --{kind}_strategy no turns it off.",
         )
+
+
+def check_skipped_steps(args):
+    """Raise ValueError for --max_skipped_steps where optimizer or engine cannot leave a step out."""
+    flag = f"--max_skipped_steps {args.max_skipped_steps}"
+    if args.max_skipped_steps == 0:
+        return
+    raise_if(args.fp16, f"{flag} with --fp16 True: its loss scaling leaves such steps out already; drop the flag.")
+    optim = str(getattr(args.optim, "value", args.optim))
+    raise_if(
+        any(name in optim for name in UPDATES_ANYWAY),
+        f"{flag} with --optim {optim}: it updates without a gradient, or before all gradients are known; use another.",
+    )
+    if not args.uses_deepspeed:
+        return
+    raise_if(args.zero_stage == 0, f"{flag} with DeepSpeed needs ZeRO: without it the engine leaves no step out.")
+    overflow = args.deepspeed_plugin.deepspeed_config.get("bf16", {}).get("check_grad_overflow", True)
+    raise_if(
+        args.bf16 and args.zero_stage < 3 and not overflow,
+        f'{flag} needs "check_grad_overflow": true under "bf16" in the DeepSpeed JSON; it is false.',
+    )
 
 
 def check_loggers(names):

@@ -9,6 +9,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from llava_lite.data.errors import DataError
 from llava_lite.data.feature_cache import KEY, FeatureStore, FeatureWriter
+from llava_lite.data.reading import dead_workers_named
+from llava_lite.distributed.activity import NotedBatches
 from llava_lite.distributed.ranks import everyone
 from llava_lite.train.together import together
 
@@ -131,6 +133,9 @@ class ImageSet(Dataset):
             return slot, image.size, self.dataset.get_pixels(record, image)
         except DataError as error:
             return slot, None, str(error.__cause__ or error)
+        finally:
+            if self.dataset.reading is not None:
+                self.dataset.reading.end()
 
 
 def write_features(store: FeatureStore, keys: np.ndarray, images: ImageSet, tower, args) -> dict[int, str]:
@@ -142,8 +147,8 @@ def write_features(store: FeatureStore, keys: np.ndarray, images: ImageSet, towe
     )
     bar = tqdm(total=len(images), desc="features of images", disable=len(images) < 512 or args.process_index > 0)
     broken = {}
-    with FeatureWriter(store) as writer, bar:
-        for found in loader:
+    with FeatureWriter(store) as writer, bar, dead_workers_named(images.dataset.reading):
+        for found in NotedBatches(loader, "features of images", alone=True, readers=images.dataset.reading):
             broken |= {slot: reason for slot, size, reason in found if size is None}
             batch = [one for one in found if one[1] is not None]
             bar.update(len(found))

@@ -10,6 +10,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 from llava_lite.constants import IGNORE_INDEX
 from llava_lite.conversation.end_tokens import end_ids, get_config_end_token, stop_arguments
 from llava_lite.data.collator import batch_images
+from llava_lite.distributed.activity import note
 from llava_lite.errors import get_sentence
 from llava_lite.train.deepspeed.experts import needs_all_ranks
 from llava_lite.train.monitor.run_log import RunLog
@@ -59,6 +60,7 @@ def generate_answers(model, tokenizer, examples, device, max_new_tokens, is_stop
     answers, end_token = [], get_config_end_token(model.config, tokenizer)
     stop = stop_arguments(end_token, end_ids(model.generation_config, tokenizer), tokenizer)
     for example in examples:
+        note(f"answering record {example['id']}", alone=True)
         prompt, expected = prompt_and_answer(example["input_ids"], example["labels"])
         images = {"images": None} | batch_images([example])
         output = model.generate(

@@ -12,34 +12,29 @@ from llava_lite.train.saving.interrupt import any_rank_each
 IMAGE_PARTS = ("mm_projector", "vision_tower")
 
 
-class NonFiniteError(RuntimeError):
-    """A loss or a gradient is not finite."""
+def describe_loss(loss, sample_ids, step) -> str:
+    """Return on every rank which ranks have a loss that is NaN or infinite, with the samples; "" if none has.
 
-
-def stop_if_not_finite(loss, sample_ids, step):
-    """Raise NonFiniteError on every rank, naming the samples, if the loss of a micro-batch is NaN or infinite on one.
-
-    loss: scalar tensor. All ranks must call this; it costs them one number over the network.
+    loss: scalar tensor of a micro-batch. All ranks must call this; it costs them one number over the network.
     """
     finite = bool(torch.isfinite(loss))
     if not any_rank_each([not finite], loss.device)[0]:
-        return
+        return ""
     reports = everyone(None if finite else f"loss {loss.item()} for samples {list(sample_ids)}")
     where = "; ".join(f"rank {rank}: {report}" for rank, report in enumerate(reports) if report is not None)
-    raise NonFiniteError(
-        f"step {step}: {where}. Nothing was written after the last checkpoint. Look at these records, lower the "
-        "learning rate, and if this is fp16 use bf16 or fp32."
+    return (
+        f"step {step}: {where}. Look at these records, lower the learning rate, and if this is fp16 use bf16 or fp32."
     )
 
 
-def stop_if_gradient_not_finite(grad_norm, sample_ids, step):
-    """Raise NonFiniteError if the gradient norm, equal on all ranks, is NaN or infinite."""
+def describe_gradient(grad_norm, sample_ids, step) -> str:
+    """Return the message for a gradient norm, equal on all ranks, that is NaN or infinite; "" if it is finite."""
     if grad_norm is None or math.isfinite(float(grad_norm)):
-        return
+        return ""
     ids = [sample for ids in everyone(list(sample_ids)) for sample in ids]
-    raise NonFiniteError(
+    return (
         f"step {step}: the losses are finite but the gradient norm is {float(grad_norm)}; samples of the step: {ids}. "
-        "Nothing was written after the last checkpoint. Lower the learning rate or set --max_grad_norm."
+        "Lower the learning rate or set --max_grad_norm."
     )
 
 

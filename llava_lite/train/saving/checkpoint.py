@@ -61,6 +61,10 @@ class CheckpointMixin(SameRunMixin):
     def push_checkpoint(self, path: str) -> None:
         """Upload a checkpoint, if the run does."""
 
+    def has_bad_update(self) -> bool:
+        """Tell whether weights or optimizer state of this rank are not finite after a step."""
+        return False
+
     def stopped_clock(self):
         """Return a context whose time does not count as training."""
         return nullcontext()

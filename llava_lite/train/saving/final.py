@@ -13,11 +13,13 @@ from safetensors.torch import save_file
 
 from llava_lite.checkpoints.copying import gathered
 from llava_lite.checkpoints.vocabulary import is_row_name
+from llava_lite.distributed.ranks import raise_together
 from llava_lite.errors import get_free_space
 from llava_lite.formats.llava import plain_name
 from llava_lite.model.generation_config import write_generation_config
 from llava_lite.model.new_words import grown_layers, with_new_rows
 from llava_lite.train.deepspeed.experts import with_all_experts
+from llava_lite.train.monitor.finite import NonFiniteError, find_in, list_names
 from llava_lite.train.saving import manifest as paper
 from llava_lite.train.saving.same_run import TRAINER_STATE
 from llava_lite.train.saving.trained_weights import PROJECTOR, TRAINED, projector_state, trained_state
@@ -59,6 +61,7 @@ def save_final(
     staged = output_dir / STAGED
     weights = full_state(model, is_writer) if full else trained_state(model, is_writer, buffers=False)
     projector = projector_state(model, keep=is_writer)
+    check_finite(model, weights, projector, output_dir)
     needed_bytes = num_bytes(weights) + num_bytes(projector)
     kept = [path.name for path in paper.checkpoints_in(output_dir)[:1]]
     advice = (
@@ -79,6 +82,19 @@ def save_final(
                 move_into_place(staged, output_dir)
             finally:
                 shutil.rmtree(staged, ignore_errors=True)
+
+
+def check_finite(model, weights: dict, projector: dict, output_dir: Path) -> None:
+    """Raise NonFiniteError on all ranks if a weight to be written is not finite; buffers may hold infinities."""
+    buffers = {plain_name(name) for name, _ in unwrapped(model).named_buffers()}
+    names = find_in((name, weight) for name, weight in (weights | projector).items() if name not in buffers)
+    error = NonFiniteError(f"not finite: {list_names(names)}") if names else None
+    raise_together(
+        error,
+        NonFiniteError,
+        f"The model is not written to {output_dir}. Where the last checkpoint-N is finite, the dtype of the forward "
+        "pass cannot hold its numbers: train with --bf16 True instead of --fp16 True.",
+    )
 
 
 def is_quantised(model) -> bool:

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 import torch
 from transformers import TrainerCallback
 
+from llava_lite.distributed.activity import waiting_for_ranks
 from llava_lite.train.saving import other_ranks as other
 from llava_lite.train.saving.signals import SignalWatch
 
@@ -118,10 +119,12 @@ class ProgressCallback(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         """Save and stop once any rank received a signal; launchers send it to the ranks at different moments.
 
-        The same message carries whether a rank could not read a record of the step.
+        The same message carries whether a rank could not read a record of the step, and whether its update is finite.
         """
         self.trainer.due.begin_step_end()
-        number, has_news = highest_of_ranks([self.signals.number, self.trainer.has_news], args.device)
+        mine = [self.signals.number, self.trainer.has_news, self.trainer.has_bad_update()]
+        number, has_news, is_bad = highest_of_ranks(mine, args.device)
+        self.trainer.is_update_bad = bool(is_bad)
         if has_news:
             self.trainer.agree_on_left_out()
         self._stop(number)
@@ -215,5 +218,6 @@ def highest_of_ranks(numbers: list[int], device: torch.device) -> list[int]:
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return [int(number) for number in numbers]
     highest = torch.tensor([int(number) for number in numbers], device=device)
-    torch.distributed.all_reduce(highest, op=torch.distributed.ReduceOp.MAX)
-    return highest.tolist()
+    with waiting_for_ranks():
+        torch.distributed.all_reduce(highest, op=torch.distributed.ReduceOp.MAX)
+        return highest.tolist()

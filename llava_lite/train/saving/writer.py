@@ -9,9 +9,11 @@ import torch
 from safetensors.torch import save_file
 from transformers.trainer_callback import ExportableState
 
+from llava_lite.distributed.activity import note
 from llava_lite.distributed.ranks import everyone, raise_together
 from llava_lite.errors import get_free_space
 from llava_lite.train.deepspeed.experts import parallel_experts
+from llava_lite.train.monitor.finite import NonFiniteError, find_non_finite, list_names
 from llava_lite.train.saving import manifest as paper
 from llava_lite.train.saving.engine import save_engine
 from llava_lite.train.saving.run_facts import FACTS
@@ -33,17 +35,25 @@ class CheckpointWriter:
     def write(self, final: Path) -> None:
         """Write a checkpoint beside its place, then give it its name; an error stops all ranks and loses nothing."""
         staged = final.with_name(paper.STAGING_PREFIX + final.name)
+        self.check_finite(final)
         self.in_step(staged, "prepare", lambda: self.make_room(staged))
         self.in_step(staged, "see", lambda: wait_for_directory(staged))
         self.in_step(staged, "write", lambda: self.write_state(staged))
         shards = everyone(self.in_step(staged, "flush", lambda: self.flush(staged)))
         self.in_step(staged, "publish", lambda: self.publish(staged, final, shards))
 
+    def check_finite(self, final: Path) -> None:
+        """Raise NonFiniteError on all ranks if a number that would be written on one is not finite."""
+        names = find_non_finite(self.trainer.model, self.trainer.optimizer)
+        error = NonFiniteError(f"not finite: {list_names(names)}") if names else None
+        raise_together(error, NonFiniteError, f"{final} is not written; earlier checkpoints are untouched.")
+
     def in_step(self, staged: Path, doing: str, work: Callable):
         """Do one part of a save on every rank; if it fails on one, clean up and raise SaveError on all.
 
         `work` must not end early between two collectives: the other ranks would wait in the second.
         """
+        note(f"checkpoint of step {self.trainer.state.global_step}: {doing}")
         result, error = None, None
         try:
             result = work()

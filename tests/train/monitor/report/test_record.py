@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers.trainer_callback import TrainerCallback
 
-from llava_lite.train.monitor.guards import NonFiniteError
+from llava_lite.train.monitor.finite import NonFiniteError
 from llava_lite.train.monitor.report.record import get_command
 from llava_lite.train.train import prepare, run
 

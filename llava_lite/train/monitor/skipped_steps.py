@@ -1,0 +1,123 @@
+"""Stop a run, or leave a step out, where loss, gradient, weights or optimizer state are not finite."""
+
+import logging
+
+import torch
+from transformers import TrainerCallback
+
+from llava_lite.distributed.ranks import everyone
+from llava_lite.train.monitor.finite import NonFiniteError, find_in, find_non_finite, list_names
+from llava_lite.train.monitor.guards import describe_gradient, describe_loss
+from llava_lite.train.saving.interrupt import any_rank_each
+
+logger = logging.getLogger(__name__)
+
+UNTOUCHED = "Nothing was written after the last checkpoint."
+
+
+class DropGradients(TrainerCallback):
+    """Let the optimizer leave out a step: without gradients it changes neither weights nor moments."""
+
+    def __init__(self, trainer):
+        self.trainer = trainer
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, optimizer=None, **kwargs):
+        """Drop the gradients of a step that is not finite, on all ranks; an engine of DeepSpeed does so itself."""
+        trainer = self.trainer
+        if not trainer.may_skip or trainer.is_deepspeed_enabled:
+            return
+        gradients = [(name, param.grad) for name, param in model.named_parameters() if param.grad is not None]
+        is_bad = trainer.loss_problem != "" or find_in(gradients) != []
+        if any_rank_each([is_bad], args.device)[0]:
+            optimizer.zero_grad(set_to_none=True)
+            trainer.is_dropped = True
+
+
+class FiniteMixin:
+    """Trainer overrides: every step is finite, or it is left out, or the run stops in it.
+
+    num_skipped: steps of the run that were left out so far; a checkpoint keeps it.
+    """
+
+    num_skipped, loss_problem, is_dropped, is_update_bad = 0, "", False, False
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.add_callback(DropGradients(self))
+
+    @property
+    def may_skip(self) -> bool:
+        """Whether steps may be left out in this run."""
+        return getattr(self.args, "max_skipped_steps", 0) > 0
+
+    def checked_loss(self, loss: torch.Tensor) -> torch.Tensor:
+        """Return the loss of a micro-batch; NonFiniteError on all ranks if it is not finite on one.
+
+        Where the step may be left out it is noted, and the loss made NaN on every rank: an infinite one may have a
+        finite gradient, and the engine leaves a step out by its gradient.
+        """
+        problem = describe_loss(loss.detach(), self.sample_ids, self.state.global_step + 1)
+        if not problem:
+            return loss
+        if self.num_skipped >= getattr(self.args, "max_skipped_steps", 0):
+            raise NonFiniteError(self.describe_stop(problem))
+        self.loss_problem = self.loss_problem or problem
+        return loss * float("nan")
+
+    def describe_stop(self, problem: str) -> str:
+        """Return the message that ends the run."""
+        used = f" All {self.num_skipped} steps of --max_skipped_steps are used." if self.may_skip else ""
+        return f"{problem} {UNTOUCHED}{used}"
+
+    def has_bad_update(self) -> bool:
+        """Tell whether weights or optimizer state of this rank are not finite after the step."""
+        return bool(find_non_finite(self.model, self.optimizer))
+
+    def check_step(self, grad_norm):
+        """Return the gradient norm for the log, None for a step that was left out; NonFiniteError ends the run.
+
+        All ranks must call it, once after each optimizer step.
+        """
+        loss_problem, is_dropped = self.loss_problem, self.is_dropped
+        self.loss_problem, self.is_dropped = "", False
+        # Loss scaling in fp16 provokes infinite gradients on purpose and skips the step.
+        checks_gradient = not self.args.fp16 and not loss_problem
+        problem = loss_problem or (
+            describe_gradient(grad_norm, self.ids_of_step, self.state.global_step) if checks_gradient else ""
+        )
+        if problem:
+            if self.is_deepspeed_enabled and self.may_skip:
+                is_dropped = not self.model_wrapped.was_step_applied()
+            if not is_dropped or self.num_skipped >= self.args.max_skipped_steps:
+                raise NonFiniteError(self.describe_stop(problem))
+        if self.is_update_bad:
+            raise NonFiniteError(self.describe_update())
+        if not problem:
+            return grad_norm
+        self.num_skipped += 1
+        logger.warning(
+            "%s The step is left out: %d of --max_skipped_steps %d.",
+            problem,
+            self.num_skipped,
+            self.args.max_skipped_steps,
+        )
+        return None
+
+    def describe_update(self) -> str:
+        """Return the message for weights or optimizer state that are not finite; all ranks must call it."""
+        reports = everyone((find_non_finite(self.model, self.optimizer), list(self.ids_of_step)))
+        found = "; ".join(f"rank {rank}: {list_names(names)}" for rank, (names, _) in enumerate(reports) if names)
+        ids = [sample for _, own in reports for sample in own]
+        return (
+            f"step {self.state.global_step}: loss and gradient are finite, but the update left numbers that are not: "
+            f"{found}; samples of the step: {ids}. {UNTOUCHED} Lower the learning rate."
+        )
+
+    def progress_state(self) -> dict:
+        """Return the state of the parents, and how many steps were left out."""
+        return super().progress_state() | {"skipped_steps": self.num_skipped}
+
+    def load_progress_state(self, state: dict) -> None:
+        """Restore them; a checkpoint from before this has none."""
+        super().load_progress_state(state)
+        self.num_skipped = state.get("skipped_steps", 0)
