@@ -27,6 +27,8 @@ _STEP[list(b"}]")] = -1
 _STRUCTURAL = bytes(int(byte in b'{[]}"\\') for byte in range(256))
 
 
+# A file of one bracket; that a single record is nested too deeply is found when it is parsed.
+DEEPEST = 1_000_000
 # No record is so short: `{"image": "1.jpg", "caption": ""}` has 33 bytes. More in a part of a file end the scan.
 SHORTEST_RECORD_BYTES, FEW_RECORDS = 16, 100_000
 
@@ -101,8 +103,9 @@ def _chunks(file) -> Iterator[tuple[int, bytes]]:
     name = f"indexing {os.path.basename(file.name)}"
     with tqdm(total=size, desc=name, unit="B", unit_scale=True, disable=size < BAR_BYTES) as bar:
         while chunk := file.read(CHUNK_BYTES):
-            while chunk.endswith(b"\\") and (more := file.read(1)):
-                chunk += more
+            # One byte is enough: where that is a backslash too, the run is one of pairs.
+            if (len(chunk) - len(chunk.rstrip(b"\\"))) % 2:
+                chunk += file.read(1)
             yield offset, chunk
             offset += len(chunk)
             bar.update(len(chunk))
@@ -133,6 +136,9 @@ def _levels(file) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
         brackets = places[_STEP[kinds] != 0]
         brackets = brackets[(np.searchsorted(quotes, brackets) + in_string) % 2 == 0]
         depths = depth + np.cumsum(_STEP[data[brackets]], dtype=np.int64)
+        if len(depths) and depths.max() > DEEPEST:
+            reason = f"lists and objects are nested more than {DEEPEST:,} deep."
+            raise syntax_error(file.name, offset + int(brackets[np.argmax(depths > DEEPEST)]), reason)
         yield offset + brackets, data[brackets], depths
         depth = int(depths[-1]) if len(depths) else depth
         in_string = (in_string + len(quotes)) % 2
