@@ -8,7 +8,8 @@ from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
 
-from llava_lite.hub.errors import readable_errors
+from llava_lite.hub.errors import CONFIG, find_file, readable_errors
+from llava_lite.hub.json_files import check_config, read_fields
 from llava_lite.hub.source import VISION_TOWER, check_source
 from llava_lite.imagebind_config import ImageBindConfig
 from llava_lite.media.preprocess import image_side, load_image_processor
@@ -88,7 +89,10 @@ def _load_vision_config(name: str, cache_dir, local_files_only, token) -> PreTra
     check_source(name, "vision tower", VISION_TOWER, **hub)
     try:
         with readable_errors(name, **hub):
-            config = AutoConfig.from_pretrained(name, **hub)
+            fields = find_file(name, CONFIG, hub)
+            if fields is not None:
+                check_config(fields, read_fields(fields))
+            config = AutoConfig.from_pretrained(name, trust_remote_code=False, **hub)
     except (OSError, ValueError) as error:
         raise OSError(
             f"vision tower {name!r} could not be read ({str(error).splitlines()[0]}). Give a hub id such as "

@@ -17,6 +17,8 @@ logger = logging.getLogger(__name__)
 
 # The file by which an engine finds the directory of its own files.
 LATEST = "latest"
+# Of a file's name, on every file system.
+LONGEST_TAG = 255
 # What the engine's pickles hold besides tensors and plain values: states without code of their own.
 OF_DEEPSPEED = {
     "deepspeed.runtime.fp16.loss_scaler": ("LossScaler", "DynamicLossScaler"),
@@ -33,7 +35,8 @@ def engine_directory(path) -> Path | None:
     latest = Path(path) / LATEST
     if not latest.is_file():
         return None
-    tag = latest.read_text(encoding="utf-8").strip()
+    with latest.open(encoding="utf-8", errors="replace") as stream:
+        tag = stream.read(LONGEST_TAG).strip()
     if not tag or Path(tag).name != tag or not (Path(path) / tag).is_dir():
         raise OSError(
             f"{str(path)!r} is no complete checkpoint: its file {LATEST!r} names {tag!r}, and there is no such "
@@ -82,8 +85,12 @@ def check_no_code(directory: Path) -> None:
         read_state(file)
 
 
-def read_state(file: Path):
+def read_state(file: Path, mmap: bool = True):
     """Return what a file of an engine holds, its tensors mapped; raises ValueError where that is code."""
-    allowed = [getattr(deepspeed_module(name, file), kind) for name, kinds in OF_DEEPSPEED.items() for kind in kinds]
-    with readable(file, "the state of a DeepSpeed engine"), torch.serialization.safe_globals(allowed):
-        return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    with readable(file, "the state of a DeepSpeed engine"), torch.serialization.safe_globals(allowed_states(file)):
+        return torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
+
+
+def allowed_states(file="the checkpoint") -> list[type]:
+    """Return the classes of OF_DEEPSPEED; ImportError names the file that needs DeepSpeed."""
+    return [getattr(deepspeed_module(name, file), kind) for name, kinds in OF_DEEPSPEED.items() for kind in kinds]

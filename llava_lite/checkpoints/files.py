@@ -5,7 +5,6 @@ In every function `checkpoint` is a `source.Checkpoint`.
 
 from __future__ import annotations
 
-import json
 import logging
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +13,7 @@ import torch
 from safetensors import safe_open
 
 from llava_lite.checkpoints.copying import read_weights
+from llava_lite.hub.json_files import read_json
 
 logger = logging.getLogger(__name__)
 
@@ -54,9 +54,9 @@ def find_weight_files(checkpoint, full_name: str, is_wanted=None) -> list[str]:
         single = checkpoint.file(full_name)
         return [] if single is None else [single]
     try:
-        weight_map = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"]
+        weight_map = read_json(index)["weight_map"]
         shards = sorted({shard for name, shard in weight_map.items() if is_wanted is None or is_wanted(name)})
-    except (ValueError, KeyError, AttributeError) as error:
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise ValueError(f"{index!r} is no index of weights ({error!r}). Copy it again.") from error
     outside = [name for name in shards if Path(name).is_absolute() or ".." in Path(name).parts]
     if outside:
@@ -130,6 +130,12 @@ def readable_file_errors(checkpoint):
 def read_shapes(checkpoint) -> dict[str, tuple[int, ...]]:
     """Return the shape of every weight of a checkpoint by name; of safetensors only the headers are read."""
     files = find_weight_files(checkpoint, SAFE) or find_weight_files(checkpoint, PICKLED)
+    return {name: shape for file in files for name, shape in read_file_shapes(file).items()}
+
+
+def read_trained_shapes(checkpoint) -> dict[str, tuple[int, ...]]:
+    """Return the shape of every weight in the files of what was trained, by the names in them."""
+    files = [file for name in TRAINED if (file := checkpoint.file(name)) is not None]
     return {name: shape for file in files for name, shape in read_file_shapes(file).items()}
 
 

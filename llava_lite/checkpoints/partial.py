@@ -213,6 +213,7 @@ def open_adapter(model, checkpoint):
     saved = weights.keys() - tables.keys() - repeated_rows(weights)
     # A local directory, so that PEFT requests nothing from the Hub.
     directory = str(Path(config_file).parent)
+    check_adapter(config_file, checkpoint.read_json(ADAPTER), weights)
     config = PeftConfig.from_pretrained(directory)
     has_image_parts = any(IMAGE_PARTS.search(f".{name}.") for name, _ in model.named_modules())
     if has_image_parts and not any(IMAGE_PARTS.search(name) and ".lora_" in name for name in saved):
@@ -226,6 +227,25 @@ def open_adapter(model, checkpoint):
         files[0], "the LoRA that its adapter_config.json describes", missing, saved - wanted
     )
     return tuned
+
+
+def check_adapter(path, fields: dict, weights: dict) -> None:
+    """Raise ValueError for an adapter_config.json that is not of LoRA, imports a module, or has other sizes."""
+    kind = fields.get("peft_type")
+    if kind != "LORA":
+        raise ValueError(f"{path} is of an adapter of the kind {kind!r}; only LoRA is opened here.")
+    if fields.get("megatron_config") is not None:
+        raise ValueError(f"{path} names a module to import (megatron_core), which is never done here.")
+    largest = max(
+        (min(weight.shape) for name, weight in weights.items() if ".lora_" in name and weight.ndim), default=0
+    )
+    ranks = [fields.get("r", 8), *(fields.get("rank_pattern") or {}).values()]
+    wrong = [rank for rank in ranks if not isinstance(rank, int) or isinstance(rank, bool) or not 1 <= rank <= largest]
+    if wrong and largest:
+        raise ValueError(
+            f"{path} says that a LoRA has the rank {wrong[0]!r}, and its weights have ranks up to {largest}. "
+            "It belongs to another adapter, or was changed."
+        )
 
 
 def repeated_rows(weights: dict) -> set[str]:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import os
 from contextlib import AbstractContextManager
 from functools import cached_property
-from pathlib import Path
 
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.utils import cached_file
@@ -24,6 +22,7 @@ from llava_lite.hub.errors import (
     no_file,
     readable_errors,
 )
+from llava_lite.hub.json_files import check_config, read_fields
 from llava_lite.hub.source import LANGUAGE_MODEL, check_source
 
 BASE = "base_model_name_or_path"
@@ -103,6 +102,8 @@ class Checkpoint:
         if name not in self._json:
             path = self.file(name)
             self._json[name] = {} if path is None else read_fields(path)
+            if name == CONFIG:
+                check_config(path, self._json[name])
         return self._json[name]
 
     @property
@@ -124,7 +125,7 @@ class Checkpoint:
         self.require_config()
         if self.format is None and needs_auto_config(self.path, self.fields):
             with self.readable_errors():
-                return AutoConfig.from_pretrained(self.path, **self._hub)
+                return AutoConfig.from_pretrained(self.path, trust_remote_code=False, **self._hub)
         return read_config(self.path, self.fields, self.format)
 
     def weights(self) -> dict:
@@ -183,14 +184,3 @@ class Checkpoint:
     def beside(self, path, base=None) -> Checkpoint:
         """Return a checkpoint that this one names, looked for in the same cache and with the same token."""
         return Checkpoint(path, base=base, needed_by=self.path, **self.shared_keywords)
-
-
-def read_fields(path) -> dict:
-    """Return the fields of a JSON file; ValueError for anything else."""
-    try:
-        fields = json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is no JSON ({error}). Copy it again, or write it again.") from error
-    if not isinstance(fields, dict):
-        raise ValueError(f"{path} holds a {type(fields).__name__} and no fields. Copy it again, or write it again.")
-    return fields

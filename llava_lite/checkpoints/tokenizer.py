@@ -118,7 +118,9 @@ def _open_tokenizer(checkpoint, is_complete: bool):
         # other ids than in training.
         return PreTrainedTokenizerFast.from_pretrained(checkpoint.path, **checkpoint.keywords)
     config = read_upstream_config(checkpoint.path, checkpoint.fields)
-    return AutoTokenizer.from_pretrained(checkpoint.path, config=config, **checkpoint.keywords)
+    return AutoTokenizer.from_pretrained(
+        checkpoint.path, config=config, trust_remote_code=False, **checkpoint.keywords
+    )
 
 
 def check_vocabulary(checkpoint, error):
@@ -141,7 +143,7 @@ def _is_json(path, file):
     try:
         with open(path, encoding="utf-8") as stream:
             return not file.endswith(".json") or isinstance(json.load(stream), dict)
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
 
 

@@ -7,9 +7,8 @@ from datetime import date, datetime
 from functools import lru_cache
 from typing import NamedTuple
 
-from transformers.utils.chat_template_utils import render_jinja_template
-
 from llava_lite.constants import DEFAULT_IMAGE_TOKEN
+from llava_lite.conversation.rendering import UnboundedTemplate, render
 
 ROLES = ("user", "assistant")
 # Special tokens that a template may use.
@@ -74,35 +73,25 @@ class Writer:
     def __call__(self, messages: Sequence[tuple[str, str]], is_open: bool = False) -> str:
         """Return the text of (role, text) messages; is_open: with the prompt for an answer.
 
-        Raises Unfit with the template's message if it refuses these messages.
+        Raises Unfit with the template's message if it refuses these messages, UnboundedTemplate if it has no end.
         """
-        try:
-            return self.tokenizer.apply_chat_template(
-                self.to_dicts(messages),
-                chat_template=self.template,
-                tokenize=False,
-                add_generation_prompt=is_open,
-                enable_thinking=self.thinks,
-            )
-        # A template may raise any error.
-        except Exception as error:
-            raise Unfit(f"refuses this conversation ({on_one_line(error)})") from error
+        return self._render(messages, add_generation_prompt=is_open)[0]
 
     def blocks(self, messages) -> list[str]:
         """Return the text of each `{% generation %}` block of (role, text) messages."""
-        # A different text, since transformers stores these spans in the compiled template, which other threads use.
-        template = "{# blocks #}\n" + self.template
+        text, spans = self._render(messages, marks_answers=True)
+        return [text[start:end] for start, end in spans]
+
+    def _render(self, messages, **options) -> tuple[str, list[tuple[int, int]]]:
+        """Return (text, spans of the blocks) of (role, text) messages."""
+        variables = {**self.tokenizer.special_tokens_map, "enable_thinking": self.thinks, **options}
         try:
-            texts, spans = render_jinja_template(
-                conversations=[self.to_dicts(messages)],
-                chat_template=template,
-                return_assistant_tokens_mask=True,
-                enable_thinking=self.thinks,
-                **self.tokenizer.special_tokens_map,
-            )
+            return render(self.template, self.to_dicts(messages), self.tokenizer, **variables)
+        except UnboundedTemplate:
+            raise
+        # A template may raise any error.
         except Exception as error:
             raise Unfit(f"refuses this conversation ({on_one_line(error)})") from error
-        return [texts[0][start:end] for start, end in spans[0]]
 
     def to_dicts(self, messages) -> list[dict]:
         """Return (role, text) messages as the template reads them."""
@@ -177,7 +166,9 @@ def _write_in_parts(template, text: str) -> str:
     """Return what a chat template writes of a question in parts, "" if it refuses them."""
     conversation = [{"role": "user", "content": get_parts(text)}]
     try:
-        return render_jinja_template(conversations=[conversation], chat_template=template, **_TOKENS)[0][0]
+        return render(template, conversation, **_TOKENS)[0]
+    except UnboundedTemplate:
+        raise
     # A template may raise any error for a list where it expects a text.
     except Exception:
         return ""

@@ -7,15 +7,13 @@ training. Any other order of roles is written message by message, as inference s
 import re
 from collections.abc import Iterable, Mapping
 from functools import lru_cache
-from threading import Lock
-
-from transformers.utils.chat_template_utils import render_jinja_template
 
 from llava_lite.conversation import Rendered, get_template
 from llava_lite.conversation.chat_template import has_generation_blocks, takes_parts
 from llava_lite.conversation.images import place_images
 from llava_lite.conversation.layout import Turn, write_turns
 from llava_lite.conversation.messages import Message
+from llava_lite.conversation.rendering import UnboundedTemplate, render
 
 # Keys of a message that a named template cannot write.
 FOREIGN_KEYS = ("tool_calls", "tool_call_id", "reasoning_content", "reasoning", "thinking")
@@ -23,8 +21,6 @@ FOREIGN_KEYS = ("tool_calls", "tool_call_id", "reasoning_content", "reasoning", 
 CUT = "\u2603cut\u2603"
 _BLOCKS = re.compile(r"\{[%{].*?[%}]\}", re.DOTALL)
 _STRINGS = re.compile(r"'(?:\\.|[^'\\])*'|\"(?:\\.|[^\"\\])*\"")
-# transformers stores the spans of `{% generation %}` blocks in the compiled template, which threads share.
-_tracking = Lock()
 
 
 @lru_cache(maxsize=16)
@@ -174,19 +170,15 @@ def write_jinja_prompt(
         )
     variables = {**tokenizer.special_tokens_map, **arguments}
     try:
-        with _tracking:
-            texts, spans = render_jinja_template(
-                conversations=[[message.as_dict(in_parts) for message in messages]],
-                chat_template=template,
-                return_assistant_tokens_mask=needs_answers,
-                **variables,
-            )
+        dicts = [message.as_dict(in_parts) for message in messages]
+        text, spans = render(template, dicts, tokenizer, needs_answers, **variables)
+    except UnboundedTemplate:
+        raise
     # A template may raise any error.
     except Exception as error:
         reason = " ".join(str(error).split()) or "no reason given"
         raise ValueError(f"the chat template refuses this conversation ({type(error).__name__}: {reason})") from error
-    answers = tuple(tuple(span) for span in spans[0]) if needs_answers else ()
-    return Rendered(texts[0], answers)
+    return Rendered(text, tuple(spans))
 
 
 def cut_prompt(rendered: Rendered) -> Rendered:

@@ -73,7 +73,7 @@ def _read(path: str) -> list:
     with open(path, encoding="utf-8-sig") as file:
         try:
             records = [json.loads(line) for line in file if line.strip()] if is_lines else json.load(file)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise DataError(f"{path} is not JSON: {error}.") from None
     if not isinstance(records, list):
         raise DataError(f"{path} holds {describe(records)}, expected a list of records.")

@@ -178,7 +178,9 @@ def without_tokens(tokenizer, grew):
 
 def get_hf_answers(directory, dtype=None):
     """Return what a directory answers through transformers alone, in float32 of the weights as `dtype` holds them."""
-    generation = read_generation_config(Checkpoint(directory), AutoConfig.from_pretrained(directory))
+    generation = read_generation_config(
+        Checkpoint(directory), AutoConfig.from_pretrained(directory, trust_remote_code=False)
+    )
     model = AutoModelForImageTextToText.from_pretrained(directory, dtype=dtype or "auto", generation_config=generation)
     model = model.eval().float()
     assert type(model).__module__.startswith("transformers."), type(model)
@@ -194,6 +196,6 @@ def hf_processor(directory):
 
     With torchvision it would choose its other backend, which resizes a little differently.
     """
-    processor = AutoProcessor.from_pretrained(directory)
+    processor = AutoProcessor.from_pretrained(directory, trust_remote_code=False)
     processor.image_processor = open_pil_processor(directory)
     return processor

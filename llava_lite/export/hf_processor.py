@@ -68,7 +68,7 @@ def open_pil_processor(directory):
     # From its own file: transformers 5.17 offers it at the top only where torchvision is installed.
     from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
-    return AutoImageProcessor.from_pretrained(directory, backend="pil")
+    return AutoImageProcessor.from_pretrained(directory, backend="pil", trust_remote_code=False)
 
 
 def hf_processor(processor, tokenizer, image_processor, fields, expected):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from llava_lite.hub.card import CARD, front_matter, public_name, usage
+from llava_lite.hub.card import CARD, front_matter, public_name, read_front_matter, usage
 
 # Parts of the training run's card that are still true of the merged weights.
 KEPT_METADATA = ("license", "license_name", "license_link", "datasets", "base_model")
@@ -62,17 +62,11 @@ def facts(config, adapter: dict, checked: str, sees: bool) -> list[str]:
 
 def read_card(path: Path) -> tuple[dict, dict]:
     """Return (metadata, {title: text} of the sections) of a card, both empty where there is none."""
-    import yaml
-
     if not path.is_file():
         return {}, {}
-    parts = path.read_text(encoding="utf-8").split("---\n", 2)
-    try:
-        metadata = yaml.safe_load(parts[1]) if len(parts) == 3 and not parts[0] else {}
-    except yaml.YAMLError:
-        metadata = {}
+    metadata, body = read_front_matter(path)
     sections = {}
-    for section in parts[-1].split("\n## ")[1:]:
-        title, _, body = section.partition("\n")
-        sections[title.strip()] = body.strip()
-    return metadata if isinstance(metadata, dict) else {}, sections
+    for section in body.split("\n## ")[1:]:
+        title, _, text = section.partition("\n")
+        sections[title.strip()] = text.strip()
+    return metadata, sections

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from llava_lite.hub.yaml_files import LARGEST_BYTES, UnreadableYAML, parse_yaml
+
 CARD = "README.md"
 
 
@@ -34,3 +36,17 @@ def public_name(name) -> str:
     text = os.path.expanduser(str(name))
     is_local = os.path.isabs(text) or os.path.exists(text) or text.startswith(".")
     return Path(text).name if is_local else str(name)
+
+
+def read_front_matter(path) -> tuple[dict, str]:
+    """Return (metadata, the text after it) of a card, {} for metadata that cannot be read."""
+    with open(path, encoding="utf-8", errors="replace") as file:
+        text = file.read(LARGEST_BYTES)
+    before, *parts = text.split("---\n", 2)
+    if before or len(parts) != 2:
+        return {}, text
+    try:
+        metadata = parse_yaml(parts[0], path)
+    except UnreadableYAML:
+        metadata = {}
+    return metadata if isinstance(metadata, dict) else {}, parts[1]

@@ -12,6 +12,8 @@ import re
 
 from PIL import Image
 
+# LLaVA-OneVision has 36 resolutions, of 5 million pixels at most.
+MOST_GRIDS, MOST_PIXELS = 4096, 2**27
 # LLaVA-1.6's grids: columns and rows of tiles.
 DEFAULT_GRIDS = ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))
 
@@ -42,21 +44,33 @@ def read_pinpoints(grid_pinpoints, patch_size) -> list[tuple[int, int]]:
         ends = [(int(a), int(b)) for a, b in re.findall(r"\(\s*(\d+)\s*x\s*(\d+)\s*\)", pairs)]
         if ends:
             (left, low), (right, high) = ends[0], ends[-1]
+            check_grids_count((right - left + 1) * (high - low + 1))
             return [(i * patch_size, j * patch_size) for i in range(left, right + 1) for j in range(low, high + 1)]
         try:
             pairs = ast.literal_eval(pairs)
-        except (ValueError, SyntaxError):
+        # The last two for a text that is nested too deeply.
+        except (ValueError, SyntaxError, RecursionError, MemoryError):
             pairs = None
+    if isinstance(pairs, (list, tuple)):
+        check_grids_count(len(pairs))
     try:
         read = [(int(width), int(height)) for width, height in pairs]
     except (TypeError, ValueError):
         read = []
-    if not read or min(min(pair) for pair in read) < 1:
+    if not read or min(min(pair) for pair in read) < 1 or max(width * height for width, height in read) > MOST_PIXELS:
         raise ValueError(
-            f"image_grid_pinpoints {grid_pinpoints!r} are not resolutions; give pairs of pixels such as "
+            f"image_grid_pinpoints {str(grid_pinpoints)[:200]!r} are not resolutions; give pairs of pixels such as "
             "[[336, 672], [672, 336]], or grids such as (1x1),...,(3x3)."
         )
     return read
+
+
+def check_grids_count(count: int) -> None:
+    """Raise ValueError for more resolutions than could be tried for each image."""
+    if count > MOST_GRIDS:
+        raise ValueError(
+            f"image_grid_pinpoints has {count:,} resolutions; at most {MOST_GRIDS:,} can be tried for an image."
+        )
 
 
 def default_pinpoints(patch_size) -> list[list[int]]:

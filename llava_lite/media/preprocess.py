@@ -1,5 +1,6 @@
 """Turn an RGB image into the tensor that a vision tower reads."""
 
+from contextlib import suppress
 from dataclasses import replace
 
 import numpy as np
@@ -7,6 +8,8 @@ import torch
 from PIL import Image
 
 from llava_lite.constants import ASPECT_RATIOS
+from llava_lite.hub.errors import find_file
+from llava_lite.hub.json_files import read_fields
 from llava_lite.media.anyres import cut_crops, default_pinpoints
 from llava_lite.media.bit_depth import is_deep
 from llava_lite.media.image import to_rgb
@@ -18,6 +21,8 @@ MAX_PADDED_SIDE = 8192
 # The processor resizes the short side to the tower's and crops the centre. A longer image is first cut to this many
 # short sides: 1 x 20000 pixels would become 336 x 6.7 million.
 MAX_CROPPED_RATIO = 64
+# Of the images that an image processor makes; towers read at most 1024 pixels a side.
+LARGEST_SIDE = 8192
 
 
 def expand2square(pil_img, background_color) -> Image.Image:
@@ -158,8 +163,31 @@ def load_image_processor(path_or_id, revision=None, **hub):
     # From its own file: transformers 5.17 exports it at the top only if torchvision is installed.
     from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
-    found = AutoImageProcessor.from_pretrained(path_or_id, revision=revision or "main", backend="pil", **hub)
+    for name in ("preprocessor_config.json", "processor_config.json"):
+        with suppress(OSError):
+            file = find_file(path_or_id, name, hub | {"revision": revision or "main"})
+            if file is not None:
+                check_image_sizes(file, read_fields(file))
+    found = AutoImageProcessor.from_pretrained(
+        path_or_id, revision=revision or "main", backend="pil", trust_remote_code=False, **hub
+    )
     return one_crop_processor(found)
+
+
+def check_image_sizes(path, fields: dict) -> None:
+    """Raise ValueError for an image processor that would make images of more than LARGEST_SIDE pixels a side."""
+    for key in ("size", "crop_size", "pad_size", "image_size"):
+        named = fields.get(key)
+        for side in named.values() if isinstance(named, dict) else [named]:
+            if side is None:
+                continue
+            if not isinstance(side, (int, float)) or isinstance(side, bool) or not 0 < side <= LARGEST_SIDE:
+                raise ValueError(
+                    f"{path}: {key} is {named!r}; expected pixels, at most {LARGEST_SIDE:,} a side. It is not of a "
+                    "vision tower; copy it again, or take another."
+                )
+    if isinstance(fields.get("image_processor"), dict):
+        check_image_sizes(path, fields["image_processor"])
 
 
 def one_crop_processor(image_processor):

@@ -12,9 +12,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from llava_lite.checkpoints.config import check_generates, is_llava
-from llava_lite.checkpoints.files import readable_file_errors
+from llava_lite.checkpoints.files import read_shapes, readable_file_errors
 from llava_lite.checkpoints.load_report import missing_and_unexpected, own_accounting
 from llava_lite.checkpoints.partial import check_no_missing_or_unexpected, check_parts_found, merge_adapter
+from llava_lite.checkpoints.sizes import check_sizes
 from llava_lite.checkpoints.source import Checkpoint
 from llava_lite.checkpoints.step_weights import check_has_config, name_newest
 from llava_lite.checkpoints.tokenizer import check_vocabulary_of_base, get_image_processor, load_tokenizer
@@ -171,12 +172,18 @@ def _load_model(checkpoint, base, config, arguments):
 
 def open_plain(checkpoint, config, arguments):
     """Return a plain language model, every weight accounted for; transformers only warns of missing ones."""
+    check_sizes(checkpoint, config, read_shapes(checkpoint))
+    arguments |= {"trust_remote_code": False}
     generation = arguments.get("generation_config")
     if generation is None:
         generation = arguments["generation_config"] = read_generation_config(checkpoint, config)
     with own_accounting(), readable_file_errors(checkpoint):
         model, info = AutoModelForCausalLM.from_pretrained(
-            checkpoint.path, config=config, output_loading_info=True, **checkpoint.keywords, **arguments
+            checkpoint.path,
+            config=config,
+            output_loading_info=True,
+            **checkpoint.keywords,
+            **arguments,
         )
     model.generation_config = generation
     check_no_missing_or_unexpected(checkpoint, type(model).__name__, *missing_and_unexpected(info))

@@ -11,12 +11,12 @@ import copy
 import json
 import logging
 import re
-from pathlib import Path
 
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation.configuration_utils import WatermarkingConfig
 
 from llava_lite.hub.errors import CONFIG
+from llava_lite.hub.json_files import read_json
 from llava_lite.model.new_words import grown_layers, merged_state
 from llava_lite.model.quantization import get_bits
 
@@ -137,10 +137,10 @@ def _read_fields(checkpoint) -> tuple[dict | None, str]:
         known = vars(GenerationConfig())
         return {name: value for name, value in checkpoint.fields.items() if name in known}, CONFIG
     try:
-        fields = json.loads(Path(found).read_text(encoding="utf-8"))
+        fields = read_json(found)
         reason = f"it holds a {type(fields).__name__} and no fields"
     except ValueError as error:
-        fields, reason = None, f"it is no JSON: {error}"
+        fields, reason = None, str(error)
     if isinstance(fields, dict):
         return fields, FILE
     logger.warning("%r cannot be read (%s); the generation fields of config.json are used instead.", found, reason)

@@ -14,7 +14,7 @@ from torch import nn
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from llava_lite.checkpoints.copying import gathered
-from llava_lite.checkpoints.files import read_shapes, read_weight, readable_file_errors
+from llava_lite.checkpoints.files import read_shapes, read_trained_shapes, read_weight, readable_file_errors
 from llava_lite.checkpoints.load_report import (
     check_reported_shapes,
     count_partitioned,
@@ -22,6 +22,7 @@ from llava_lite.checkpoints.load_report import (
     own_accounting,
 )
 from llava_lite.checkpoints.partial import apply_trained, check_no_missing_or_unexpected
+from llava_lite.checkpoints.sizes import check_connector, check_sizes
 from llava_lite.checkpoints.source import Checkpoint
 from llava_lite.configuration import own_fields
 from llava_lite.formats.llava import clip_config_from_shapes
@@ -150,6 +151,10 @@ class LoadingMixin:
             config.vision_config = find_vision_config(config.mm_vision_tower, checkpoint, state_dict)
         if config.has_vision_tower and not tower_is_inside:
             check_tower(config.mm_vision_tower, checkpoint, state_dict)
+        if checkpoint.path is not None:
+            shapes = get_shapes(checkpoint, state_dict)
+            check_sizes(checkpoint, config, shapes, with_vision=tower_is_inside)
+            check_connector(checkpoint, config, shapes)
         takes_any_shape = kwargs.pop("ignore_mismatched_sizes", False)
         kwargs |= {"ignore_mismatched_sizes": True, "output_loading_info": True}
         own_generation = kwargs.get("generation_config") is not None
@@ -196,6 +201,7 @@ class LoadingMixin:
 
         Returns the model and the names of weights that neither of them holds.
         """
+        check_connector(checkpoint, config, read_trained_shapes(checkpoint))
         config = copy.deepcopy(config)
         num_rows, pad_token_id = config.vocab_size, config.pad_token_id
         base_config = config.__class__.from_dict(copy.deepcopy(base.fields))

@@ -193,6 +193,6 @@ def open_tokenizer(places):
         if not Path(place).is_dir() or any((Path(place) / name).is_file() for name in TOKENIZERS):
             if Path(place).is_dir() and not (Path(place) / "tokenizer_config.json").is_file():
                 return LlamaTokenizer.from_pretrained(place)
-            return AutoTokenizer.from_pretrained(place)
+            return AutoTokenizer.from_pretrained(place, trust_remote_code=False)
     listed = ", ".join(repr(str(place)) for place in places)
     raise OSError(f"no tokenizer found; looked for {' and '.join(TOKENIZERS)} in {listed}. Name one with tokenizer=.")

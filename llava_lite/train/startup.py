@@ -71,7 +71,7 @@ def start_logging():
 def check_installed(data_args, training_args):
     """Raise for records that do not exist, directories that cannot be written and libraries that lack a part."""
     from llava_lite.train.deepspeed.offload import check_nvme, warn_about_old_locks
-    from llava_lite.train.deepspeed.private import SAVING, UNIVERSAL, check_private_parts
+    from llava_lite.train.deepspeed.private import LOADING, SAVING, UNIVERSAL, check_private_parts
     from llava_lite.train.inputs.check import check_images_exist, check_sees_images
     from llava_lite.train.inputs.features import check_feature_cache
 
@@ -79,7 +79,7 @@ def check_installed(data_args, training_args):
     check_sees_images(data_args, training_args)
     check_feature_cache(data_args.feature_cache)
     if training_args.uses_deepspeed:
-        check_private_parts("a run with DeepSpeed", (*SAVING, *UNIVERSAL))
+        check_private_parts("a run with DeepSpeed", (*SAVING, *LOADING, *UNIVERSAL))
         check_nvme(training_args.deepspeed_plugin.deepspeed_config)
         warn_about_old_locks()
 

@@ -3,14 +3,13 @@
 Paths are relative to the metadata file; here they become relative to the directory given to the command.
 """
 
-import json
 import os
 from collections.abc import Iterator
 
 from llava_lite.data.converters.base import Options
 from llava_lite.data.converters.tables import read_table
 from llava_lite.data.errors import DataError
-from llava_lite.data.index.scan import scan_lines
+from llava_lite.data.index.scan import parse_json, scan_lines
 from llava_lite.data.records.media import find_media
 
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.tsv")
@@ -40,7 +39,7 @@ def _lines(file: str, options: Options) -> Iterator[tuple[int, dict]]:
         for position, (start, stop) in enumerate(scan_lines(file).tolist()):
             stream.seek(start)
             try:
-                yield position, json.loads(stream.read(stop - start))
+                yield position, parse_json(stream.read(stop - start))
             except ValueError as error:
                 yield position, {"_reason": f"{file}[{position}]: not JSON: {error}."}
 

@@ -3,7 +3,6 @@
 Like InternVL, this puts `<image>` and a newline before the first question of a record without placeholders.
 """
 
-import json
 import os
 from collections.abc import Iterator
 
@@ -11,7 +10,7 @@ from llava_lite.constants import DEFAULT_IMAGE_TOKEN
 from llava_lite.conversation.layout import put_images_first
 from llava_lite.data.converters.base import Options
 from llava_lite.data.errors import DataError
-from llava_lite.data.index.scan import scan_json, scan_lines
+from llava_lite.data.index.scan import parse_json, scan_json, scan_lines
 from llava_lite.data.records.media import count_images, find_media
 
 
@@ -29,7 +28,7 @@ def read_internvl(data: dict, path: str, options: Options) -> Iterator[tuple[str
             for position, (start, stop) in enumerate(spans.tolist()):
                 stream.seek(start)
                 try:
-                    item = json.loads(stream.read(stop - start))
+                    item = parse_json(stream.read(stop - start))
                 except ValueError as error:
                     item = {"_reason": f"{annotation}[{position}]: not JSON: {error}."}
                 yield annotation, position, _rooted(item, "" if root == "." else f"{root}/")

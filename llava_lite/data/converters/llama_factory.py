@@ -1,12 +1,11 @@
 """Turn a data set of LLaMA-Factory's dataset_info.json into objects with the keys and roles of parse_record."""
 
-import json
 import os
 from collections.abc import Iterator
 
 from llava_lite.data.converters.base import Options
 from llava_lite.data.errors import DataError
-from llava_lite.data.index.scan import scan_json, scan_lines
+from llava_lite.data.index.scan import parse_json, scan_json, scan_lines
 
 # The default columns and tags of an entry.
 ALPACA_COLUMNS = {"prompt": "instruction", "query": "input", "response": "output", "history": "history"}
@@ -48,7 +47,7 @@ def read_llama_factory(data: dict, path: str, options: Options) -> Iterator[tupl
         for position, (start, stop) in enumerate(spans.tolist()):
             stream.seek(start)
             try:
-                yield file, position, renamed(json.loads(stream.read(stop - start)), entry)
+                yield file, position, renamed(parse_json(stream.read(stop - start)), entry)
             except ValueError as error:
                 yield file, position, {"_reason": f"{file}[{position}]: {error}"}
 

@@ -1,6 +1,5 @@
 """Find the format of a path, and read it as records for a conversion."""
 
-import json
 import os
 from collections.abc import Iterator
 
@@ -13,7 +12,7 @@ from llava_lite.data.converters.llama_factory import read_llama_factory
 from llava_lite.data.converters.tables import read_table
 from llava_lite.data.converters.vqa import read_vqa
 from llava_lite.data.errors import DataError
-from llava_lite.data.index.scan import placed_error, scan_json, scan_lines
+from llava_lite.data.index.scan import parse_json, placed_error, scan_json, scan_lines
 from llava_lite.data.records.content import without_nulls
 from llava_lite.data.records.foreign_files import TABLE_SUFFIXES
 from llava_lite.data.records.formats import get_formats
@@ -109,7 +108,7 @@ def _json_objects(path: str, spans):
             file.seek(start)
             data = file.read(stop - start)
             try:
-                yield path, position, json.loads(data)
+                yield path, position, parse_json(data)
             except ValueError as error:
                 yield path, position, {"_reason": str(placed_error(path, start, data, error))}
             except RecursionError:
@@ -120,7 +119,7 @@ def _load(path: str):
     with open(path, "rb") as file:
         data = file.read()
     try:
-        return json.loads(data)
+        return parse_json(data)
     except ValueError as error:
         raise placed_error(path, 0, data, error) from None
 

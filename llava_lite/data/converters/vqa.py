@@ -50,7 +50,7 @@ def _get_answers(path: str) -> dict:
         with open(path, encoding="utf-8-sig") as file:
             data = json.load(file)
         return {entry["question_id"]: entry for entry in data["annotations"]}
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise DataError(
             f"--annotations {path}: no list 'annotations' of {{question_id, answers}} "
             f"({type(error).__name__}: {error})."

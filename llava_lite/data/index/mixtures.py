@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 from llava_lite.data.errors import DataError
 from llava_lite.data.records.recipes import RECIPES
+from llava_lite.hub.yaml_files import UnreadableYAML, read_yaml
 
 DATASET_KEYS = ("json_path", "sampling_strategy", "image_folder")
 META_KEYS = ("path", "type", "preprocess", "prompt_type", "root", "ratio")
@@ -33,13 +34,10 @@ def read_mixture(path: str, image_folder: str | None = None) -> list[Entry]:
 
     image_folder: for entries without their own. Raises DataError with the entry and what is known.
     """
-    import yaml
-
     try:
-        with open(path, encoding="utf-8-sig") as file:
-            mixture = yaml.safe_load(file)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+        mixture = read_yaml(path)
+    except UnreadableYAML as error:
+        raise DataError(str(error)) from None
     found = [key for key in ("datasets", "META") if isinstance(mixture, dict) and mixture.get(key)]
     if len(found) != 1 or not isinstance(mixture[found[0]], list):
         raise DataError(
@@ -53,7 +51,7 @@ def read_mixture(path: str, image_folder: str | None = None) -> list[Entry]:
 def _dataset(entry, mixture_path: str, image_folder: str | None) -> Entry:
     if not isinstance(entry, dict) or not isinstance(entry.get("json_path"), str) or set(entry) - set(DATASET_KEYS):
         known = ", ".join(DATASET_KEYS)
-        raise DataError(f"{mixture_path}: entry {entry!r} of `datasets`; expected the keys {known}.")
+        raise DataError(f"{mixture_path}: entry {repr(entry)[:200]} of `datasets`; expected the keys {known}.")
     sampling = str(entry.get("sampling_strategy", "all")).strip()
     return Entry(_beside(entry["json_path"], mixture_path), entry.get("image_folder", image_folder), sampling)
 
@@ -62,7 +60,7 @@ def _meta(entry, mixture_path: str, image_folder: str | None) -> Entry:
     """Return an entry of META: a path (LLaMA-Adapter, ImageBind-LLM) or an object (LLaMA2-Accessory)."""
     if isinstance(entry, str):
         return Entry(_beside(entry, mixture_path), image_folder)
-    name = f"{mixture_path}: entry {entry!r} of `META`"
+    name = f"{mixture_path}: entry {repr(entry)[:200]} of `META`"
     if not isinstance(entry, dict) or not isinstance(entry.get("path"), str) or set(entry) - set(META_KEYS):
         raise DataError(f"{name}; expected a path, or the keys {', '.join(META_KEYS)}.")
     group, root = entry.get("type"), entry.get("root")

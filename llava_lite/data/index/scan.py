@@ -27,8 +27,22 @@ _STEP[list(b"}]")] = -1
 _STRUCTURAL = bytes(int(byte in b'{[]}"\\') for byte in range(256))
 
 
+# A file of one bracket; that a single record is nested too deeply is found when it is parsed.
+DEEPEST = 1_000_000
+# No record is so short: `{"image": "1.jpg", "caption": ""}` has 33 bytes. More in a part of a file end the scan.
+SHORTEST_RECORD_BYTES, FEW_RECORDS = 16, 100_000
+
+
 class LineError(ValueError):
     """What is wrong with a line of a table; `placed_error` adds the file and the line."""
+
+
+def parse_json(data: bytes | str):
+    """Return what JSON holds; ValueError with the place for what is none, or nested deeper than Python can read."""
+    try:
+        return json.loads(data)
+    except RecursionError:
+        raise json.JSONDecodeError("lists and objects are nested too deeply", "", 0) from None
 
 
 def without_bom(data: bytes) -> bytes:
@@ -89,8 +103,9 @@ def _chunks(file) -> Iterator[tuple[int, bytes]]:
     name = f"indexing {os.path.basename(file.name)}"
     with tqdm(total=size, desc=name, unit="B", unit_scale=True, disable=size < BAR_BYTES) as bar:
         while chunk := file.read(CHUNK_BYTES):
-            while chunk.endswith(b"\\") and (more := file.read(1)):
-                chunk += more
+            # One byte is enough: where that is a backslash too, the run is one of pairs.
+            if (len(chunk) - len(chunk.rstrip(b"\\"))) % 2:
+                chunk += file.read(1)
             yield offset, chunk
             offset += len(chunk)
             bar.update(len(chunk))
@@ -121,6 +136,9 @@ def _levels(file) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
         brackets = places[_STEP[kinds] != 0]
         brackets = brackets[(np.searchsorted(quotes, brackets) + in_string) % 2 == 0]
         depths = depth + np.cumsum(_STEP[data[brackets]], dtype=np.int64)
+        if len(depths) and depths.max() > DEEPEST:
+            reason = f"lists and objects are nested more than {DEEPEST:,} deep."
+            raise syntax_error(file.name, offset + int(brackets[np.argmax(depths > DEEPEST)]), reason)
         yield offset + brackets, data[brackets], depths
         depth = int(depths[-1]) if len(depths) else depth
         in_string = (in_string + len(quotes)) % 2
@@ -145,6 +163,7 @@ def scan_json(path: str) -> np.ndarray:
         starts, stops, ends, last = [], [], [], (0, 0)
         for places, kinds, depths in _levels(file):
             starts.append(places[(depths == 2) & (kinds == ord("{"))])
+            check_lengths(path, starts[-1])
             stops.append(places[(depths == 1) & (kinds == ord("}"))] + 1)
             ends.append(places[depths <= 0])
             last = (int(places[-1]), int(depths[-1])) if len(places) else last
@@ -156,11 +175,11 @@ def scan_json(path: str) -> np.ndarray:
 
 def _first_byte(file) -> bytes:
     """Return the first byte that is not whitespace (b"" at the end of the file), and seek to it."""
-    byte = file.read(1)
-    while byte and byte in WHITESPACE:
-        byte = file.read(1)
-    file.seek(-len(byte), os.SEEK_CUR)
-    return byte
+    while chunk := file.read(CHUNK_BYTES):
+        if rest := chunk.lstrip(WHITESPACE):
+            file.seek(-len(rest), os.SEEK_CUR)
+            return rest[:1]
+    return b""
 
 
 def _first_line_is_object(file) -> bool:
@@ -168,9 +187,19 @@ def _first_line_is_object(file) -> bool:
     line = file.readline()
     file.seek(start)
     try:
-        return isinstance(json.loads(line), dict)
+        return isinstance(parse_json(line), dict)
     except ValueError:
         return False
+
+
+def check_lengths(path: str, starts: np.ndarray) -> None:
+    """Raise DataError for many records that are all shorter than any record; starts: offsets [n], ascending."""
+    if len(starts) > FEW_RECORDS and starts[-1] - starts[0] < SHORTEST_RECORD_BYTES * (len(starts) - 1):
+        length = (starts[-1] - starts[0]) / (len(starts) - 1)
+        raise syntax_error(
+            path, int(starts[0]), f"{len(starts):,} records from here have {length:.0f} bytes each, and none is so "
+            "short. Write the file again."
+        )  # fmt: skip
 
 
 def _check_frame(path: str, starts: np.ndarray, stops: np.ndarray, ends: np.ndarray, is_complete: bool) -> None:
@@ -201,7 +230,7 @@ def _first_flaw(path: str, data: mmap.mmap, starts: np.ndarray, stops: np.ndarra
         stop = int(stops[position]) if position < len(stops) else len(data)
         part = data[start:stop]
         try:
-            json.loads(part)
+            parse_json(part)
         except ValueError as error:
             return placed_error(path, start, part, error)
     if len(ends):
@@ -218,6 +247,7 @@ def scan_lines(path: str) -> np.ndarray:
             newlines = offset + np.flatnonzero(np.frombuffer(chunk, np.uint8) == NEWLINE)
             if len(newlines):
                 starts.append(np.concatenate([[start], newlines[:-1] + 1]))
+                check_lengths(path, starts[-1])
                 stops.append(newlines)
                 start = int(newlines[-1]) + 1
         size = os.path.getsize(path)

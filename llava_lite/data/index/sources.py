@@ -3,7 +3,6 @@
 A new file format is a `Reader` and one line in READERS.
 """
 
-import json
 import math
 import os
 import random
@@ -17,7 +16,7 @@ from llava_lite.data.converters.tables import KNOWN
 from llava_lite.data.errors import DataError
 from llava_lite.data.index.captions import Columns, read_columns, read_row, scan_rows
 from llava_lite.data.index.mixtures import Entry, read_mixture
-from llava_lite.data.index.scan import scan_json, scan_lines
+from llava_lite.data.index.scan import parse_json, scan_json, scan_lines
 from llava_lite.data.records.foreign_files import TABLE_SUFFIXES, check_no_foreign_directory, get_conversion
 
 
@@ -34,7 +33,7 @@ class Reader(NamedTuple):
 
 def load_json(data: bytes, head=None):
     """Return the object of JSON bytes."""
-    return json.loads(data)
+    return parse_json(data)
 
 
 READERS: dict[str, Reader] = {

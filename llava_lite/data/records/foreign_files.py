@@ -10,6 +10,8 @@ from llava_lite.data.records.formats import FORMATS, ForeignRecord, get_formats
 
 # Read only by `llava-lite data convert`, but for caption files (index/captions.py).
 TABLE_SUFFIXES = (".csv", ".tsv")
+# A file is parsed as a whole, to name its format, only up to this size.
+LARGEST_BYTES = 2**26
 
 
 def get_conversion(path: str, options: str = "") -> str:
@@ -29,10 +31,12 @@ def foreign_file_error(path: str, error: ForeignRecord) -> DataError:
 
 def check_no_foreign_file(path: str) -> None:
     """Raise DataError with the command that converts it, if a JSON file is one object of a known format."""
+    if os.path.getsize(path) > LARGEST_BYTES:
+        return
     try:
         with open(path, "rb") as file:
             item = json.load(file)
-    except ValueError:
+    except (ValueError, RecursionError):
         return
     if isinstance(item, list) and item and all(isinstance(one, list) for one in item):
         raise DataError(

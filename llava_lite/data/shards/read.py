@@ -1,6 +1,5 @@
 """Turn the paths that a user names into shards, and shards into raw records."""
 
-import json
 import math
 import os
 import re
@@ -9,6 +8,7 @@ from itertools import islice
 from typing import NamedTuple
 
 from llava_lite.data.errors import DataError
+from llava_lite.data.index.scan import parse_json
 from llava_lite.data.index.sources import SHARD_KINDS
 from llava_lite.data.records.foreign_files import check_no_foreign_directory, foreign_file_error
 from llava_lite.data.records.formats import ForeignRecord
@@ -86,14 +86,14 @@ def _shards_at(path: str, is_directory: bool) -> dict[str, Shard]:
 def _get_dataset_files(files, root: str, path: str) -> set[str] | None:
     """Return the files of a directory that save_to_disk of `datasets` wrote; None for any other directory."""
     if files.isfile(f"{root}/{SPLITS_FILE}"):
-        splits = json.loads(files.cat_file(f"{root}/{SPLITS_FILE}")).get("splits", [])
+        splits = parse_json(files.cat_file(f"{root}/{SPLITS_FILE}")).get("splits", [])
         raise DataError(
             f"{path} is a dictionary of data sets of `datasets`; name one of its splits: "
             f"{', '.join(f'{path}/{split}' for split in splits)}."
         )
     if not files.isfile(f"{root}/{STATE_FILE}"):
         return None
-    listed = json.loads(files.cat_file(f"{root}/{STATE_FILE}")).get("_data_files", [])
+    listed = parse_json(files.cat_file(f"{root}/{STATE_FILE}")).get("_data_files", [])
     return {f"{root}/{entry['filename']}" for entry in listed}
 
 

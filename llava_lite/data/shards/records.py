@@ -1,10 +1,10 @@
 """Turn a raw record of a shard (the files of a tar sample, the columns of a row) into a Record and its images."""
 
-import json
 import re
 from typing import NamedTuple
 
 from llava_lite.data.errors import DataError
+from llava_lite.data.index.scan import parse_json
 from llava_lite.data.records.formats import CONVERSATION_KEYS, caption_key, get_formats
 from llava_lite.data.records.keys import IMAGE_FILE, IMAGE_KEYS, SOUND_FILE
 from llava_lite.data.records.media import check_no_media
@@ -164,8 +164,8 @@ def _name(raw: RawRecord, where: str) -> str:
 
 def _json(data: bytes | str, raw: RawRecord, where: str, *kinds: type):
     try:
-        value = json.loads(data)
-    except (ValueError, RecursionError) as error:
+        value = parse_json(data)
+    except ValueError as error:
         raise DataError(f"{_name(raw, where)}: not JSON: {error}.") from None
     if not isinstance(value, kinds):
         expected = " or ".join(kind.__name__ for kind in kinds)

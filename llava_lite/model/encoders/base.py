@@ -13,6 +13,10 @@ import torch
 from torch import nn
 
 from llava_lite.checkpoints.copying import full_state_dict, load_into
+from llava_lite.checkpoints.files import read_shapes
+from llava_lite.checkpoints.sizes import check_sizes
+from llava_lite.checkpoints.source import Checkpoint
+from llava_lite.hub.errors import HUB_ARGUMENTS
 from llava_lite.media.preprocess import load_image_processor
 from llava_lite.media.transform import ImageTransform, read_transform
 from llava_lite.model.placement import get_device
@@ -25,6 +29,8 @@ def open_tower(tower_class, name: str, config, **kwargs):
     """Return a tower of transformers from its own checkpoint; ValueError if the checkpoint lacks weights of it."""
     from llava_lite.model.loading import own_accounting
 
+    checkpoint = Checkpoint(name, **{key: value for key, value in kwargs.items() if key in HUB_ARGUMENTS})
+    check_sizes(checkpoint, config, read_shapes(checkpoint))
     with own_accounting():
         tower, info = tower_class.from_pretrained(
             name, config=config, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs

@@ -3,9 +3,9 @@
 import json
 import logging
 import os
-from pathlib import Path
 
 from llava_lite.constants import NO, YES
+from llava_lite.hub.yaml_files import read_yaml
 
 logger = logging.getLogger(__name__)
 
@@ -205,9 +205,7 @@ def open_yaml(argv):
 
 def yaml_flags(path):
     """Return the command line of a YAML file of `flag: value` lines; sections are headings only."""
-    import yaml
-
-    content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    content = read_yaml(path)
     if not isinstance(content, dict):
         raise ValueError(f"{path}: expected lines of `flag: value`, got {type(content).__name__}.")
     return list(mapping_flags(content))
@@ -216,9 +214,11 @@ def yaml_flags(path):
 def mapping_flags(mapping):
     """Yield the command line of a mapping; a mapping inside it is a section, or a flag whose value is a dict."""
     for name, value in mapping.items():
+        if not isinstance(name, str):
+            raise ValueError(f"{name!r} is no name of a flag; write lines of `flag: value`.")
         if isinstance(value, dict) and not name.endswith(("_kwargs", "_config", "deepspeed")):
             yield from mapping_flags(value)
         elif isinstance(value, dict):
-            yield from (f"--{name}", json.dumps(value))
+            yield from (f"--{name}", json.dumps(value, default=str))
         elif value is not None:
             yield from (f"--{name}", *map(str, value if isinstance(value, list) else [value]))

@@ -6,7 +6,10 @@ A run that needs one which the installed DeepSpeed lacks ends at its start, with
 from contextlib import contextmanager
 from functools import cache
 from importlib.metadata import version
+from pathlib import Path
 from pkgutil import resolve_name
+
+from llava_lite.checkpoints.engine_files import read_state
 
 # The version that these were written for and are tested with.
 TESTED = "0.19.8"
@@ -16,6 +19,8 @@ SAVING = (
     f"{ENGINE}._copy_recovery_script",
     "deepspeed.runtime.checkpoint_engine.checkpoint_engine:CheckpointEngine.save",
 )
+# The engine unpickles whatever a file holds.
+LOADING = ("deepspeed.runtime.checkpoint_engine.checkpoint_engine:CheckpointEngine.load",)
 # A universal checkpoint is read by all runs or by none: `load_universal` in the JSON holds for every load of a run.
 UNIVERSAL = (f"{ENGINE}.load_universal_checkpoint",)
 # deepspeed.moe, whose convention of expert parameters is public, has no ZeRO-3. AutoEP has, but builds blocks of its
@@ -78,6 +83,21 @@ def collected_errors(engine, change_state):
         yield errors
     finally:
         writer.save, engine._copy_recovery_script = their_save, their_copy
+
+
+@contextmanager
+def safe_load(engine):
+    """Let the engine's loads inside read files that hold tensors, plain values and DeepSpeed's own states alone.
+
+    They raise ValueError for any other file, before it is used.
+    """
+    reader = engine.checkpoint_engine
+    # Not mapped: the optimizer keeps some of the tensors, and the file may be deleted later.
+    reader.load = lambda path, map_location=None: read_state(Path(path), mmap=False)
+    try:
+        yield
+    finally:
+        del reader.load
 
 
 @contextmanager

@@ -16,13 +16,14 @@ import torch
 
 from llava_lite.checkpoints.engine_files import check_no_code, engine_directory, read_state
 from llava_lite.distributed.ranks import everyone
-from llava_lite.train.deepspeed.private import universal_load
+from llava_lite.train.deepspeed.converter import FORCED, UNDOES
+from llava_lite.train.deepspeed.private import safe_load, universal_load
 from llava_lite.train.saving import manifest as paper
 from llava_lite.train.together import together
 
 logger = logging.getLogger(__name__)
 
-CONVERTER = "deepspeed.checkpoint.ds_to_universal"
+CONVERTER = "llava_lite.train.deepspeed.converter"
 # Beside the converted files: the second is the new name of the first once the converter has ended, well or not. A
 # full disk has room for a new name.
 RUNNING, ENDED = "running", "ended"
@@ -46,7 +47,7 @@ def load_universal(engine, path: str, workspace: str | Path, is_converter: bool)
     try:
         with together(ValueError, advice, (OSError, ValueError)):
             convert(directory, there) if is_converter else wait_for(there)
-        with universal_load(engine):
+        with universal_load(engine), safe_load(engine):
             loaded, _ = engine.load_checkpoint(str(there), load_module_strict=False)
         resolve_groups(engine.basic_optimizer, read_state(there / directory.name / "zero" / "optimizer_state.pt"))
         if loaded is None:
@@ -77,7 +78,8 @@ def convert(directory: Path, there: Path) -> None:
     command = [sys.executable, "-m", CONVERTER, "--input_folder", str(directory), "--output_folder"]
     # DeepSpeed requires a description of tensor parallelism; there is none here.
     command += [str(there / directory.name), "--inject_missing_state"]
-    environment = {name: value for name, value in os.environ.items() if name not in RANK_VARIABLES}
+    environment = {name: value for name, value in os.environ.items() if name not in (*RANK_VARIABLES, UNDOES)}
+    environment |= FORCED
     started_s = time.monotonic()
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     last = (done.stderr.strip().splitlines() or ["no message"])[-1]

@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import yaml
+from llava_lite.hub.yaml_files import parse_yaml
 
 
 @dataclass(frozen=True)
@@ -39,10 +39,7 @@ def read_config(path: Path) -> VendorConfig:
 
 def read_yaml(path: Path, text: str) -> dict[str, Any]:
     """Return the mapping of a YAML file."""
-    try:
-        found = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is no YAML file: {error}") from error
+    found = parse_yaml(text, path)
     if not isinstance(found, dict):
         raise ValueError(f"{path} is {type(found).__name__}; expected names and values.")
     return found

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, fields
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from llava_lite.hub.card import CARD, front_matter, usage
+from llava_lite.hub.card import CARD, front_matter, read_front_matter, usage
 
 PACKAGES = ("llava-lite", "torch", "transformers", "accelerate", "deepspeed", "peft", "tokenizers", "safetensors")
 # Paths, tokens and progress bars are no facts of the model.
@@ -248,14 +248,10 @@ def hub_base(base: str) -> str | None:
 
 def card_metadata(base: str) -> dict:
     """Return the metadata of a base's card: the one in a directory, or of a hub id the cached one."""
-    import yaml
-    from huggingface_hub import metadata_load, try_to_load_from_cache
+    from huggingface_hub import try_to_load_from_cache
 
     card = try_to_load_from_cache(base, CARD) if is_hub_id(base) else os.path.join(base, CARD)
-    try:
-        return metadata_load(card) or {} if isinstance(card, str) and os.path.isfile(card) else {}
-    except (ValueError, yaml.YAMLError):
-        return {}
+    return read_front_matter(card)[0] if isinstance(card, str) and os.path.isfile(card) else {}
 
 
 def get_licence(base: str) -> dict:

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from llava_lite.checkpoints.engine_files import check_no_code, engine_directory
-from llava_lite.train.deepspeed.private import collected_errors
+from llava_lite.train.deepspeed.private import collected_errors, safe_load
 from llava_lite.train.deepspeed.universal import load_universal
 from llava_lite.train.saving.trained_weights import drop_frozen
 
@@ -37,7 +37,9 @@ def load_engine(engine, path: str, saved_by: int, workspace: str, is_converter: 
 
     if saved_by != comm.get_world_size():
         return load_universal(engine, path, workspace, is_converter)
+    # All files, before any of them is loaded; and again the bytes that are loaded.
     check_no_code(engine_directory(path))
-    loaded, _ = engine.load_checkpoint(path, load_module_strict=False)
+    with safe_load(engine):
+        loaded, _ = engine.load_checkpoint(path, load_module_strict=False)
     if loaded is None:
         raise ValueError(f"DeepSpeed found no state it can use in {path}; name an older checkpoint.")

@@ -5,9 +5,17 @@ from importlib.metadata import version
 
 import pytest
 
-from llava_lite.train.deepspeed.private import EXPERTS, SAVING, TESTED, UNIVERSAL, check_private_parts, find_part
+from llava_lite.train.deepspeed.private import (
+    EXPERTS,
+    LOADING,
+    SAVING,
+    TESTED,
+    UNIVERSAL,
+    check_private_parts,
+    find_part,
+)
 
-PARTS = (*SAVING, *UNIVERSAL, *EXPERTS)
+PARTS = (*SAVING, *LOADING, *UNIVERSAL, *EXPERTS)
 
 
 @pytest.mark.parametrize("part", PARTS)
@@ -21,6 +29,7 @@ def test_part_is_in_the_installed_deepspeed(part):
     [
         (SAVING[0], ["self", "save_path"]),
         (SAVING[1], ["self", "state_dict", "path"]),
+        (LOADING[0], ["self", "path", "map_location"]),
         (UNIVERSAL[0], ["self"]),
         ("deepspeed.utils.groups:_create_expert_and_data_parallel", ["expert_parallel_size_"]),
         ("deepspeed.utils.groups:_get_expert_parallel_group", ["group_name"]),
