@@ -58,7 +58,7 @@ def test_an_update_that_is_not_finite_stops_the_run_in_its_step_with_the_name_an
     out = tmp_path / "out"
     stage = prepare(stage_flags("full", out, *SAVING, "--max_steps", 4, data=data))
     stage.trainer.add_callback(Poison(2, hurt))
-    with pytest.raises(NonFiniteError, match=rf"^step 2: .* the update left .* {name}; samples .*'toy_\d+'"):
+    with pytest.raises(NonFiniteError, match=rf"^step 2: the update left .* {name}; samples .*'toy_\d+'"):
         run(stage)
     assert [path.name for path in out.glob("checkpoint-*")] == ["checkpoint-1"]
     assert not (out / "config.json").exists()
@@ -68,7 +68,7 @@ def test_an_update_that_is_not_finite_stops_the_run_in_its_step_with_the_name_an
 def test_an_update_that_overflows_in_the_last_step_leaves_no_final_directory(stage_flags, data, tmp_path):
     out = tmp_path / "out"
     stage = prepare(stage_flags("full", out, "--max_steps", 1, "--learning_rate", "inf", data=data))
-    with pytest.raises(NonFiniteError, match=r"^step 1: loss and gradient are finite"):
+    with pytest.raises(NonFiniteError, match=r"^step 1: the update left"):
         run(stage)
     assert not (out / "config.json").exists()
     assert not list(out.rglob("*.safetensors"))
@@ -196,7 +196,7 @@ def test_an_update_that_is_not_finite_on_one_rank_stops_both_in_its_step(
     codes, logs = run_with_fault("bad_update", flags, num_ranks=2)
     assert codes == [1, 1]
     for log in logs:
-        assert re.search(r"NonFiniteError: step 2: .* the update left .*: rank 1: exp_avg of \S+", log)
+        assert re.search(r"NonFiniteError: step 2: the update left .*: rank 1: exp_avg of \S+", log)
     assert [path.name for path in out.glob("checkpoint-*")] == ["checkpoint-1"]
     assert not (out / "config.json").exists()
 

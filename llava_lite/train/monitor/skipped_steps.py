@@ -109,8 +109,8 @@ class FiniteMixin:
         found = "; ".join(f"rank {rank}: {list_names(names)}" for rank, (names, _) in enumerate(reports) if names)
         ids = [sample for _, own in reports for sample in own]
         return (
-            f"step {self.state.global_step}: loss and gradient are finite, but the update left numbers that are not: "
-            f"{found}; samples of the step: {ids}. {UNTOUCHED} Lower the learning rate."
+            f"step {self.state.global_step}: the update left numbers that are not finite: {found}; samples of the "
+            f"step: {ids}. {UNTOUCHED} Lower the learning rate."
         )
 
     def progress_state(self) -> dict:

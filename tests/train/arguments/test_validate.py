@@ -1,10 +1,12 @@
 """Flags that cannot both hold are refused, and both are named."""
 
 import logging
+from types import SimpleNamespace
 
 import pytest
 
 from llava_lite.train.arguments.parse import parse_args
+from llava_lite.train.arguments.validate import check_skipped_steps
 
 PAIRS = {
     "--tune_mm_mlp_adapter True --lora_enable True": ("tune_mm_mlp_adapter", "lora_enable"),
@@ -34,6 +36,9 @@ PAIRS = {
     "--packing tokens --per_device_train_batch_size 4": ("packing tokens", "per_device_train_batch_size 4"),
     "--packing tokens --per_device_train_batch_size 1 --packing_tokens 0": ("packing_tokens 0",),
     "--max_bad_fraction -1": ("max_bad_fraction -1", "0 to 1"),
+    "--max_skipped_steps -1": ("max_skipped_steps -1", "at least 0"),
+    "--max_skipped_steps 2 --fp16 True --use_cpu True": ("max_skipped_steps 2", "fp16 True"),
+    "--max_skipped_steps 2 --optim schedule_free_adamw": ("max_skipped_steps 2", "schedule_free_adamw"),
     "--gradient_accumulation_steps 0": ("gradient_accumulation_steps 0", "at least 1"),
     "--per_device_train_batch_size 0": ("per_device_train_batch_size 0", "at least 1"),
     "--packing samples --moe_enable True --moe_count_padding True": ("packing samples", "moe_count_padding True"),
@@ -140,3 +145,24 @@ def test_pinpoints_need_anyres_and_are_read_at_once(tmp_path):
         "image_aspect_ratio": "anyres",
         "image_grid_pinpoints": "[(336, 672), (672, 336)]",
     }
+
+
+NO_CHECK = {"bf16": {"check_grad_overflow": False}}
+
+
+def skipping(stage, bf16, **config):
+    """The arguments of a DeepSpeed run that may leave out steps."""
+    plugin = SimpleNamespace(deepspeed_config=config)
+    return SimpleNamespace(
+        max_skipped_steps=2, fp16=False, bf16=bf16, optim="adamw_torch", uses_deepspeed=True, zero_stage=stage,
+        deepspeed_plugin=plugin,
+    )  # fmt: skip
+
+
+def test_an_engine_that_leaves_no_step_out_is_refused():
+    with pytest.raises(ValueError, match="--max_skipped_steps 2 with DeepSpeed needs ZeRO"):
+        check_skipped_steps(skipping(0, bf16=False))
+    with pytest.raises(ValueError, match='--max_skipped_steps 2 needs "check_grad_overflow": true'):
+        check_skipped_steps(skipping(2, True, **NO_CHECK))
+    check_skipped_steps(skipping(2, bf16=True))
+    check_skipped_steps(skipping(3, True, **NO_CHECK))
