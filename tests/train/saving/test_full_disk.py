@@ -7,6 +7,7 @@ rights are needed. A small file system of its own is mounted where the tests may
 import json
 import os
 import resource
+import runpy
 import subprocess
 import sys
 from contextlib import contextmanager
@@ -235,3 +236,13 @@ def test_a_run_on_a_disk_that_fills_up_resumes_when_there_is_room(stage_flags, s
         train(flags)
     (disk / "filler").unlink()
     assert_resumes(flags, disk / "out", expected)
+
+
+@pytest.mark.slow
+def test_two_ranks_end_together_when_one_cannot_write_its_log(stage_flags, tmp_path):
+    launch = runpy.run_path(str(Path(__file__).parents[1] / "test_ranks.py"))["launch"]
+    (tmp_path / "out" / "metrics.jsonl").mkdir(parents=True)
+    found = launch([{"name": "case", "argv": stage_flags("projector", tmp_path / "out", *FLAGS)}], tmp_path)
+    errors = [result["error"] for result in found["case"]]
+    assert errors[0] == errors[1]
+    assert "metrics.jsonl cannot be written: Is a directory; " in errors[0]
