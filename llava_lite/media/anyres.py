@@ -41,6 +41,8 @@ def read_pinpoints(grid_pinpoints, patch_size) -> list[tuple[int, int]]:
     """
     pairs = grid_pinpoints
     if isinstance(pairs, str):
+        # As many characters as the longest list needs, of two numbers each.
+        check_grids_count(len(pairs) // 24)
         ends = [(int(a), int(b)) for a, b in re.findall(r"\(\s*(\d+)\s*x\s*(\d+)\s*\)", pairs)]
         if ends:
             (left, low), (right, high) = ends[0], ends[-1]
