@@ -17,6 +17,11 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
 
 
+def pytest_addoption(parser):
+    """Add the flag that writes the trajectories of tests/golden again; see docs/testing.md."""
+    parser.addoption("--renew-golden", action="store_true", help="write the trajectories of tests/golden again")
+
+
 def pytest_collection_finish(session):
     """Keep what the libraries have made out of the garbage collector, which each training run starts once more."""
     gc.collect()
