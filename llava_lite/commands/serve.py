@@ -1,5 +1,7 @@
 """Turn the flags of `llava-lite serve` into a server: OpenAI's chat API for one model."""
 
+import argparse
+
 from llava_lite.commands.asking_flags import at_least_1
 from llava_lite.commands.parser import CommandParser
 
@@ -39,6 +41,7 @@ def build_parser():
     parser.add_argument(
         "--allow-host",
         action="append",
+        type=host,
         default=[],
         metavar="HOST[:PORT]",
         help="host from which images are fetched, by its full name; may be repeated (default: none)",
@@ -55,18 +58,36 @@ def build_parser():
 
 def port(text: str) -> int:
     """Read the number of a port."""
-    number = int(text)
-    if not 0 <= number < 2**16:
-        raise ValueError(text)
-    return number
+    if not (text.isascii() and text.isdecimal()) or not 0 <= int(text) < 2**16:
+        raise argparse.ArgumentTypeError(f"{text!r} is no port: a whole number from 0 to 65535")
+    return int(text)
 
 
 def seconds(text: str) -> float:
     """Read a time above 0."""
-    number = float(text)
+    try:
+        number = float(text)
+    except ValueError:
+        number = 0.0
     if not 0 < number < float("inf"):
-        raise ValueError(text)
+        raise argparse.ArgumentTypeError(f"{text!r} is no time: a number of seconds above 0")
     return number
+
+
+def host(text: str) -> str:
+    """Read a host from which images may be fetched."""
+    # Imported here: of the other commands none needs it.
+    from llava_lite.serve.api.hosts import read_host
+
+    try:
+        return read_host(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    except ImportError as error:
+        message = (
+            f"{text!r} has letters beyond ASCII, for which {error.name} is needed: pip install 'llava-lite[serve]'"
+        )
+        raise argparse.ArgumentTypeError(message) from error
 
 
 def main(argv=None) -> int:

@@ -1,9 +1,10 @@
 """Turn the body of a chat request of OpenAI's API into what it asks for; refuse what would be ignored."""
 
+import json
 import math
 import secrets
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from llava_lite.constants import DEFAULT_IMAGE_TOKEN
@@ -12,6 +13,8 @@ from llava_lite.serve.api.errors import RequestError
 ROLES = ("system", "developer", "user", "assistant")
 MAX_STOPS, MAX_TOP_LOGPROBS = 4, 20
 INT64 = 2**63
+# Characters of a field's name that errors repeat.
+LONGEST_NAME = 60
 # Fields that change no answer.
 WITHOUT_EFFECT = ("user", "metadata", "safety_identifier", "prompt_cache_key", "prompt_cache_retention")
 # Fields that are not supported -> the values that ask for nothing.
@@ -152,6 +155,18 @@ class ChatRequest:
             num_top=values["top_logprobs"] if values["logprobs"] else None,
         )
 
+    def images(self) -> list[ImageURL]:
+        """Return the images of all messages, in order."""
+        return [part for _, parts in self.messages for part in parts if isinstance(part, ImageURL)]
+
+    def texts(self) -> list[str]:
+        """Return the texts of all messages, in order."""
+        return [part for _, parts in self.messages for part in parts if isinstance(part, str)]
+
+    def without_messages(self) -> "ChatRequest":
+        """Return what is needed while the answer is generated; images may be large."""
+        return replace(self, messages=[])
+
     def seeds(self) -> list[int]:
         """Return the seed of each answer."""
         return [(self.seed + i + INT64) % (2 * INT64) - INT64 for i in range(self.n)]
@@ -164,7 +179,8 @@ def check_known(body: dict) -> None:
             continue
         if name not in NEUTRAL:
             known = ", ".join(FIELDS)
-            raise RequestError(f"Unknown field {name!r}; known: {known}.", param=name, code="unknown_parameter")
+            message = f"Unknown field {shorten(name)}; known: {known}."
+            raise RequestError(message, param=name[:LONGEST_NAME], code="unknown_parameter")
         if not any(value == one and isinstance(value, bool) == isinstance(one, bool) for one in NEUTRAL[name]):
             message = f"{name} is not supported: this server would ignore it. Leave it out."
             raise RequestError(message, param=name, code="unsupported_parameter")
@@ -184,7 +200,7 @@ def read_messages(messages: list) -> list[tuple[str, list]]:
     """Return (role, parts) of each message; the last one is the user's."""
     read = [read_message(message, f"messages[{i}]") for i, message in enumerate(messages)]
     if read[-1][0] != "user":
-        message = f"The last message is of the role {read[-1][0]!r}; expected 'user', whom the model answers."
+        message = f"The last message is of the role {shorten(read[-1][0])}; expected 'user', whom the model answers."
         raise RequestError(message, param="messages")
     return read
 
@@ -193,19 +209,21 @@ def read_message(message, place: str) -> tuple[str, list]:
     """Return (role, parts) of a message."""
     if not isinstance(message, dict):
         raise RequestError(f"{place} is {shorten(message)}; expected an object with role and content.", param=place)
-    given = {name: value for name, value in message.items() if value not in (None, [], {})}
-    role, content = given.pop("role", None), given.pop("content", None)
+    role, content = message.get("role"), message.get("content")
     if role not in ROLES:
-        raise RequestError(f"{place}.role is {shorten(role)}; known: {', '.join(ROLES)}.", param=f"{place}.role")
-    if given:
-        name = next(iter(given))
+        found = shorten(role) if "role" in message else "missing"
+        raise RequestError(f"{place}.role is {found}; known: {', '.join(ROLES)}.", param=f"{place}.role")
+    ignored = (key for key in message if key not in ("role", "content") and message[key] not in (None, [], {}))
+    if (name := next(ignored, None)) is not None:
+        name = name[:LONGEST_NAME]
         message = f"{place}.{name} is not supported: this server would ignore it. Leave it out."
         raise RequestError(message, param=f"{place}.{name}", code="unsupported_parameter")
+    found = shorten(content) if "content" in message else "missing"
     place = f"{place}.content"
     if isinstance(content, str):
         return role, [read_text(content, place)]
-    if not isinstance(content, list):
-        raise RequestError(f"{place} is {shorten(content)}; expected a text or a list of parts.", param=place)
+    if not isinstance(content, list) or not content:
+        raise RequestError(f"{place} is {found}; expected a text or a list of parts, 1 or more.", param=place)
     return role, [read_part(part, f"{place}[{i}]", role) for i, part in enumerate(content)]
 
 
@@ -236,6 +254,6 @@ def read_text(text: str, place: str) -> str:
 
 
 def shorten(value, longest: int = 60) -> str:
-    """Return a value as messages show it."""
-    text = repr(value)
+    """Return a value as messages show it: as the JSON that was sent."""
+    text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= longest else f"{text[:longest]}..."

@@ -68,11 +68,15 @@ class Engine:
             self._changed.notify_all()
         self._thread.join()
 
+    def check_room(self, num_answers: int) -> None:
+        """Raise QueueFull if there are too few places in the queue."""
+        if self.num_waiting + num_answers > self.max_waiting:
+            raise QueueFull(num_answers, self.num_waiting, self.max_waiting)
+
     def reserve(self, num_answers: int) -> None:
         """Reserve places in the queue for answers that are being prepared; QueueFull if there are too few."""
         with self._changed:
-            if self.num_waiting + num_answers > self.max_waiting:
-                raise QueueFull(num_answers, self.num_waiting, self.max_waiting)
+            self.check_room(num_answers)
             self._num_reserved += num_answers
 
     def release(self, num_answers: int) -> None:

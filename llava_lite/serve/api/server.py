@@ -3,8 +3,11 @@
 import ipaddress
 import logging
 import os
+import signal
 import socket
+import threading
 from contextlib import contextmanager, suppress
+from pathlib import Path
 
 import torch
 
@@ -18,8 +21,6 @@ from llava_lite.serve.memory import check_memory
 logger = logging.getLogger(__name__)
 
 KEY_VARIABLE = "LLAVA_LITE_API_KEY"
-# Requests that are still running when the server is stopped may go on for so long.
-SHUTDOWN_S = 5
 
 
 def serve(options) -> None:
@@ -30,6 +31,7 @@ def serve(options) -> None:
     """
     check_extra()
     logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s")
+    check_options(options)
     check_device(options.device)
     if options.conv_mode is not None:
         get_template(options.conv_mode)
@@ -62,7 +64,7 @@ def running(model, processor, options):
         max_images=options.max_images,
         max_bytes=options.max_image_bytes,
         max_pixels=options.max_image_pixels,
-        hosts=frozenset(host.lower() for host in options.allow_host),
+        hosts=frozenset(options.allow_host),
     )
     if options.conv_mode is not None:
         processor.conv_template = options.conv_mode
@@ -76,24 +78,38 @@ def running(model, processor, options):
             "keeps them as they are; --max-batch 1 asks for no batches.",
             str(model.dtype).removeprefix("torch."),
         )
+    app = build_app(engine, Prompts(model, processor, limits, options.max_new_tokens), settings)
     engine.start()
     try:
-        yield build_app(engine, Prompts(model, processor, limits, options.max_new_tokens), settings)
+        yield app
     finally:
+        app.state.calls.readers.close()
         engine.close()
 
 
 def run(app, listener: socket.socket, on_start=None) -> None:
     """Answer at a socket until the process is told to stop. on_start: called with uvicorn's server."""
-    import uvicorn
+    from llava_lite.serve.api.graceful import GracefulServer
 
-    config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=SHUTDOWN_S)
-    server = uvicorn.Server(config)
+    server = GracefulServer(app)
     if on_start is not None:
         on_start(server)
-    # uvicorn ends its requests at Ctrl-C, and then raises it once more.
-    with suppress(KeyboardInterrupt):
+    # uvicorn ends its requests at a signal, and then raises it once more.
+    with suppress(KeyboardInterrupt), sigterm_as_interrupt():
         server.run(sockets=[listener])
+
+
+@contextmanager
+def sigterm_as_interrupt():
+    """Let SIGTERM be what Ctrl-C is; as it is by default, it would end the process before the model's thread ends."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def check_extra() -> None:
@@ -109,17 +125,39 @@ def check_extra() -> None:
     del fastapi, prometheus_client, uvicorn
 
 
+def check_options(options) -> None:
+    """Raise ValueError for an option that needs no model to be found wrong."""
+    api_key(options)
+    model_name(options)
+
+
 def model_name(options) -> str:
-    """Return how requests name the model."""
-    return options.served_model_name or str(options.model).rstrip("/").rpartition("/")[2]
+    """Return how requests name the model; ValueError for no name at all."""
+    name = options.served_model_name
+    if name is None:
+        name = os.path.basename(os.path.normpath(options.model))
+        # ".", "..", and what leads up again have no name of their own.
+        name = Path(options.model).resolve().name if name in ("", ".", "..") else name
+    if not name.strip():
+        raise ValueError("the model has no name in requests; give one by --served-model-name.")
+    return name
 
 
 def api_key(options) -> str | None:
-    """Return the key of --api-key, else that of the environment; ValueError for an empty one."""
+    """Return the key of --api-key, else that of the environment; ValueError for one that no client can send."""
     key = options.api_key if options.api_key is not None else os.environ.get(KEY_VARIABLE)
-    if key is not None and not key.strip():
+    if key is None:
+        return None
+    key = key.strip()
+    if not key:
         raise ValueError(f"the API key is empty; give one by --api-key or {KEY_VARIABLE}, or leave both out.")
-    return key and key.strip()
+    wrong = sorted({character for character in key if not (character.isascii() and character.isprintable())})
+    if wrong:
+        raise ValueError(
+            f"the API key has {', '.join(f'{one!r} (U+{ord(one):04X})' for one in wrong)}, which clients cannot send "
+            "in a header; use letters, digits and punctuation of ASCII."
+        )
+    return key
 
 
 def announce(options, listener: socket.socket) -> None:

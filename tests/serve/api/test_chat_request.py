@@ -79,9 +79,9 @@ def with_part(part):
         ({"messages": []}, "messages", "expected a list of messages"),
         ({"messages": ["hello"]}, "messages[0]", "expected an object with role and content"),
         ({"temperature": 2.1}, "temperature", "temperature is 2.1; expected a number from 0 to 2"),
-        ({"temperature": "0"}, "temperature", "temperature is '0'"),
-        ({"temperature": True}, "temperature", "temperature is True"),
-        ({"temperature": float("nan")}, "temperature", "temperature is nan"),
+        ({"temperature": "0"}, "temperature", 'temperature is "0"'),
+        ({"temperature": True}, "temperature", "temperature is true"),
+        ({"temperature": float("nan")}, "temperature", "temperature is NaN"),
         ({"top_p": -0.1}, "top_p", "expected a number from 0 to 1"),
         ({"n": 0}, "n", "expected a whole number from 1 to 128"),
         ({"max_tokens": 0}, "max_tokens", "expected a number of tokens, 1 or more"),
@@ -96,7 +96,7 @@ def with_part(part):
         ({"stream": True, "stream_options": {"other": 1}}, "stream_options", "include_usage"),
         ({"top_logprobs": 2}, "top_logprobs", "needs logprobs: true"),
         ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", "from 0 to 20"),
-        ({"top_k": 5}, "top_k", "Unknown field 'top_k'; known: model, messages"),
+        ({"top_k": 5}, "top_k", 'Unknown field "top_k"; known: model, messages'),
         ({"presence_penalty": 0.5}, "presence_penalty", "this server would ignore it"),
         ({"presence_penalty": False}, "presence_penalty", "this server would ignore it"),
         ({"response_format": {"type": "json_object"}}, "response_format", "not supported"),
@@ -108,21 +108,29 @@ def with_part(part):
         (with_message(name="Ada"), "messages[0].name", "this server would ignore it"),
         (with_message(content=3), "messages[0].content", "expected a text or a list of parts"),
         (with_message(content=None), "messages[0].content", "expected a text or a list of parts"),
+        (with_message(content=[]), "messages[0].content", "messages[0].content is []; expected a text or a list"),
+        (with_message(content=None), "messages[0].content", "messages[0].content is null"),
+        ({"messages": [{"role": "user"}]}, "messages[0].content", "messages[0].content is missing"),
+        ({"messages": [{"content": "a"}]}, "messages[0].role", "messages[0].role is missing"),
+        ({"model": False}, "model", "model is false; expected the name of a model"),
+        ({"model": {"a": None, "b": "\u00e9"}}, "model", 'model is {"a": null, "b": "\u00e9"}'),
+        ({"k" * 10**6: 1}, "k" * 60, 'Unknown field "kkk'),
         (with_message(content="a <image> b"), "messages[0].content", "the model's placeholder"),
         (with_part("Hello!"), "messages[0].content[0]", 'expected {"type": "text"'),
         (with_part({"type": "input_audio"}), "messages[0].content[0]", 'expected {"type": "text"'),
         (with_part({"type": "text", "text": "a", "x": 1}), "messages[0].content[0]", "expected"),
         (with_part({"type": "image_url", "image_url": PNG}), "messages[0].content[0]", "expected"),
-        (with_part(image_part(detail="high")), "messages[0].content[0]", "'detail': 'high'"),
+        (with_part(image_part(detail="high")), "messages[0].content[0]", '"detail": "high"'),
         ({"messages": [{"role": "system", "content": [image_part()]}]}, "messages[0].content[0]", "only users show"),
     ],
-    ids=str,
+    ids=lambda value: str(value)[:80],
 )
 def test_what_would_be_ignored_or_is_wrong_is_refused(change, param, message):
     with pytest.raises(RequestError) as refused:
         ChatRequest.read(HELLO | change)
     assert message in str(refused.value)
     assert (refused.value.status, refused.value.param) == (400, param)
+    assert len(str(refused.value)) < 500
     assert refused.value.body["error"]["type"] == "invalid_request_error"
 
 

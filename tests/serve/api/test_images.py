@@ -3,6 +3,7 @@
 import base64
 import io
 import socket
+import ssl
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -10,9 +11,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 from conftest import draw_image
 
+from llava_lite.serve.api.addresses import is_public
 from llava_lite.serve.api.chat_request import ImageURL
 from llava_lite.serve.api.errors import RequestError
-from llava_lite.serve.api.images import ImageLimits, is_public, read_image
+from llava_lite.serve.api.images import ImageLimits, read_image
 
 PUBLIC = "93.184.216.34"
 
@@ -40,6 +42,30 @@ def test_a_data_url_is_the_image_that_it_holds(kind):
         assert found.tobytes() == image.tobytes()
 
 
+@pytest.mark.parametrize("kind", ["capitals", "lines", "JSON lines", "percent"])
+def test_a_data_url_may_be_written_in_other_ways(kind):
+    content = as_bytes(draw_image(1))
+    lines = base64.encodebytes(content).decode()
+    url = {
+        "capitals": as_data(content).replace("data:image/png;base64", "DATA:IMAGE/PNG;BASE64"),
+        "lines": f"data:image/png;base64,{lines}",
+        "JSON lines": f"data:image/png;base64,{lines}".replace("\n", "\r\n"),
+        "percent": as_data(content).replace("+", "%2B").replace("=", "%3D"),
+    }[kind]
+    assert read(url).tobytes() == draw_image(1).tobytes()
+    # Line breaks are no bytes of the image.
+    assert read(url, max_bytes=len(content)).tobytes() == draw_image(1).tobytes()
+
+
+SVG = b'<svg xmlns="http://www.w3.org/2000/svg" width="4" height="4"></svg>'
+
+
+@pytest.mark.parametrize("content", [SVG, b"%PDF-1.7 ...", as_bytes(draw_image(1))[:60]], ids=["svg", "pdf", "cut"])
+def test_what_is_no_image_is_answered_with_the_formats_that_are_read(content):
+    with pytest.raises(RequestError, match="Formats that are read: JPEG, PNG, WEBP, .* and AVIF"):
+        read(as_data(content))
+
+
 @pytest.mark.parametrize(
     ("url", "limits", "reason"),
     [
@@ -56,7 +82,7 @@ def test_a_data_url_is_the_image_that_it_holds(kind):
         ("https://user@example.org/a.png", {"hosts": frozenset({"example.org"})}, "no address such as"),
         ("https://[::1/a.png", {}, "is no address"),
         ("https://example.org/a.png", {}, "fetches no images"),
-        ("https://example.org/a.png", {"hosts": frozenset({"b.org"})}, "fetches from b.org alone"),
+        ("https://example.org/a.png", {"hosts": frozenset({"b.org"})}, "this server does not fetch from it"),
         ("https://b.org:8443/a.png", {"hosts": frozenset({"b.org"})}, "b.org:8443 is not allowed"),
         ("https://b.org.evil.org/a.png", {"hosts": frozenset({"b.org"})}, "not allowed"),
         ("https://evil.org/b.org", {"hosts": frozenset({"b.org"})}, "not allowed"),
@@ -185,6 +211,7 @@ def test_a_name_that_changes_after_the_check_leads_nowhere_else(web, monkeypatch
         ("http://127.0.0.1/a.png", "127.0.0.1:80 is not allowed"),
         ("file:///etc/passwd", "no data URL and no address"),
         ("/start", "redirected more than 3 times"),
+        ("", "answered with status 302, a redirect without an address"),
         ("http://gone.example.org/", "gone.example.org has no address"),
     ],
 )
@@ -207,8 +234,8 @@ def test_a_redirect_within_the_list_is_followed(web):
     [
         ((404, {}, b""), "answered with status 404"),
         ((200, {}, b"x" * 2000), "more than 1,000 bytes"),
-        ((200, {"Content-Length": "900"}, b"x" * 10), "sent 10 bytes and then nothing"),
-        ((200, {"Transfer-Encoding": "chunked"}, b"ffffffff"), "could not be read"),
+        ((200, {"Content-Length": "900"}, b"x" * 10), "ended the connection before"),
+        ((200, {"Transfer-Encoding": "chunked"}, b"ffffffff"), "ended the connection before"),
     ],
     ids=["status", "size", "cut", "chunks"],
 )
@@ -232,7 +259,69 @@ def test_a_host_that_sends_a_byte_at_a_time_is_given_up(web):
             ended.set()
 
     web.routes["/a.png"] = (200, {}, drip())
-    with pytest.raises(RequestError, match="cannot use the image"):
+    with pytest.raises(RequestError, match=r"img\.example\.org did not send the image within 0\.5 s\."):
         read("http://img.example.org/a.png", hosts=HOSTS, timeout_s=0.5)
     web.routes.clear()
     assert ended.wait(10)
+
+
+def waiting(seconds, then):
+    """Return the headers and the body of a response that waits, for `web`."""
+
+    class Waiting(dict):
+        def items(self):
+            time.sleep(seconds)
+            return then.items()
+
+    return Waiting()
+
+
+def test_redirects_and_look_ups_are_within_the_one_time_of_an_image(web, monkeypatch):
+    look_up = socket.getaddrinfo
+
+    def slow(host, port, **more):
+        time.sleep(0.4)
+        return look_up(host, port, **more)
+
+    monkeypatch.setattr(socket, "getaddrinfo", slow)
+    for i in range(3):
+        web.routes[f"/{i}"] = (302, waiting(0.4, {"Location": f"/{i + 1}"}), b"")
+    web.routes["/3"] = (200, {}, as_bytes(draw_image(3)))
+    # Each hop takes less than a second, and all of them more than three.
+    with pytest.raises(RequestError, match=r"did not send the image within 1 s\.|not found within 1 s\."):
+        read("http://img.example.org/0", hosts=HOSTS, timeout_s=1)
+    assert len(web.seen) < 3
+    assert read("http://img.example.org/0", hosts=HOSTS, timeout_s=60).size == draw_image(3).size
+
+
+def test_a_name_that_is_looked_up_for_too_long_is_given_up(web, monkeypatch):
+    ended = threading.Event()
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **more: ended.wait(60) and [])
+    began = time.monotonic()
+    with pytest.raises(RequestError, match=r"addresses of img\.example\.org were not found within 0\.2 s\."):
+        read("http://img.example.org/a.png", hosts=HOSTS, timeout_s=0.2)
+    assert time.monotonic() - began < 30
+    ended.set()
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (ConnectionRefusedError(111, "Connection refused"), "img.example.org refused the connection."),
+        (ConnectionResetError(104, "reset"), "img.example.org ended the connection before the image was complete."),
+        (OSError(113, "No route to host"), "img.example.org could not be reached (No route to host)."),
+        (ssl.SSLCertVerificationError("expired"), "img.example.org has a certificate that is not trusted"),
+        (ssl.SSLError(1, "WRONG_VERSION_NUMBER"), "img.example.org could not be asked by https"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_a_connection_that_fails_is_answered_with_the_true_reason(web, monkeypatch, error, reason):
+    def fail(address, timeout):
+        raise error
+
+    error.verify_message = "certificate has expired"
+    monkeypatch.setattr(socket, "create_connection", fail)
+    with pytest.raises(RequestError) as refused:
+        read("http://img.example.org/a.png", hosts=HOSTS)
+    assert reason in str(refused.value)
+    assert "within" not in str(refused.value)

@@ -13,7 +13,7 @@ from llava_lite.media.preprocess import load_image_processor
 from llava_lite.processing.processor import LlavaLiteProcessor
 from llava_lite.serve.api.chat_request import ChatRequest
 from llava_lite.serve.api.errors import RequestError
-from llava_lite.serve.api.images import ImageLimits
+from llava_lite.serve.api.images import ImageLimits, read_image
 from llava_lite.serve.api.prompts import Prompts
 
 QUESTION = "What colour is the square?"
@@ -34,7 +34,9 @@ def prompts(toy_model, toy_tokenizer, toy_tower_dir):
 
 def answers(prompts, messages, **fields):
     asked = ChatRequest.read({"model": "toy", "messages": messages} | fields)
-    return prompts.answers(asked, [lambda event: None] * asked.n)
+    prompts.check_images(asked)
+    images = [read_image(image, prompts.limits) for image in asked.images()]
+    return prompts.answers(asked, images, [lambda event: None] * asked.n)
 
 
 @pytest.mark.parametrize("num_images", [0, 1, 2])

@@ -1,0 +1,67 @@
+"""The least number of tokens of a text is never more than it has, in every kind of tokenizer."""
+
+import json
+import random
+
+import pytest
+from conftest import WORDS
+from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from llava_lite.serve.api.text_bound import TextBound
+
+LONG = {
+    "words": " ".join(WORDS * 50),
+    "letters": "a" * 5000,
+    "chinese": "\u6c49\u5b57" * 1000,
+    "emoji": "\U0001f600" * 1000,
+    "spaces": " " * 3000 + "\n\t" * 500 + "\u3000" * 500,
+    "word starts": "\u2581" * 2000,
+    "combining": "e\u0301\u0323" * 1000,
+    "ligatures": "\ufb03" * 1000,
+    "special": "</s><|im_end|>" * 300,
+    "control": "\x00\x01" * 500,
+}
+
+
+def num_tokens(tokenizer, text):
+    return len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+
+def random_texts():
+    rng = random.Random(0)
+    alphabet = "ab \n\u2581\u00e9e\u0301\u6c49\U0001f600</s><|im_end|>"
+    return ["".join(rng.choices(alphabet, k=rng.randint(0, 60))) for _ in range(300)]
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "qwen"])
+@pytest.mark.parametrize("normalizer", [None, "NFKC", "drops"])
+def test_a_text_has_no_fewer_tokens_than_the_bound(toy_tokenizer_for, kind, normalizer):
+    tokenizer = toy_tokenizer_for(kind)
+    backend = tokenizer.backend_tokenizer
+    if normalizer is not None:
+        added = normalizers.NFKC() if normalizer == "NFKC" else normalizers.Replace("a", "")
+        backend.normalizer = normalizers.Sequence([added, *([backend.normalizer] if backend.normalizer else [])])
+    tokenizer.add_tokens([AddedToken("<|im_end|>", lstrip=True, rstrip=True, special=True)])
+    bound = TextBound(tokenizer)
+    for text in [*LONG.values(), *random_texts()]:
+        assert bound.least_tokens(text) <= num_tokens(tokenizer, text), text[:50]
+    # It is no bound if it is 0 for all.
+    assert bound.least_tokens(LONG["words"]) > len(LONG["words"]) / 30
+    assert bound.least_tokens(LONG["chinese"]) > 100
+
+
+@pytest.mark.parametrize("kind", ["no bytes", "removed", "unigram"])
+def test_of_a_tokenizer_that_joins_or_drops_characters_nothing_is_known(toy_tokenizer, kind):
+    if kind == "unigram":
+        backend = Tokenizer(models.Unigram([("<unk>", 0.0), ("a", -1.0)], unk_id=0))
+    elif kind == "no bytes":
+        backend = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True))
+        backend.train_from_iterator(["a b c"], trainers.BpeTrainer(special_tokens=["<unk>"], show_progress=False))
+    else:
+        backend = toy_tokenizer.backend_tokenizer
+        backend.pre_tokenizer = pre_tokenizers.Split("z", "removed")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>")
+    assert num_tokens(tokenizer, "z" * 5000) <= 1
+    assert TextBound(tokenizer).least_tokens("z" * 5000) == 0
+    assert json.loads(backend.to_str())["model"]["vocab"]
