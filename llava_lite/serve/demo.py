@@ -238,7 +238,8 @@ class DemoPage:
         hidden = {"api_visibility": "private"}
         asking = box.submit(ask, [session, box, *settings], outputs, **one, **hidden)
         again = buttons["again"].click(regenerate, [session, *settings], outputs, **one, **hidden)
-        running = {"cancels": [asking, again], "show_progress": "hidden", **hidden}
+        # Past the queue: they work where it is full, too.
+        running = {"cancels": [asking, again], "show_progress": "hidden", "queue": False, **hidden}
         buttons["stop"].click(show, [session], outputs, **running)
         for starts in (buttons["clear"].click, *(chat.clear for chat in chats), *(name.change for name in names)):
             starts(begin_anew, [session], outputs, **running)

@@ -11,8 +11,10 @@ MONO_FONTS = ("ui-monospace", "monospace")
 SWITCH_THEME = "() => { document.body.classList.toggle('dark'); }"
 CSS = """
 body { background: var(--body-background-fill) !important; }
-/* Not hidden, with which nothing inside could be sticky. */
-.gradio-container { max-width: 1280px !important; margin: 0 auto !important; overflow: clip !important; }
+/* A width, for with auto margins in gradio's flex column it would be as narrow as an empty chat. Overflow is not hidden,
+   with which nothing inside could be sticky. */
+.gradio-container { width: 100% !important; max-width: 1280px !important; margin: 0 auto !important;
+    overflow: clip !important; }
 #head { align-items: center; }
 #head h1 { font-size: 1.25rem; margin: 0; }
 #theme { min-width: 7rem; max-width: 9rem; }
@@ -22,6 +24,8 @@ body { background: var(--body-background-fill) !important; }
     background: var(--body-background-fill); }
 /* It would send an image to Hugging Face. */
 .chat button[title*="hare"], .chat button[aria-label*="hare"] { display: none !important; }
+/* gradio would cover every panel with the word Error where a question finds the queue full; its message says so. */
+[data-testid="status-tracker"]:has(> .error) { display: none !important; }
 #notice [role="alert"] { border-left: 4px solid #d9480f; background: rgba(217, 72, 15, 0.12); padding: 0.5rem 0.75rem;
     border-radius: 4px; color: var(--body-text-color); overflow-wrap: anywhere; }
 .routing { font-size: 0.8rem; color: var(--body-text-color); }

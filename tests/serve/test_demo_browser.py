@@ -1,5 +1,6 @@
 """The page of `llava-lite demo` in a real browser: Debian's chromium, driven by playwright."""
 
+import json
 import os
 import re
 import shutil
@@ -8,12 +9,15 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.error
+import urllib.request
 from pathlib import Path
 
 import pytest
 from conftest import draw_image
 
 from llava_lite import load, reply
+from llava_lite.serve.demo import MAX_WAITING
 
 pytestmark = pytest.mark.slow
 
@@ -265,6 +269,55 @@ def test_what_is_wrong_is_a_sentence_on_the_page_and_the_server_goes_on(open_pag
     assert not page.is_visible(notice)
 
 
+def post(url, body):
+    """Send JSON; return the status and the text of the answer."""
+    request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
+    try:
+        with urllib.request.urlopen(request, timeout=60) as response:
+            return response.status, response.read().decode()
+    except urllib.error.HTTPError as error:
+        return error.code, error.read().decode()
+
+
+@pytest.fixture
+def fill_queue(server):
+    """Return a function: the request by which a page asked -> others ask the same until the queue is full."""
+    waiting, join = [], f"{server}gradio_api/queue/join"
+
+    def fill(asked):
+        # The longest answers, so that none ends meanwhile.
+        data = [1900 if value == NUM_TOKENS else value for value in asked["data"]]
+        for i in range(2 * MAX_WAITING):
+            body = asked | {"data": data, "session_hash": f"visitor{i}"}
+            status, answer = post(join, body)
+            if status != 200:
+                break
+            waiting.append({key: body[key] for key in ("session_hash", "fn_index")} | json.loads(answer))
+        return status, answer
+
+    yield fill
+    # The last first, or each would begin when the one before it ends.
+    for body in reversed(waiting):
+        assert post(f"{server}gradio_api/cancel", body)[0] == 200
+
+
+def test_a_full_queue_is_a_message_that_leaves_the_page_as_it_is(open_page, fill_queue):
+    page, asked = open_page(), []
+    page.on("request", lambda request: asked.append(request) if "queue/join" in request.url else None)
+    send(page, "Hello!")
+    wait_for(page, lambda: answers(page, 2) and page.is_visible("#routing-2 .routing"))
+    before = [answers(page, i) for i in (1, 2)]
+    assert fill_queue(asked[-1].post_data_json)[0] == 503
+    send(page, "Is there room?")
+    wait_for(page, lambda: "This application is currently busy." in page.inner_text("body"))
+    assert [answers(page, i) for i in (1, 2)] == before
+    assert not [one for one in page.query_selector_all("[data-testid=status-tracker] .error") if one.is_visible()]
+    assert page.input_value("#box textarea") == "Is there room?"
+    # Not through the queue.
+    page.click("#clear")
+    wait_for(page, lambda: answers(page) == answers(page, 2) == [])
+
+
 def test_two_visitors_at_once_keep_their_conversations_apart(open_page, expected, directory):
     one, two = open_page(), open_page()
     image = str(directory / "square.png")
@@ -286,6 +339,31 @@ def test_a_visitor_who_leaves_does_not_keep_the_model(open_page, expected):
     leaving.close()
     told = letters(expected("llava-dense", "How many?"))
     wait_for(staying, lambda: answers(staying) == [told], timeout_s=60)
+
+
+@pytest.mark.parametrize("width", [768, 1024, 1920])
+def test_two_models_are_side_by_side_before_an_answer_after_it_and_in_a_new_chat(width, open_page):
+    page = open_page(viewport={"width": width, "height": 900})
+
+    def boxes():
+        return [page.locator(place).bounding_box() for place in ("#chat-1", "#chat-2", "#box")]
+
+    def places():
+        return [(round(box["x"]), round(box["width"])) for box in boxes()]
+
+    # Up to 1280 pixels, less the margins of the page and the gap between the models.
+    panel = (min(width, 1280) - 2 * 32 - 16) / 2
+    empty = places()
+    assert [size for _, size in empty[:2]] == [panel, panel]
+    assert empty[1][0] == empty[0][0] + panel + 16
+    assert boxes()[0]["y"] == boxes()[1]["y"]
+    send(page, "Hello!")
+    wait_for(page, lambda: answers(page, 2) and page.is_visible("#routing-2 .routing"))
+    assert places() == empty
+    page.click("#clear")
+    wait_for(page, lambda: answers(page) == answers(page, 2) == [])
+    assert places() == empty
+    assert page.evaluate(OVERFLOW) <= 0
 
 
 def test_on_a_phone_nothing_is_wider_than_the_screen_and_the_box_is_in_view(open_page):
