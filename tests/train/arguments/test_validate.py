@@ -150,19 +150,19 @@ def test_pinpoints_need_anyres_and_are_read_at_once(tmp_path):
 NO_CHECK = {"bf16": {"check_grad_overflow": False}}
 
 
-def skipping(stage, bf16, **config):
+def skipping(stage, uses_bf16, **config):
     """The arguments of a DeepSpeed run that may leave out steps."""
     plugin = SimpleNamespace(deepspeed_config=config)
     return SimpleNamespace(
-        max_skipped_steps=2, fp16=False, bf16=bf16, optim="adamw_torch", uses_deepspeed=True, zero_stage=stage,
+        max_skipped_steps=2, fp16=False, bf16=uses_bf16, optim="adamw_torch", uses_deepspeed=True, zero_stage=stage,
         deepspeed_plugin=plugin,
     )  # fmt: skip
 
 
 def test_an_engine_that_leaves_no_step_out_is_refused():
     with pytest.raises(ValueError, match="--max_skipped_steps 2 with DeepSpeed needs ZeRO"):
-        check_skipped_steps(skipping(0, bf16=False))
+        check_skipped_steps(skipping(0, False))
     with pytest.raises(ValueError, match='--max_skipped_steps 2 needs "check_grad_overflow": true'):
         check_skipped_steps(skipping(2, True, **NO_CHECK))
-    check_skipped_steps(skipping(2, bf16=True))
+    check_skipped_steps(skipping(2, True))
     check_skipped_steps(skipping(3, True, **NO_CHECK))
