@@ -40,7 +40,7 @@ NO_FILES = [
     "pipe.png",
     "zero.png",
     "loop.png",
-    "a",
+    "d",
     "",
     ".",
     "x" * 300,
