@@ -35,7 +35,9 @@ class Recipe(NamedTuple):
 RECIPES = {
     "pretrain": Recipe("projector", "", {**SAME, **ACCUMULATED}, ranks=True),
     "finetune": Recipe("full", "", {**SAME, **ACCUMULATED}, ranks=True),
-    "finetune_lora": Recipe("lora", "--lora_dropout 0", {name: SAME[name] for name in ("padded", "all logits")} | ACCUMULATED),
+    "finetune_lora": Recipe(
+        "lora", "--lora_dropout 0", {name: SAME[name] for name in ("padded", "all logits")} | ACCUMULATED
+    ),
     # Its balance loss is a mean over micro-batches, so that accumulation is another loss.
     "moe": Recipe("moe", "", {"padded": SAME["padded"], "plain experts": "--plain_paths experts matmul"}),
     "tower": Recipe("full", f"--unfreeze_mm_vision_tower True {ANYRES}", {"padded": SAME["padded"]} | ACCUMULATED),

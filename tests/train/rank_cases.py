@@ -33,7 +33,7 @@ def run(case):
         return {"error": f"{type(error).__name__}: {error}"}
     finally:
         LlavaMetaForCausalLM.supervised_loss, LLaVATrainer.training_step = hf, step
-    keys = ("loss", "lm_loss", "eval_loss")
+    keys = ("loss", "lm_loss", "eval_loss", "grad_norm", "tokens")
     return {key: [line[key] for line in log if key in line] for key in keys} | {"samples": samples}
 
 

@@ -1,6 +1,5 @@
 """Two ranks train what one process trains: DDP, ZeRO-2 and ZeRO-3, dense and MoE, images and text mixed."""
 
-import json
 import os
 import signal
 import socket
@@ -11,13 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from rank_launcher import launch
 from transformers import AutoModelForCausalLM
 
 from llava_lite import load
 from llava_lite.train.train import train
 
 ROOT = Path(__file__).parents[2]
-WORKER = Path(__file__).with_name("rank_cases.py")
 ENGINES = {"ddp": [], "zero2": ["--deepspeed", "zero2.json"], "zero3": ["--deepspeed", "zero3.json"]}
 # SGD: Adam would blow rounding up to full steps. The balance loss is a mean over micro-batches, so it is left out
 # where runs that cut them differently are compared.
@@ -42,33 +41,6 @@ WITH_NEW_WORDS = {
     "lora": ("lora", f"--lora_dropout=0 --group_by_modality_length=True {NEW}"),
     "projector": ("projector", f"--version=v1 --group_by_modality_length=True {NEW}"),
 }
-
-
-def launch(cases, directory, world_size=2, timeout_s=900):
-    """Run the cases on ranks of this machine; return {name: [result of each rank]}."""
-    (directory / "cases.json").write_text(json.dumps(cases))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    common = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(ROOT)}
-    common |= {"WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size)}
-    common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    command = [sys.executable, str(WORKER), str(directory / "cases.json"), str(directory)]
-    ranks = []
-    for rank in range(world_size):
-        env = common | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-        log = open(directory / f"rank{rank}.log", "w")  # noqa: SIM115 - the process writes to it
-        ranks.append(subprocess.Popen(command, env=env, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT))
-    try:
-        codes = [rank.wait(timeout_s) for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-    assert codes == [0] * world_size, (directory / "rank0.log").read_text()[-3000:]
-    return {
-        c["name"]: [json.loads((directory / f"{c['name']}_{r}.json").read_text()) for r in range(world_size)]
-        for c in cases
-    }
 
 
 @pytest.fixture
