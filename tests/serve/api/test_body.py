@@ -87,9 +87,7 @@ def test_text_is_counted_apart_from_images():
         assert read_json(as_body({"url": start + long})) == {"url": start + long}
     # Texts that only look like images cost as objects more than as bytes.
     for value in (long, [f"data:{'x' * 100}"] * 10_000, [[]] * 500_000):
-        with pytest.raises(
-            RequestError, match="bytes beside its images; this server takes at most 1,048,576"
-        ) as error:
+        with pytest.raises(RequestError, match=r"bytes beside its images; .* at most 1,048,576") as error:
             read_json(as_body(value))
         assert error.value.status == 413
 

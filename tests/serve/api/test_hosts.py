@@ -42,7 +42,7 @@ def test_a_host_has_one_form(given, host):
     ],
 )
 def test_what_no_image_can_come_from_is_refused_at_once(given, reason, capsys):
-    with pytest.raises(ValueError, match="expected a full name such as images.example.org") as error:
+    with pytest.raises(ValueError, match=r"expected a full name such as images\.example\.org") as error:
         read_host(given)
     assert reason in str(error.value)
     with pytest.raises(SystemExit):
@@ -71,6 +71,6 @@ def test_an_address_matches_its_host_however_it_is_written(url, listed):
 
 
 def test_a_refusal_names_no_listed_host():
-    with pytest.raises(Refused, match="other.org:443 is not allowed: this server does not fetch from it") as error:
+    with pytest.raises(Refused, match=r"other\.org:443 is not allowed: this server does not fetch from it") as error:
         check_url("https://other.org/a.png", frozenset({"secret.example.org"}))
     assert "secret" not in str(error.value)

@@ -62,7 +62,7 @@ SVG = b'<svg xmlns="http://www.w3.org/2000/svg" width="4" height="4"></svg>'
 
 @pytest.mark.parametrize("content", [SVG, b"%PDF-1.7 ...", as_bytes(draw_image(1))[:60]], ids=["svg", "pdf", "cut"])
 def test_what_is_no_image_is_answered_with_the_formats_that_are_read(content):
-    with pytest.raises(RequestError, match="Formats that are read: JPEG, PNG, WEBP, .* and AVIF"):
+    with pytest.raises(RequestError, match=r"Formats that are read: JPEG, PNG, WEBP, .* and AVIF"):
         read(as_data(content))
 
 

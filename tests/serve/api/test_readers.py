@@ -88,7 +88,7 @@ def test_texts_and_sent_images_do_not_wait_for_downloads(reading, monkeypatch):
             assert answer.prompt_len > 10
         assert not any(task.done() for task in slow)
         host.go_on.set()
-        assert all([answers for answers in await asyncio.gather(*slow)])
+        assert all(await asyncio.gather(*slow))
 
     with reading() as readers:
         asyncio.run(run(readers))
