@@ -1,10 +1,8 @@
 """Remember what a run has seen between two logged steps, and turn a signal into a checkpoint."""
 
-import atexit
 import signal
 import time
 import traceback
-import weakref
 from contextlib import contextmanager
 
 import torch
@@ -160,8 +158,6 @@ class ProgressCallback(TrainerCallback):
     def on_train_end(self, args, state, control, **kwargs):
         """Give the signals back to their former handlers."""
         self.signals.hand_back()
-        # Registered when there are workers, it runs before what waits for them.
-        atexit.register(_end_workers_of, weakref.ref(self))
 
     def end_persistent_workers(self) -> None:
         """Let go of the loaders whose workers outlive an epoch or an evaluation; these end with their loader."""
@@ -174,13 +170,14 @@ class ProgressCallback(TrainerCallback):
 
     @contextmanager
     def workers_ended(self):
-        """Let the loader's workers end if training ends with an error or after a signal.
+        """Let the loaders' workers end when training ends, with an error or after a signal too.
 
         They inherit that SIGTERM is blocked, with which Python would end them at exit, and it waits for them: a run
         that failed would never return. They end with the loader's iterator, which the frames of the error hold.
         """
         try:
             yield
+            self.end_persistent_workers()
         except BaseException as error:
             is_saved = self.stop_requested is not None and isinstance(error, SystemExit)
             if not (is_saved and self.leaves_process):
@@ -191,12 +188,6 @@ class ProgressCallback(TrainerCallback):
                 traceback.clear_frames(cause.__traceback__)
                 cause = cause.__cause__ or cause.__context__
             raise
-
-
-def _end_workers_of(progress: weakref.ref) -> None:
-    """End the workers of a run whose trainer is still there."""
-    if progress() is not None:
-        progress().end_persistent_workers()
 
 
 def steps_an_epoch(train_dataloader, args) -> int:

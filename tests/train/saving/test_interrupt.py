@@ -1,4 +1,4 @@
-"""A run that ends with an error ends: its loader's workers, which SIGTERM cannot end, do not hold it."""
+"""A run that ends, well or with an error, ends: its loaders' workers, which SIGTERM cannot end, do not hold it."""
 
 import os
 import subprocess
@@ -22,3 +22,18 @@ def test_run_that_fails_with_workers_returns_with_its_error(persistent, stage_fl
     )
     assert done.returncode == 1
     assert "NonFiniteError: step" in done.stderr.splitlines()[-1]
+
+
+@pytest.mark.slow
+def test_run_with_persistent_workers_and_an_evaluation_returns(stage_flags, tmp_path):
+    flags = ["--max_steps", "2", "--dataloader_num_workers", "2", "--dataloader_persistent_workers", "True"]
+    flags += ["--eval_split", "4", "--eval_strategy", "steps", "--eval_steps", "1"]
+    # Without the fix it never returns.
+    done = subprocess.run(
+        [sys.executable, "-m", "llava_lite.train.train", *stage_flags("full", tmp_path / "out", *flags)],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr[-3000:]

@@ -104,10 +104,6 @@ def test_stages_with_workers_that_are_stopped_become_those_never_stopped(flags, 
             "argv": flags(MIXED, batch=2, workers=2),
             "stops": [stop("SIGTERM", 3, "answer"), stop("SIGHUP", 5, "step"), stop("SIGINT", 6, 1)],
         },
-        "persistent": {
-            "argv": flags(EVERY_TWO, "--dataloader_persistent_workers True", batch=2, workers=2),
-            "stops": [stop("SIGINT", 2, 2), stop("SIGTERM", 4, "step")],
-        },
     }
     assert_as_never_stopped(run_cases(tmp_path, cases), extra=["checkpoint-5"])
 
