@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
 # Run the test suite in the environment that quickstart.sh uses, made first if it is not there.
 #
-#   bash scripts/test.sh [--slow | --oldest] [arguments of pytest]
+#   bash scripts/test.sh [--slow | --oldest | --renew-golden] [arguments of pytest]
 #
 #   --slow     also the tests that take minutes: ranks, launchers, complete stages
 #   --oldest   the core of the suite with the oldest transformers that is supported, in an environment of its own
+#   --renew-golden   write the trajectories of tests/golden again, and run nothing else
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/lib/env.sh"
 
@@ -16,6 +17,7 @@ while [ $# -gt 0 ]; do
     case $1 in
         --slow) markers="" ;;
         --oldest) constraints=$ROOT/constraints-5.17.txt paths=(tests "${NOT_CORE[@]}") ;;
+        --renew-golden) paths=(tests/train/test_golden.py -k kept --renew-golden) ;;
         --help | -h) sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//;p}' "$0" && exit 0 ;;
         *) break ;;
     esac
