@@ -34,73 +34,19 @@ MOST_BITS = 4096
 
 # Methods of texts and numbers whose results are no longer than their text.
 _NO_LONGER = frozenset(
-    [
-        "capitalize",
-        "casefold",
-        "count",
-        "endswith",
-        "find",
-        "index",
-        "lower",
-        "lstrip",
-        "partition",
-        "removeprefix",
-        "removesuffix",
-        "rfind",
-        "rindex",
-        "rpartition",
-        "rsplit",
-        "rstrip",
-        "split",
-        "splitlines",
-        "startswith",
-        "strip",
-        "swapcase",
-        "title",
-        "upper",
-        "bit_length",
-        "is_integer",
-        "isalnum",
-        "isalpha",
-        "isascii",
-        "isdecimal",
-        "isdigit",
-        "isidentifier",
-        "islower",
-        "isnumeric",
-        "isprintable",
-        "isspace",
-        "istitle",
-        "isupper",
-    ]
+    """
+    capitalize casefold count endswith find index lower lstrip partition removeprefix removesuffix rfind
+    rindex rpartition rsplit rstrip split splitlines startswith strip swapcase title upper bit_length
+    is_integer isalnum isalpha isascii isdecimal isdigit isidentifier islower isnumeric isprintable isspace
+    istitle isupper
+    """.split()  # noqa: SIM905
 )
 # Filters that write no text of what they are given; all others may repeat it.
 _NO_TEXT = frozenset(
-    [
-        "abs",
-        "attr",
-        "batch",
-        "count",
-        "d",
-        "default",
-        "first",
-        "float",
-        "int",
-        "items",
-        "last",
-        "length",
-        "list",
-        "map",
-        "random",
-        "reject",
-        "rejectattr",
-        "reverse",
-        "round",
-        "select",
-        "selectattr",
-        "slice",
-        "sum",
-    ]
+    """
+    abs attr batch count d default first float int items last length list map random reject rejectattr reverse
+    round select selectattr slice sum
+    """.split()  # noqa: SIM905
 )
 # For web pages; minutes for a text of the largest size.
 _SLOW = frozenset({"pprint", "striptags", "urlize", "wordwrap", "xmlattr"})
