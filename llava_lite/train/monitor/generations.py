@@ -10,10 +10,9 @@ from llava_lite.constants import IGNORE_INDEX
 from llava_lite.conversation.end_tokens import end_ids, get_config_end_token, stop_arguments
 from llava_lite.data.collator import batch_images
 from llava_lite.train.deepspeed.experts import needs_all_ranks
+from llava_lite.train.monitor.log_lines import GENERATIONS
 
 logger = logging.getLogger(__name__)
-
-GENERATIONS = "generations.jsonl"
 
 
 def prompt_and_answer(input_ids, labels):
