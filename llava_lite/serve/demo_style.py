@@ -11,8 +11,8 @@ MONO_FONTS = ("ui-monospace", "monospace")
 SWITCH_THEME = "() => { document.body.classList.toggle('dark'); }"
 CSS = """
 body { background: var(--body-background-fill) !important; }
-/* A width, for with auto margins in gradio's flex column it would be as narrow as an empty chat. Overflow is not hidden,
-   with which nothing inside could be sticky. */
+/* A width, for with auto margins in gradio's flex column it would be as narrow as an empty chat. Overflow is not
+   hidden, with which nothing inside could be sticky. */
 .gradio-container { width: 100% !important; max-width: 1280px !important; margin: 0 auto !important;
     overflow: clip !important; }
 #head { align-items: center; }

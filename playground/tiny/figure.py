@@ -2,8 +2,8 @@
 
 from PIL import Image
 
+from llava_lite.train.monitor.log_lines import read_metrics
 from llava_lite.train.monitor.plots import get_window, series, smooth
-from llava_lite.train.monitor.run_log import read_metrics
 
 SAMPLES = {"digit": 3, "colour": 2, "count": 2, "where": 2, "colour_of": 1, "caption": 2}
 COLUMNS = 6

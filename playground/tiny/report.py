@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from llava_lite.inference import load
 from llava_lite.model.moe.upcycle import upcycle
-from llava_lite.train.monitor.run_log import read_metrics
+from llava_lite.train.monitor.log_lines import read_metrics
 
 from .ask import accuracy
 from .figure import draw_report

@@ -161,7 +161,7 @@ def test_extras_and_constraints_of_pip_exist():
 
 
 def test_environment_and_slurm_commands_name_files_that_exist():
-    assert [command.words[1] for command in all_commands("source")] == [".venv/bin/activate"] * 2
+    assert [command.words[1] for command in all_commands("source")] == [".venv/bin/activate"] * 3
     for command in all_commands("sbatch"):
         script, recipe, *arguments = command.words[1:]
         assert (ROOT / script).is_file()

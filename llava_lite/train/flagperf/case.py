@@ -16,7 +16,7 @@ from safetensors import safe_open
 
 from llava_lite.train.flagperf.config import VendorConfig
 from llava_lite.train.flagperf.report import Case, Stage
-from llava_lite.train.monitor.run_log import METRICS, read_metrics
+from llava_lite.train.monitor.log_lines import METRICS, read_metrics
 
 # Beside the two directories of checkpoints, in Output.
 TIMES = "flagperf.json"

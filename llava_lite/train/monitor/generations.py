@@ -13,11 +13,10 @@ from llava_lite.data.collator import batch_images
 from llava_lite.distributed.activity import note
 from llava_lite.errors import get_sentence
 from llava_lite.train.deepspeed.experts import needs_all_ranks
+from llava_lite.train.monitor.log_lines import GENERATIONS
 from llava_lite.train.monitor.run_log import RunLog
 
 logger = logging.getLogger(__name__)
-
-GENERATIONS = "generations.jsonl"
 
 
 def prompt_and_answer(input_ids, labels):

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from llava_lite.train.monitor.run_log import METRICS, read_metrics
+from llava_lite.train.monitor.log_lines import LARGEST_STEP, METRICS, is_number, read_metrics, with_steps
+from llava_lite.train.monitor.losses import get_loss_key
 
 logger = logging.getLogger(__name__)
 
@@ -25,14 +26,14 @@ def has_matplotlib():
 
 def draw_plots(output_dir):
     """Draw the plots of a run into its directory; return their paths. Nothing to draw gives none."""
-    lines = read_metrics(Path(output_dir) / METRICS)
+    lines = with_steps(read_metrics(Path(output_dir) / METRICS))
     if not has_matplotlib():
         return []
     paths = []
-    if any("loss" in line for line in lines):
+    if series(lines, get_loss_key(lines))[1]:
         paths.append(draw_loss(lines, Path(output_dir) / "loss.png"))
-    if any("experts" in line for line in lines):
-        paths.append(draw_expert_load(lines, Path(output_dir) / "expert_load.png"))
+    if any(get_loads(get_expert_lines(lines), layer)[1] for layer in get_layers(get_expert_lines(lines))):
+        paths.append(draw_expert_load(get_expert_lines(lines), Path(output_dir) / "expert_load.png"))
     return paths
 
 
@@ -56,9 +57,36 @@ def new_figure(rows, columns, width, height):
 
 
 def series(lines, key):
-    """Return the steps and values of a key, from the lines that have it as a number."""
-    pairs = [(line["step"], line[key]) for line in lines if isinstance(line.get(key), (int, float))]
-    return [step for step, _ in pairs], [value for _, value in pairs]
+    """Return the steps and values of a key, from the lines that have it as a number that can be drawn."""
+    pairs = [(line["step"], line[key]) for line in lines if is_number(line.get(key))]
+    # Beyond it numpy has no integers.
+    values = [value if abs(value) < LARGEST_STEP else float(value) for _, value in pairs]
+    return [step for step, _ in pairs], values
+
+
+def get_expert_lines(lines):
+    """Return (step, {layer: its report}) of the lines that have reports of experts."""
+    found = [(line["step"], line.get("experts")) for line in lines if isinstance(line.get("experts"), dict)]
+    found = [(step, {name: one for name, one in reports.items() if isinstance(one, dict)}) for step, reports in found]
+    return [(step, reports) for step, reports in found if reports]
+
+
+def get_layers(expert_lines):
+    """Return the names of all layers that are reported, in the order of their numbers."""
+    return sorted({layer for _, reports in expert_lines for layer in reports}, key=layer_order)
+
+
+def layer_order(layer):
+    """Return a key by which layers are in the order of their numbers."""
+    return (0, int(layer), "") if layer.isdecimal() else (1, 0, layer)
+
+
+def get_loads(expert_lines, layer):
+    """Return the steps, and the fractions [E] of the assignments at each, of a layer; as many as at its last step."""
+    loads = [(step, reports[layer].get("load")) for step, reports in expert_lines if layer in reports]
+    loads = [(step, load) for step, load in loads if isinstance(load, list) and load and all(map(is_number, load))]
+    loads = [(step, load) for step, load in loads if len(load) == len(loads[-1][1])]
+    return [step for step, _ in loads], [load for _, load in loads]
 
 
 def get_window(num_values):
@@ -107,9 +135,9 @@ def draw_curve(axis, steps, values, label):
 
 def draw_loss(lines, path):
     """Draw cross-entropy, its running mean, the evaluation loss and, in a second plot, the balance loss."""
-    has_balance = any("moe_loss" in line for line in lines)
+    has_balance = bool(series(lines, "moe_loss")[1])
     figure, axes = new_figure(1, 2 if has_balance else 1, 12 if has_balance else 7, 4)
-    steps, losses = series(lines, "lm_loss" if has_balance else "loss")
+    steps, losses = series(lines, get_loss_key(lines))
     means = draw_curve(axes[0], steps, losses, "training")
     eval_steps, eval_losses = series(lines, "eval_loss")
     if eval_steps:
@@ -130,18 +158,17 @@ def draw_loss(lines, path):
     return save_figure(figure, path)
 
 
-def draw_expert_load(lines, path):
+def draw_expert_load(expert_lines, path):
     """Draw for each MoE layer the fraction of assignments of each expert, over the steps."""
-    reports = [(line["step"], line["experts"]) for line in lines if "experts" in line]
-    layers = list(reports[-1][1])
+    layers = [layer for layer in get_layers(expert_lines) if get_loads(expert_lines, layer)[1]]
     columns = min(4, len(layers))
     rows = -(-len(layers) // columns)
     figure, axes = new_figure(rows, columns, 3.2 * columns, 2.6 * rows)
     for axis, layer in zip(axes, layers, strict=False):
-        loads = [(step, report[layer]["load"]) for step, report in reports if layer in report]
+        steps, loads = get_loads(expert_lines, layer)
         window = get_window(len(loads))
-        fractions = [smooth(curve, window) for curve in zip(*(load for _, load in loads), strict=True)]
-        axis.stackplot([step for step, _ in loads], fractions, labels=[f"expert {i}" for i in range(len(fractions))])
+        fractions = [smooth(curve, window) for curve in zip(*loads, strict=True)]
+        axis.stackplot(steps, fractions, labels=[f"expert {i}" for i in range(len(fractions))])
         axis.set(title=f"layer {layer}", ylim=(0, 1), xlabel="step", ylabel="fraction of assignments")
     for axis in axes[len(layers) :]:
         axis.set_visible(False)

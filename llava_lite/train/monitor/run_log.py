@@ -1,15 +1,14 @@
 """Write the metrics of a run: metrics.jsonl beside the checkpoints, and a progress bar with the last ones."""
 
 import json
-import math
 from pathlib import Path
 
 from transformers.trainer_callback import ProgressCallback
 
 from llava_lite.errors import named_disk_errors
+from llava_lite.train.monitor.log_lines import METRICS, json_safe, read_metrics
 
 ADVICE = "Every checkpoint is as it was: make room, or mend what is said here, and start again to continue."
-METRICS = "metrics.jsonl"
 
 
 class RunLog:
@@ -47,27 +46,6 @@ class RunLog:
             text = json.dumps(json_safe(line), allow_nan=False) + "\n"
             with named_disk_errors(self.path, ADVICE, len(text)), open(self.path, "a", encoding="utf-8") as file:
                 file.write(text)
-
-
-def json_safe(value):
-    """Return `value` with numbers that JSON lacks written as text."""
-    if isinstance(value, dict):
-        return {key: json_safe(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [json_safe(item) for item in value]
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def read_metrics(path):
-    """Return the lines of a metrics.jsonl, or of another log; one that a crash cut short ends the list."""
-    path = Path(path)
-    lines = []
-    for text in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
-        try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError:
-            break
-    return lines
 
 
 class TrainingBar(ProgressCallback):

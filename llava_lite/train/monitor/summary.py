@@ -11,13 +11,16 @@ from pathlib import Path
 import torch
 
 from llava_lite.distributed.ranks import everyone
+from llava_lite.train.monitor.log_lines import is_number
+from llava_lite.train.monitor.losses import get_ends, get_losses, loss_text
+from llava_lite.train.monitor.report.files import STATE
+from llava_lite.train.monitor.report.words import count, time_line
 from llava_lite.train.saving import manifest as paper
 from llava_lite.train.saving.other_ranks import DIVISION, RANKS, global_batch
 from llava_lite.train.saving.trained_weights import PROJECTOR
 
 logger = logging.getLogger(__name__)
 
-STATE, REPORT = "trainer_state.json", "report.html"
 # Flags of the length of a run; they are compared with the steps that it has taken.
 LENGTHS = ("num_train_epochs", "max_steps")
 GIB = 2**30
@@ -65,25 +68,13 @@ def summary(trainer, result, full: bool, memory_gib: float, report: Path | None 
     return "\n".join([head, *(f"  {name:<12}{text}" for name, text in rows.items() if text)])
 
 
-def count(number, noun: str) -> str:
-    """Return a number with its noun: 1 step, 1,200 steps."""
-    return f"{number:,g} {noun}{'s' * (number != 1)}" if number < 1e6 else f"{number:,} {noun}s"
-
-
 def loss_line(log, mean) -> str:
     """Return the loss at the start and at the end, each the mean of a tenth of the log; without a log the mean."""
-    losses = get_losses(log)
-    if not losses:
+    ends = get_ends(get_losses(log))
+    if ends is None:
         return f"{mean:.4f} on average; no step was logged (--logging_steps)"
-    tenth = max(1, len(losses) // 10)
-    first, last = sum(losses[:tenth]) / tenth, sum(losses[-tenth:]) / tenth
-    of_several = f" (means of the last and first {tenth:,} logs)" if tenth > 1 else ""
-    return f"{last:.4f} at the end, {first:.4f} at the start{of_several}"
-
-
-def get_losses(log) -> list[float]:
-    """Return the losses of a log that are numbers."""
-    return [line["loss"] for line in log if isinstance(line.get("loss"), (int, float))]
+    of_several = f" (means of the last and first {ends.num:,} logs)" if ends.num > 1 else ""
+    return f"{loss_text(ends.last)} at the end, {loss_text(ends.first)} at the start{of_several}"
 
 
 def left_out_line(facts, directory) -> str:
@@ -94,21 +85,14 @@ def left_out_line(facts, directory) -> str:
     return f"{', '.join(found)} ({directory}/skipped_*.jsonl has the reasons)" if found else ""
 
 
-def time_line(seconds: float) -> str:
-    """Return a time in seconds, minutes or hours."""
-    if seconds < 100:
-        return f"{seconds:.0f} seconds"
-    return f"{seconds / 60:.1f} minutes" if seconds < 7200 else f"{seconds / 3600:.1f} hours"
-
-
 def evaluation_line(log) -> str:
     """Return the last evaluation loss, and the best where that was another; "" without any."""
-    found = [(line["eval_loss"], line["step"]) for line in log if isinstance(line.get("eval_loss"), (int, float))]
+    found = [(line["eval_loss"], line["step"]) for line in log if is_number(line.get("eval_loss"))]
     if not found:
         return ""
     best = min(found)
-    better = f", best {best[0]:.4f} at step {best[1]:,}" if best[0] < found[-1][0] else ""
-    return f"loss {found[-1][0]:.4f}{better}"
+    better = f", best {loss_text(best[0])} at step {best[1]:,}" if best[0] < found[-1][0] else ""
+    return f"loss {loss_text(found[-1][0])}{better}"
 
 
 def finished_before(args) -> str | None:
@@ -165,9 +149,9 @@ def asks_for_other_steps(args) -> bool:
 
 def already_finished(args, state: dict) -> str:
     """Return the message for a finished run that is started again."""
-    directory, losses = args.output_dir, get_losses(state.get("log_history", ()))
+    directory, ends = args.output_dir, get_ends(get_losses(state.get("log_history", ())))
     done = f"{count(state['global_step'], 'step')}, {count(round(state['epoch'], 2), 'epoch')}"
-    done += f", last loss {losses[-1]:.4f}" if losses else ""
+    done += f", loss {loss_text(ends.last)} at the end" if ends else ""
     if any(Path(directory).glob("checkpoint-*")):
         by_steps = args.max_steps > 0
         more = f"--max_steps {2 * args.max_steps}" if by_steps else f"--num_train_epochs {args.num_train_epochs + 1:g}"

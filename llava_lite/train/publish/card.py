@@ -66,7 +66,7 @@ class RunFacts:
 
 def make_card(trainer, model_args, data_args, full: bool) -> str:
     """Return the card of a finished run; `trainer` is a LLaVATrainer."""
-    from llava_lite.train.monitor.run_log import METRICS, read_metrics
+    from llava_lite.train.monitor.log_lines import METRICS, read_metrics
     from llava_lite.train.tuning import table_rows
 
     args, config = trainer.args, trainer.unwrapped.config

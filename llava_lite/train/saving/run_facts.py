@@ -9,7 +9,7 @@ from pathlib import Path
 from llava_lite.conversation.chat_template import today
 from llava_lite.distributed.ranks import everyone
 from llava_lite.train.inputs.skipped import SkipLog
-from llava_lite.train.monitor.run_log import read_metrics
+from llava_lite.train.monitor.log_lines import read_metrics
 
 logger = logging.getLogger(__name__)
 

@@ -3,7 +3,8 @@
 import json
 import math
 
-from llava_lite.train.monitor.run_log import RunLog, bar_text, json_safe, read_metrics
+from llava_lite.train.monitor.log_lines import json_safe, read_metrics
+from llava_lite.train.monitor.run_log import RunLog, bar_text
 
 
 def test_lines_come_back_as_they_were_written(tmp_path):

@@ -10,11 +10,9 @@ import pytest
 from llava_lite.train.monitor import summary as ending
 from llava_lite.train.monitor.summary import (
     chat_command,
-    count,
     evaluation_line,
     finished_before,
     loss_line,
-    time_line,
 )
 from llava_lite.train.train import main
 
@@ -71,7 +69,7 @@ def test_a_finished_run_that_is_started_again_says_so_and_how_to_train_on(starte
     output, trained = started(*EPOCH)
     assert not trained
     assert (tmp_path / "out/trained.safetensors").stat().st_mtime_ns == model
-    assert f"{tmp_path}/out holds a finished run (6 steps, 1 epoch, last loss " in output
+    assert f"{tmp_path}/out holds a finished run (6 steps, 1 epoch, loss " in output
     assert "to train on:     --num_train_epochs 2, for example" in output
     assert "or --resume_from_checkpoint False, which replaces the model" in output
     # As it says.
@@ -179,6 +177,9 @@ def test_chat_command_is_one_that_can_be_typed(monkeypatch):
     [
         ([], "2.5000 on average; no step was logged (--logging_steps)"),
         ([{"loss": 3.0}, {"loss": 1.0}, {"eval_loss": 9.0}], "1.0000 at the end, 3.0000 at the start"),
+        # With experts "loss" is the sum with their balance loss.
+        ([{"loss": 3.5, "lm_loss": 3.0}, {"loss": 1.5, "lm_loss": 1.0}], "1.0000 at the end, 3.0000 at the start"),
+        ([{"loss": 2e-5}, {"loss": 1e30}, {"loss": float("inf")}], "1e+30 at the end, 2e-05 at the start"),
         ([{"loss": "nan"}, {"loss": 1.0}], "1.0000 at the end, 1.0000 at the start"),
         (
             [{"loss": float(i)} for i in range(20)],
@@ -195,13 +196,3 @@ def test_evaluation_names_the_best_where_the_last_is_not(tmp_path):
     assert evaluation_line(log) == "loss 0.7500, best 0.5000 at step 100"
     assert evaluation_line(log[:1]) == "loss 0.5000"
     assert evaluation_line([]) == ""
-
-
-@pytest.mark.parametrize(("seconds", "words"), [(7, "7 seconds"), (120, "2.0 minutes"), (9000, "2.5 hours")])
-def test_times_are_in_the_unit_of_their_size(seconds, words):
-    assert time_line(seconds) == words
-
-
-@pytest.mark.parametrize(("number", "words"), [(1, "1 step"), (0.17, "0.17 steps"), (12345, "12,345 steps")])
-def test_numbers_have_their_noun(number, words):
-    assert count(number, "step") == words

@@ -5,7 +5,15 @@ import re
 
 import numpy as np
 
-from llava_lite.train.monitor.plots import get_window, needs_log_axis, new_figure, smooth, use_log_axis
+from llava_lite.train.monitor.plots import (
+    get_layers,
+    get_loads,
+    get_window,
+    needs_log_axis,
+    new_figure,
+    smooth,
+    use_log_axis,
+)
 from llava_lite.train.monitor.report.html import Html, join, tag, text
 from llava_lite.train.monitor.report.words import short
 
@@ -138,7 +146,7 @@ def lengths(histogram, name: str) -> Html:
 
 def expert_charts(run) -> Html | None:
     """Return the load of the experts over the steps, a chart for each MoE layer; None for a dense model."""
-    layers = sorted({layer for _, report in run.expert_lines for layer in report}, key=layer_order)
+    layers = get_layers(run.expert_lines)
     charts = [one for layer in layers if (one := layer_chart(run.expert_lines, layer)) is not None]
     if not charts:
         return None
@@ -148,19 +156,6 @@ def expert_charts(run) -> Html | None:
     else:
         key = legend([("--faint", "dashed", "even share"), *((f"--c{i}", "line", f"expert {i}") for i in range(most))])
     return join(key, tag("div", *charts, class_="charts"))
-
-
-def layer_order(layer: str) -> tuple:
-    """Return a key by which layers are in the order of their numbers."""
-    return (0, int(layer), "") if layer.isdigit() else (1, 0, layer)
-
-
-def get_loads(expert_lines, layer: str) -> tuple[list, list]:
-    """Return the steps, and the fractions [E] of the assignments at each, of a layer; as many as at its last step."""
-    loads = [(step, report[layer].get("load")) for step, report in expert_lines if isinstance(report.get(layer), dict)]
-    loads = [(step, load) for step, load in loads if isinstance(load, list) and load]
-    loads = [(step, load) for step, load in loads if len(load) == len(loads[-1][1])]
-    return [step for step, _ in loads], [load for _, load in loads]
 
 
 def layer_chart(expert_lines, layer: str) -> Html | None:
@@ -188,5 +183,5 @@ def layer_chart(expert_lines, layer: str) -> Html | None:
         axis.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
         unit = "of the assignments"
     last = ", ".join(f"expert {i} {one[-1]:.0%}" for i, one in enumerate(curves[:MOST_LINES]))
-    words = f"Load of {num_experts} experts of layer {layer}; at the end {last}"
+    words = f"Load of {num_experts} experts of layer {layer}; at the last log {last}"
     return chart(to_svg(figure, f"layer{re.sub(r'[^0-9a-zA-Z]', '', layer)}", words), f"Layer {layer}", unit)

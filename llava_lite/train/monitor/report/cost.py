@@ -1,8 +1,12 @@
 """Count what a run took: time, tokens, device hours, memory, MFU, as far as its log has them."""
 
-from llava_lite.train.monitor.summary import time_line
+from llava_lite.train.monitor.log_lines import is_number
+from llava_lite.train.monitor.report.words import time_line
 
 EXPLAINED = "model FLOPs utilisation: without attention scores, padding and recomputed activations"
+
+# A rate below it, in tokens a second, is none: the time of a line would be too long for a number.
+SLOWEST = 1e-6
 
 
 class Cost:
@@ -13,7 +17,7 @@ class Cost:
 
     def __init__(self, run):
         self.run, self.ranks = run, run.ranks
-        lines = [line for line in run.lines if is_number(line.get("tokens_per_s")) and line["tokens_per_s"] > 0]
+        lines = [line for line in run.lines if is_number(line.get("tokens_per_s")) and line["tokens_per_s"] >= SLOWEST]
         # Earlier versions logged the rate alone; a line is then as good as another.
         tokens = [line["tokens"] if is_number(line.get("tokens")) else None for line in lines]
         known = bool(tokens) and None not in tokens
@@ -28,13 +32,6 @@ class Cost:
         whole = run.last("train_runtime")
         self.is_complete = whole is not None
         self.seconds = whole if self.is_complete else sum(weights) / self.ranks if known and self.ranks else None
-
-    @property
-    def last_loss(self) -> float:
-        """The mean loss of the last tenth of the log."""
-        losses = self.run.series(self.run.loss_key)[1]
-        late = losses[-max(1, len(losses) // 10) :]
-        return sum(late) / len(late)
 
     def rows(self) -> list[tuple[str, str]]:
         """Return (what, how much) for the page; what is not logged is left out."""
@@ -60,17 +57,12 @@ class Cost:
         if self.mfu is not None:
             found.append(("MFU", f"{self.mfu:.1%} ({EXPLAINED})"))
         flops = run.last("total_flos") or run.state.get("total_flos")
-        if flops:
+        if flops and is_number(flops):
             found.append(("work", f"{flops:.3g} FLOPs"))
         memory = run.record.get("end", {}).get("memory_gib")
-        if memory:
+        if memory and is_number(memory):
             found.append(("peak memory", f"{memory:.1f} GiB of a device, or of a process on a CPU"))
         return found
-
-
-def is_number(value) -> bool:
-    """Tell whether a value of the log is a number."""
-    return isinstance(value, (int, float))
 
 
 def mean(lines, weights, key: str) -> float | None:
@@ -82,6 +74,7 @@ def mean(lines, weights, key: str) -> float | None:
 
 def get_padding(lines) -> float | None:
     """Return the fraction of padding if batches were padded, None where the log does not say."""
-    pairs = [(line["tokens"], line["padded_tokens"]) for line in lines if is_number(line.get("padded_tokens"))]
+    both = ("tokens", "padded_tokens")
+    pairs = [[line[key] for key in both] for line in lines if all(is_number(line.get(key)) for key in both)]
     padded = sum(total for _, total in pairs)
     return 1 - sum(tokens for tokens, _ in pairs) / padded if padded else None

@@ -5,8 +5,10 @@ from collections import Counter
 
 import numpy as np
 
-from llava_lite.train.monitor.report.charts import get_loads, layer_order
-from llava_lite.train.monitor.summary import count
+from llava_lite.train.monitor.log_lines import GENERATIONS, METRICS, is_number
+from llava_lite.train.monitor.losses import get_ends
+from llava_lite.train.monitor.plots import get_layers, get_loads
+from llava_lite.train.monitor.report.words import count, number
 
 # A loss is a spike that is SPIKE times the median of the AROUND logs on either side of it, and stands out among the
 # others: on a logarithmic scale TWICE as far above it as the loss that 98% of the logs stay below.
@@ -16,12 +18,23 @@ GRADIENT_SPIKE = 10
 # The fraction of the logged intervals that may be slow.
 SLOW = 0.05
 MOST_NAMED = 5
+# Keys of the log that are drawn.
+CURVES = {
+    "loss": "loss",
+    "lm_loss": "cross-entropy",
+    "grad_norm": "gradient norm",
+    "eval_loss": "evaluation loss",
+    "moe_loss": "balance loss",
+    "learning_rate": "learning rate",
+    "tokens_per_s": "speed",
+}
 
 
 def find(run) -> list[str]:
     """Return what is worth knowing about a run, the gravest first; [] where there is nothing."""
     finders = (
         ends,
+        files,
         not_finite,
         spikes,
         gradients,
@@ -55,12 +68,28 @@ def last_checkpoint(run) -> str:
     return run.checkpoints[0].name if run.checkpoints else "its start, since it has no checkpoint"
 
 
+def files(run):
+    """Yield what is missing or damaged of the files of a run."""
+    yield from run.files.damaged
+    if METRICS in run.files.missing and (run.record.get("starts") or run.step):
+        yield f"{METRICS} is missing, which every run writes."
+    if GENERATIONS in run.files.missing and run.record.get("images") and run.series("eval_loss")[1]:
+        yield f"{GENERATIONS} is missing, although the run was evaluated and kept images of its records."
+    lost = [sentence for sample in run.samples for sentence in sample["lost"]]
+    if lost:
+        yield f"{count(len(lost), 'image')} of the samples cannot be shown; the first: {lost[0]}"
+    yield from run.scores_faults
+
+
 def not_finite(run):
-    """Yield the steps whose loss or gradient norm is NaN or infinite; the log has these as text."""
-    for key, what in (("loss", "loss"), ("grad_norm", "gradient norm"), ("eval_loss", "evaluation loss")):
-        steps = [line["step"] for line in run.lines if str(line.get(key)).lower() in ("nan", "inf", "-inf")]
-        if steps:
-            yield f"The {what} is not finite at {named_steps(steps)}."
+    """Yield the steps at which a curve has NaN, an infinity, a text, or a number too large to be drawn."""
+    for key, what in CURVES.items():
+        found = [(line["step"], line[key]) for line in run.lines if line.get(key) is not None]
+        wrong = [(step, value) for step, value in found if not is_number(value)]
+        if wrong:
+            kinds = {str(value).lower() for _, value in wrong}
+            words = "not finite" if kinds <= {"nan", "inf", "-inf"} else f"no usable number ({str(wrong[0][1])[:20]})"
+            yield f"The {what} is {words} at {named_steps([step for step, _ in wrong])}."
 
 
 def named_steps(steps) -> str:
@@ -110,12 +139,11 @@ def gradients(run):
 
 
 def learns_nothing(run):
-    """Yield that the loss at the end is not below that at the start."""
+    """Yield that the loss of the last logs is not below that of the first."""
     losses = run.series(run.loss_key)[1]
-    tenth = max(1, len(losses) // 10)
-    if len(losses) >= AROUND and np.mean(losses[-tenth:]) >= np.mean(losses[:tenth]):
-        first, last = np.mean(losses[:tenth]), np.mean(losses[-tenth:])
-        yield f"The loss did not fall: {first:.4g} in the first tenth of the logs, {last:.4g} in the last."
+    ends = get_ends(losses)
+    if len(losses) >= AROUND and ends.last >= ends.first:
+        yield f"The loss did not fall: {ends.first:.4g} in the first tenth of the logs, {ends.last:.4g} in the last."
 
 
 def evaluations(run):
@@ -125,7 +153,7 @@ def evaluations(run):
         best = int(np.argmin(losses))
         yield (
             f"The evaluation loss was lowest at step {steps[best]:,} ({losses[best]:.4g}) and is {losses[-1]:.4g} at "
-            "the end: the run overfits, or its learning rate is too high."
+            "the last evaluation: the run overfits, or its learning rate is too high."
         )
     empty = sum(not sample["answers"][-1][1].strip() for sample in run.samples)
     if empty:
@@ -148,9 +176,8 @@ def skipped(run):
 def experts(run):
     """Yield the experts that got no token in the last tenth of the log, and assignments that were dropped."""
     lines = run.expert_lines
-    layers = sorted({layer for _, report in lines for layer in report}, key=layer_order)
     dead = []
-    for layer in layers:
+    for layer in get_layers(lines):
         loads = get_loads(lines, layer)[1]
         late = np.array(loads[-max(1, len(loads) // 10) :])
         idle = np.flatnonzero(late.sum(axis=0) == 0).tolist() if len(late) else []
@@ -159,7 +186,8 @@ def experts(run):
     if dead:
         more = f" and {len(dead) - MOST_NAMED} more layers" * (len(dead) > MOST_NAMED)
         yield f"Dead experts, without a token in the last tenth of the log: {'; '.join(dead[:MOST_NAMED])}{more}."
-    dropped = [report[layer].get("dropped") or 0 for _, report in lines[-1:] for layer in report]
+    found = [report[layer].get("dropped") for _, report in lines[-1:] for layer in report]
+    dropped = [fraction for fraction in found if is_number(fraction)]
     if dropped and max(dropped) > 0.01:
         yield f"At the last log up to {max(dropped):.1%} of a layer's assignments are dropped (--capacity_factor)."
 
@@ -168,8 +196,8 @@ def starts(run):
     """Yield that a run was resumed, and how it had ended before."""
     found = run.record.get("starts", ())
     if len(found) > 1:
-        places = ", ".join(f"{start.get('step', 0):,}" for start in found[1:])
-        ended = [one["reason"] for start in found[:-1] if (one := start.get("end")) and one.get("reason")]
+        places = ", ".join(number(start.get("step", 0)) for start in found[1:])
+        ended = [str(one["reason"]) for start in found[:-1] if (one := start.get("end")) and one.get("reason")]
         ranks = [str(start.get("ranks")) for start in found]
         changed = f" The ranks were {', '.join(ranks)}." if len(set(ranks)) > 1 else ""
         before = f" Before it: {'; '.join(dict.fromkeys(ended))}." if ended else ""

@@ -73,6 +73,16 @@ def section(title: str, *children) -> Html:
     return tag("section", tag("h2", title, id=name), *children, aria_labelledby=name)
 
 
+def fault(sentence: str) -> Html:
+    """Return a sentence on what is missing or damaged."""
+    return tag("p", sentence, class_="note fault")
+
+
+def faults(run, *names: str) -> list[Html]:
+    """Return a sentence for each of some files of a run that is missing, damaged, or cannot be read."""
+    return [fault(sentence) for name in names if (sentence := run.files.sentence(name))]
+
+
 def document(title: str, body, css: str) -> str:
     """Return a page that holds all it needs; body: the markup of its content."""
     meta = [

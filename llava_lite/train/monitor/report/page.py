@@ -5,35 +5,43 @@ from datetime import datetime
 from pathlib import Path
 
 from llava_lite import __version__
+from llava_lite.train.monitor.losses import get_ends, loss_text
 from llava_lite.train.monitor.report import results, sections
 from llava_lite.train.monitor.report.cost import Cost
+from llava_lite.train.monitor.report.files import REPORT
 from llava_lite.train.monitor.report.findings import find
-from llava_lite.train.monitor.report.html import Html, document, join, section, tag
+from llava_lite.train.monitor.report.html import Html, document, fault, join, section, tag
 from llava_lite.train.monitor.report.read import Run, read_run
 from llava_lite.train.monitor.report.style import CSS
-from llava_lite.train.monitor.report.words import big, clock, number, span
-from llava_lite.train.monitor.summary import REPORT, time_line
+from llava_lite.train.monitor.report.words import big, clock, count, number, span, time_line
 from llava_lite.train.publish.card import STAGES
 
 STATES = {"open": "no end recorded"}
 MOST_SCORES = 3
+SECTIONS = {
+    "The run": sections.what_it_is,
+    "Data": sections.data,
+    "What trained": sections.trained,
+    "Curves": results.curves,
+    "Expert load": results.experts,
+    "Samples": results.samples,
+    "Scores": results.scores,
+    "Cost": results.cost,
+    "Flags": sections.flags,
+}
 
 
 def write_report(run_dir, out=None, score_dirs=()) -> Path:
     """Write the page of a run and return its path; `out` is run_dir/report.html unless it is given.
 
-    score_dirs: see read_run, which also says what is raised. ValueError for a file of the run whose content is not as
-    it is written here, IsADirectoryError for an `out` that is a directory.
+    score_dirs: see read_run, which also says what is raised. IsADirectoryError for an `out` that is a directory. A
+    part whose file is damaged says so in its place.
     """
     run = read_run(run_dir, score_dirs)
     path = Path(run_dir) / REPORT if out is None else Path(out)
     if path.is_dir():
         raise IsADirectoryError(f"{str(path)!r} is a directory; the page is a file, such as {str(path / REPORT)!r}.")
-    try:
-        page = to_page(run)
-    except (AttributeError, KeyError, IndexError, TypeError) as error:
-        reason = f"{type(error).__name__}: {error}"
-        raise ValueError(f"a file of {str(run_dir)!r} is not as llava-lite writes it ({reason}).") from error
+    page = to_page(run)
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f"{path.name}.part")
     # A lone surrogate of an answer has no bytes.
@@ -48,13 +56,24 @@ def write_report(run_dir, out=None, score_dirs=()) -> Path:
 def to_page(run: Run) -> str:
     """Return the page."""
     name = run.directory.resolve().name
-    parts = [head(run, name), worth_knowing(run)]
-    parts += [part(run) for part in (sections.what_it_is, sections.data, sections.trained)]
-    parts += [part(run) for part in (results.curves, results.experts, results.samples, results.scores, results.cost)]
+    broken: list[str] = []
+    parts = [draw(run, broken, title, part) for title, part in SECTIONS.items()]
+    first = [
+        draw(run, broken, "Head", lambda run: head(run, name), tag("h1", name)),
+        draw(run, broken, "Worth knowing", lambda run: worth_knowing(run, broken)),
+    ]
     made = f"Made by llava-lite {__version__} on {datetime.now():%Y-%m-%d %H:%M} from {run.directory}."
-    return document(
-        f"{name}: report of a training run", tag("main", *parts, sections.flags(run), tag("footer", made)), CSS
-    )
+    return document(f"{name}: report of a training run", tag("main", *first, *parts, tag("footer", made)), CSS)
+
+
+def draw(run, broken: list[str], title: str, part, instead: Html | None = None) -> Html | None:
+    """Return a part of the page; where a file is not as it is written here, a sentence, which `broken` gets too."""
+    try:
+        return part(run)
+    except (AttributeError, LookupError, TypeError, ValueError, ArithmeticError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        broken.append(f"{title}: not shown, since a file of the run is not as llava-lite writes it ({reason}).")
+        return instead or section(title, fault(broken[-1]))
 
 
 def head(run, name: str) -> Html:
@@ -70,14 +89,16 @@ def head(run, name: str) -> Html:
 
 def main_figures(run) -> list[tuple[str, str, str]]:
     """Return (name, value, a line below it) of the figures on top; those that are not logged are left out."""
-    spent, losses, evaluated = Cost(run), run.series(run.loss_key)[1], run.series("eval_loss")[1]
+    spent, ends, evaluated = Cost(run), get_ends(run.series(run.loss_key)[1]), run.series("eval_loss")[1]
     left = run.max_steps is not None and run.step < run.max_steps
     figures = [("steps", f"{run.step:,}", f"of {run.max_steps:,}" if left else "")]
-    if losses:
-        figures.append(("loss at the end", f"{spent.last_loss:.4g}", f"{losses[0]:.4g} at the first log"))
+    if ends:
+        name = "loss at the end" if run.status == "finished" else "loss so far"
+        figures.append((name, loss_text(ends.last), loss_words(ends)))
     if evaluated:
         lowest = min(evaluated)
-        figures.append(("evaluation loss", f"{evaluated[-1]:.4g}", f"lowest {lowest:.4g}" * (lowest < evaluated[-1])))
+        better = f"lowest {loss_text(lowest)}" * (lowest < evaluated[-1])
+        figures.append(("evaluation loss", loss_text(evaluated[-1]), better))
     if spent.seconds:
         figures.append(("time", time_line(spent.seconds), "" if spent.is_complete else "of the steps so far"))
     if spent.tokens:
@@ -91,6 +112,13 @@ def main_figures(run) -> list[tuple[str, str, str]]:
     return figures
 
 
+def loss_words(ends) -> str:
+    """Return what the figure of the loss is, and the loss at the start."""
+    if ends.num == 1:
+        return f"the last log; {loss_text(ends.first)} at the first"
+    return f"mean of the last {count(ends.num, 'log')}; {loss_text(ends.first)} of the first {ends.num:,}"
+
+
 def figure(name: str, value: str, more: str) -> Html:
     """Return a figure with its name, and a line below it."""
     return tag("div", tag("dt", name), tag("dd", value, tag("small", more) if more else None))
@@ -101,13 +129,16 @@ def dates(run) -> str:
     starts, end = run.record.get("starts"), run.record.get("end")
     if not starts:
         return f"last written {run.last_written:%Y-%m-%d %H:%M}"
-    return span(starts[0]["date"], end["date"]) if end else f"since {clock(starts[0]['date'])}"
+    first = starts[0].get("date")
+    return span(first, end.get("date")) if end else f"since {clock(first)}"
 
 
-def worth_knowing(run) -> Html:
-    """Return what a person should read first."""
-    found = find(run)
-    if not found:
-        looked = "errors, spikes, values that are not finite, skipped records, dead experts, resumes"
-        return section("Worth knowing", tag("p", f"Nothing unusual was found. Looked for: {looked}."))
-    return section("Worth knowing", tag("ul", *(tag("li", sentence) for sentence in found), class_="findings"))
+def worth_knowing(run, broken) -> Html:
+    """Return what a person should read first. broken: sentences on parts that cannot be shown."""
+    found = [*find(run), *broken]
+    if found:
+        return section("Worth knowing", tag("ul", *(tag("li", sentence) for sentence in found), class_="findings"))
+    looked = (
+        "errors, missing and damaged files, spikes, values that are not finite, skipped records, dead experts, resumes"
+    )
+    return section("Worth knowing", tag("p", f"Nothing unusual was found. Looked for: {looked}."))

@@ -7,17 +7,14 @@ from datetime import datetime
 from functools import cached_property
 from pathlib import Path
 
-from llava_lite.train.monitor.plots import series
-from llava_lite.train.monitor.report.record import RUN, read_record
+from llava_lite.train.monitor.log_lines import METRICS, as_step, json_safe, with_steps
+from llava_lite.train.monitor.losses import get_loss_key
+from llava_lite.train.monitor.plots import get_expert_lines, series
+from llava_lite.train.monitor.report.files import CONFIG, RUN, STATE, RunFiles
 from llava_lite.train.monitor.report.samples import read_samples
 from llava_lite.train.monitor.report.scores import Score, find_scores
-from llava_lite.train.monitor.run_log import METRICS, json_safe, read_metrics
-from llava_lite.train.monitor.summary import STATE
 from llava_lite.train.saving import manifest as paper
 
-# What the fields of run.json are; another file of this name is answered in one sentence.
-TYPES = {"data": dict, "experts": dict, "parameters": dict, "settings": dict, "versions": dict, "starts": list}
-TYPES |= {"end": dict, "images": dict}
 SKIPPED = {"train": ("skipped_records.jsonl", "skipped_records-rank*.jsonl"), "eval": ("skipped_eval_records.jsonl",)}
 
 
@@ -25,11 +22,13 @@ SKIPPED = {"train": ("skipped_records.jsonl", "skipped_records-rank*.jsonl"), "e
 class Run:
     """A run as its files tell it. record, state, config: run.json, trainer_state.json and config.json, {} without one.
 
-    lines: of metrics.jsonl, or of the log in trainer_state.json. checkpoints: newest first. skipped: by data set, the
-    lines of the skipped-records logs.
+    files: what is wrong with them. lines: of metrics.jsonl, or of the log in trainer_state.json (is_log_of_state).
+    checkpoints: newest first. skipped: by data set, the lines of the skipped-records logs. scores_faults: sentences on
+    results.json that cannot be shown.
     """
 
     directory: Path
+    files: RunFiles
     record: Mapping
     lines: list[dict]
     state: Mapping
@@ -39,6 +38,8 @@ class Run:
     skipped: Mapping[str, list[dict]]
     samples: list[dict]
     scores: list[Score]
+    scores_faults: list[str]
+    is_log_of_state: bool
 
     @property
     def tuning(self) -> str | None:
@@ -48,18 +49,18 @@ class Run:
     @property
     def step(self) -> int:
         """The last step that is known."""
-        return int(max([self.state.get("global_step") or 0, *(line["step"] for line in self.lines)]))
+        return max([as_step(self.state.get("global_step")) or 0, *(line["step"] for line in self.lines)])
 
     @property
     def max_steps(self) -> int | None:
         """Steps that the run was to take, None where no file says it."""
-        return self.record.get("max_steps") or self.state.get("max_steps") or None
+        return as_step(self.record.get("max_steps")) or as_step(self.state.get("max_steps")) or None
 
     @property
     def ranks(self) -> int | None:
         """Ranks of the last start; None for a run without run.json."""
         starts = self.record.get("starts")
-        return starts[-1].get("ranks") if starts else None
+        return (as_step(starts[-1].get("ranks")) or None) if starts else None
 
     @property
     def last_written(self) -> datetime:
@@ -71,7 +72,7 @@ class Run:
     def status(self) -> str:
         """One of finished, stopped, failed and open: no file says that it ended."""
         if self.record:
-            return self.record.get("end", {}).get("state", "open")
+            return str(self.record.get("end", {}).get("state", "open"))
         # Before run.json was written, the state of the last step stood beside the model.
         is_done = (self.directory / STATE).is_file() and self.max_steps and self.step >= self.max_steps
         return "finished" if is_done else "open"
@@ -88,42 +89,42 @@ class Run:
     @cached_property
     def loss_key(self) -> str:
         """The key of the cross-entropy: with experts it is logged beside the sum of both losses."""
-        return "lm_loss" if self.series("lm_loss")[1] else "loss"
+        return get_loss_key(self.lines)
 
     @cached_property
     def expert_lines(self) -> list[tuple[int, dict]]:
         """Steps and reports by layer, of the lines that have some."""
-        found = [(line["step"], line.get("experts")) for line in self.lines]
-        return [(step, report) for step, report in found if isinstance(report, dict) and report]
+        return get_expert_lines(self.lines)
 
 
 def read_run(directory, score_dirs=()) -> Run:
     """Return the run of a directory. score_dirs: more directories to look for results.json of `llava-lite eval` in.
 
-    Raises FileNotFoundError for a directory that does not exist, ValueError for one that holds no run or a run.json
-    that is none.
+    Raises FileNotFoundError for a directory that does not exist, ValueError for one that holds no run. What is damaged
+    in a run is left out, and its `files` name it.
     """
     directory = Path(directory)
     check_run(directory)
-    record = read_record(directory / RUN)
-    for name, kind in TYPES.items():
-        if not isinstance(record.get(name, kind()), kind):
-            found, wanted = type(record[name]).__name__, kind.__name__
-            raise ValueError(f"{directory / RUN}: {name!r} is a {found}, expected a {wanted}; it is no run of ours.")
-    checkpoints = paper.checkpoints_in(directory)
-    state = read_record(directory / STATE) or next(filter(None, (read_record(one / STATE) for one in checkpoints)), {})
-    lines = with_steps(read_metrics(directory / METRICS)) or with_steps(json_safe(state.get("log_history") or []))
+    files, checkpoints = RunFiles(directory), paper.checkpoints_in(directory)
+    record, state = files.read_record(), files.read_object(STATE)
+    for checkpoint in checkpoints:
+        state = state or files.read_object(f"{checkpoint.name}/{STATE}")
+    scores, scores_faults = find_scores(directory, score_dirs)
+    lines, is_log_of_state = read_log(files, state)
     return Run(
         directory=directory,
+        files=files,
         record=record,
         lines=lines,
+        is_log_of_state=is_log_of_state,
         state=state,
-        config=read_record(directory / "config.json"),
-        settings=record.get("settings") or get_flags(checkpoints),
+        config=files.read_object(CONFIG),
+        settings=record.get("settings") or get_flags(checkpoints, files),
         checkpoints=checkpoints,
-        skipped={name: read_skipped(directory, patterns) for name, patterns in SKIPPED.items()},
-        samples=read_samples(directory, record.get("images", {})),
-        scores=find_scores(directory, score_dirs),
+        skipped={name: read_skipped(files, patterns) for name, patterns in SKIPPED.items()},
+        samples=read_samples(files, record.get("images", {})),
+        scores=scores,
+        scores_faults=scores_faults,
     )
 
 
@@ -143,27 +144,36 @@ def check_run(directory: Path) -> None:
         raise ValueError(f"{str(directory)!r} holds no run: no {METRICS}, {RUN}, {STATE} or checkpoint-N. {advice}")
 
 
-def with_steps(lines) -> list[dict]:
-    """Return the lines of a log that say at which step they were written."""
-    return [line for line in lines if isinstance(line, dict) and isinstance(line.get("step"), int)]
+def read_log(files: RunFiles, state) -> tuple[list[dict], bool]:
+    """Return the lines of metrics.jsonl that have their step, else those of the state, and if they are its."""
+    lines = json_safe(files.read_lines(METRICS))
+    kept = with_steps(lines)
+    if len(kept) < len(lines) and METRICS not in files.faults:
+        files.faults[METRICS] = f"is damaged ({len(lines) - len(kept):,} of its lines have no step and are left out)"
+    log = state.get("log_history")
+    return (kept, False) if kept else (with_steps(json_safe(log if isinstance(log, list) else [])), True)
 
 
-def get_flags(checkpoints: list[Path]) -> dict:
+def get_flags(checkpoints: list[Path], files: RunFiles) -> dict:
     """Return the flags that a run without run.json wrote into its newest checkpoint, {} without one."""
     for checkpoint in checkpoints:
         try:
             manifest = paper.read_manifest(checkpoint)
-        except paper.BrokenCheckpoint:
+            flags = {**manifest.get("steps", {}), **manifest.get("schedule", {})}
+        except paper.BrokenCheckpoint as error:
+            files.faults[f"{checkpoint.name}/{error.file}"] = error.reason
             continue
-        flags = {**manifest.get("steps", {}), **manifest.get("schedule", {})}
+        except (AttributeError, TypeError):
+            files.faults[f"{checkpoint.name}/manifest.json"] = "is damaged (its flags are no objects)"
+            continue
         return {name: value for name, value in flags.items() if isinstance(value, (bool, int, float, str))}
     return {}
 
 
-def read_skipped(directory: Path, patterns) -> list[dict]:
+def read_skipped(files: RunFiles, patterns) -> list[dict]:
     """Return the lines of skipped-records logs, a record once."""
-    paths = [path for pattern in patterns for path in sorted(directory.glob(pattern))]
-    lines = [line for path in paths for line in read_metrics(path) if isinstance(line, dict)]
+    names = [path.name for pattern in patterns for path in sorted(files.directory.glob(pattern))]
+    lines = [line for name in names for line in files.read_lines(name)]
     return list(
         {json.dumps([line.get(key) for key in ("path", "position", "place")]): line for line in lines}.values()
     )

@@ -15,7 +15,9 @@ import torch
 from transformers.trainer_callback import TrainerCallback
 
 from llava_lite.errors import get_sentence
+from llava_lite.train.monitor.report.files import RUN, RunFiles
 from llava_lite.train.monitor.report.samples import save_images
+from llava_lite.train.monitor.report.words import count
 from llava_lite.train.publish.card import get_settings, versions
 from llava_lite.train.saving.interrupt import EXIT_RESUMABLE
 from llava_lite.train.saving.other_ranks import RANKS, global_batch
@@ -23,7 +25,6 @@ from llava_lite.train.tuning import compute_dtype, table_rows
 
 logger = logging.getLogger(__name__)
 
-RUN = "run.json"
 # Flags whose value is a secret.
 SECRET = re.compile(r"(^|[-_])(token|password|secret|api[-_]?key)$")
 NUM_BINS = 24
@@ -42,7 +43,10 @@ class RunRecord(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         """Write the facts with this start."""
-        kept = read_record(self.path) if state.global_step else {}
+        files = RunFiles(self.path.parent)
+        kept = files.read_record() if state.global_step else {}
+        if files.damaged:
+            logger.warning("%s The starts of the run before this one are lost to its report.", files.damaged[0])
         before = kept.get("starts", [])
         if before:
             before[-1]["end"] = kept.get("end")
@@ -105,20 +109,12 @@ def now() -> str:
     return datetime.now(timezone.utc).astimezone().isoformat(timespec="seconds")
 
 
-def read_record(path: Path) -> dict:
-    """Return the content of a run.json; {} where there is none or it is no JSON object."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
 def open_record(trainer, model_args, data_args, argv) -> RunRecord:
     """Return the record of a run that is about to train. argv: the flags as they were typed."""
     args, directory = trainer.args, Path(trainer.args.output_dir)
     is_writer = trainer.is_world_process_zero()
     data = {"train": trainer.train_dataset, "eval": trainer.eval_dataset}
+    settings = get_settings(model_args, data_args, args)
     facts = {
         **get_model(trainer.unwrapped, model_args),
         "tuning": args.tuning,
@@ -126,7 +122,9 @@ def open_record(trainer, model_args, data_args, argv) -> RunRecord:
         "zero_stage": args.zero_stage if args.uses_deepspeed else None,
         "records_a_step": None if args.packing == "tokens" else global_batch(vars(args) | {RANKS: args.world_size}),
         "parameters": table_rows(trainer.model, args),
-        "settings": get_settings(model_args, data_args, args),
+        "settings": settings,
+        # The other settings were chosen by the run: a device, a packing, a tuning.
+        "given": sorted(settings.keys() if model_args.given is None else settings.keys() & model_args.given),
         "versions": dict(versions()),
         "data": {name: get_data(dataset) for name, dataset in data.items() if dataset is not None},
     }
@@ -156,7 +154,7 @@ def get_device(device) -> str:
     """Return the name of a device: of the GPU, or that it is a CPU and its threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{device.type.upper()}, {torch.get_num_threads()} thread(s) a rank"
+    return f"{device.type.upper()}, {count(torch.get_num_threads(), 'thread')} a rank"
 
 
 def get_model(model, model_args) -> dict:

@@ -5,11 +5,11 @@ import io
 import logging
 from pathlib import Path
 
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from llava_lite.data.errors import DataError
-from llava_lite.train.monitor.generations import GENERATIONS
-from llava_lite.train.monitor.run_log import read_metrics
+from llava_lite.train.monitor.log_lines import GENERATIONS, is_number
+from llava_lite.train.monitor.report.files import RunFiles
 
 logger = logging.getLogger(__name__)
 
@@ -56,35 +56,49 @@ def save_record(eval_set, record, directory: Path, number: int) -> list[str]:
     return names
 
 
-def read_samples(run_dir: Path, images: dict) -> list[dict]:
-    """Return the answers of a run by record, each {"id", "prompt", "expected", "answers": [(step, answer)], "images"}.
+def read_samples(files: RunFiles, images: dict) -> list[dict]:
+    """Return the answers of a run by record, each {"id", "prompt", "expected", "answers": [(step, answer)], ...}.
 
-    images: of run.json. A step that a resumed run answered again counts once, as it was answered last.
+    Its "images" are data URLs, "lost" has a sentence for each image that cannot be shown. images: of run.json. A step
+    that a resumed run answered again counts once, as it was answered last.
     """
     samples = {}
-    for line in read_metrics(run_dir / GENERATIONS):
-        if not isinstance(line, dict) or "answer" not in line:
+    for line in files.read_lines(GENERATIONS):
+        if "answer" not in line:
             continue
         key = (str(line.get("id")), str(line.get("prompt", "")))
         sample = samples.setdefault(key, {"id": key[0], "prompt": key[1], "answers": {}})
         sample["expected"] = str(line.get("expected", ""))
-        sample["answers"][line.get("step", 0)] = str(line["answer"])
+        step = line.get("step")
+        sample["answers"][step if is_number(step) else 0] = str(line["answer"])
     for sample in samples.values():
         sample["answers"] = sorted(sample["answers"].items())
-        names = images.get(sample["id"], []) if isinstance(images, dict) else []
-        sample["images"] = [url for name in names if (url := data_url(run_dir / DIRECTORY / Path(str(name)).name))]
+        names = images.get(sample["id"])
+        found = [read_image(files.directory, name) for name in (names if isinstance(names, list) else [])]
+        sample["images"] = [url for url, _ in found if url]
+        sample["lost"] = [fault for _, fault in found if fault]
     return list(samples.values())
 
 
-def data_url(path: Path) -> str | None:
-    """Return an image as a data URL, made again from its pixels; None for what is missing, no image, or huge."""
+def read_image(run_dir: Path, name) -> tuple[str | None, str | None]:
+    """Return an image of a run as a data URL, made again from its pixels, and what is wrong with it; one is None."""
+    # Only what lies in the directory itself.
+    path = run_dir / DIRECTORY / Path(str(name)).name
+    shown = f"{DIRECTORY}/{path.name}"
     try:
-        if path.stat().st_size > MOST_BYTES:
-            return None
+        size = path.stat().st_size
+        if size > MOST_BYTES:
+            return None, f"{shown} is not shown: it has {size:,} bytes, at most {MOST_BYTES:,} are."
         with Image.open(path, formats=("JPEG",)) as image:
             image.thumbnail((SIDE, SIDE))
             file = io.BytesIO()
             image.convert("RGB").save(file, "JPEG", quality=80)
-    except (OSError, ValueError, Image.DecompressionBombError):
-        return None
-    return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
+    except FileNotFoundError:
+        return None, f"{shown} is missing."
+    except UnidentifiedImageError:
+        return None, f"{shown} is damaged (no JPEG)."
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        # An error of the disk has a number; one of the image has none.
+        what = "cannot be read" if getattr(error, "errno", None) else "is damaged"
+        return None, f"{shown} {what} ({getattr(error, 'strerror', None) or error})."
+    return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}", None

@@ -2,13 +2,20 @@
 
 from llava_lite.train.monitor.plots import has_matplotlib
 from llava_lite.train.monitor.report import charts
-from llava_lite.train.monitor.report.html import Html, details, facts, section, table, tag
-from llava_lite.train.monitor.report.words import big, clock, with_flags
-from llava_lite.train.monitor.summary import count
+from llava_lite.train.monitor.report.files import CONFIG, RUN, STATE
+from llava_lite.train.monitor.report.html import Html, details, facts, fault, faults, section, table, tag
+from llava_lite.train.monitor.report.words import big, clock, count, with_flags
 from llava_lite.train.publish.card import STAGES
 
-NOT_RECORDED = "Not recorded: the run was made before run.json was written."
+NOT_RECORDED = "Not recorded: the directory has no run.json. Runs of earlier versions wrote none."
 MOST_SKIPPED, MOST_FILES = 50, 5
+
+
+def not_recorded(run, more: str = "") -> Html | None:
+    """Return why what run.json says is not on the page, or not all of it; None where it is complete."""
+    if RUN in run.files.missing:
+        return tag("p", f"{NOT_RECORDED} {more}".strip(), class_="note")
+    return fault(f"{sentence} {more}".strip()) if (sentence := run.files.sentence(RUN)) else None
 
 
 def what_it_is(run) -> Html:
@@ -31,14 +38,19 @@ def what_it_is(run) -> Html:
         ("ended", end_line(record.get("end"))),
         ("versions", ", ".join(f"{name} {number}" for name, number in record.get("versions", {}).items())),
     ]
-    note = None if record else tag("p", f"{NOT_RECORDED} What is here is from its other files.", class_="note")
-    return section("The run", note, facts(pairs), *(tag("pre", command) for command in commands))
+    others = [name for name in run.files.faults if name in (CONFIG, STATE) or name.startswith("checkpoint-")]
+    notes = faults(run, *(name for name in others if name not in run.files.missing))
+    more = "" if record else "What is here is from its other files."
+    return section(
+        "The run", not_recorded(run, more), *notes, facts(pairs), *(tag("pre", command) for command in commands)
+    )
 
 
 def get_experts(record, config) -> str | None:
     """Return the experts of run.json, or of the config.json of an old run; None for a dense model."""
     if record:
-        kinds = {f"{one['num']} experts, {one['top_k']} for each token" for one in record.get("experts", {}).values()}
+        found = record.get("experts", {}).values()
+        kinds = {f"{one['num']} experts, {one['top_k']} for each token" for one in found}
         return f"{'; '.join(sorted(kinds))}; in layers {', '.join(record['experts'])}" if kinds else None
     moe = config.get("moe")
     if not isinstance(moe, dict) or not moe.get("moe_enable", True):
@@ -74,8 +86,9 @@ def data(run) -> Html:
     for name, title in (("train", "Training"), ("eval", "Evaluation")):
         if name in found:
             parts += [tag("h3", title), data_set(found[name], len(run.skipped[name]), name)]
-    note = None if found else tag("p", NOT_RECORDED, class_="note")
-    return section("Data", note, *parts, skipped_table(run))
+    none = tag("p", "Not recorded: run.json names no data.", class_="note") if run.record and not found else None
+    logs = faults(run, *(name for name in run.files.faults if name.startswith("skipped_")))
+    return section("Data", not_recorded(run) or none, *parts, *logs, skipped_table(run))
 
 
 def data_set(one, num_skipped: int, name: str) -> Html:
@@ -122,7 +135,8 @@ def trained(run) -> Html:
     """Return the parameters by part of the model, and their learning rates."""
     parts = run.record.get("parameters")
     if not parts:
-        return section("What trained", tag("p", NOT_RECORDED, class_="note"))
+        none = tag("p", "Not recorded: run.json names no parameters.", class_="note")
+        return section("What trained", not_recorded(run) or none)
     rows = [
         (
             part,
@@ -141,9 +155,25 @@ def trained(run) -> Html:
     )
 
 
-def flags(run) -> Html | None:
-    """Return the flags that differ from their defaults; of an old run those that its checkpoint has."""
-    rows = with_flags(run.settings)
-    words = "not at the default" if run.record else "kept by the newest checkpoint"
-    shown = details(f"{count(len(rows), 'flag')} {words}", table(("flag", "value"), rows))
-    return section("Flags", shown) if rows else None
+def flags(run) -> Html:
+    """Return the flags that were given, and the values that the run chose; of an old run those of its checkpoint."""
+    given, settings = run.record.get("given"), run.settings
+    if given is None:
+        words = "not at the default" if run.record else "kept by the newest checkpoint"
+        shown = [flag_table(settings, words)]
+    else:
+        shown = [flag_table({name: value for name, value in settings.items() if name in given}, "given")]
+        rest = {name: value for name, value in settings.items() if name not in given}
+        shown.append(flag_table(rest, "not given, whose value the run chose"))
+    none = (
+        None
+        if any(shown) or not run.record
+        else tag("p", "None are known that differ from their defaults.", class_="note")
+    )
+    return section("Flags", not_recorded(run), *shown, none)
+
+
+def flag_table(settings: dict, words: str) -> Html | None:
+    """Return flags with their values, None without any. words: which flags these are."""
+    rows = with_flags(settings)
+    return details(f"{count(len(rows), 'flag')} {words}", table(("flag", "value"), rows)) if rows else None

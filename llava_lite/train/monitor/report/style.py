@@ -34,6 +34,7 @@ summary { cursor: pointer; color: var(--accent); font-size: .92rem; }
 details { margin: .6rem 0; }
 .sub, .note { color: var(--muted); }
 .note { font-size: .9rem; }
+.fault { color: var(--warn); }
 .badge {
   display: inline-block; margin-left: .6rem; padding: .1rem .6rem; border: 1px solid currentColor;
   border-radius: 1rem; color: var(--warn); font-size: .85rem; vertical-align: .25rem;

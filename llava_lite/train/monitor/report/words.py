@@ -1,5 +1,19 @@
 """Turn numbers, dates and prompts into the words of the page."""
 
+from llava_lite.train.monitor.log_lines import is_number
+
+
+def count(number, noun: str) -> str:
+    """Return a number with its noun: 1 step, 1,200 steps."""
+    return f"{number:,g} {noun}{'s' * (number != 1)}" if number < 1e6 else f"{number:,} {noun}s"
+
+
+def time_line(seconds: float) -> str:
+    """Return a time in seconds, minutes or hours."""
+    if seconds < 99.5:
+        return count(round(seconds), "second")
+    return f"{seconds / 60:.1f} minutes" if seconds < 7200 else f"{seconds / 3600:.1f} hours"
+
 
 def big(value: float) -> str:
     """Return a large number in short: 12.3 million."""
@@ -19,9 +33,9 @@ def number(value) -> str:
 
 
 def logged(value, key: str) -> str:
-    """Return a number of the log; what is not finite is text already."""
-    if not isinstance(value, (int, float)):
-        return "" if value is None else str(value)
+    """Return a number of the log; what is none, or too large to be drawn, as the log has it."""
+    if not is_number(value):
+        return "" if value is None else f"{str(value)[:20]}{'...' * (len(str(value)) > 20)}"
     return (
         f"{value:.1%}" if key in ("mfu", "dropped") else f"{value:,.0f}" if key == "tokens_per_s" else f"{value:.4g}"
     )

@@ -1,6 +1,7 @@
 """A run as files, for the page that is made of them."""
 
 import json
+from html.parser import HTMLParser
 
 import pytest
 
@@ -27,3 +28,23 @@ def run_dir(tmp_path):
         return directory
 
     return make
+
+
+@pytest.fixture
+def page_text():
+    """Return a function: the markup of a page -> its text, with a line for each element."""
+
+    class Texts(HTMLParser):
+        def __init__(self):
+            super().__init__()
+            self.texts = []
+
+        def handle_data(self, data):
+            self.texts.append(data)
+
+    def read(markup):
+        parser = Texts()
+        parser.feed(markup)
+        return "\n".join(parser.texts)
+
+    return read

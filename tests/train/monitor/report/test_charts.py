@@ -5,24 +5,14 @@ from types import SimpleNamespace
 
 import pytest
 
-from llava_lite.train.monitor.plots import series
-from llava_lite.train.monitor.report.charts import (
-    COLOURS,
-    curve,
-    even,
-    expert_charts,
-    get_loads,
-    layer_order,
-    lengths,
-    thin,
-)
+from llava_lite.train.monitor.plots import get_expert_lines, get_loads, layer_order, series
+from llava_lite.train.monitor.report.charts import COLOURS, curve, even, expert_charts, lengths, thin
 
 pytestmark = pytest.mark.usefixtures("plots")
 
 
 def run_of(lines):
-    reports = [(line["step"], line["experts"]) for line in lines if "experts" in line]
-    return SimpleNamespace(series=lambda key: series(lines, key), expert_lines=reports)
+    return SimpleNamespace(series=lambda key: series(lines, key), expert_lines=get_expert_lines(lines))
 
 
 def test_a_long_curve_keeps_its_spikes():
@@ -81,12 +71,15 @@ def test_each_moe_layer_has_its_chart(num_experts):
 
 
 def test_loads_that_are_none_are_left_out():
-    lines = [(1, {"0": {"load": [0.5, 0.5]}}), (2, {"0": "x", "1": {"load": []}}), (3, {"0": {"load": [0.2, 0.8]}})]
+    reports = [{"0": {"load": [0.5, 0.5]}}, {"0": "x", "1": {"load": []}}, {"0": {"load": [0.2, 0.8]}}, "x", {"0": 3}]
+    # Texts and numbers that are no fractions.
+    reports += [{"0": {"load": load}} for load in (["nan", 0.5], [0.5, None], [10**400, 0], "ab")]
+    lines = get_expert_lines([{"step": i, "experts": one} for i, one in enumerate(reports, 1)])
     assert get_loads(lines, "0") == ([1, 3], [[0.5, 0.5], [0.2, 0.8]])
     assert get_loads(lines, "1") == ([], [])
     # A run that went on with other experts: those of its last step.
     assert get_loads([(1, {"0": {"load": [1.0]}}), lines[0]], "0") == ([1], [[0.5, 0.5]])
-    assert sorted(["10", "x", "9"], key=layer_order) == ["9", "10", "x"]
+    assert sorted(["10", "x", "9", "\u00b2"], key=layer_order) == ["9", "10", "x", "\u00b2"]
     assert expert_charts(run_of([{"step": 1}])) is None
 
 

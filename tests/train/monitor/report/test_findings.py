@@ -48,10 +48,13 @@ def test_a_loss_that_is_always_noisy_has_no_spikes(run_dir):
 
 def test_what_is_not_finite_is_named(run_dir):
     lines = losses()
-    lines[9]["grad_norm"], lines[29]["loss"] = "inf", "nan"
+    lines[9]["grad_norm"], lines[29]["loss"], lines[3]["learning_rate"] = "inf", "nan", float("-inf")
+    lines[5]["tokens_per_s"], lines[6]["tokens_per_s"] = 1e308, "fast"
     assert found(run_dir, lines) == [
         "The loss is not finite at step 30.",
         "The gradient norm is not finite at step 10.",
+        "The learning rate is not finite at step 4.",
+        "The speed is no usable number (1e+308) at steps 6, 7.",
     ]
 
 
@@ -66,7 +69,7 @@ def test_a_loss_that_does_not_fall_and_an_evaluation_that_rises(run_dir):
     lines = [{"step": i, "loss": 2.0} for i in range(1, 21)]
     said = found(run_dir, [*lines, {"step": 10, "eval_loss": 1.5}, {"step": 20, "eval_loss": 1.75}])
     assert said[0] == "The loss did not fall: 2 in the first tenth of the logs, 2 in the last."
-    assert said[1].startswith("The evaluation loss was lowest at step 10 (1.5) and is 1.75 at the end")
+    assert said[1].startswith("The evaluation loss was lowest at step 10 (1.5) and is 1.75 at the last")
 
 
 def test_dead_experts_and_dropped_assignments_are_named(run_dir):

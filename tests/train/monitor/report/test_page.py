@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 from llava_lite.train.monitor.report.page import write_report
+from llava_lite.train.monitor.summary import loss_line
 
 BAD = "</dd><script>alert(1)</script><img src=x onerror=alert(2)>"
 
@@ -47,6 +48,7 @@ def made(directory, **more):
     """Return the page of a directory, after what holds for every page."""
     markup = write_report(directory, **more).read_text(encoding="utf-8")
     page = Page(markup)
+    assert "is not as llava-lite writes it" not in page.text
     assert not page.tags & {"script", "link", "iframe", "object", "embed", "form", "base"}
     assert not page.events
     assert all(link.startswith(("#", "data:image/")) for link in page.links)
@@ -122,7 +124,7 @@ def test_the_facts_of_a_run_are_on_its_page(full):
         "a & b failed",
         "experts, router and connector (MoE-LLaVA's stage 3) · 2026-01-31 12:00 to 13:00",
         "steps 9",
-        "evaluation loss 1",
+        "evaluation loss 1.0000",
         "4 experts, 2 for each token; in layers 0",
         "4, 3 of them with images",
         "25.0% of the tokens",
@@ -163,7 +165,8 @@ def test_a_run_without_evaluation_experts_or_end_says_so(run_dir):
     assert "Samples None: answers are written at each evaluation" in page.text
     assert "Scores None found." in page.text
     assert "Expert load" not in page.text
-    assert page.text.count("the run was made before run.json was written") == 3
+    assert page.text.count("the directory has no run.json. Runs of earlier versions wrote none.") == 4
+    assert "loss so far" in page.text
 
 
 def test_a_page_is_written_where_it_is_asked_for(full, tmp_path):
@@ -176,14 +179,40 @@ def test_a_page_is_written_where_it_is_asked_for(full, tmp_path):
         write_report(full, tmp_path / "new")
 
 
-def test_files_of_another_kind_are_answered_in_one_sentence(run_dir):
-    wrong = RECORD | {"data": {"train": {"sources": [["a", 1]]}}}
-    with pytest.raises(
-        ValueError, match=r"a file of '.*my run' is not as llava-lite writes it \(KeyError: 'lengths'\)"
-    ):
-        write_report(run_dir([line(1)], run=wrong))
-
-
 def test_an_answer_that_has_no_bytes_is_written(run_dir):
     answers = [{"step": 1, "id": "a", "prompt": "p", "expected": "x", "answer": "\ud83d"}]
     assert "at step 1 ?" in made(run_dir([line(1)], generations=answers)).text
+
+
+def test_the_loss_is_that_of_the_terminal_and_says_what_it_is(run_dir):
+    lines = [line(i, loss=float(i), lm_loss=40.0 - i) for i in range(1, 31)]
+    begun = {"starts": [{"date": "2026-01-31T12:00:00", "ranks": 1, "device": "CPU"}]}
+    ended = begun | {"end": {"date": "2026-01-31T13:00:00", "state": "finished"}}
+    said = loss_line(lines, 0.0)
+    assert said == "11.0000 at the end, 38.0000 at the start (means of the last and first 3 logs)"
+    words = "11.0000 mean of the last 3 logs; 38.0000 of the first 3"
+    assert f"loss at the end {words}" in made(run_dir(lines, run=ended)).text
+    for state in ("open", "stopped", "failed"):
+        record = begun | ({} if state == "open" else {"end": {"date": "2026-01-31T13:00:00", "state": state}})
+        page = made(run_dir(lines, state, run=record))
+        assert f"loss so far {words}" in page.text
+        assert "at the end" not in page.text
+    assert (
+        "loss so far 39.0000 the last log; 39.0000 at the first" in made(run_dir(lines[:1], "short", run=begun)).text
+    )
+
+
+def test_flags_that_were_given_stand_apart_from_those_that_the_run_chose(run_dir):
+    settings = {"data_path": ["a.json"], "use_cpu": True, "packing": "samples"}
+    page = made(run_dir([line(1)], run=RECORD | {"settings": settings, "given": ["data_path", "seed"]}))
+    given, chosen = "1 flag given flag value --data_path a.json", "2 flags not given, whose value the run chose"
+    assert f"Flags {given} {chosen} flag value --packing samples --use_cpu True" in page.text
+
+
+@pytest.mark.parametrize(
+    ("num", "words"),
+    [(1, "1 log; 1 evaluation."), (5, "All 5 logs; 1 evaluation."), (250, "12 of 250 logs, evenly spaced; 1 evalu")],
+)
+def test_curves_as_numbers_say_how_many_logs_they_have(num, words, run_dir):
+    lines = [line(i) for i in range(1, num + 1)]
+    assert f"The curves as numbers {words}" in made(run_dir([*lines, {"step": num, "eval_loss": 2.0}])).text

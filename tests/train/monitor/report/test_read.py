@@ -73,6 +73,25 @@ def test_what_is_no_run_is_named(name, words, run_dir, tmp_path):
         read_run(tmp_path / name)
 
 
-def test_another_run_json_is_named(run_dir):
-    with pytest.raises(ValueError, match=r"run\.json: 'data' is a list, expected a dict"):
-        read_run(run_dir(LOG, run={"data": []}))
+@pytest.mark.parametrize(
+    ("record", "fault"),
+    [
+        ({"data": []}, "is damaged ('data' is a list, expected an object)"),
+        ({"starts": {}}, "is damaged ('starts' is an object, expected a list)"),
+        ({"starts": ["x"]}, "is damaged ('starts' holds what is no object)"),
+        ({"end": None}, "is damaged ('end' is empty, expected an object)"),
+    ],
+)
+def test_fields_of_another_kind_are_left_out_and_named(record, fault, run_dir):
+    run = read_run(run_dir(LOG, run=record | {"max_steps": 7}))
+    assert run.files.faults["run.json"] == fault
+    assert run.record == {"max_steps": 7}
+
+
+def test_lines_without_a_step_that_is_one_are_counted(run_dir):
+    log = [{"loss": 1.0}, *({"step": step, "loss": 1.0} for step in ("x", None, True, -1, 2**80, 1.5, float("nan")))]
+    run = read_run(run_dir([*LOG, *log]))
+    assert run.lines == LOG
+    assert run.files.sentence("metrics.jsonl") == (
+        "metrics.jsonl is damaged (8 of its lines have no step and are left out)."
+    )

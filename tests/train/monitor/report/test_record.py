@@ -53,6 +53,11 @@ def test_a_finished_run_has_its_facts_and_its_page(start, tmp_path, toy_data):
     assert begun["step"] == 0
     assert begun["command"].startswith("llava-lite train --model_name_or_path /")
     assert begun["command"].endswith("--eval_split 4 --eval_strategy epoch --num_eval_generations 2")
+    # The run chose how to pack; nobody gave a flag for it.
+    assert {"learning_rate", "eval_split"} <= set(record["given"]) <= record["settings"].keys()
+    assert "packing" in record["settings"].keys() - set(record["given"])
+    threads = torch.get_num_threads()
+    assert begun["device"] == f"CPU, {threads} thread{'s' * (threads != 1)} a rank"
     assert record["end"]["state"] == "finished"
     assert record["end"]["memory_gib"] > 0.1
     assert (record["tuning"], record["max_steps"], record["records_a_step"]) == ("moe", 5, 4)
@@ -76,7 +81,7 @@ def test_a_finished_run_has_its_facts_and_its_page(start, tmp_path, toy_data):
     assert "at step 5" in page
 
 
-def test_a_stopped_run_that_is_resumed_keeps_both_starts(start, tmp_path):
+def test_a_stopped_run_that_is_resumed_keeps_both_starts(start, tmp_path, caplog):
     out = tmp_path / "out"
     # A signal is seen at the end of the step after it.
     with pytest.raises(SystemExit):
@@ -89,6 +94,11 @@ def test_a_stopped_run_that_is_resumed_keeps_both_starts(start, tmp_path):
     assert record["starts"][0]["end"]["state"] == "stopped"
     assert record["end"]["state"] == "finished"
     assert "The run was resumed, from step 3." in (out / "report.html").read_text()
+    (out / "run.json").write_text("{bad")
+    start("projector", *SAVING, "--num_train_epochs", "2")
+    assert len(read(out)["starts"]) == 1
+    (lost,) = [one.getMessage() for one in caplog.records if "are lost to its report" in one.getMessage()]
+    assert lost.startswith("run.json is damaged (no JSON: ")
     # One that starts again from the beginning is another run.
     start("projector", *SAVING, "--resume_from_checkpoint", "False")
     assert len(read(out)["starts"]) == 1

@@ -25,7 +25,9 @@ def test_scores_below_and_beside_a_run_are_found(put, tmp_path):
     run = tmp_path / "stage3"
     below, beside = put("stage3/eval/pope", "elsewhere"), put("eval/mme", run, benchmark="mme")
     put("eval/textvqa", tmp_path / "stage2")
-    assert [score.path for score in find_scores(run)] == [beside, below]
+    scores, faults = find_scores(run)
+    assert [score.path for score in scores] == [beside, below]
+    assert faults == []
 
 
 def test_a_named_directory_gives_the_scores_of_this_run_alone(put, tmp_path):
@@ -33,7 +35,7 @@ def test_a_named_directory_gives_the_scores_of_this_run_alone(put, tmp_path):
     run.mkdir()
     mine = put("answers/a", run / "checkpoint-7")
     put("answers/b", tmp_path / "stage2")
-    assert [score.path for score in find_scores(run, [tmp_path / "answers"])] == [mine]
+    assert [score.path for score in find_scores(run, [tmp_path / "answers"])[0]] == [mine]
     with pytest.raises(
         ValueError, match=r"answers/b' holds no results.json of .*stage3'; what it holds is of .*stage2\.$"
     ):
@@ -42,11 +44,24 @@ def test_a_named_directory_gives_the_scores_of_this_run_alone(put, tmp_path):
         find_scores(run, [tmp_path / "gone"])
 
 
-def test_files_of_other_programs_are_left_out(tmp_path):
-    for name, text in (("a", "{"), ("b", "[1]"), ("c", '{"results": {}}')):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "results.json").write_text(text)
-    assert find_scores(tmp_path) == []
+def test_files_of_other_programs_are_left_out_and_damaged_ones_are_named(tmp_path):
+    run = tmp_path / "run"
+    texts = {"a": "{", "b": "[1]", "c": '{"results": {}}', "d": '{"benchmark": "pope", "metric": "F1"}'}
+    for name, text in texts.items():
+        (run / name).mkdir(parents=True)
+        (run / name / "results.json").write_text(text)
+    (tmp_path / "eval/results.json").mkdir(parents=True)
+    scores, faults = find_scores(run)
+    assert scores == []
+    assert faults == [
+        f"{run}/a/results.json is damaged (no JSON: Expecting property name enclosed in double quotes: "
+        "line 1 column 2 (char 1)).",
+        f"{run}/b/results.json is damaged (it holds a list, expected an object).",
+        f'{run}/d/results.json is damaged (it has no "score").',
+        f"{tmp_path}/eval/results.json cannot be read (Is a directory).",
+    ]
+    # One that is named with a flag has a sentence of its own on the page.
+    assert find_scores(tmp_path / "other", [run / "a"])[1] == faults[:1] + faults[3:]
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 import pytest
 
-from llava_lite.train.monitor.report.words import big, clock, logged, number, short, span, with_flags
+from llava_lite.train.monitor.report.words import big, clock, count, logged, number, short, span, time_line, with_flags
 
 
 @pytest.mark.parametrize(
@@ -54,3 +54,23 @@ def test_the_day_is_written_once():
 def test_flags_are_written_as_they_are_typed():
     flags = {"b": [1, 2], "a": "x y", "c": None, "d": False}
     assert with_flags(flags) == [("--a", "x y"), ("--b", "1 2"), ("--d", "False")]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [
+        (0.4, "0 seconds"),
+        (1, "1 second"),
+        (7, "7 seconds"),
+        (99.7, "1.7 minutes"),
+        (120, "2.0 minutes"),
+        (9000, "2.5 hours"),
+    ],
+)
+def test_times_are_in_the_unit_of_their_size(seconds, words):
+    assert time_line(seconds) == words
+
+
+@pytest.mark.parametrize(("number", "words"), [(1, "1 step"), (0.17, "0.17 steps"), (12345, "12,345 steps")])
+def test_numbers_have_their_noun(number, words):
+    assert count(number, "step") == words
