@@ -35,20 +35,24 @@ def random_texts():
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "qwen"])
-@pytest.mark.parametrize("normalizer", [None, "NFKC", "drops"])
-def test_a_text_has_no_fewer_tokens_than_the_bound(toy_tokenizer_for, kind, normalizer):
+@pytest.mark.parametrize("normalizer", [None, "NFKC", "drops", "strips"])
+@pytest.mark.parametrize("swallows", [False, True])
+def test_a_text_has_no_fewer_tokens_than_the_bound(toy_tokenizer_for, kind, normalizer, swallows):
     tokenizer = toy_tokenizer_for(kind)
     backend = tokenizer.backend_tokenizer
     if normalizer is not None:
-        added = normalizers.NFKC() if normalizer == "NFKC" else normalizers.Replace("a", "")
+        kinds = {"NFKC": normalizers.NFKC(), "drops": normalizers.Replace("a", ""), "strips": normalizers.Strip()}
+        added = kinds[normalizer]
         backend.normalizer = normalizers.Sequence([added, *([backend.normalizer] if backend.normalizer else [])])
-    tokenizer.add_tokens([AddedToken("<|im_end|>", lstrip=True, rstrip=True, special=True)])
+    tokenizer.add_tokens([AddedToken("<|im_end|>", lstrip=swallows, rstrip=swallows, special=True)])
     bound = TextBound(tokenizer)
     for text in [*LONG.values(), *random_texts()]:
         assert bound.least_tokens(text) <= num_tokens(tokenizer, text), text[:50]
     # It is no bound if it is 0 for all.
     assert bound.least_tokens(LONG["words"]) > len(LONG["words"]) / 30
     assert bound.least_tokens(LONG["chinese"]) > 100
+    if not swallows and normalizer != "strips":
+        assert bound.least_tokens(LONG["spaces"]) > 200
 
 
 @pytest.mark.parametrize("kind", ["no bytes", "removed", "unigram"])
