@@ -11,6 +11,8 @@ from tokenizers.pre_tokenizers import ByteLevel
 
 # Spaces as SentencePiece writes them, and as bytes are written in a vocabulary.
 WORD_START, BYTE_SPACES = "\u2581", "\u0120\u010a\u0109\u010d"
+# Characters that are normalised at one time, and by how many characters, or bytes, a cut may change their number.
+CHUNK, AT_A_CUT = 2**16, 256
 # Parts of tokenizer.json that drop spaces.
 DROP_SPACES = ("Whitespace", "WhitespaceSplit", "BertPreTokenizer", "Strip")
 
@@ -21,6 +23,8 @@ class TextBound:
     def __init__(self, tokenizer):
         self._normalizer = tokenizer.backend_tokenizer.normalizer
         parts = json.loads(tokenizer.backend_tokenizer.to_str())
+        # A pattern may match any length of a text.
+        self._reads_far = any("Regex" in step.get("pattern", {}) for step in steps_of(parts["normalizer"]))
         vocabulary = tokenizer.get_vocab()
         self.counts_bytes = has_bytes_of_text(parts, vocabulary)
         is_known = keeps_all_text(parts) and (self.counts_bytes or falls_back_to_bytes(parts, vocabulary))
@@ -35,10 +39,24 @@ class TextBound:
         if is_known and keeps_spaces(parts):
             self._longest[as_it_is] = longest(as_it_is)
 
-    def least_tokens(self, text: str) -> int:
-        """Return a number of tokens that a text has at the least; 0 if nothing is known."""
-        text = self._normalize(text) if self._longest else ""
-        return max((-(-self._size(change(text)) // longest) for change, longest in self._longest.items()), default=0)
+    def least_tokens(self, text: str, enough: int) -> int:
+        """Return a number of tokens that a text has at the least; 0 if nothing is known.
+
+        enough: stop where it has more, since tokenizers normalise slowly and let no other thread run meanwhile.
+        """
+        if not self._longest:
+            return 0
+        counts, least = dict.fromkeys(self._longest, 0), 0
+        step = len(text) if self._reads_far else CHUNK
+        unsure = AT_A_CUT if len(text) > step else 0
+        for start in range(0, len(text), step or 1):
+            chunk = self._normalize(text[start : start + step])
+            for change, longest in self._longest.items():
+                counts[change] += max(self._size(change(chunk)) - unsure, 0)
+                least = max(least, -(-counts[change] // longest))
+            if least > enough:
+                break
+        return least
 
     def _size(self, text: str) -> int:
         return len(text.encode("utf-8", "replace")) if self.counts_bytes else len(text)
