@@ -12,6 +12,8 @@ from llava_lite.serve.api.errors import RequestError
 
 ROLES = ("system", "developer", "user", "assistant")
 MAX_STOPS, MAX_TOP_LOGPROBS = 4, 20
+# Messages of a request, and parts of a message, as in OpenAI's API.
+MAX_MESSAGES = 2048
 INT64 = 2**63
 # Characters of a field's name that errors repeat.
 LONGEST_NAME = 60
@@ -198,11 +200,19 @@ def read_field(name: str, field: Field, body: dict):
 
 def read_messages(messages: list) -> list[tuple[str, list]]:
     """Return (role, parts) of each message; the last one is the user's."""
+    check_number(messages, "messages")
     read = [read_message(message, f"messages[{i}]") for i, message in enumerate(messages)]
     if read[-1][0] != "user":
         message = f"The last message is of the role {shorten(read[-1][0])}; expected 'user', whom the model answers."
         raise RequestError(message, param="messages")
     return read
+
+
+def check_number(entries: list, place: str) -> None:
+    """Raise RequestError for more messages, or parts of a message, than are taken."""
+    if len(entries) > MAX_MESSAGES:
+        message = f"{place} has {len(entries):,} entries; expected at most {MAX_MESSAGES:,}."
+        raise RequestError(message, param=place, code="array_above_max_length")
 
 
 def read_message(message, place: str) -> tuple[str, list]:
@@ -224,6 +234,7 @@ def read_message(message, place: str) -> tuple[str, list]:
         return role, [read_text(content, place)]
     if not isinstance(content, list) or not content:
         raise RequestError(f"{place} is {found}; expected a text or a list of parts, 1 or more.", param=place)
+    check_number(content, place)
     return role, [read_part(part, f"{place}[{i}]", role) for i, part in enumerate(content)]
 
 

@@ -69,7 +69,7 @@ class Prompts:
         The prompt is written, as a format may drop parts of the messages, and not tokenized, which takes longer.
         """
         prompt = self._apply(asked, [None] * len(asked.images()), tokenize=False)
-        least = self._bound.least_tokens(prompt.replace(DEFAULT_IMAGE_TOKEN, ""))
+        least = self._bound.least_tokens(prompt.replace(DEFAULT_IMAGE_TOKEN, ""), self.context_len)
         if least >= self.context_len:
             raise self._too_long(f"at least {least:,}", asked.max_tokens)
 

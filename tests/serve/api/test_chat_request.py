@@ -108,6 +108,8 @@ def with_part(part):
         (with_message(name="Ada"), "messages[0].name", "this server would ignore it"),
         (with_message(content=3), "messages[0].content", "expected a text or a list of parts"),
         (with_message(content=None), "messages[0].content", "expected a text or a list of parts"),
+        (with_message(content=[{"type": "text", "text": ""}] * 2049), "messages[0].content", "has 2,049 entries"),
+        ({"messages": HELLO["messages"] * 2049}, "messages", "messages has 2,049 entries; expected at most 2,048"),
         (with_message(content=[]), "messages[0].content", "messages[0].content is []; expected a text or a list"),
         (with_message(content=None), "messages[0].content", "messages[0].content is null"),
         ({"messages": [{"role": "user"}]}, "messages[0].content", "messages[0].content is missing"),

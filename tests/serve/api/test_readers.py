@@ -121,7 +121,10 @@ def test_a_long_text_does_not_hold_up_short_ones(reading, monkeypatch):
 
     async def run(readers):
         long = [write(readers, ask(show(text="red " * 5000))) for _ in range(5)]
-        many = write(readers, ask([{"role": role, "content": "a"} for role in ("user", "assistant")] * 1000 + show()))
+        many = write(
+            readers,
+            ask([{"role": role, "content": "a"} for role in ("user", "assistant")] * 1000 + show(text="red " * 2000)),
+        )
         await asyncio.wait_for(readers.answers(ask(show()), [None]), 60)
         await asyncio.wait_for(readers.answers(ask(show(draw_image(1))), [None]), 60)
         assert not any(task.done() for task in [*long, many])

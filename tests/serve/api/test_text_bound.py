@@ -8,11 +8,12 @@ from conftest import WORDS
 from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from llava_lite.serve.api import text_bound
 from llava_lite.serve.api.text_bound import TextBound
 
 LONG = {
-    "words": " ".join(WORDS * 50),
-    "letters": "a" * 5000,
+    "words": " ".join(WORDS * 500),
+    "letters": "a" * 50_000,
     "chinese": "\u6c49\u5b57" * 1000,
     "emoji": "\U0001f600" * 1000,
     "spaces": " " * 3000 + "\n\t" * 500 + "\u3000" * 500,
@@ -35,20 +36,38 @@ def random_texts():
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "qwen"])
-@pytest.mark.parametrize("normalizer", [None, "NFKC", "drops"])
-def test_a_text_has_no_fewer_tokens_than_the_bound(toy_tokenizer_for, kind, normalizer):
+@pytest.mark.parametrize("normalizer", [None, "NFKC", "drops", "strips"])
+@pytest.mark.parametrize("swallows", [False, True])
+def test_a_text_has_no_fewer_tokens_than_the_bound(toy_tokenizer_for, kind, normalizer, swallows):
     tokenizer = toy_tokenizer_for(kind)
     backend = tokenizer.backend_tokenizer
     if normalizer is not None:
-        added = normalizers.NFKC() if normalizer == "NFKC" else normalizers.Replace("a", "")
+        kinds = {"NFKC": normalizers.NFKC(), "drops": normalizers.Replace("a", ""), "strips": normalizers.Strip()}
+        added = kinds[normalizer]
         backend.normalizer = normalizers.Sequence([added, *([backend.normalizer] if backend.normalizer else [])])
-    tokenizer.add_tokens([AddedToken("<|im_end|>", lstrip=True, rstrip=True, special=True)])
+    tokenizer.add_tokens([AddedToken("<|im_end|>", lstrip=swallows, rstrip=swallows, special=True)])
     bound = TextBound(tokenizer)
     for text in [*LONG.values(), *random_texts()]:
-        assert bound.least_tokens(text) <= num_tokens(tokenizer, text), text[:50]
+        assert bound.least_tokens(text, 10**9) <= num_tokens(tokenizer, text), text[:50]
     # It is no bound if it is 0 for all.
-    assert bound.least_tokens(LONG["words"]) > len(LONG["words"]) / 30
-    assert bound.least_tokens(LONG["chinese"]) > 100
+    assert bound.least_tokens(LONG["words"], 10**9) > len(LONG["words"]) / 30
+    assert bound.least_tokens(LONG["chinese"], 10**9) > 100
+    if not swallows and normalizer != "strips":
+        assert bound.least_tokens(LONG["spaces"], 10**9) > 200
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen"])
+def test_a_long_text_is_normalised_no_further_than_needed(toy_tokenizer_for, monkeypatch, kind):
+    tokenizer = toy_tokenizer_for(kind)
+    bound, read = TextBound(tokenizer), []
+    normalize = bound._normalize
+    monkeypatch.setattr(bound, "_normalize", lambda text: read.append(len(text)) or normalize(text))
+    monkeypatch.setattr(text_bound, "CHUNK", 1000)
+    text = "red " * 5000
+    assert 200 < bound.least_tokens(text, 200) < 400
+    assert sum(read) < 10_000
+    assert bound.least_tokens(text, 10**9) <= num_tokens(tokenizer, text)
+    assert read[-1] == 1000
 
 
 @pytest.mark.parametrize("kind", ["no bytes", "removed", "unigram"])
@@ -63,5 +82,5 @@ def test_of_a_tokenizer_that_joins_or_drops_characters_nothing_is_known(toy_toke
         backend.pre_tokenizer = pre_tokenizers.Split("z", "removed")
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>")
     assert num_tokens(tokenizer, "z" * 5000) <= 1
-    assert TextBound(tokenizer).least_tokens("z" * 5000) == 0
+    assert TextBound(tokenizer).least_tokens("z" * 5000, 10**9) == 0
     assert json.loads(backend.to_str())["model"]["vocab"]
