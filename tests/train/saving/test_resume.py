@@ -291,7 +291,7 @@ def test_a_signal_to_launcher_ranks_and_workers_saves_on_both_ranks(case, tmp_pa
         argv, start = [*argv, "--deepspeed", ROOT / "zero2.json"], deepspeed_launcher(29704)
     else:
         start = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29704"]
-    command = [str(word) for word in (*start, ROOT / "llava_lite/train/train.py", *argv)]
+    command = [str(word) for word in (*start, ROOT / "llava_lite/train/train_mem.py", *argv)]
     # The first of DeepSpeed's two launchers dies of SIGTERM and passes nothing on.
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     run = subprocess.Popen(command, env=environment(), start_new_session=True, **streams)
