@@ -94,6 +94,8 @@ def why_no_file(path: str) -> str:
         return "it is a link to a file that does not exist." if os.path.islink(path) else "there is no such file."
     except OSError as error:
         return f"{error.strerror}."
+    except UnicodeEncodeError:
+        return "no file can have this name."
     return "it is a directory." if stat.S_ISDIR(mode) else "it is no regular file but a pipe, a socket or a device."
 
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from llava_lite.data.index.cache import load_array, locked, save_array
+from llava_lite.data.index.cache import load_array, load_undamaged, locked, save_array
 from llava_lite.data.index.indexed_file import IndexedFile
 from llava_lite.data.index.tables import measure_records
 
@@ -46,15 +46,17 @@ def _get_names(record) -> bytes:
 
 
 def open_names(file: IndexedFile, num_threads: int = 0) -> NamedFile:
-    """Return the names of a file's images, read from all its records the first time."""
+    """Return the names of a file's images, read from all its records the first time, and where they are damaged."""
     path = file.table("image-names", 1).path
-    starts_path = path.with_name(f"{path.stem}-starts.npy")
-    # The starts are written last.
-    if not starts_path.exists():
+    paths = path, path.with_name(f"{path.stem}-starts.npy")
+    names, starts = map(load_undamaged, paths)
+    if names is None or starts is None:
         with locked(path, f"read the image names of {file.name}"):
-            if not starts_path.exists():
-                _write(file, path, starts_path, num_threads)
-    return NamedFile(file, load_array(path), load_array(starts_path))
+            names, starts = map(load_undamaged, paths)
+            if names is None or starts is None:
+                _write(file, *paths, num_threads)
+                names, starts = map(load_array, paths)
+    return NamedFile(file, names, starts)
 
 
 def _write(file: IndexedFile, path, starts_path, num_threads: int) -> None:
