@@ -126,6 +126,8 @@ def test_a_long_text_does_not_hold_up_short_ones(reading, monkeypatch, name):
             readers,
             ask([{"role": role, "content": "a"} for role in ("user", "assistant")] * 1000 + show(text="red " * 2000)),
         )
+        # All that can come to the slow step are there.
+        await asyncio.sleep(1)
         await asyncio.wait_for(readers.answers(ask(show()), [None]), 60)
         await asyncio.wait_for(readers.answers(ask(show(draw_image(1))), [None]), 60)
         assert not any(task.done() for task in [*long, many])
