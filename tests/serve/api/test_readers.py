@@ -124,7 +124,7 @@ def test_a_long_text_does_not_hold_up_short_ones(reading, monkeypatch, name):
         long = [write(readers, ask(show(text="red " * 5000))) for _ in range(5)]
         many = write(
             readers,
-            ask([{"role": role, "content": "a"} for role in ("user", "assistant")] * 1000 + show(text="red " * 2000)),
+            ask([{"role": role, "content": "a"} for role in ("user", "assistant")] * 1000 + show()),
         )
         # All that can come to the slow step are there.
         await asyncio.sleep(1)
