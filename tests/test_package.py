@@ -42,7 +42,7 @@ FLOORS = {name: floor for floor, names in enumerate(ORDER) for name in names}
 # Installed by an extra, or by nothing at all: imported only where it is needed, inside a function.
 OPTIONAL = {"accelerate", "bitsandbytes", "datasets", "deepspeed", "flash_attn", "gradio", "matplotlib", "peft"}
 # For serving alone.
-OPTIONAL |= {"fastapi", "prometheus_client", "starlette", "uvicorn"}
+OPTIONAL |= {"fastapi", "idna", "prometheus_client", "starlette", "uvicorn"}
 OPTIONAL |= {"av", "faiss", "pyarrow", "liger_kernel", "sklearn", "tensorboard", "torchvision", "wandb"}
 # For evaluation alone.
 OPTIONAL |= {"easy_vqa", "lmms_eval", "openpyxl", "pycocoevalcap"}

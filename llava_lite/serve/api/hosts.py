@@ -54,7 +54,6 @@ def normal_host(name: str) -> str | None:
             return None
     name = name.removesuffix(".").lower()
     if not name.isascii():
-        # A dependency of the extra serve, through anyio.
         import idna
 
         try:

@@ -89,9 +89,9 @@ def running(model, processor, options):
 
 def run(app, listener: socket.socket, on_start=None) -> None:
     """Answer at a socket until the process is told to stop. on_start: called with uvicorn's server."""
-    from llava_lite.serve.api.graceful import GracefulServer
+    from llava_lite.serve.api.graceful import build_server
 
-    server = GracefulServer(app)
+    server = build_server(app)
     if on_start is not None:
         on_start(server)
     # uvicorn ends its requests at a signal, and then raises it once more.

@@ -110,21 +110,24 @@ def test_images_of_a_request_are_fetched_at_one_time_within_bounds_and_stay_in_o
     assert host.most == module.MAX_FETCHES
 
 
-def test_a_long_text_does_not_hold_up_short_ones(reading, monkeypatch):
-    go_on, check_len = threading.Event(), Prompts.check_len
+@pytest.mark.parametrize("name", ["check_len", "answers"])
+def test_a_long_text_does_not_hold_up_short_ones(reading, monkeypatch, name):
+    go_on, done = threading.Event(), getattr(Prompts, name)
 
-    def slow(prompts, asked):
-        assert go_on.wait(60)
-        return check_len(prompts, asked)
+    def slow(prompts, asked, *rest):
+        assert module.size_of(asked) < module.LONG or go_on.wait(60)
+        return done(prompts, asked, *rest)
 
-    monkeypatch.setattr(Prompts, "check_len", slow)
+    monkeypatch.setattr(Prompts, name, slow)
 
     async def run(readers):
         long = [write(readers, ask(show(text="red " * 5000))) for _ in range(5)]
         many = write(
             readers,
-            ask([{"role": role, "content": "a"} for role in ("user", "assistant")] * 1000 + show(text="red " * 2000)),
+            ask([{"role": role, "content": "a"} for role in ("user", "assistant")] * 1000 + show()),
         )
+        # All that can come to the slow step are there.
+        await asyncio.sleep(1)
         await asyncio.wait_for(readers.answers(ask(show()), [None]), 60)
         await asyncio.wait_for(readers.answers(ask(show(draw_image(1))), [None]), 60)
         assert not any(task.done() for task in [*long, many])

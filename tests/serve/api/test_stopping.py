@@ -65,7 +65,7 @@ def wait_for(condition, timeout_s=60):
         time.sleep(0.02)
 
 
-def test_whoever_is_left_gets_503_or_an_error_event(endless, quickly, caplog):
+def test_whoever_is_left_gets_503_or_an_error_event(endless, quickly, caplog, capfd):
     with caplog.at_level(logging.INFO), serving(*endless, "--max-batch", "2") as server:
         asked = [ask(server), ask(server), ask(server), send_half(server)]
         streamed = ask(server, stream=True)
@@ -80,10 +80,10 @@ def test_whoever_is_left_gets_503_or_an_error_event(endless, quickly, caplog):
     assert status == 200
     assert json.loads(text.split("data: ")[-1])["error"]["message"] == STOPPING
     assert "Stopping; 5 requests are running" in caplog.text
-    assert not [record for record in caplog.records if record.exc_info or record.levelname == "ERROR"]
+    assert "Traceback" not in capfd.readouterr().err
 
 
-def test_a_request_that_ends_in_time_is_answered(endless, monkeypatch, caplog):
+def test_a_request_that_ends_in_time_is_answered(endless, monkeypatch, caplog, capfd):
     monkeypatch.setattr(graceful, "SHUTDOWN_S", 60)
     with caplog.at_level(logging.INFO), serving(*endless) as server:
         asked = ask(server, max_tokens=200)
@@ -91,10 +91,10 @@ def test_a_request_that_ends_in_time_is_answered(endless, monkeypatch, caplog):
     assert "Stopping; 1 request is running and may take 60 s more" in caplog.text
     status, text = answer_of(asked)
     assert (status, json.loads(text)["usage"]["completion_tokens"]) == (200, 200)
-    assert not [record for record in caplog.records if record.exc_info or record.levelname == "ERROR"]
+    assert "Traceback" not in capfd.readouterr().err
 
 
-def test_a_client_that_reads_nothing_holds_no_server_up(endless, quickly, monkeypatch, caplog):
+def test_a_client_that_reads_nothing_holds_no_server_up(endless, quickly, monkeypatch, caplog, capfd):
     monkeypatch.setattr(graceful, "CLOSE_S", 0.5)
     # Every event is larger than what the two ends of a connection keep for a reader.
     from llava_lite.serve.api.call import Call
@@ -105,7 +105,8 @@ def test_a_client_that_reads_nothing_holds_no_server_up(endless, quickly, monkey
         wait_for(lambda: server.app.state.engine.num_running == 1)
         time.sleep(1)
     asked.close()
-    assert not [record for record in caplog.records if record.exc_info]
+    # uvicorn's own log is not of the root logger.
+    assert "Traceback" not in capfd.readouterr().err
 
 
 def test_half_bodies_hold_no_places_of_the_queue(endless):
@@ -134,7 +135,7 @@ def test_a_client_that_leaves_while_its_images_are_read_is_forgotten(endless, mo
     from llava_lite.serve.api import readers
 
     go_on = threading.Event()
-    monkeypatch.setattr(readers, "read_bytes", lambda *args: go_on.wait(60))
+    monkeypatch.setattr(readers, "read_bytes", lambda *args: go_on.wait(300))
     with serving(*endless, "--max-queue", "1") as server:
         asked = ask(server)
         wait_for(lambda: server.app.state.engine.num_waiting == 1)
