@@ -130,7 +130,8 @@ def readable_file_errors(checkpoint):
 def read_shapes(checkpoint) -> dict[str, tuple[int, ...]]:
     """Return the shape of every weight of a checkpoint by name; of safetensors only the headers are read."""
     files = find_weight_files(checkpoint, SAFE) or find_weight_files(checkpoint, PICKLED)
-    return {name: shape for file in files for name, shape in read_file_shapes(file).items()}
+    with readable_file_errors(checkpoint):
+        return {name: shape for file in files for name, shape in read_file_shapes(file).items()}
 
 
 def read_trained_shapes(checkpoint) -> dict[str, tuple[int, ...]]:

@@ -42,11 +42,12 @@ def read_json(path):
     check_bytes(path, LARGEST_BYTES)
     try:
         found = json.loads(Path(path).read_text(encoding="utf-8"))
+        is_too_deep = is_deeper(found, DEEPEST)
     except RecursionError:
-        found = None
+        is_too_deep = True
     except ValueError as error:
         raise ValueError(f"{path} is no JSON ({error}). Copy it again, or write it again.") from error
-    if found is None or is_deeper(found, DEEPEST):
+    if is_too_deep:
         raise ValueError(
             f"{path} nests lists and fields more than {DEEPEST} deep; no file of a checkpoint does. Take another one."
         )

@@ -113,7 +113,7 @@ def test_a_token_id_that_is_no_number_comes_from_config_json(tmp_path, caplog):
 
 
 @pytest.mark.parametrize(
-    ("text", "output"), [("{", "it is no JSON"), ("[1]", "a list and no fields"), ("null", "a NoneType and no fields")]
+    ("text", "output"), [("{", "is no JSON"), ("[1]", "a list and no fields"), ("null", "a NoneType and no fields")]
 )
 def test_a_file_without_fields_is_reported_and_config_json_counts(base, toy_tower_dir, caplog, text, output):
     model = assemble(str(base(text)), str(toy_tower_dir()), dtype=torch.float32)

@@ -54,7 +54,7 @@ def stopped(argv, stop):
     trainers = []
 
     def training_step(trainer, model, inputs, *args, **kwargs):
-        samples.append(list(inputs["sample_ids"]))
+        samples.append([trainer.state.global_step, list(inputs["sample_ids"])])
         sender.send_at(trainer, "step")
         return step(trainer, model, inputs, *args, **kwargs)
 
