@@ -98,7 +98,7 @@ def build_parser() -> CommandParser:
         "--bad_records_file", metavar="FILE", help="write the bad records to this file, one JSON object a line"
     )
     own.add_argument(
-        "--report", metavar="FILE.json", help="write what the check finds to this file (docs/data.md has its fields)"
+        "--report", metavar="FILE.json", help="write what the check finds to this file, as JSON"
     )
     own.add_argument(
         "--show",
