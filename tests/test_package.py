@@ -223,8 +223,8 @@ def test_files_import_at_the_top_only_what_is_always_installed(path):
 
 def test_loading_needs_ten_packages_and_training_three_more():
     names = {extra: {requirement.name for requirement in lines} for extra, lines in requirements().items()}
-    reads_vocabularies = {"tokenizers", "sentencepiece", "protobuf"}
-    assert names[""] == {"torch", "transformers", "safetensors", "pillow", "einops", "numpy", "jinja2"} | reads_vocabularies
+    others = {"jinja2", "tokenizers", "sentencepiece", "protobuf"}
+    assert names[""] == {"torch", "transformers", "safetensors", "pillow", "einops", "numpy"} | others
     assert {"accelerate", "deepspeed", "datasets"} <= names["train"]
     assert {"train", "peft", "quant", "flash", "llava", "dev", "docs"} <= set(names)
 

@@ -97,9 +97,7 @@ def build_parser() -> CommandParser:
     own.add_argument(
         "--bad_records_file", metavar="FILE", help="write the bad records to this file, one JSON object a line"
     )
-    own.add_argument(
-        "--report", metavar="FILE.json", help="write what the check finds to this file, as JSON"
-    )
+    own.add_argument("--report", metavar="FILE.json", help="write what the check finds to this file, as JSON")
     own.add_argument(
         "--show",
         metavar="N",
