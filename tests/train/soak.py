@@ -32,6 +32,8 @@ NOT_COMPARED = {"tokens_per_s", "mfu", "runtime", "samples_per_second", "steps_p
 # No answer to a fault takes longer, the timeout of hung processes included.
 LIMIT_S = 300
 DISK_MB = 96
+# Batches that loader workers have ready, at most.
+STEPS_AHEAD = 6
 
 
 class Disk:
@@ -174,7 +176,7 @@ def soak(directory: Path, flags, num_faults: int, num_ranks: int, seed: int) -> 
                 wanted = before + rng.randint(0, max(1, 2 * (total - before) // (left + 2)))
                 line["met"] = fault_at(run, kind, wanted, disk, rng)
             line |= {"step": run.step(), "after_s": round(time.monotonic() - start_s, 1)}
-            code = run.wait(LIMIT_S if kind is not None else None)
+            code = wait_after(run, line)
             line |= {"code": code, "seconds": round(time.monotonic() - start_s, 1)}
             line["answered"] = is_answered(line)
             run.end()
@@ -187,6 +189,20 @@ def soak(directory: Path, flags, num_faults: int, num_ranks: int, seed: int) -> 
                 break
         keep(output, directory / "touched")
     return lines
+
+
+def wait_after(run: Run, line: dict) -> int | None:
+    """Return the exit status of a run after its fault; one that met an idle worker is killed some steps later."""
+    if line["fault"] is None:
+        return run.wait(None)
+    deadline = time.monotonic() + LIMIT_S
+    while time.monotonic() < deadline:
+        if (code := run.wait(0.5)) is not None:
+            return code
+        if line["fault"].endswith("worker") and run.step() > line["step"] + 3 * STEPS_AHEAD:
+            line["was_idle"] = True
+            os.killpg(run.process.pid, signal.SIGKILL)
+    return None
 
 
 @contextmanager
