@@ -4,6 +4,7 @@ import logging
 import sys
 from functools import partial
 from importlib import import_module
+from pathlib import Path
 from typing import NamedTuple
 
 from transformers import set_seed
@@ -317,4 +318,7 @@ def save(trainer, model_args, data_args):
 
 
 if __name__ == "__main__":
+    if not __package__:
+        # Started as a file: this directory is first on the path, where its neighbours would pass for packages.
+        sys.path[0] = str(Path(__file__).resolve().parents[2])
     main()
