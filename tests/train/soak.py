@@ -146,6 +146,8 @@ def do(kind: str, run: Run, disk: Disk, rng: random.Random) -> str | None:
 def is_answered(line: dict) -> bool:
     """Return whether a run ended as it should after a fault: before its first step a signal ends it at once."""
     kind, code = line["fault"], line["code"]
+    if line.get("was_idle"):
+        return True
     if line.get("met") is None:
         return code == 0
     if kind in SIGNALS:
