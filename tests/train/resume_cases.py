@@ -135,12 +135,14 @@ def run_case(argv, output, resume_from=(), more=(), broken=(), full_disk_on=None
     return results
 
 
-def main(cases_file, results_file):
-    """Run every case and write the results of this rank."""
+def main(run_case):
+    """Run every case of the file that the command line names, and write the results of this rank."""
+    words = [word for word in sys.argv[1:] if not word.startswith("--local_rank")]
+    cases_file, results_file = words
     cases = json.loads(Path(cases_file).read_text())
     results = {name: run_case(**case) for name, case in cases.items()}
     Path(results_file.replace("RANK", str(RANK))).write_text(json.dumps(results))
 
 
 if __name__ == "__main__":
-    main(*[argument for argument in sys.argv[1:] if not argument.startswith("--local_rank")])
+    main(run_case)

@@ -8,12 +8,11 @@ after it), or "answer" (while an answer of it is generated). Rank None: all.
 import json
 import os
 import signal
-import sys
 import time
 from pathlib import Path
 
 import torch
-from resume_cases import NOT_COMPARED, RANK, digest, run
+from resume_cases import NOT_COMPARED, RANK, digest, main, run
 
 from llava_lite.train.llava_trainer import LLaVATrainer
 from llava_lite.train.monitor import evaluation
@@ -30,16 +29,9 @@ class Sender:
 
     def send_at(self, trainer, at):
         """Send it once, if this is the place."""
-        stop = self.stop
-        if (
-            self.is_sent
-            or stop["rank"] not in (None, RANK)
-            or (at, trainer.state.global_step)
-            != (
-                stop["at"],
-                stop["step"] - (at == "step"),
-            )
-        ):
+        stop, step = self.stop, trainer.state.global_step + (at == "step")
+        is_mine = stop["rank"] in (None, RANK)
+        if self.is_sent or not is_mine or (at, step) != (stop["at"], stop["step"]):
             return
         self.is_sent = True
         os.kill(os.getpid(), signal.Signals[stop["signal"]])
@@ -117,12 +109,5 @@ def run_case(argv, output, stops):
     return results
 
 
-def main(cases_file, results_file):
-    """Run every case and write the results of this rank."""
-    cases = json.loads(Path(cases_file).read_text())
-    results = {name: run_case(**case) for name, case in cases.items()}
-    Path(results_file.replace("RANK", str(RANK))).write_text(json.dumps(results))
-
-
 if __name__ == "__main__":
-    main(*[argument for argument in sys.argv[1:] if not argument.startswith("--local_rank")])
+    main(run_case)

@@ -14,7 +14,7 @@ FORCED = {"TORCH_FORCE_WEIGHTS_ONLY_LOAD": "1"}
 # What would undo it.
 UNDOES = "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
 
-# When it is imported, since the converter's own processes may import it anew.
+# When it is imported, since the converter's own processes may import it again.
 if FORCED.items() <= os.environ.items():
     torch.serialization.add_safe_globals(allowed_states())
 

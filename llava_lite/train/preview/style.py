@@ -1,9 +1,9 @@
 """The style of what the page of a run's report does not have: records, their tokens, and their images."""
 
 BATCH_CSS = """
-:root { --learn: #d7f2df; --learn-ink: #0e4a27; --picture: #e3e9fb; --picture-ink: #23408e; --gone: #9a5b00; }
+:root { --learn: #d7f2df; --learn-ink: #0e4a27; --image: #e3e9fb; --image-ink: #23408e; --gone: #9a5b00; }
 @media (prefers-color-scheme: dark) {
-  :root { --learn: #153d27; --learn-ink: #a5efc3; --picture: #1f2c50; --picture-ink: #b9ccff; --gone: #f0b454; }
+  :root { --learn: #153d27; --learn-ink: #a5efc3; --image: #1f2c50; --image-ink: #b9ccff; --gone: #f0b454; }
 }
 .record { margin: 1rem 0; padding: .8rem 1rem; border-radius: .5rem; background: var(--card); }
 .record h3 { margin: 0; overflow-wrap: anywhere; }
@@ -21,7 +21,7 @@ BATCH_CSS = """
 .piece.supervised { background: var(--learn); color: var(--learn-ink); box-decoration-break: clone; }
 .piece.image, .piece.padding { margin: 0 .2rem; }
 .piece b { padding: .1rem .5rem; border-radius: .3rem; font-weight: 500; white-space: nowrap; }
-.piece.image b, .marks .piece.image { background: var(--picture); color: var(--picture-ink); }
+.piece.image b, .marks .piece.image { background: var(--image); color: var(--image-ink); }
 .piece.padding b { border: 1px dashed var(--faint); color: var(--muted); }
 .piece.cut { color: var(--gone); }
 .piece.cut:not(:has(b)) { text-decoration: line-through; }

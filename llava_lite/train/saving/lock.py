@@ -221,7 +221,7 @@ def get_machine(file: int) -> list:
 def read_record(path: Path) -> dict:
     """Return what the owner wrote; {} if there is nothing that can be read.
 
-    Opened anew each time, which makes a network file system ask its server.
+    Opened again each time, which makes a network file system ask its server.
     """
     try:
         record = json.loads(path.read_text(encoding="utf-8"))

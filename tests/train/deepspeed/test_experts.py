@@ -2,16 +2,13 @@
 
 import copy
 import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
+from rank_launcher import run_ranks
 from safetensors.torch import load_file
 
 from llava_lite.model.moe.block import RoutingContext
@@ -234,24 +231,8 @@ def launch(cases, directory, world_size=2, timeout_s=900):
     for name, case in cases.items():
         case["output"] = str(directory / name)
     (directory / "cases.json").write_text(json.dumps(cases))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    common = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(ROOT)}
-    common |= {"WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size)}
-    common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    command = [sys.executable, str(WORKER), str(directory / "cases.json"), str(directory / "results_RANK.json")]
-    ranks = []
-    for rank in range(world_size):
-        env = common | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-        log = open(directory / f"rank{rank}.log", "w")  # noqa: SIM115 - the process writes to it
-        ranks.append(subprocess.Popen(command, env=env, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT))
-    try:
-        codes = [rank.wait(timeout_s) for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-    assert codes == [0] * world_size, (directory / "rank0.log").read_text()[-3000:]
+    words = [WORKER, directory / "cases.json", directory / "results_RANK.json"]
+    run_ranks(words, directory, world_size, timeout_s)
     return [json.loads((directory / f"results_{rank}.json").read_text()) for rank in range(world_size)]
 
 
