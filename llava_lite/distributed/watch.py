@@ -36,6 +36,8 @@ _LOOK_S = 3
 # How long a rank that got an error from a collective looks for the one that caused it.
 _EXPLAIN_S = 12
 _SILENT_AFTER_ERROR_S = 8
+# A process that has ended may have sent why: after so many exchanges the last report is here, if there is one.
+_LAST_REPORT_EXCHANGES, _LAST_REPORT_S = 2, 5
 
 
 class LostRankError(RuntimeError):
@@ -57,6 +59,8 @@ class Watch(threading.Thread):
         self.awake_s, self._before_s = 0.0, time.monotonic()
         self._serial, self._since_s, self._num_exchanges, self._in_touch_s = None, 0.0, 0, 0.0
         self.seen = {member.rank: (b"", member, 0.0) for member in self.members}
+        # For each rank whose process has ended: the exchanges and the time at which that was seen.
+        self._seen_gone = {}
         self._warned, self._stopping = False, threading.Event()
         self._lock = threading.Lock()
         self.is_ending = False
@@ -127,11 +131,19 @@ class Watch(threading.Thread):
                 state._replace(
                     silent_s=silent_s,
                     stopped=is_here and is_stopped(state.pid, state.start),
-                    gone=is_here and is_gone(state.pid, state.start),
+                    gone=is_here and self.is_gone_for_good(state),
                 )
             )
         states[self.rank] = mine
         return states
+
+    def is_gone_for_good(self, state: RankState) -> bool:
+        """Tell whether a process of this host has ended and its last report, if it sent one, has been read."""
+        if not is_gone(state.pid, state.start):
+            return False
+        num_done, seen_s = self._seen_gone.setdefault(state.rank, (self.exchange.num_done, self.awake_s))
+        num_since, since_s = self.exchange.num_done - num_done, self.awake_s - seen_s
+        return num_since >= _LAST_REPORT_EXCHANGES or since_s >= _LAST_REPORT_S
 
     def get_verdict(self, mine: RankState, states: list[RankState]) -> str:
         """Return the message with which the run ends, "" if it goes on."""

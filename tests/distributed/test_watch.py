@@ -1,5 +1,6 @@
 """Two ranks of which one hangs, stops or dies: both end, and it is said which one and what it did last."""
 
+import json
 import os
 import re
 import socket
@@ -14,6 +15,7 @@ import pytest
 from llava_lite.distributed import activity
 from llava_lite.distributed.activity import LOADER, STEP, NotedBatches, get_activity, note
 from llava_lite.distributed.judge import RankState
+from llava_lite.distributed.processes import get_start
 from llava_lite.distributed.watch import Watch, start_watch, stop_watch
 
 WORKER = Path(__file__).with_name("watch_worker.py")
@@ -81,6 +83,36 @@ def test_a_rank_that_dies_is_named_by_the_one_that_remains(tmp_path, fault, foun
     last = errors[0].splitlines()[-1]
     assert "LostRankError: rank 1 (host" in last
     assert found in last
+
+
+class Reports:
+    """An exchange between two ranks whose reports a test sets."""
+
+    end = ""
+
+    def __init__(self):
+        self.mine, self.reports, self.num_done = {}, [b"", b""], 0
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="the system does not tell what processes do")
+@pytest.mark.parametrize("last", ["ValueError: the disk is full", ""])
+def test_a_rank_is_said_to_be_gone_only_after_its_last_report_could_be_read(last):
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as process:
+        members = [RankState(rank, "here", pid, get_start(pid)) for rank, pid in enumerate((os.getpid(), process.pid))]
+        reports = Reports()
+        watch = Watch(600, members, 0, reports, leave=end)
+        process.communicate(b"\n")
+    said = []
+    explaining = threading.Thread(target=lambda: said.append(watch.explain()))
+    explaining.start()
+    explaining.join(1)
+    assert said == []
+    if last:
+        reports.reports[1] = json.dumps(members[1]._replace(ended=last)._asdict()).encode()
+    reports.num_done += 2
+    explaining.join(30)
+    found = f"has ended with an error: {last}." if last else "is gone, killed or crashed; it was last seen at"
+    assert said[0].startswith(f"rank 1 (host here, pid {process.pid}) {found}")
 
 
 @pytest.mark.slow
