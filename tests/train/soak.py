@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import random
+import re
 import resource
 import signal
 import subprocess
@@ -29,6 +30,8 @@ SIGNALS = {"SIGTERM": signal.SIGTERM, "SIGINT": signal.SIGINT, "SIGHUP": signal.
 EXIT_RESUMABLE = 75
 # Depends on the clock.
 NOT_COMPARED = {"tokens_per_s", "mfu", "runtime", "samples_per_second", "steps_per_second"}
+# Faults after which the log must name the process.
+NAMED = {"killed worker", "stopped worker", "stopped rank"}
 # No answer to a fault takes longer, the timeout of hung processes included.
 LIMIT_S = 300
 DISK_MB = 96
@@ -154,7 +157,7 @@ def is_answered(line: dict) -> bool:
         # A launcher that gets the signal reports 1, or dies of it.
         may_end_at_once = line["step"] <= line["from_step"] or line["ranks"] > 1
         return code == EXIT_RESUMABLE or (may_end_at_once and code in (-SIGNALS[kind], 128 + SIGNALS[kind], 1))
-    return code not in (0, None)
+    return code not in (0, None) and line.get("is_named", True)
 
 
 def soak(directory: Path, flags, num_faults: int, num_ranks: int, seed: int) -> list[dict]:
@@ -180,6 +183,10 @@ def soak(directory: Path, flags, num_faults: int, num_ranks: int, seed: int) -> 
             line |= {"step": run.step(), "after_s": round(time.monotonic() - start_s, 1)}
             code = wait_after(run, line)
             line |= {"code": code, "seconds": round(time.monotonic() - start_s, 1)}
+            if kind in NAMED and line["met"] and not line.get("was_idle"):
+                pid = line["met"].removeprefix("process ")
+                log = (directory / f"run_{number}.log").read_text(encoding="utf-8", errors="replace")
+                line["is_named"] = re.search(rf"pid:? {pid}\b", log) is not None
             line["answered"] = is_answered(line)
             run.end()
             disk.clear()

@@ -25,13 +25,15 @@ KEPT = os.environ.get("LLAVA_LITE_SOAK_DIR")
 
 @pytest.mark.slow
 @pytest.mark.parametrize("num_ranks", [1, 2])
-def test_a_run_under_faults_ends_as_the_one_that_was_never_touched(num_ranks, stage_flags, toy_llm_dir, tmp_path):
+def test_a_run_under_faults_ends_as_the_one_never_touched(num_ranks, stage_flags, toy_llm_dir, toy_data, tmp_path):
     llm = shutil.copytree(toy_llm_dir("llama"), tmp_path / "llm")
     config = json.loads((llm / "config.json").read_text())
     (llm / "config.json").write_text(json.dumps(config | {"attention_dropout": 0.1}))
-    flags = stage_flags("moe", tmp_path / "unused", *MORE.split(), "--max_steps", STEPS, model=llm)
+    # An epoch is longer than what workers read ahead: one that is stopped is missed.
+    data, (eval_data, _) = toy_data(tmp_path / "data", num_records=240), toy_data(tmp_path / "eval")
+    flags = stage_flags("moe", tmp_path / "unused", *MORE.split(), "--max_steps", STEPS, data=data, model=llm)
     at = flags.index("--output_dir")
-    flags = [*flags[:at], *flags[at + 2 :], "--eval_data_path", flags[flags.index("--data_path") + 1]]
+    flags = [*flags[:at], *flags[at + 2 :], "--eval_data_path", eval_data]
     flags += ["--deepspeed", str(ROOT / "zero2.json")] if num_ranks > 1 else []
     directory = Path(KEPT or tmp_path) / f"soak_{num_ranks}"
     command = [sys.executable, str(HERE / "soak.py"), str(directory)]
