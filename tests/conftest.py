@@ -6,6 +6,7 @@ import gc
 import json
 import os
 import random
+import signal
 import sys
 from pathlib import Path
 
@@ -15,6 +16,11 @@ from PIL import Image, ImageDraw
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
+# nohup and a background job of a script ignore them, and so would the processes that tests start; these do not get a
+# handler of this process, but the default.
+for number in (signal.SIGINT, signal.SIGHUP):
+    if signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(number, lambda number, frame: None)
 
 
 def pytest_addoption(parser):

@@ -287,6 +287,10 @@ def main(argv=None) -> int:
     parser.add_argument("flags", nargs="+")
     args = parser.parse_args(argv)
     args.directory.mkdir(parents=True)
+    for number in SIGNALS.values():
+        # The runs would ignore what this process ignores, as under nohup; a handler is not theirs.
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, lambda number, frame: None)
     start_s = time.monotonic()
     full = Run(args.flags, args.directory / "untouched", args.directory / "untouched.log", args.ranks)
     try:
