@@ -52,6 +52,17 @@ def is_mapped(path: Path) -> bool:
     return False
 
 
+def is_open(path: Path) -> bool:
+    """Tell whether a process of this user has a file open; True on a system that does not tell."""
+    for link in Path("/proc").glob("[0-9]*/fd/*"):
+        try:
+            if os.readlink(link) == str(path):
+                return True
+        except OSError:  # another user's, or it has just been closed
+            continue
+    return not Path("/proc/self/fd").is_dir()
+
+
 def _read(pid: int) -> list[str]:
     """Return the fields of /proc/PID/stat from the state on, [] where there is no such process."""
     try:

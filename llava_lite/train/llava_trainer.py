@@ -175,6 +175,24 @@ class LLaVATrainer(
         sampler = get_sampler(dataset, self.args)
         return super()._get_train_sampler(dataset) if sampler is None else sampler
 
+    def get_train_dataloader(self):
+        """Return the loader of batches."""
+        return self.with_own_seed(super().get_train_dataloader())
+
+    def get_eval_dataloader(self, eval_dataset=None):
+        """Return the loader of an evaluation's batches."""
+        return self.with_own_seed(super().get_eval_dataloader(eval_dataset))
+
+    def with_own_seed(self, loader):
+        """Return a loader whose workers, if they stay, take their seed from a random state of its own.
+
+        They draw it once, when they start, and a resumed run starts them at other steps.
+        """
+        if self.args.dataloader_persistent_workers:
+            # accelerate's loaders read through one that they hold.
+            getattr(loader, "base_dataloader", loader).generator = torch.Generator().manual_seed(self.args.seed)
+        return loader
+
     # A step.
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):

@@ -51,17 +51,20 @@ def test_a_rank_says_which_it_is(monkeypatch, capfd):
 
 def test_a_lock_that_a_killed_build_left_is_reported(tmp_path, monkeypatch, caplog):
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
-    locks = [tmp_path / name / "lock" for name in ("cpu_adam", "py311_cpu/shm", "fresh")]
+    locks = [tmp_path / name / "lock" for name in ("cpu_adam", "py311_cpu/shm", "just_killed", "builds")]
     for lock in locks:
         lock.parent.mkdir(parents=True)
         lock.touch()
     for lock in locks[:2]:
         os.utime(lock, (time.time() - 2 * OLD_LOCK_S,) * 2)
-    with caplog.at_level(logging.WARNING, logger="llava_lite.train.deepspeed.offload"):
+    with open(locks[0]), open(locks[3]), caplog.at_level(logging.WARNING, logger="llava_lite.train.deepspeed.offload"):
         warn_about_old_locks()
-    assert len(caplog.records) == 2
-    assert all(str(lock) in caplog.text for lock in locks[:2])
-    assert "20 minutes old" in caplog.text
+    lines = {Path(line.split()[0]): line for line in (record.getMessage() for record in caplog.records)}
+    assert set(lines) == set(locks[:3])
+    said = f"{locks[1]} is 20 minutes old, and no process here has it open: a build that was killed leaves its lock"
+    assert lines[locks[1]].startswith(said)
+    assert "is 20 minutes old: a build" in lines[locks[0]]
+    assert "is 0 minutes old, and no process" in lines[locks[2]]
 
 
 def test_a_file_is_named_and_not_only_its_number(tmp_path, capfd):

@@ -5,6 +5,8 @@ import os
 import time
 from pathlib import Path
 
+from llava_lite.distributed.processes import is_open
+
 logger = logging.getLogger(__name__)
 
 PARTS = ("offload_optimizer", "offload_param")
@@ -45,7 +47,10 @@ def _has_asynchronous_io() -> bool:
 
 
 def warn_about_old_locks() -> None:
-    """Warn of locks that a killed build may have left: DeepSpeed waits for one silently and forever."""
+    """Warn of locks that a killed build may have left: DeepSpeed waits for one silently and forever.
+
+    A build has its lock open. One that nobody here has open may still be that of another machine or container.
+    """
     from torch.utils.cpp_extension import get_default_build_root
 
     root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
@@ -55,10 +60,12 @@ def warn_about_old_locks() -> None:
         except FileNotFoundError:
             # Its build has just ended.
             continue
-        if minutes * 60 > OLD_LOCK_S:
+        is_open_here = is_open(lock.resolve())
+        if minutes * 60 > OLD_LOCK_S or not is_open_here:
             logger.warning(
-                "%s is %.0f minutes old: a build that was killed leaves its lock, and every later run waits for it. "
+                "%s is %.0f minutes old%s: a build that was killed leaves its lock, and every later run waits for it. "
                 "If nothing builds there now, remove the file.",
                 lock,
                 minutes,
+                "" if is_open_here else ", and no process here has it open",
             )

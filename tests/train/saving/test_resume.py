@@ -168,6 +168,7 @@ def alone(case, tmp_path_factory):
         "moe": case("moe", 0, 2, "features made before"),
         "packs": case("packs", 2, 2, "evaluation"),
         "crops": case("crops", 2, 2),
+        "workers that stay": case("crops", 2, 2, "evaluation", ["--dataloader_persistent_workers", "True"]),
     }
     cases["full"]["broken"] = ["random state"]
     cases["moe"]["broken"] = ["counters of the log"]
@@ -175,7 +176,7 @@ def alone(case, tmp_path_factory):
     return run_cases(tmp_path_factory.mktemp("alone"), cases)
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", [*STAGES, "workers that stay"])
 def test_a_stage_resumes_bit_for_bit(alone, stage):
     assert_equal_to_full(alone, stage)
 
