@@ -70,7 +70,8 @@ def start_logging():
 
 def check_installed(data_args, training_args):
     """Raise for records that do not exist, directories that cannot be written and libraries that lack a part."""
-    from llava_lite.train.deepspeed.offload import check_nvme, warn_about_old_locks
+    from llava_lite.train.deepspeed.build_locks import wait_for_builds
+    from llava_lite.train.deepspeed.offload import check_nvme
     from llava_lite.train.deepspeed.private import LOADING, SAVING, UNIVERSAL, check_private_parts
     from llava_lite.train.inputs.check import check_images_exist, check_sees_images
     from llava_lite.train.inputs.features import check_feature_cache
@@ -81,7 +82,7 @@ def check_installed(data_args, training_args):
     if training_args.uses_deepspeed:
         check_private_parts("a run with DeepSpeed", (*SAVING, *LOADING, *UNIVERSAL))
         check_nvme(training_args.deepspeed_plugin.deepspeed_config)
-        warn_about_old_locks()
+        wait_for_builds()
 
 
 def installed_attention(name):

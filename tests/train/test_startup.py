@@ -1,16 +1,13 @@
 """What a person sees when a run cannot begin."""
 
 import json
-import logging
-import os
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from llava_lite.data.errors import DataError
-from llava_lite.train.deepspeed.offload import OLD_LOCK_S, check_nvme, warn_about_old_locks
+from llava_lite.train.deepspeed.offload import check_nvme
 from llava_lite.train.inputs.check import check_images_exist
 from llava_lite.train.startup import errors_in_one_line, launch_hint, use_one_device
 from llava_lite.train.train import main
@@ -47,24 +44,6 @@ def test_a_rank_says_which_it_is(monkeypatch, capfd):
     with pytest.raises(SystemExit), errors_in_one_line():
         raise ValueError("no.")
     assert capfd.readouterr().err == "llava-lite train (rank 3): no.\n"
-
-
-def test_a_lock_that_a_killed_build_left_is_reported(tmp_path, monkeypatch, caplog):
-    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
-    locks = [tmp_path / name / "lock" for name in ("cpu_adam", "py311_cpu/shm", "just_killed", "builds")]
-    for lock in locks:
-        lock.parent.mkdir(parents=True)
-        lock.touch()
-    for lock in locks[:2]:
-        os.utime(lock, (time.time() - 2 * OLD_LOCK_S,) * 2)
-    with open(locks[0]), open(locks[3]), caplog.at_level(logging.WARNING, logger="llava_lite.train.deepspeed.offload"):
-        warn_about_old_locks()
-    lines = {Path(line.split()[0]): line for line in (record.getMessage() for record in caplog.records)}
-    assert set(lines) == set(locks[:3])
-    said = f"{locks[1]} is 20 minutes old, and no process here has it open: a build that was killed leaves its lock"
-    assert lines[locks[1]].startswith(said)
-    assert "is 20 minutes old: a build" in lines[locks[0]]
-    assert "is 0 minutes old, and no process" in lines[locks[2]]
 
 
 def test_a_file_is_named_and_not_only_its_number(tmp_path, capfd):

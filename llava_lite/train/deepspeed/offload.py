@@ -1,17 +1,9 @@
-"""Check before a run whether DeepSpeed can offload to the disk, and whether it can build its extensions."""
+"""Check before a run whether DeepSpeed can offload to the disk."""
 
-import logging
 import os
-import time
 from pathlib import Path
 
-from llava_lite.distributed.processes import is_open
-
-logger = logging.getLogger(__name__)
-
 PARTS = ("offload_optimizer", "offload_param")
-# A build takes about two minutes.
-OLD_LOCK_S = 600
 
 
 def check_nvme(config: dict) -> None:
@@ -44,28 +36,3 @@ def _has_asynchronous_io() -> bool:
         return False
     builder = accelerator.create_op_builder("AsyncIOBuilder")
     return builder is not None and builder.is_compatible(verbose=False)
-
-
-def warn_about_old_locks() -> None:
-    """Warn of locks that a killed build may have left: DeepSpeed waits for one silently and forever.
-
-    A build has its lock open. One that nobody here has open may still be that of another machine or container.
-    """
-    from torch.utils.cpp_extension import get_default_build_root
-
-    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
-    for lock in [*root.glob("*/lock"), *root.glob("*/*/lock")]:
-        try:
-            minutes = (time.time() - lock.stat().st_mtime) / 60
-        except FileNotFoundError:
-            # Its build has just ended.
-            continue
-        is_open_here = is_open(lock.resolve())
-        if minutes * 60 > OLD_LOCK_S or not is_open_here:
-            logger.warning(
-                "%s is %.0f minutes old%s: a build that was killed leaves its lock, and every later run waits for it. "
-                "If nothing builds there now, remove the file.",
-                lock,
-                minutes,
-                "" if is_open_here else ", and no process here has it open",
-            )
