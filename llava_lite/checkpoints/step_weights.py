@@ -23,22 +23,22 @@ logger = logging.getLogger(__name__)
 STATE, TRAINED = "trainer_state.json", "trained.safetensors"
 ADAPTER, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 # What only a run reads: a checkpoint without them, to save space, is still a model.
-_FOR_A_RUN = re.compile(r"(optimizer|scheduler|scaler)\.pt|rng_state(_\d+)?\.pth|progress_\d+\.pt")
+FOR_A_RUN = re.compile(r"(optimizer|scheduler|scaler)\.pt|rng_state(_\d+)?\.pth|progress_\d+\.pt")
 # PEFT names an adapter's weights after the adapter while it trains, and no more when it is saved.
 _LORA = re.compile(r"(\.lora_\w+)\.default(?=\.|$)")
 
 
 def holds_step(path) -> bool:
-    """Tell whether a local directory holds the state of a run at a step, with its trained weights.
+    """Tell whether a local directory holds the state of a run at a step, with its trained weights or without.
 
     A finished directory has no manifest. Raises BrokenCheckpoint for the state of a run that has lost its own.
     """
     directory = Path(path)
     if has_lost_manifest(directory):
         raise BrokenCheckpoint(directory, MANIFEST, "is missing")
-    return (directory / MANIFEST).is_file() and (
-        (directory / TRAINED).is_file() or engine_directory(directory) is not None
-    )
+    # Any of them: one may be the file that is lost, and a manifest.json alone may be another program's.
+    is_ours = any((directory / name).is_file() for name in (TRAINED, STATE)) or engine_directory(directory) is not None
+    return is_ours and (directory / MANIFEST).is_file()
 
 
 def has_lost_manifest(directory: Path) -> bool:
@@ -48,7 +48,7 @@ def has_lost_manifest(directory: Path) -> bool:
 
 def verify_model(path) -> None:
     """Compare the files of a checkpoint-N that a model is opened from with the manifest; raises BrokenCheckpoint."""
-    verify(path, lambda name: _FOR_A_RUN.fullmatch(name) is None)
+    verify(path, lambda name: FOR_A_RUN.fullmatch(name) is None)
 
 
 def name_newest(path) -> str:
@@ -59,7 +59,7 @@ def name_newest(path) -> str:
             # Those of other programs have no manifest.
             if (step / MANIFEST).exists() or has_lost_manifest(step):
                 # Sizes alone, for a message; whoever opens the checkpoint compares the rest.
-                verify(step, lambda name: _FOR_A_RUN.fullmatch(name) is None, hashes=False)
+                verify(step, lambda name: FOR_A_RUN.fullmatch(name) is None, hashes=False)
         except BrokenCheckpoint as error:
             hint += f"; its {step.name} is not complete ({error.file} {error.reason})"
             continue
@@ -117,7 +117,7 @@ def get_step_adapter(path, adapter: Mapping | None = None) -> Iterator[Path]:
 def step_without_adapter(path) -> Iterator[Path]:
     """Give a directory with the other trained weights of a checkpoint-N, as a finished run writes it."""
     gone = (ADAPTER, MANIFEST, LATEST, TRAINED)
-    with linked_directory(path, lambda name: name not in gone and not _FOR_A_RUN.fullmatch(name)) as directory:
+    with linked_directory(path, lambda name: name not in gone and not FOR_A_RUN.fullmatch(name)) as directory:
         write_weights(step_weights(path)[0], directory / TRAINED, path)
         yield directory
 

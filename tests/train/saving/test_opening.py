@@ -1,6 +1,7 @@
 """checkpoint-N opens as the model that the run held: as what it would have written, had it ended there."""
 
 import json
+import re
 import runpy
 import shutil
 from pathlib import Path
@@ -8,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from llava_lite.checkpoints.step_weights import holds_step
+from llava_lite.checkpoints.manifest import BrokenCheckpoint, list_files
+from llava_lite.checkpoints.step_weights import FOR_A_RUN, holds_step
 from llava_lite.export.merge import merge
 from llava_lite.inference import load, reply
 from llava_lite.train.train import train
@@ -67,6 +69,20 @@ def test_a_checkpoint_of_4_bits_is_the_model_that_the_run_held(stage_flags, tmp_
     pytest.importorskip("bitsandbytes")
     train(stage_flags("lora", tmp_path / "out", *SAVED, "--bits", "4"))
     assert_same_model(tmp_path / "out" / "checkpoint-3", tmp_path / "out")
+
+
+@pytest.mark.parametrize("stage", ["projector", "full", "lora", "moe"])
+def test_each_file_that_is_lost_is_named_when_a_checkpoint_is_opened(stage_flags, tmp_path, stage):
+    train(stage_flags(stage, tmp_path / "out", *SAVED))
+    names = [name for name in list_files(tmp_path / "out" / "checkpoint-3") if not FOR_A_RUN.fullmatch(name)]
+    assert {"trained.safetensors", "config.json", "trainer_state.json"} <= set(names)
+    for name in [*names, "manifest.json"]:
+        broken = shutil.copytree(tmp_path / "out" / "checkpoint-3", tmp_path / name / "checkpoint-3")
+        (broken / name).unlink()
+        # Without a config nothing says that it is a model.
+        kind, said = (OSError, "no config.json") if name == "config.json" else (BrokenCheckpoint, f"{name} is missing")
+        with pytest.raises(kind, match=re.escape(said)):
+            load(broken, device="cpu")
 
 
 def test_a_checkpoint_answers_and_says_which_step_it_is(stage_flags, tmp_path, caplog):
