@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -24,6 +25,7 @@ STATE, TRAINED = "trainer_state.json", "trained.safetensors"
 ADAPTER, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 # What only a run reads: a checkpoint without them, to save space, is still a model.
 FOR_A_RUN = re.compile(r"(optimizer|scheduler|scaler)\.pt|rng_state(_\d+)?\.pth|progress_\d+\.pt")
+_TEXTS = (".json", ".jinja", ".txt", ".model", ".tiktoken")
 # PEFT names an adapter's weights after the adapter while it trains, and no more when it is saved.
 _LORA = re.compile(r"(\.lora_\w+)\.default(?=\.|$)")
 
@@ -44,6 +46,15 @@ def holds_step(path) -> bool:
 def has_lost_manifest(directory: Path) -> bool:
     """Tell whether a directory holds a file that only a checkpoint-N of ours has, and no manifest."""
     return not (directory / MANIFEST).is_file() and next(directory.glob("progress_*.pt"), None) is not None
+
+
+def verify_texts(path) -> None:
+    """Compare config, tokenizer and settings of a checkpoint-N with the manifest, before any of them is read.
+
+    Does nothing for any other path. Raises BrokenCheckpoint.
+    """
+    if path is not None and os.path.isdir(path) and holds_step(path):
+        verify(path, lambda name: name.endswith(_TEXTS))
 
 
 def verify_model(path) -> None:

@@ -12,6 +12,7 @@ from transformers.utils import PROCESSOR_NAME, logging
 
 from llava_lite.checkpoints.config import read_upstream_config
 from llava_lite.checkpoints.source import Checkpoint
+from llava_lite.checkpoints.step_weights import verify_texts
 from llava_lite.formats import arcade100k
 from llava_lite.media.preprocess import load_image_processor
 
@@ -66,6 +67,7 @@ def load_tokenizer(checkpoint, base=None):
     base: a directory or hub id that replaces the base which the checkpoint names.
     """
     checkpoint = Checkpoint.open(checkpoint, base=base)
+    verify_texts(checkpoint.path)
     if checkpoint.file(TOKENIZER_CONFIG) is None and checkpoint.named_base is not None:
         # The base may itself hold only trained weights.
         return load_tokenizer(checkpoint.stands_on(checkpoint.named_base))

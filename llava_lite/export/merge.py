@@ -22,6 +22,7 @@ from llava_lite.checkpoints.step_weights import (
     linked_directory,
     step_without_adapter,
     verify_model,
+    verify_texts,
 )
 from llava_lite.export import verify
 from llava_lite.export.merged_card import CARD, merged_card
@@ -51,6 +52,7 @@ def merge(
     Checkpoint(source).check()
     check_empty(target)
     directory = get_local_directory(source)
+    verify_texts(directory)
     check_has_config(directory)
     checkpoint = Checkpoint(directory, base=base)
     check_not_complete(checkpoint)

@@ -17,7 +17,7 @@ from llava_lite.checkpoints.load_report import missing_and_unexpected, own_accou
 from llava_lite.checkpoints.partial import check_no_missing_or_unexpected, check_parts_found, merge_adapter
 from llava_lite.checkpoints.sizes import check_sizes
 from llava_lite.checkpoints.source import Checkpoint
-from llava_lite.checkpoints.step_weights import check_has_config, name_newest
+from llava_lite.checkpoints.step_weights import check_has_config, name_newest, verify_texts
 from llava_lite.checkpoints.tokenizer import check_vocabulary_of_base, get_image_processor, load_tokenizer
 from llava_lite.checkpoints.torch_files import is_torch_checkpoint
 from llava_lite.checkpoints.vocabulary import fit_rows
@@ -73,6 +73,7 @@ def load_pretrained_model(
     checkpoint = Checkpoint.open(model_path, kwargs, base=model_base)
     asked = one_request(load_8bit, load_4bit, kwargs.pop("quantization_config", None))
     checkpoint.check()
+    verify_texts(checkpoint.path)
     check_holds_model(checkpoint.path)
     base = checkpoint.base
     config = customise_config(checkpoint, customized_config, overwrite_config)

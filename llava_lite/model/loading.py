@@ -24,6 +24,7 @@ from llava_lite.checkpoints.load_report import (
 from llava_lite.checkpoints.partial import apply_trained, check_no_missing_or_unexpected
 from llava_lite.checkpoints.sizes import check_connector, check_sizes
 from llava_lite.checkpoints.source import Checkpoint
+from llava_lite.checkpoints.step_weights import verify_texts
 from llava_lite.configuration import own_fields
 from llava_lite.formats.llava import clip_config_from_shapes
 from llava_lite.hub.errors import CONFIG
@@ -70,6 +71,7 @@ class LoadingMixin:
         OSError if the vision tower cannot be found.
         """
         checkpoint = Checkpoint.open(pretrained_model_name_or_path, kwargs)
+        verify_texts(checkpoint.path)
         if "torch_dtype" in kwargs:
             kwargs.setdefault("dtype", kwargs.pop("torch_dtype"))
         # Without a checkpoint (path None) weights are missing on purpose.

@@ -5,6 +5,7 @@ import os
 from transformers.utils import PROCESSOR_NAME
 
 from llava_lite.checkpoints.source import Checkpoint
+from llava_lite.checkpoints.step_weights import verify_texts
 from llava_lite.checkpoints.tokenizer import (
     get_image_processor,
     get_template_name,
@@ -62,6 +63,7 @@ class ProcessorFiles:
         hub (revision, token, ...) go to every file.
         """
         checkpoint = Checkpoint.open(pretrained_model_name_or_path, kwargs)
+        verify_texts(checkpoint.path)
         kwargs = {key: value for key, value in kwargs.items() if key not in OF_OTHERS}
         saved = with_todays_keys(checkpoint.read_json(PROCESSOR_NAME))
         if saved.keys() >= set(SETTINGS) and not checkpoint.has(CONFIG):

@@ -13,6 +13,8 @@ from llava_lite.checkpoints.manifest import BrokenCheckpoint, list_files
 from llava_lite.checkpoints.step_weights import FOR_A_RUN, holds_step
 from llava_lite.export.merge import merge
 from llava_lite.inference import load, reply
+from llava_lite.model import LlavaLlamaForCausalLM
+from llava_lite.processing.processor import LlavaLiteProcessor
 from llava_lite.train.train import train
 
 HERE = Path(__file__).parents[1]
@@ -79,10 +81,19 @@ def test_each_file_that_is_lost_is_named_when_a_checkpoint_is_opened(stage_flags
     for name in [*names, "manifest.json"]:
         broken = shutil.copytree(tmp_path / "out" / "checkpoint-3", tmp_path / name / "checkpoint-3")
         (broken / name).unlink()
-        # Without a config nothing says that it is a model.
-        kind, said = (OSError, "no config.json") if name == "config.json" else (BrokenCheckpoint, f"{name} is missing")
-        with pytest.raises(kind, match=re.escape(said)):
+        with pytest.raises(BrokenCheckpoint, match=rf"{re.escape(name)} is missing"):
             load(broken, device="cpu")
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "config.json", "tokenizer_config.json"])
+def test_a_text_that_changed_is_named_before_it_is_read(stage_flags, tmp_path, name):
+    train(stage_flags("full", tmp_path / "out", *SAVED))
+    checkpoint = tmp_path / "out" / "checkpoint-3"
+    text = (checkpoint / name).read_bytes()
+    (checkpoint / name).write_bytes(text[: len(text) // 2])
+    for reading in (load, LlavaLiteProcessor.from_pretrained, LlavaLlamaForCausalLM.from_pretrained):
+        with pytest.raises(BrokenCheckpoint, match=rf"{re.escape(name)} has \d+ bytes, the manifest has {len(text)}"):
+            reading(checkpoint)
 
 
 def test_a_checkpoint_answers_and_says_which_step_it_is(stage_flags, tmp_path, caplog):
