@@ -163,6 +163,16 @@ class LazySupervisedDataset(ExampleMaker, Dataset):
         return self.annotations.token_lengths.clip(max=self.max_length)
 
     @property
+    def checksums(self):
+        """A checksum of the content of each record, [N], from the index; images count by their names."""
+        return self.annotations.record_facts().checksum
+
+    @property
+    def image_bytes(self):
+        """The size in bytes of each image's file, [S], from the index."""
+        return self.annotations.image_bytes
+
+    @property
     def groups(self) -> list[str] | None:
         """The group of each example, [N], if its file names one; for the sampler."""
         return self.annotations.groups if self.annotations.has_groups else None

@@ -21,12 +21,15 @@ from llava_lite.data.media_files import find_part
 from llava_lite.data.records.media import MediaMix, MediaPart
 from llava_lite.media.image import ImageError
 
+# For a table of int32 in which -1 is unknown.
+_31_BITS = 2**31 - 1
+
 
 class StampMeter:
-    """Record -> a stamp of each image's file as it is now, 0 for one that the record itself holds.
+    """Record -> two numbers for each image: a stamp of its file as it is now, and its size in bytes.
 
-    Media that together are an image have one stamp of all their files. One object serves one check: it remembers
-    which directories lie below the image folder.
+    The stamp of one that the record itself holds is 0. Media that together are an image have one stamp and one size of
+    all their files. One object serves one check: it remembers which directories lie below the image folder.
     """
 
     def __init__(self, follow_links: bool = False):
@@ -34,15 +37,18 @@ class StampMeter:
         self._directories = {}
 
     def __call__(self, record) -> tuple[int, ...]:
-        """Return the stamps; ImageError or MediaError if a file does not exist."""
-        return tuple(0 if isinstance(image, bytes) else self._stamp(record, image) for image in record.images)
+        """Return two numbers for each image; ImageError or MediaError if a file does not exist."""
+        return tuple(number for image in record.images for number in self._stamp(record, image))
 
-    def _stamp(self, record, image: str | MediaMix) -> int:
+    def _stamp(self, record, image: str | bytes | MediaMix) -> tuple[int, int]:
+        if isinstance(image, bytes):
+            return 0, len(image) & _31_BITS
         parts = image.parts if isinstance(image, MediaMix) else (MediaPart("image", image),)
-        # 31 bits, for a table of int32 in which -1 is unknown.
-        return zlib.crc32(" ".join(self._state(record, part) for part in parts).encode("utf-8", "surrogatepass")) >> 1
+        states = [self._state(record, part) for part in parts]
+        stamp = zlib.crc32(" ".join(state for state, _ in states).encode("utf-8", "surrogatepass"))
+        return stamp >> 1, sum(num_bytes for _, num_bytes in states) & _31_BITS
 
-    def _state(self, record, part: MediaPart) -> str:
+    def _state(self, record, part: MediaPart) -> tuple[str, int]:
         path, status = self._plain_file(record.image_folder, part.path)
         if status is None:
             # A link, another suffix, or a file that is gone.
@@ -51,7 +57,7 @@ class StampMeter:
                 status = os.stat(path)
             except OSError as error:
                 raise ImageError(path, f"{error.strerror}.") from error
-        return f"{path} {status.st_size} {status.st_mtime_ns} {status.st_ctime_ns}"
+        return f"{path} {status.st_size} {status.st_mtime_ns} {status.st_ctime_ns}", status.st_size
 
     def _plain_file(self, image_folder: str | None, name: str) -> tuple[str, os.stat_result | None]:
         """Return path and status of a regular file in a directory below the image folder; None for all else."""
@@ -79,7 +85,7 @@ class StampMeter:
 
 
 class StampedMeter:
-    """Record -> the four numbers of each image in the table: three of an ImageMeter, and a stamp of its file."""
+    """Record -> the five numbers of each image in the table: three of an ImageMeter, two of a StampMeter."""
 
     def __init__(self, meter: ImageMeter):
         self.meter, self.stamp = meter, StampMeter(meter.follow_links)
@@ -94,7 +100,8 @@ class StampedMeter:
             self.meter(record)
             raise
         numbers = self.meter(record)
-        return tuple(number for k, stamp in enumerate(stamps) for number in (*numbers[3 * k : 3 * k + 3], stamp))
+        pairs = zip(range(0, len(numbers), 3), range(0, len(stamps), 2), strict=True)
+        return tuple(number for k, j in pairs for number in (*numbers[k : k + 3], *stamps[j : j + 2]))
 
 
 def recheck_images(annotations, name: str, meter: StampedMeter, num_threads: int) -> dict[int, ValueError]:
@@ -107,7 +114,7 @@ def recheck_images(annotations, name: str, meter: StampedMeter, num_threads: int
         images = file.table(name, IMAGE_COLUMNS, per_image=True)
         known = np.setdiff1d(positions[np.diff(images.starts)[positions] > 0], images.unknown(positions))
         changed, purpose = [], f"checking changed images of {file.name}"
-        stamps, starts = images.known_rows()[:, -1].tolist(), images.starts.tolist()
+        stamps, starts = images.known_rows()[:, -2:].reshape(-1).tolist(), (2 * images.starts).tolist()
         named = open_names(file, num_threads) if len(known) else file
         for measured in measure_records(named, known, meter.stamp, purpose, num_threads=num_threads):
             changed += [position for position, _ in measured.problems]

@@ -20,8 +20,9 @@ from llava_lite.data.records.media import KINDS
 from llava_lite.data.records.record import Record
 from llava_lite.media.layout import ImageLayout
 
-# Of the table of images: width, height, 1 for a file under another suffix than in the record, stamp of the file.
-IMAGE_COLUMNS = 4
+# Of the table of images: width, height, 1 for a file under another suffix than in the record, stamp of the file, its
+# size in bytes (31 bits of it).
+IMAGE_COLUMNS = 5
 
 
 class TokenFacts(NamedTuple):
@@ -213,14 +214,23 @@ class Annotations:
     @property
     def image_sizes(self) -> np.ndarray:
         """Width and height [S, 2] of all images, record after record (num_images of each)."""
+        return self._image_facts()[:, :2]
+
+    @property
+    def image_bytes(self) -> np.ndarray:
+        """Size in bytes [S] of the file of each image, record after record, -1 for unknown."""
+        return self._image_facts()[:, -1]
+
+    def _image_facts(self) -> np.ndarray:
+        """Return the rows [S, C] of the table of images."""
         if self.tables.images is None:
             raise RuntimeError("call check_annotations first.")
         starts = np.concatenate([[0], np.cumsum(self.num_images)])
-        sizes = np.empty((int(starts[-1]), 2), np.int32)
+        rows = np.empty((int(starts[-1]), IMAGE_COLUMNS), np.int32)
         for file, positions, numbers in self.by_file():
             table = file.table(self.tables.images, IMAGE_COLUMNS, per_image=True)
-            sizes[get_slots(starts, numbers)] = table.rows()[get_slots(table.starts, positions), :2]
-        return sizes
+            rows[get_slots(starts, numbers)] = table.rows()[get_slots(table.starts, positions)]
+        return rows
 
 
 def _kept(selection: np.ndarray, root: Path) -> Path:

@@ -4,6 +4,7 @@ Letters: M records of the file, N of any.
 """
 
 import os
+import zlib
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,7 +30,7 @@ from llava_lite.data.records.recipes import apply_recipe
 from llava_lite.data.records.record import Record, num_empty_answers, num_missing_images, parse_record
 
 # Increased when the stored facts, or how they are counted, change.
-VERSION = 5
+VERSION = 6
 
 
 class IndexedFile:
@@ -100,12 +101,25 @@ class RecordFacts(NamedTuple):
     num_turns: np.ndarray | int  # of both sides
     num_empty: np.ndarray | int  # supervised answers without text
     media: np.ndarray | int  # kinds of media that together are its image, as kind_bits returns them
+    checksum: np.ndarray | int  # 31 bits of a CRC-32 of its texts and of the names of its images
 
 
 def _measure(record: Record) -> RecordFacts:
     num_missing = 0 if record.images else num_missing_images(record)
     num_images, num_turns = len(record.images), len(record.turns)
-    return RecordFacts(num_images, num_missing, num_turns, num_empty_answers(record), kind_bits(record.images))
+    empty, kinds = num_empty_answers(record), kind_bits(record.images)
+    return RecordFacts(num_images, num_missing, num_turns, empty, kinds, get_content_checksum(record))
+
+
+def get_content_checksum(record: Record) -> int:
+    """Return a checksum of what a record says, 31 bits: of its turns, system text and images, bytes or names.
+
+    Two spellings of the same record have the same one, and so has a file of records that was moved.
+    """
+    images = [zlib.crc32(image) if isinstance(image, bytes) else image for image in record.images]
+    content = repr((record.system, record.turns, sorted(record.not_supervised), images))
+    # For a table of int32 in which -1 is unknown.
+    return zlib.crc32(content.encode("utf-8", "surrogatepass")) >> 1
 
 
 def index_file(source: Source, root: Path, num_workers: int = 0) -> IndexedFile:

@@ -28,6 +28,11 @@ AS_EXAMPLES = (
     "mm_vision_select_layer",
     "mm_vision_select_feature",
 )
+# Compared where a checkpoint has them: those of earlier versions do not. Without the first two it had none.
+WITHOUT_MEANS_NONE = ("--ep_size", "--packing_tokens")
+RECORDS = "checksum of the records' texts"
+# An image may have been repaired, so other sizes are reported and not refused.
+IMAGES = "checksum of the sizes of the images' files"
 
 
 class CompleteCheckpoint(str):
@@ -89,14 +94,20 @@ def check_same_run(path: str, steps: Mapping, schedule: Mapping) -> None:
     """
     manifest = paper.read_manifest(path)
     saved = with_todays_keys(manifest["steps"])
-    steps = {key: value for key, value in steps.items() if key not in AS_EXAMPLES or key in saved}
+    steps = {key: value for key, value in steps.items() if key in saved or not is_later(key)}
     if has_other_ranks(saved, steps):
         check_same_batch(path, saved, steps)
         saved = saved | {key: steps[key] for key in DIVISION}
+    if IMAGES in steps and saved[IMAGES] != steps.pop(IMAGES):
+        logger.warning(
+            "%s was saved by a run whose image files had other sizes in bytes: this run goes on with the images as "
+            "they are now. If none was repaired or replaced on purpose, look at --image_folder.",
+            path,
+        )
     if different := differences(saved, steps):
         raise ValueError(
             f"{path} cannot be resumed exactly: {'; '.join(different)}. Start this run as that one was started "
-            "(ranks, batch, accumulation, DeepSpeed stage, data, --tuning), or choose a new --output_dir."
+            "(ranks, batch, accumulation, DeepSpeed stage, data, flags), or choose a new --output_dir."
         )
     decays = [bool(settings.get("weight_decay")) for settings in (manifest["schedule"], schedule)]
     if decays[0] != decays[1]:
@@ -105,8 +116,14 @@ def check_same_run(path: str, steps: Mapping, schedule: Mapping) -> None:
             f"{schedule.get('weight_decay')}, and the optimizer was saved {'with' if decays[0] else 'without'} groups "
             "of weights that decay. Give the old value, or choose a new --output_dir."
         )
-    if different := differences(manifest["schedule"], schedule):
+    known = {key: value for key, value in schedule.items() if key in manifest["schedule"]}
+    if different := differences(manifest["schedule"], known):
         logger.warning("%s is resumed with another schedule: %s.", path, "; ".join(different))
+
+
+def is_later(key: str) -> bool:
+    """Tell whether checkpoints of earlier versions do not have a setting of a step."""
+    return key in (*AS_EXAMPLES, RECORDS, IMAGES) or (key.startswith("--") and key not in WITHOUT_MEANS_NONE)
 
 
 def differences(saved: Mapping, now: Mapping) -> list[str]:

@@ -1,5 +1,6 @@
 """What a checkpoint and the run that resumes it must have in common, and which files it must hold."""
 
+import json
 import os
 import zlib
 
@@ -8,10 +9,38 @@ import numpy as np
 from llava_lite.train.deepspeed.experts import parallel_experts
 from llava_lite.train.saving import manifest as paper
 from llava_lite.train.saving import other_ranks as other
-from llava_lite.train.saving.resume import AS_EXAMPLES, check_complete, check_same_run
+from llava_lite.train.saving.resume import AS_EXAMPLES, IMAGES, RECORDS, check_complete, check_same_run
 from llava_lite.train.saving.trained_weights import TRAINED, trained_names
 
 TRAINER_STATE = "trainer_state.json"
+# Flags without which the state of the optimizer, or the weights beside it, are those of another run.
+AS_STEPS = ("optim", "bf16", "fp16", "bits")
+AS_STEPS_OF_LORA = ("lora_alpha",)
+AS_STEPS_OF_4_BITS = ("quant_type", "double_quant")
+# Flags that may be changed on purpose, at the price of another run.
+AS_SCHEDULE = (
+    "num_train_epochs",
+    "max_steps",
+    "learning_rate",
+    "mm_projector_lr",
+    "mm_vision_tower_lr",
+    "lr_scheduler_type",
+    "lr_scheduler_kwargs",
+    "warmup_steps",
+    "weight_decay",
+    "max_grad_norm",
+    "adam_beta1",
+    "adam_beta2",
+    "adam_epsilon",
+    "optim_args",
+    "label_smoothing_factor",
+    "neftune_noise_alpha",
+    "lora_dropout",
+    "average_tokens_across_devices",
+    "ignore_data_skip",
+    "dataloader_drop_last",
+)
+EXPERT_SCHEDULE = ("router_aux_loss_coef", "eval_capacity_factor")
 
 
 class SameRunMixin:
@@ -24,7 +53,8 @@ class SameRunMixin:
     def step_settings(self) -> dict:
         """Return what must be equal for a step to be the same step."""
         args, data = self.args, self.train_dataset
-        lengths = getattr(data, "lengths", None)
+        lengths, checksums = getattr(data, "lengths", None), getattr(data, "checksums", None)
+        sizes = getattr(data, "image_bytes", None)
         # None without expert parallelism: a checkpoint from before this key can be resumed.
         ep_sizes = {experts.num_ranks for experts in parallel_experts(self.model).values()}
         return {
@@ -39,9 +69,13 @@ class SameRunMixin:
             "--packing_tokens": args.packing_tokens if getattr(args, "packing", None) == "tokens" else None,
             "samples": len(data) if hasattr(data, "__len__") else None,
             "checksum of the samples' lengths": None if lengths is None else zlib.crc32(np.asarray(lengths).tobytes()),
+            IMAGES: None if sizes is None else zlib.crc32(np.ascontiguousarray(sizes).tobytes()),
+            RECORDS: None if checksums is None else zlib.crc32(np.asarray(checksums).tobytes()),
             "DeepSpeed ZeRO stage": self.get_zero_stage(),
+            **{f"--{name}": as_json(value) for name, value in self.get_flags_of_steps().items()},
             "trained parameters": trained_names(self.model),
             **{key: getattr(self.model.config, key, None) for key in AS_EXAMPLES},
+            "--image_resize": getattr(data, "image_resize", None),
         }
 
     def why_as_many_ranks(self) -> str | None:
@@ -54,10 +88,21 @@ class SameRunMixin:
             return "its optimizer lies on the NVMe of each node"
         return None
 
+    def get_flags_of_steps(self) -> dict:
+        """Return the flags that must be equal, those of LoRA, 4 bits and experts where there are some."""
+        args, experts = self.args, getattr(self.model.config, "moe", None) or {}
+        names = list(AS_STEPS)
+        names += AS_STEPS_OF_LORA if getattr(args, "tuning", None) == "lora" else ()
+        names += AS_STEPS_OF_4_BITS if getattr(args, "bits", 16) == 4 else ()
+        flags = {name: getattr(args, name) for name in names if hasattr(args, name)}
+        return flags | {name: value for name, value in experts.items() if name not in EXPERT_SCHEDULE}
+
     def get_schedule(self) -> dict:
         """Return what may be changed on purpose, at the price of another run."""
-        keys = ("num_train_epochs", "max_steps", "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay")
-        return {key: getattr(self.args, key) for key in keys}
+        schedule = {name: getattr(self.args, name) for name in AS_SCHEDULE if hasattr(self.args, name)}
+        experts = getattr(self.model.config, "moe", None) or {}
+        schedule |= {name: experts[name] for name in EXPERT_SCHEDULE if name in experts}
+        return {name: as_json(value) for name, value in schedule.items()}
 
     def check_checkpoint(self, path) -> None:
         """Raise ValueError if a checkpoint, where there is one, is of another run or incomplete; once for each path.
@@ -117,3 +162,8 @@ class SameRunMixin:
 def get_num_ranks(path: str) -> int:
     """Return how many ranks saved a checkpoint."""
     return paper.read_manifest(path)["steps"][other.RANKS]
+
+
+def as_json(value):
+    """Return a value as a manifest holds it: names for members of an enumeration, lists for tuples."""
+    return json.loads(json.dumps(value))
