@@ -1,4 +1,4 @@
-"""Load an engine's checkpoint on another number of ranks than saved it, by DeepSpeed's universal checkpoint.
+"""Load an engine's checkpoint on other ranks, or under another stage, than saved it: DeepSpeed's universal checkpoint.
 
 Universal Checkpointing (Lian et al. 2024, arXiv 2406.18820; deepspeed.checkpoint.ds_to_universal): each weight with
 the two moments of Adam becomes a file of its own, from which every rank reads its new shard.
@@ -30,10 +30,12 @@ RUNNING, ENDED = "running", "ended"
 # The variables by which a launcher describes a rank; the converter is not one.
 RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _POLL_EVERY_S = 0.5
+# Of ZeRO-0 to 2, and of ZeRO-3.
+STATE_NAMES = ("mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_model_states.pt")
 
 
 def load_universal(engine, path: str, workspace: str | Path, is_converter: bool) -> None:
-    """Load a checkpoint that another number of ranks saved; all ranks must call it, one of them converts.
+    """Load a checkpoint of other ranks or another stage; all ranks must call it, one of them converts.
 
     workspace: a directory that all ranks see, with room for twice the optimizer; it is left as it was. Raises
     ValueError on every rank with what failed.
@@ -47,6 +49,9 @@ def load_universal(engine, path: str, workspace: str | Path, is_converter: bool)
     try:
         with together(ValueError, advice, (OSError, ValueError)):
             convert(directory, there) if is_converter else wait_for(there)
+        with together(ValueError, advice, (OSError, ValueError)):
+            if is_converter:
+                fit_stage(there / directory.name, engine)
         with universal_load(engine), safe_load(engine):
             loaded, _ = engine.load_checkpoint(str(there), load_module_strict=False)
         resolve_groups(engine.basic_optimizer, read_state(there / directory.name / "zero" / "optimizer_state.pt"))
@@ -57,6 +62,36 @@ def load_universal(engine, path: str, workspace: str | Path, is_converter: bool)
     finally:
         if is_converter:
             shutil.rmtree(there, ignore_errors=True)
+
+
+def fit_stage(converted: Path, engine) -> None:
+    """Give converted files the names, and the form, that the stage of `engine` reads; nothing where they have both.
+
+    DeepSpeed's converter writes each weight for the stage that saved it (0.19.8). Of ZeRO-0 to 2 it is a dict with a
+    tensor of the weight's shape, and a counter of steps; of ZeRO-3 a flat tensor, with one counter for all weights.
+    """
+    is_3 = engine.zero_optimization_partition_weights()
+    name, other = STATE_NAMES if is_3 else STATE_NAMES[::-1]
+    if (converted / other).is_file():
+        return
+    # Only settings are read from it.
+    os.link(converted / name, converted / other)
+    file = converted / "zero" / "optimizer_state.pt"
+    # Not mapped: the files are written again.
+    state = read_state(file, mmap=False)
+    if is_3:
+        step = read_state(next(file.parent.rglob("step.pt")), mmap=False)
+        state["optimizer_state_dict"] = {"param_groups": state["param_groups"], "state": {0: {"step": step}}}
+        torch.save(state, file)
+        return
+    step = next(iter(state["optimizer_state_dict"]["state"].values()))["step"]
+    for name, weight in engine.module.named_parameters():
+        directory = file.parent / name
+        if directory.is_dir():
+            torch.save(step, directory / "step.pt")
+            for key in ("fp32", "exp_avg", "exp_avg_sq"):
+                flat = read_state(directory / f"{key}.pt", mmap=False).reshape(-1)
+                torch.save({"param": flat[: weight.numel()].reshape(weight.shape).clone()}, directory / f"{key}.pt")
 
 
 def make_room(directory: Path, there: Path) -> None:
@@ -90,7 +125,8 @@ def convert(directory: Path, there: Path) -> None:
     os.replace(there / RUNNING, there / ENDED)
     if failed:
         raise ValueError(failed)
-    logger.info("%s was converted for another number of ranks in %.0f s.", directory, time.monotonic() - started_s)
+    took_s = time.monotonic() - started_s
+    logger.info("%s was converted for other ranks or another stage in %.0f s.", directory, took_s)
 
 
 def wait_for(there: Path) -> None:

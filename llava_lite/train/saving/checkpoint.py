@@ -129,21 +129,27 @@ class CheckpointMixin(SameRunMixin):
             self._load_from_checkpoint(path)
 
     def load_engine(self, path: str) -> None:
-        """Load the engine's state, whichever number of ranks saved it."""
-        is_converter = self.args.process_index == 0
-        load_engine(self.model_wrapped, path, get_num_ranks(path), self.args.output_dir, is_converter)
+        """Load the engine's state, whichever number of ranks saved it, under whichever stage of ZeRO."""
+        saved = paper.read_manifest(path)["steps"]
+        now = (self.args.world_size, self.get_zero_stage())
+        is_as_saved = (saved[other.RANKS], saved[other.ZERO_STAGE]) == now
+        load_engine(self.model_wrapped, path, is_as_saved, self.args.output_dir, self.args.process_index == 0)
 
     def load_progress(self, path: str) -> None:
         """Read what this rank remembered, or its part of what other ranks did; compare the frozen weights."""
         saved_by, ranks = get_num_ranks(path), self.args.world_size
+        saved_stage = paper.read_manifest(path)["steps"][other.ZERO_STAGE]
         if saved_by == ranks:
             self.progress.load(os.path.join(path, f"progress_{self.args.process_index}.pt"))
+        else:
+            self.progress.saved = other.get_shard(other.read_progress(path, saved_by), ranks)
+            self.progress.saved_by_others = path, saved_by
+        if (saved_by, saved_stage) == (ranks, self.get_zero_stage()):
             check_frozen(self.progress.frozen, self.progress.saved["frozen"], path)
             return
-        self.progress.saved = other.get_shard(other.read_progress(path, saved_by), ranks)
-        self.progress.saved_by_others = path, saved_by
         # As the first of those ranks saw them: under ZeRO-3 that is a shard.
-        check_frozen(frozen_prints(self.model, saved_by), self.progress.saved["frozen"], path)
+        prints = frozen_prints(self.model, saved_by if saved_stage == 3 else 1)
+        check_frozen(prints, other.read_progress(path, 1)[0]["frozen"], path)
 
     # After a step.
 

@@ -28,14 +28,13 @@ def save_engine(engine, model, directory: str, is_writer: bool) -> None:
         Path(directory, "latest").write_text(f"global_step{engine.global_steps}")
 
 
-def load_engine(engine, path: str, saved_by: int, workspace: str, is_converter: bool) -> None:
+def load_engine(engine, path: str, is_as_saved: bool, workspace: str, is_converter: bool) -> None:
     """Load what `save_engine` wrote; frozen weights stay those of the base model. All ranks must call it.
 
-    saved_by: the number of ranks that saved it. workspace, is_converter: as in `load_universal`, where it is another.
+    is_as_saved: whether as many ranks under the same stage of ZeRO have saved it. workspace, is_converter: as in
+    `load_universal`, which is used where they have not.
     """
-    from deepspeed import comm
-
-    if saved_by != comm.get_world_size():
+    if not is_as_saved:
         return load_universal(engine, path, workspace, is_converter)
     # All files, before any of them is loaded; and again the bytes that are loaded.
     check_no_code(engine_directory(path))

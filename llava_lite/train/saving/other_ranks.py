@@ -18,6 +18,7 @@ logger = logging.getLogger(__name__)
 
 RANKS, BATCH, ACCUMULATION = "world_size", "per_device_train_batch_size", "gradient_accumulation_steps"
 DIVISION = (RANKS, BATCH, ACCUMULATION)
+ZERO_STAGE = "DeepSpeed ZeRO stage"
 
 
 def has_other_ranks(saved: Mapping, now: Mapping) -> bool:

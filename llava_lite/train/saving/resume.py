@@ -7,7 +7,7 @@ from pathlib import Path
 from llava_lite.constants import with_todays_keys
 from llava_lite.distributed.ranks import everyone
 from llava_lite.train.saving import manifest as paper
-from llava_lite.train.saving.other_ranks import DIVISION, check_same_batch, has_other_ranks
+from llava_lite.train.saving.other_ranks import DIVISION, ZERO_STAGE, check_same_batch, has_other_ranks
 from llava_lite.train.together import together
 
 logger = logging.getLogger(__name__)
@@ -98,6 +98,10 @@ def check_same_run(path: str, steps: Mapping, schedule: Mapping) -> None:
     if has_other_ranks(saved, steps):
         check_same_batch(path, saved, steps)
         saved = saved | {key: steps[key] for key in DIVISION}
+    stages = [settings.get(ZERO_STAGE) for settings in (saved, steps)]
+    if None not in stages and stages[0] != stages[1]:
+        logger.info("%s was saved under ZeRO-%s and is resumed under ZeRO-%s.", path, *stages)
+        saved = saved | {ZERO_STAGE: stages[1]}
     if IMAGES in steps and saved[IMAGES] != steps.pop(IMAGES):
         logger.warning(
             "%s was saved by a run whose image files had other sizes in bytes: this run goes on with the images as "

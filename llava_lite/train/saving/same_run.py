@@ -71,7 +71,7 @@ class SameRunMixin:
             "checksum of the samples' lengths": None if lengths is None else zlib.crc32(np.asarray(lengths).tobytes()),
             IMAGES: None if sizes is None else zlib.crc32(np.ascontiguousarray(sizes).tobytes()),
             RECORDS: None if checksums is None else zlib.crc32(np.asarray(checksums).tobytes()),
-            "DeepSpeed ZeRO stage": self.get_zero_stage(),
+            other.ZERO_STAGE: self.get_zero_stage(),
             **{f"--{name}": as_json(value) for name, value in self.get_flags_of_steps().items()},
             "trained parameters": trained_names(self.model),
             **{key: getattr(self.model.config, key, None) for key in AS_EXAMPLES},

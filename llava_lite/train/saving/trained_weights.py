@@ -96,7 +96,8 @@ def projector_state(model: nn.Module, keep: bool = True) -> dict[str, torch.Tens
 def frozen_prints(model: nn.Module, as_first_of: int | None = None) -> dict[str, int]:
     """Return a checksum of 64 evenly spread elements of each frozen weight; under ZeRO-3 of this rank's shard.
 
-    as_first_of: for the shard that the first of so many ranks would hold; all ranks must call it.
+    as_first_of: for the shard that the first of so many ranks would hold, 1 for the complete weight; all ranks must
+    call it.
 
     Enough to detect another base model, a tuned tower or a reinitialised layer; hashing all of 7B weights at each
     start would take a minute.
@@ -108,7 +109,7 @@ def frozen_prints(model: nn.Module, as_first_of: int | None = None) -> dict[str,
         with gathered([param] if as_first_of else ()):
             weight = param.ds_tensor if is_partitioned(param) and not as_first_of else param
             flat = weight.detach().reshape(-1)
-            if is_partitioned(param) and as_first_of:
+            if as_first_of:
                 flat = flat[: -(-flat.numel() // as_first_of)].clone()
         if flat.numel() and not flat.is_meta:
             picked = flat[:: max(1, flat.numel() // _SAMPLES)][: 2 * _SAMPLES].cpu().contiguous()

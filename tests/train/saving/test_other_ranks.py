@@ -1,4 +1,4 @@
-"""A run resumes on another number of ranks, step for step: the same records, the same losses."""
+"""A run resumes on other ranks, or under another stage of ZeRO, step for step: the same records and losses."""
 
 import runpy
 from pathlib import Path
@@ -150,6 +150,24 @@ def test_a_run_resumes_on_other_ranks_step_for_step(flags_of, launch, tmp_path, 
     for kind in kinds:
         assert_resumed(resumed[f"{kind}_again"], full[kind], from_step[kind])
         assert not list((tmp_path / f"{kind}_again").glob("tmp-*"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("first", "then", "after"), [("zero2", "zero3", 2), ("zero3", "zero2", 2), ("zero3", "zero2", 1)]
+)
+def test_a_run_resumes_under_another_stage_step_for_step(flags_of, launch, tmp_path, first, then, after):
+    kinds = ["full", "lora", "moe"]
+    cases = [{"name": kind, "argv": [*flags_of(kind, tmp_path / kind, 2), *ENGINES[first]]} for kind in kinds]
+    full = launch(cases, tmp_path, world_size=2)
+    again = []
+    for kind in kinds:
+        checkpoint = str(tmp_path / kind / "checkpoint-4")
+        flags = flags_of(kind, tmp_path / f"{kind}_again", after, "--resume_from_checkpoint", checkpoint)
+        again.append({"name": f"{kind}_again", "argv": [*flags, *ENGINES[then]]})
+    resumed = launch(again, tmp_path, world_size=after)
+    for kind in kinds:
+        assert_resumed(resumed[f"{kind}_again"], full[kind], 4)
 
 
 @pytest.mark.slow
