@@ -225,7 +225,7 @@ class LLaVATrainer(
         if outputs.get("moe_loss") is not None:
             balance = outputs["moe_loss"] / self.current_gradient_accumulation_steps
             loss = loss + balance
-            self.balance_sum += balance.detach().where(balance.isfinite(), 0)
+            self.balance_sum += balance.detach()
             self.experts.add(routing)
         self.note_part("loss of", self.sample_ids)
         loss = self.checked_loss(loss)
@@ -266,6 +266,15 @@ class LLaVATrainer(
 
     # The log.
 
+    def copy_sums(self):
+        """Return a copy of the sums of the losses and of the experts."""
+        return super().copy_sums() | {"balance": self.balance_sum.clone(), "experts": dict(self.experts.sums)}
+
+    def restore_sums(self, sums):
+        """Take them back. Tokens and records stay: the step was computed."""
+        super().restore_sums(sums)
+        self.balance_sum, self.experts.sums = sums["balance"], sums["experts"]
+
     @contextmanager
     def kept_log_error(self):
         """Keep an OSError of this rank until all ranks raise it, at the end of a step."""
@@ -295,8 +304,11 @@ class LLaVATrainer(
         """
         reports = {}
         if "loss" in logs:
-            logs.update(self.get_metrics(logs["loss"]))
+            logs.update(self.get_metrics(logs))
             reports = self.experts.read(lambda row: self.accelerator.reduce(row, "sum"))
+        elif "train_loss" in logs:
+            num_steps = self.state.global_step - self.progress.first_step
+            self.mean_over_taken(logs, "train_loss", num_steps, self.num_skipped)
         with self.kept_log_error():
             super().log(logs, start_time)
             line = {"step": self.state.global_step, **logs}
@@ -312,10 +324,15 @@ class LLaVATrainer(
             if isinstance(callback, reporters):
                 callback.on_log(self.args, self.state, self.control, model=self.model, logs=numbers)
 
-    def get_metrics(self, loss):
-        """Return what is logged beside the loss, mean over ranks; all ranks must call it."""
-        num_steps = self.state.global_step - self.last_metrics_step
-        self.last_metrics_step = self.state.global_step
+    def get_metrics(self, logs):
+        """Return what is logged beside the loss of `logs`, mean over ranks; all ranks must call it.
+
+        Steps that were left out count in no loss: the one of `logs` is made the mean of the others, or dropped where
+        there are none.
+        """
+        num_steps, num_skipped = self.state.global_step - self.last_metrics_step, self.num_skipped_since_log
+        self.last_metrics_step, self.num_skipped_since_log = self.state.global_step, 0
+        num_taken = self.mean_over_taken(logs, "loss", num_steps, num_skipped)
         work = self.meter.read()
         self.current_flos += work.flops
         mine = [work.tokens_per_s, work.mfu, self.balance_sum.item()]
@@ -327,9 +344,11 @@ class LLaVATrainer(
         self.balance_sum.zero_()
         metrics = {"tokens_per_s": tokens_per_s, "mfu": mfu}
         metrics |= {"tokens": tokens, "padded_tokens": padded_tokens, "records": records}
-        if self.unwrapped.moe_layers():
-            metrics["moe_loss"] = balance / num_steps
-            metrics["lm_loss"] = loss - metrics["moe_loss"]
+        if num_skipped:
+            metrics["skipped_steps"] = num_skipped
+        if self.unwrapped.moe_layers() and num_taken:
+            metrics["moe_loss"] = balance / num_taken
+            metrics["lm_loss"] = logs["loss"] - metrics["moe_loss"]
         return metrics
 
     def progress_state(self):

@@ -332,12 +332,14 @@ class TrainingArguments(transformers.TrainingArguments):
         False,
     )
     logging_nan_inf_filter: bool = knob(
-        "Hide losses that are not finite from the log; False lets them stop the run.", False
+        "Accepted for other scripts; has no effect, because a loss that is not finite ends the run or, with "
+        "--max_skipped_steps, leaves out its step.",
+        False,
     )
 
     max_skipped_steps: int = knob(
-        "Number of steps whose loss or gradient may be NaN or infinite: each is left out on all ranks, and logged "
-        "with its records; a further one stops the run.",
+        "Number of steps whose loss or gradient may be NaN or infinite: each is left out on all ranks, of the logged "
+        "means too, and logged with its records; a further one stops the run.",
         0,
     )
 
@@ -358,8 +360,6 @@ class TrainingArguments(transformers.TrainingArguments):
             stand_alone()
         super().__post_init__()
         check_skipped_steps(self)
-        # The loss of a step that is left out counts as the mean of the others.
-        self.logging_nan_inf_filter = self.logging_nan_inf_filter or self.max_skipped_steps > 0
         check_loggers(self.report_to)
 
     @property

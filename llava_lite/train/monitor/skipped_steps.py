@@ -1,6 +1,7 @@
 """Stop a run, or leave a step out, where loss, gradient, weights or optimizer state are not finite."""
 
 import logging
+import math
 
 import torch
 from transformers import TrainerCallback
@@ -8,21 +9,29 @@ from transformers import TrainerCallback
 from llava_lite.distributed.ranks import everyone
 from llava_lite.train.monitor.finite import NonFiniteError, find_in, find_non_finite, list_names
 from llava_lite.train.monitor.guards import describe_gradient, describe_loss
-from llava_lite.train.saving.interrupt import any_rank_each
+from llava_lite.train.saving.interrupt import LOSS, any_rank_each
 
 logger = logging.getLogger(__name__)
 
 UNTOUCHED = "Nothing was written after the last checkpoint."
 
 
-class DropGradients(TrainerCallback):
-    """Let the optimizer leave out a step: without gradients it changes neither weights nor moments."""
+class LeaveOut(TrainerCallback):
+    """Let a step be left out: by the optimizer, and of what the log adds up."""
 
     def __init__(self, trainer):
         self.trainer = trainer
 
+    def on_step_begin(self, args, state, control, **kwargs):
+        """Keep what was added up before a step that may be left out."""
+        if self.trainer.may_skip:
+            self.trainer.sums_before = self.trainer.copy_sums()
+
     def on_pre_optimizer_step(self, args, state, control, model=None, optimizer=None, **kwargs):
-        """Drop the gradients of a step that is not finite, on all ranks; an engine of DeepSpeed does so itself."""
+        """Drop the gradients of a step that is not finite, on all ranks; an engine of DeepSpeed does so itself.
+
+        Without gradients the optimizer changes neither weights nor moments.
+        """
         trainer = self.trainer
         if not trainer.may_skip or trainer.is_deepspeed_enabled:
             return
@@ -36,14 +45,33 @@ class DropGradients(TrainerCallback):
 class FiniteMixin:
     """Trainer overrides: every step is finite, or it is left out, or the run stops in it.
 
-    num_skipped: steps of the run that were left out so far; a checkpoint keeps it.
+    num_skipped, num_skipped_since_log: steps that were left out so far, of the run and since the last line of the log;
+    a checkpoint keeps both. sums_before: what `copy_sums` returned before the step.
     """
 
-    num_skipped, loss_problem, is_dropped, is_update_bad = 0, "", False, False
+    num_skipped, num_skipped_since_log, sums_before = 0, 0, None
+    loss_problem, is_dropped, is_update_bad = "", False, False
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self.add_callback(DropGradients(self))
+        self.add_callback(LeaveOut(self))
+
+    def train(self, *args, **kwargs):
+        """Train; the mean loss that is returned is that of the log, over the steps that were taken."""
+        self.num_skipped = self.num_skipped_since_log = 0
+        result = super().train(*args, **kwargs)
+        return result._replace(training_loss=result.metrics.get("train_loss", math.nan))
+
+    # A subclass extends these two.
+
+    def copy_sums(self) -> dict:
+        """Return a copy of what is added up over the steps for the next line of the log."""
+        return {"loss": getattr(self, LOSS).clone()}
+
+    def restore_sums(self, sums: dict) -> None:
+        """Take back what `copy_sums` returned: a step that is left out counts in no mean."""
+        # In place: Trainer has handed the tensor to whoever logs it.
+        getattr(self, LOSS).copy_(sums["loss"])
 
     @property
     def may_skip(self) -> bool:
@@ -94,7 +122,8 @@ class FiniteMixin:
             raise NonFiniteError(self.describe_update())
         if not problem:
             return grad_norm
-        self.num_skipped += 1
+        self.num_skipped, self.num_skipped_since_log = self.num_skipped + 1, self.num_skipped_since_log + 1
+        self.restore_sums(self.sums_before)
         logger.warning(
             "%s The step is left out: %d of --max_skipped_steps %d.",
             problem,
@@ -115,9 +144,22 @@ class FiniteMixin:
 
     def progress_state(self) -> dict:
         """Return the state of the parents, and how many steps were left out."""
-        return super().progress_state() | {"skipped_steps": self.num_skipped}
+        own = {"skipped_steps": self.num_skipped, "skipped_since_log": self.num_skipped_since_log}
+        return super().progress_state() | own
 
     def load_progress_state(self, state: dict) -> None:
-        """Restore them; a checkpoint from before this has none."""
+        """Restore them; a checkpoint from before they were kept has none."""
         super().load_progress_state(state)
         self.num_skipped = state.get("skipped_steps", 0)
+        self.num_skipped_since_log = state.get("skipped_since_log", 0)
+
+    def mean_over_taken(self, logs: dict, key: str, num_steps: int, num_skipped: int) -> int:
+        """Make a loss of the log, which Trainer divided by all steps, the mean over those taken; return their number.
+
+        Where every step was left out there is no loss, and the key is dropped.
+        """
+        num_taken = num_steps - num_skipped
+        if num_skipped:
+            total = logs.pop(key) * num_steps
+            logs |= {key: total / num_taken} if num_taken else {}
+        return num_taken

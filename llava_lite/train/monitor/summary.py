@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import resource
 import shlex
 import shutil
@@ -58,6 +59,7 @@ def summary(trainer, result, full: bool, memory_gib: float, report: Path | None 
         "time": time_line(result.metrics.get("train_runtime", 0)),
         "memory": f"{memory_gib:.1f} GiB at most {'of a GPU' if args.device.type == 'cuda' else 'in a process'}",
         "left out": left_out_line(getattr(trainer, "facts", None), directory),
+        "skipped": skipped_line(getattr(trainer, "num_skipped", 0)),
         "plots": ", ".join(str(directory / name) for name in plots),
         "report": str(report or ""),
         "chat": chat_command(directory) + (" (/image FILE shows it an image)" if sees else ""),
@@ -69,8 +71,13 @@ def summary(trainer, result, full: bool, memory_gib: float, report: Path | None 
 
 
 def loss_line(log, mean) -> str:
-    """Return the loss at the start and at the end, each the mean of a tenth of the log; without a log the mean."""
+    """Return the loss at the start and at the end, each the mean of a tenth of the log; without a log the mean.
+
+    mean: NaN of a run that has left out every step.
+    """
     ends = get_ends(get_losses(log))
+    if ends is None and math.isnan(mean):
+        return "none: no step was taken"
     if ends is None:
         return f"{mean:.4f} on average; no step was logged (--logging_steps)"
     of_several = f" (means of the last and first {ends.num:,} logs)" if ends.num > 1 else ""
@@ -83,6 +90,12 @@ def left_out_line(facts, directory) -> str:
     names = {"train": "to train on", "eval": "to evaluate on"}
     found = [f"{count(counts[name], 'record')} {names[name]}" for name in names if counts.get(name)]
     return f"{', '.join(found)} ({directory}/skipped_*.jsonl has the reasons)" if found else ""
+
+
+def skipped_line(num_skipped: int) -> str:
+    """Return how many steps were left out; "" if none was."""
+    whose = "with a loss or a gradient that was not finite (--max_skipped_steps)"
+    return f"{count(num_skipped, 'step')} {whose}; no loss of them is in a mean" if num_skipped else ""
 
 
 def evaluation_line(log) -> str:

@@ -36,6 +36,7 @@ def find(run) -> list[str]:
         ends,
         files,
         not_finite,
+        steps_left_out,
         spikes,
         gradients,
         learns_nothing,
@@ -90,6 +91,17 @@ def not_finite(run):
             kinds = {str(value).lower() for _, value in wrong}
             words = "not finite" if kinds <= {"nan", "inf", "-inf"} else f"no usable number ({str(wrong[0][1])[:20]})"
             yield f"The {what} is {words} at {named_steps([step for step, _ in wrong])}."
+
+
+def steps_left_out(run):
+    """Yield how many steps were left out, and the logs whose means are without them."""
+    steps, counts = run.series("skipped_steps")
+    if steps:
+        where = named_steps(steps)
+        yield (
+            f"{count(sum(counts), 'step')} left out, with a loss or a gradient that was not finite "
+            f"(--max_skipped_steps): in the logs at {where}."
+        )
 
 
 def named_steps(steps) -> str:

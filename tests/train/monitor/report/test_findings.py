@@ -123,6 +123,17 @@ def test_an_end_that_is_none_is_said_first(record, words, run_dir):
     assert words in said
 
 
+def test_steps_that_were_left_out_are_counted_by_the_logs_that_are_without_them(run_dir):
+    lines = losses()
+    lines[9] = {key: value for key, value in lines[9].items() if key != "loss"} | {"skipped_steps": 1}
+    lines[29]["skipped_steps"] = 2
+    (said,) = found(run_dir, lines)
+    assert said == (
+        "3 steps left out, with a loss or a gradient that was not finite (--max_skipped_steps): in the logs at steps "
+        "10, 30."
+    )
+
+
 def test_truncated_records_and_slow_intervals_are_counted(run_dir):
     lines = losses()
     for line in lines[30:40]:
