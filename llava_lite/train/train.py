@@ -19,6 +19,7 @@ from llava_lite.train.arguments.parse import build_parser, parse_args
 from llava_lite.train.arguments.paths import check_enough_records, check_needed, check_paths
 from llava_lite.train.arguments.short_help import asks_for_help, main_page
 from llava_lite.train.arguments.validate import PARTIAL_TUNINGS
+from llava_lite.train.base_weights import check_weights
 from llava_lite.train.build import (
     add_experts,
     add_tokens,
@@ -35,6 +36,8 @@ from llava_lite.train.inputs.features import use_features
 from llava_lite.train.inputs.load import load_data
 from llava_lite.train.inputs.shards import check_shard_flags
 from llava_lite.train.inputs.template import get_run_template
+from llava_lite.train.monitor.finite import NonFiniteError
+from llava_lite.train.monitor.guards import NoGradientError
 from llava_lite.train.monitor.report.page import write_report
 from llava_lite.train.monitor.report.record import open_record
 from llava_lite.train.monitor.summary import finished_before, peak_memory_gib, start_again, summary
@@ -56,6 +59,9 @@ from llava_lite.train.tuning import choose_what_trains, compute_dtype, describe,
 
 # By its full name: started by `python -m`, __name__ is "__main__", whose log is not shown.
 logger = logging.getLogger("llava_lite.train.train")
+
+# Errors of a run that trains which are for people; another ValueError would be a fault of ours.
+IN_A_RUN = (DataError, DiskError, SaveError, BrokenCheckpoint, LostRankError, NonFiniteError, NoGradientError)
 
 # The files that hold the names which scripts written for LLaVA import from here.
 _LLAVA_NAMES = {
@@ -151,6 +157,8 @@ def build_stage(model_args, data_args, training_args):
         *(model_args.pretrain_mm_mlp_adapter, training_args.seed),
     )
     add_end_token(model.generation_config, get_end_token(template, tokenizer), tokenizer)
+    note("checking the weights")
+    check_weights(model, model_args, training_args)
     add_experts(model, model_args, training_args)
     apply_plain_paths(model, model_args, training_args)
     gather_experts_together(model)
@@ -226,7 +234,7 @@ def main(argv=None):
 
 def run_flags(flags, argv):
     """Train a stage by flags that have been read, unless the output directory holds the complete run."""
-    with errors_in_one_line((*FOR_PEOPLE, LostRankError)):
+    with errors_in_one_line((*FOR_PEOPLE, LostRankError, NonFiniteError)):
         done = finished_before(flags[-1])
         with watched():
             stage = build_stage(*flags) if done is None else None
@@ -238,7 +246,7 @@ def run_flags(flags, argv):
     # A second signal must not end what has been saved with another code.
     stage.trainer.progress.leaves_process = True
     try:
-        with errors_in_one_line((DataError, DiskError, SaveError, BrokenCheckpoint, LostRankError)):
+        with errors_in_one_line(IN_A_RUN):
             run(stage, argv)
     except SystemExit as end:
         # After a signal all ranks have saved; after an error some may be anywhere.

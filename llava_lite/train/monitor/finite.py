@@ -7,7 +7,13 @@ from torch.nn.utils import get_total_norm
 
 
 class NonFiniteError(RuntimeError):
-    """A loss, a gradient, a weight or optimizer state is not finite."""
+    """A loss, a gradient, a weight or optimizer state is not finite.
+
+    Every rank raises it with the same message.
+    """
+
+    # See train/startup.py.
+    reported_by_first_of = "RANK"
 
 
 # Names in a message; the rest are counted.
@@ -31,6 +37,21 @@ def find_in(named: Iterable[tuple[str, torch.Tensor]]) -> list[str]:
     return [name for name, tensor in named if not bool(torch.isfinite(tensor).all())]
 
 
+def find_in_each(named: Iterable[tuple[str, torch.Tensor]], dtype: torch.dtype) -> list[str]:
+    """Return the names of the tensors with a number that is not finite in `dtype`, such as 70,000 in float16.
+
+    Looks at one after the other, in one pass that needs no memory beside it, where `find_in` takes all together.
+    Tensors of whole numbers, such as quantised weights, and those that are not in memory are left out.
+    """
+    ends = [
+        (name, torch.stack(torch.aminmax(_wide_enough(tensor.detach()))).to(dtype))
+        for name, tensor in named
+        if tensor.is_floating_point() and tensor.numel() > 0 and not tensor.is_meta
+    ]
+    # An end is NaN if any number is.
+    return [name for name, pair in ends if not bool(pair.isfinite().all())]
+
+
 def list_names(names: list[str]) -> str:
     """Return the first names and how many there are."""
     more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
@@ -46,6 +67,12 @@ def _as_plain(tensor: torch.Tensor) -> torch.Tensor:
     """Return a tensor that fused calls take; a quantised one of torchao has none of them."""
     is_wrapped = hasattr(tensor, "__tensor_flatten__") and hasattr(type(tensor), "dequantize")
     return tensor.dequantize() if is_wrapped else tensor
+
+
+def _wide_enough(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a tensor that torch can compare: in 8 bits it can only convert."""
+    plain = _as_plain(tensor)
+    return plain.to(torch.bfloat16) if plain.element_size() == 1 else plain
 
 
 def _named_tensors(model, optimizer) -> Iterator[tuple[str, torch.Tensor]]:

@@ -12,19 +12,25 @@ from llava_lite.train.saving.interrupt import any_rank_each
 IMAGE_PARTS = ("mm_projector", "vision_tower")
 
 
-def describe_loss(loss, sample_ids, step) -> str:
+class NoGradientError(ValueError):
+    """A group of weights that should train got no gradient; every rank raises it with the same message."""
+
+    reported_by_first_of = "RANK"
+
+
+def describe_loss(loss, sample_ids, step, is_half=False) -> str:
     """Return on every rank which ranks have a loss that is NaN or infinite, with the samples; "" if none has.
 
-    loss: scalar tensor of a micro-batch. All ranks must call this; it costs them one number over the network.
+    loss: scalar tensor of a micro-batch. is_half: whether it was computed in float16. All ranks must call this; it
+    costs them one number over the network.
     """
     finite = bool(torch.isfinite(loss))
     if not any_rank_each([not finite], loss.device)[0]:
         return ""
     reports = everyone(None if finite else f"loss {loss.item()} for samples {list(sample_ids)}")
     where = "; ".join(f"rank {rank}: {report}" for rank, report in enumerate(reports) if report is not None)
-    return (
-        f"step {step}: {where}. Look at these records, lower the learning rate, and if this is fp16 use bf16 or fp32."
-    )
+    advice = f"step {step}: {where}. Look at these records, or lower the learning rate"
+    return f"{advice}; or use --bf16 True, since float16 overflows at 65,504." if is_half else f"{advice}."
 
 
 def describe_gradient(grad_norm, sample_ids, step) -> str:
@@ -56,7 +62,7 @@ class GradientWatch:
         self.seen[name] = flag if self.seen[name] is None else self.seen[name] | flag
 
     def check(self, has_images, exempt=(), is_supervised=True):
-        """Raise ValueError on every rank if a group got no gradient on any; call after an optimizer step.
+        """Raise NoGradientError on every rank if a group got no gradient on any; call after an optimizer step.
 
         has_images: whether this rank's step had one. exempt: groups that may have none. is_supervised: whether its
         step had a supervised token; where all its records were left out there is nothing to check.
@@ -73,7 +79,7 @@ class GradientWatch:
         waits_for_image = IMAGE_PARTS if not any(rank[""] for rank in flags) else ()
         dead = [n for n in silent if n.removesuffix("_no_decay") not in (*waits_for_image, *exempt)]
         if dead:
-            raise ValueError(
+            raise NoGradientError(
                 f"{', '.join(dead)} should train but got no gradient in the first step. Has a record supervised "
                 "tokens, and does a custom attention or checkpointing cut the graph?"
             )

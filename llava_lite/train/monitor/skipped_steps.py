@@ -84,7 +84,7 @@ class FiniteMixin:
         Where the step may be left out it is noted, and the loss made NaN on every rank: an infinite one may have a
         finite gradient, and the engine leaves a step out by its gradient.
         """
-        problem = describe_loss(loss.detach(), self.sample_ids, self.state.global_step + 1)
+        problem = describe_loss(loss.detach(), self.sample_ids, self.state.global_step + 1, self.args.fp16)
         if not problem:
             return loss
         if self.num_skipped >= getattr(self.args, "max_skipped_steps", 0):

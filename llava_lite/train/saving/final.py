@@ -89,12 +89,13 @@ def check_finite(model, weights: dict, projector: dict, output_dir: Path) -> Non
     buffers = {plain_name(name) for name, _ in unwrapped(model).named_buffers()}
     names = find_in((name, weight) for name, weight in (weights | projector).items() if name not in buffers)
     error = NonFiniteError(f"not finite: {list_names(names)}") if names else None
-    raise_together(
-        error,
-        NonFiniteError,
-        f"The model is not written to {output_dir}. Where the last checkpoint-N is finite, the dtype of the forward "
-        "pass cannot hold its numbers: train with --bf16 True instead of --fp16 True.",
+    in_half = any(weight.dtype == torch.float16 for weight in (weights | projector).values())
+    advice = (
+        "float16 cannot hold the numbers of the last checkpoint-N: train with --bf16 True instead of --fp16 True."
+        if in_half
+        else "Every number was finite in its last step: start again from the last checkpoint-N."
     )
+    raise_together(error, NonFiniteError, f"The model is not written to {output_dir}. {advice}")
 
 
 def is_quantised(model) -> bool:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from llava_lite.train.monitor.finite import find_in, find_non_finite, list_names
+from llava_lite.train.monitor.finite import find_in, find_in_each, find_non_finite, list_names
 
 BAD = [float("nan"), float("inf"), float("-inf")]
 
@@ -73,3 +73,30 @@ def test_infinities_of_both_signs_do_not_cancel():
 def test_many_names_are_counted():
     assert list_names(list("abcdef")) == "a, b, c, d and 2 more"
     assert list_names(["a"]) == "a"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float8_e5m2])
+@pytest.mark.parametrize("value", BAD)
+def test_one_after_the_other_every_bad_number_is_found_wherever_it_is(value, dtype):
+    tensors = {str(place): torch.ones(7, 301).to(dtype) for place in (0, 1000, 2106)} | {
+        "good": torch.ones(9).to(dtype)
+    }
+    for place in (0, 1000, 2106):
+        tensors[str(place)].view(-1)[place] = value
+    assert find_in_each(tensors.items(), dtype) == ["0", "1000", "2106"]
+
+
+def test_one_after_the_other_whole_numbers_empty_tensors_and_those_out_of_memory_are_left_out():
+    named = {
+        "quantised": torch.full((4,), 255, dtype=torch.uint8),
+        "empty": torch.zeros(0),
+        "on disk": torch.empty(4, device="meta"),
+        "one number": torch.tensor(float("nan")),
+    }
+    assert find_in_each(named.items(), torch.float32) == ["one number"]
+
+
+def test_a_number_is_finite_or_not_in_the_dtype_that_is_asked_for():
+    large = [("large", torch.tensor([-70_000.0, 1.0]))]
+    assert find_in_each(large, torch.float32) == []
+    assert find_in_each(large, torch.float16) == ["large"]
