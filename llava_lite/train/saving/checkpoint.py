@@ -230,15 +230,27 @@ class CheckpointMixin(SameRunMixin):
             raise SystemExit(EXIT_RESUMABLE)
         with self.stopped_clock():
             final = Path(self._get_output_dir(trial)) / f"checkpoint-{step}"
-            if self.progress.last_saved != final:
+            # A signal may come after the save of a model alone, at the same step.
+            saved = final, self.checkpoint_writer.is_model_only
+            if self.progress.last_saved != saved:
                 self.store_flos()
                 if self.state.best_global_step:
                     best = final.with_name(f"checkpoint-{self.state.best_global_step}")
                     self.state.best_model_checkpoint = str(best) if best == final or best.is_dir() else None
                 self.checkpoint_writer.write(final)
-                self.progress.last_saved = final
+                self.progress.last_saved = saved
                 if self.args.push_to_hub:
                     self.push_checkpoint(str(final))
             if stopped_by:
-                logger.warning("%s: %s is saved, leaving with code %d.", stopped_by, final, EXIT_RESUMABLE)
+                how = how_to_go_on(self.args.resume_from_checkpoint)
+                logger.warning("%s: %s is saved, leaving with code %d.%s", stopped_by, final, EXIT_RESUMABLE, how)
                 raise SystemExit(EXIT_RESUMABLE)
+
+
+def how_to_go_on(wanted) -> str:
+    """Return what to leave out of the command that continues a run, "" where it can be started as it was.
+
+    wanted: --resume_from_checkpoint, which may name another checkpoint, or none.
+    """
+    is_newest = str(wanted).lower() in ("none", "true")
+    return "" if is_newest else f" To continue from it, leave --resume_from_checkpoint {wanted} out of the command."

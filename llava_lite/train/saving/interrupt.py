@@ -30,9 +30,10 @@ class ProgressCallback(TrainerCallback):
     Not an ExportableState: that is one JSON of the first rank, and this is a file of tensors for every rank.
 
     first_step, seconds_before: step at which the run began, seconds that it had run before this process resumed it.
-    frozen: checksums of the frozen weights. saved_by_others: (path, number of ranks) of a checkpoint that another
-    number of ranks saved. is_finished: whether a run has all its steps before its first batch. stop_requested: the
-    name of the signal after which a run saves and ends. leaves_process: nobody needs the signals after that.
+    frozen: checksums of the frozen weights. last_saved: (path, whether it holds the model alone) of the last save.
+    saved_by_others: (path, number of ranks) of a checkpoint that another number of ranks saved. is_finished: whether a
+    run has all its steps before its first batch. stop_requested: the name of the signal after which a run saves and
+    ends. leaves_process: nobody needs the signals after that.
     """
 
     def __init__(self, trainer):

@@ -32,6 +32,14 @@ class CheckpointWriter:
         self.trainer = trainer
         self.last_bytes = None
 
+    @property
+    def is_model_only(self) -> bool:
+        """Whether a checkpoint leaves out what a resume needs (--save_only_model).
+
+        After a signal it never does: the code that ends the process says that the same command continues the run.
+        """
+        return self.trainer.args.save_only_model and self.trainer.progress.stop_requested is None
+
     def write(self, final: Path) -> None:
         """Write a checkpoint beside its place, then give it its name; an error stops all ranks and loses nothing."""
         staged = final.with_name(paper.STAGING_PREFIX + final.name)
@@ -92,9 +100,9 @@ class CheckpointWriter:
         is_writer = args.should_save
         projector = projector_state(trainer.model, keep=is_writer)
         # The engine writes what trains into its own files, but with expert parallelism this rank's experts only.
-        in_engine = trainer.is_deepspeed_enabled and not args.save_only_model and not parallel_experts(trainer.model)
+        in_engine = trainer.is_deepspeed_enabled and not self.is_model_only and not parallel_experts(trainer.model)
         trained = {} if in_engine else trained_state(trainer.model, keep=is_writer)
-        if not args.save_only_model:
+        if not self.is_model_only:
             self.write_optimizer(staged)
             # Trainer's own: it knows the random states of every kind of device.
             trainer._save_rng_state(str(staged))

@@ -253,3 +253,33 @@ def test_the_state_of_a_checkpoint_says_what_is_due(tmp_path):
     assert (due["place"], due["evaluate"], due["save"]) == ("step", True, True)
     log = json.loads((tmp_path / "checkpoint-6" / "trainer_state.json").read_text())["log_history"]
     assert [line["step"] for line in log if "eval_loss" in line] == [2, 4]
+
+
+ONLY_MODEL = {"save_only_model": True}
+
+
+@pytest.mark.parametrize(
+    ("run", "sent"),
+    # Between two saves, at one, in the evaluation before one, and in the evaluation after one of the same step.
+    [("steps", Signal(5)), ("steps", Signal(4)), ("steps", Signal(6, batch=2)), ("mixed", Signal(11, batch=2))],
+    ids=get_id,
+)
+def test_after_a_signal_a_checkpoint_can_be_resumed_though_the_others_hold_the_model_alone(
+    never_stopped, tmp_path, run, sent
+):
+    expected, directory = never_stopped(run, **ONLY_MODEL)
+    assert all(not (path / "optimizer.pt").exists() for path in directory.glob("checkpoint-*"))
+    stop(start(tmp_path, run, *patience(run), sent, **ONLY_MODEL))
+    # Where no signal came the flag does what it says.
+    whole = [path.name for path in tmp_path.glob("checkpoint-*") if (path / "optimizer.pt").exists()]
+    assert whole == [f"checkpoint-{sent.step}"]
+    assert resume(tmp_path, run, **ONLY_MODEL) == expected
+
+
+@pytest.mark.parametrize(
+    ("wanted", "says"), [(None, False), ("True", False), ("False", True), ("x/checkpoint-2", True)]
+)
+def test_the_last_words_name_a_flag_that_would_keep_the_same_command_from_going_on(tmp_path, caplog, wanted, says):
+    stop(start(tmp_path, "best", Signal(5), resume_from_checkpoint=wanted))
+    advice = f"To continue from it, leave --resume_from_checkpoint {wanted} out of the command."
+    assert (advice in caplog.text) == says
