@@ -5,6 +5,7 @@ import os
 import zlib
 
 import numpy as np
+import torch
 
 from llava_lite.train.deepspeed.experts import parallel_experts
 from llava_lite.train.saving import manifest as paper
@@ -113,6 +114,7 @@ class SameRunMixin:
             check_same_run(path, self.step_settings(), self.get_schedule())
             check_complete(path, self.get_needed_files(path))
             self.check_same_ranks(path)
+            self.check_due(path)
             self._checked_checkpoint = path
 
     def get_needed_files(self, path: str) -> list[str]:
@@ -122,6 +124,19 @@ class SameRunMixin:
         needed = [TRAINER_STATE, *(f"progress_{rank}.pt" for rank in ranks)]
         needed += [other.rng_file("", saved_by, rank).name for rank in ranks]
         return needed + (["latest"] if self.is_deepspeed_enabled else [TRAINED, "optimizer.pt", "scheduler.pt"])
+
+    def check_due(self, path: str) -> None:
+        """Raise ValueError if an evaluation was due when a checkpoint was saved, and this run has nothing for it."""
+        rank = 0 if get_num_ranks(path) != self.args.world_size else self.get_directory_ranks().start
+        progress = torch.load(os.path.join(path, f"progress_{rank}.pt"), map_location="cpu", weights_only=True)
+        # A checkpoint from before it was kept has none.
+        if progress.get("due", {}).get("evaluate") and self.eval_dataset is None:
+            step = paper.read_manifest(path)["step"]
+            raise ValueError(
+                f"{path} was saved when the evaluation after step {step:,} was still to be made, and this run has no "
+                "records to evaluate on: give --eval_data_path (or --eval_split) and --eval_strategy again as in the "
+                "run that saved it, or an earlier checkpoint as --resume_from_checkpoint."
+            )
 
     def check_same_ranks(self, path: str) -> None:
         """Log what changes with another number of ranks; ValueError for a run that must have as many as before."""

@@ -283,3 +283,26 @@ def test_the_last_words_name_a_flag_that_would_keep_the_same_command_from_going_
     stop(start(tmp_path, "best", Signal(5), resume_from_checkpoint=wanted))
     advice = f"To continue from it, leave --resume_from_checkpoint {wanted} out of the command."
     assert (advice in caplog.text) == says
+
+
+WITHOUT_EVALUATION = {"eval_strategy": "no", "load_best_model_at_end": False}
+
+
+@pytest.mark.parametrize("sent", [Signal(6), Signal(6, batch=2)], ids=get_id)
+def test_an_evaluation_that_is_due_needs_the_flags_that_it_was_made_by(tmp_path, sent):
+    stop(start(tmp_path, "steps", sent))
+    again = start(tmp_path, "steps", **WITHOUT_EVALUATION)
+    again.eval_dataset = None
+    with pytest.raises(
+        ValueError, match=r"checkpoint-6 was saved when the evaluation after step 6 .*--eval_data_path "
+    ):
+        again.train(resume_from_checkpoint=True)
+    assert again.state.global_step == 0
+
+
+def test_where_no_evaluation_is_due_a_run_goes_on_without_one(tmp_path):
+    stop(start(tmp_path, "steps", Signal(5)))
+    again = start(tmp_path, "steps", **WITHOUT_EVALUATION)
+    again.eval_dataset = None
+    again.train(resume_from_checkpoint=True)
+    assert again.state.global_step == 11
