@@ -6,6 +6,7 @@ An error of the preparation ends the process with one line on the terminal inste
 import atexit
 import logging
 import os
+import re
 import shlex
 import sys
 import time
@@ -22,6 +23,8 @@ from llava_lite.train.arguments.legacy import machine_has
 
 logger = logging.getLogger(__name__)
 
+# What transformers says in a ValueError of an optimizer that lacks a package or a flag, and not a model.
+CANNOT_BE_MADE = re.compile("install|import|optim_target_modules")
 TRACEBACK = "LLAVA_LITE_TRACEBACK"
 FOR_PEOPLE = (ValueError, OSError, ImportError)
 # The attribute of an error that names an environment variable: the rank for which it is 0 reports the error.
@@ -79,10 +82,29 @@ def check_installed(data_args, training_args):
     check_images_exist(data_args)
     check_sees_images(data_args, training_args)
     check_feature_cache(data_args.feature_cache)
+    check_optimizer(training_args)
     if training_args.uses_deepspeed:
         check_private_parts("a run with DeepSpeed", (*SAVING, *LOADING, *UNIVERSAL))
         check_nvme(training_args.deepspeed_plugin.deepspeed_config)
         wait_for_builds()
+
+
+def check_optimizer(training_args):
+    """Raise ValueError for an --optim whose package is not installed, or that needs another flag too."""
+    from transformers import Trainer
+
+    if training_args.uses_deepspeed and "optimizer" in training_args.deepspeed_plugin.deepspeed_config:
+        return
+    try:
+        # Without a model, which some look for next: they are asked again when there is one.
+        Trainer.get_optimizer_cls_and_kwargs(training_args)
+    except (ImportError, NotImplementedError, ValueError) as error:
+        if isinstance(error, ValueError) and not CANNOT_BE_MADE.search(str(error)):
+            return
+        optim = getattr(training_args.optim, "value", training_args.optim)
+        raise ValueError(
+            f"--optim {optim}: {str(error).rstrip('.')}. Or choose another, such as adamw_torch."
+        ) from error
 
 
 def installed_attention(name):

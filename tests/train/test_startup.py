@@ -1,15 +1,18 @@
 """What a person sees when a run cannot begin."""
 
 import json
+import sys
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import pytest
 
 from llava_lite.data.errors import DataError
+from llava_lite.train.arguments.fields import TrainingArguments
 from llava_lite.train.deepspeed.offload import check_nvme
 from llava_lite.train.inputs.check import check_images_exist
-from llava_lite.train.startup import errors_in_one_line, launch_hint, use_one_device
+from llava_lite.train.startup import check_optimizer, errors_in_one_line, launch_hint, use_one_device
 from llava_lite.train.train import main
 
 
@@ -83,10 +86,43 @@ def refused(stage_flags, unloadable, tmp_path, capfd):
         (["--feature_cache", "True"], "--feature_cache True: give a directory for the features, auto or off."),
         (["--feature_cache", "Auto"], "--feature_cache Auto: give a directory for the features, auto or off."),
         (["--feature_cache", f"{__file__}/features"], "test_startup.py is no directory; name a directory"),
+        # Optimizers of packages that are not installed here; transformers reports some with one kind of error, some
+        # with another.
+        (["--optim", "adamw_torch_4bit"], "--optim adamw_torch_4bit: You need to have `torchao>=0.4.0`"),
+        (["--optim", "schedule_free_adamw"], "--optim schedule_free_adamw: You need to install `schedulefree`"),
+        (["--optim", "galore_adamw"], "--optim galore_adamw: You need to install `galore_torch`"),
+        (["--optim", "apollo_adamw"], "--optim apollo_adamw: You need to install `apollo_torch`"),
+        (["--optim", "adalomo"], "--optim adalomo: You need to install `lomo_optim`"),
+        (["--optim", "stable_adamw"], "--optim stable_adamw: You need to install `torch-optimi`"),
+        (["--optim", "grokadamw"], "--optim grokadamw: Please install grokadamw"),
+        (["--optim", "adamw_anyprecision"], "--optim adamw_anyprecision: Please install https://github.com"),
+        (["--optim", "adamw_torch_npu_fused"], "--optim adamw_torch_npu_fused: Trainer failed to import FusedAdamW"),
     ],
 )
 def test_what_is_not_there_is_missed_before_a_model_is_loaded(refused, flags, output):
     assert output in refused(*flags)
+
+
+@pytest.mark.parametrize("optim", ["adamw_torch", "adamw_torch_fused", "sgd", "adafactor", "rmsprop", "adagrad"])
+def test_an_optimizer_of_torch_is_not_refused(optim):
+    check_optimizer(TrainingArguments(output_dir="out", use_cpu=True, report_to="none", optim=optim))
+
+
+@pytest.mark.parametrize("optim", ["lomo", "galore_adamw"])
+def test_an_optimizer_that_is_made_for_a_model_is_not_refused_before_there_is_one(optim, monkeypatch):
+    monkeypatch.setattr("transformers.trainer_optimizer.is_lomo_available", lambda: True)
+    monkeypatch.setattr("transformers.trainer_optimizer.is_galore_torch_available", lambda: True)
+    monkeypatch.setitem(sys.modules, "galore_torch", MagicMock())
+    flags = {"optim": optim, "optim_target_modules": "all-linear", "report_to": "none", "use_cpu": True}
+    check_optimizer(TrainingArguments(output_dir="out", **flags))
+    if optim == "galore_adamw":
+        with pytest.raises(ValueError, match=r"^--optim galore_adamw: You need to define `optim_target_modules`"):
+            check_optimizer(TrainingArguments(output_dir="out", **flags | {"optim_target_modules": None}))
+
+
+def test_an_optimizer_of_the_deepspeed_json_needs_no_package_of_the_flag():
+    plugin = SimpleNamespace(deepspeed_config={"optimizer": {"type": "AdamW"}})
+    check_optimizer(SimpleNamespace(uses_deepspeed=True, deepspeed_plugin=plugin, optim="adamw_torch_4bit"))
 
 
 def test_a_link_to_nowhere_is_no_directory_for_features(refused, tmp_path):
