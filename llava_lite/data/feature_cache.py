@@ -37,7 +37,7 @@ from llava_lite.errors import named_disk_errors
 logger = logging.getLogger(__name__)
 
 # Increased when the stored data or their keys change.
-VERSION = 2
+VERSION = 3
 SHARD_BYTES = 1 << 30
 # Partial files that have not changed for this long belong to a writer that was killed.
 ORPHAN_S = 24 * 3600

@@ -1,8 +1,8 @@
 """Read records of annotation files by number, from the files themselves through an index on disk.
 
-The index is one directory for each file, keyed by the file's path, size and modification time. It holds byte spans,
-numbers of images and turns, token counts for each tokenizer and template, and image sizes for each image folder. It is
-made once, and every process memory-maps it. Letters: N records in use, M records of a file, S images.
+The index is one directory for each file, keyed by file_key. It holds byte spans, numbers of images and turns, token
+counts for each tokenizer and template, and image sizes for each image folder. It is made once, and every process
+memory-maps it. Letters: N records in use, M records of a file, S images.
 """
 
 from bisect import bisect_right

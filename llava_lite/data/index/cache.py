@@ -53,9 +53,12 @@ def get_key(*parts) -> str:
 
 
 def file_key(path: str) -> str:
-    """Return a key for a file as it is now: of its path, size and modification time."""
+    """Return a key for a file as it is now: of its path, size, modification time and change time.
+
+    A copy that keeps the modification time (`cp -p`, `rsync -t`) has another change time: nobody can set that.
+    """
     status = os.stat(path)
-    return get_key(os.path.realpath(path), status.st_size, status.st_mtime_ns)
+    return get_key(os.path.realpath(path), status.st_size, status.st_mtime_ns, status.st_ctime_ns)
 
 
 @contextmanager

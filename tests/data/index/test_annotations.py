@@ -6,6 +6,7 @@ import pickle
 import random
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -97,6 +98,32 @@ def test_the_index_is_made_once_and_again_after_a_change(paths, index_directory)
             '{"id": "new", "conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}\n'
         )
     assert open_annotations(paths)[700].id == "new"
+
+
+def write_over(path, content):
+    """Write into the file itself."""
+    path.write_bytes(content)
+
+
+def move_over(path, content):
+    """Rename a new file to its name, as rsync does."""
+    beside = path.with_name("beside")
+    beside.write_bytes(content)
+    os.replace(beside, path)
+
+
+@pytest.mark.parametrize("replace", [write_over, move_over])
+def test_a_file_replaced_by_one_of_the_same_size_and_time_is_read_again(paths, replace):
+    path = Path(paths[0])
+    before, known = open_annotations(paths), path.stat()
+    assert before[1].id == "r1"
+    # The first records begin elsewhere, so an old index would cut them apart.
+    content = path.read_bytes().replace(b'"r0"', b'"first"', 1).replace(b'"r1"', b'""', 1)
+    content = content.replace(b'"id": "r2"', b'"id":"r2"', 1)
+    assert len(content) == known.st_size
+    replace(path, content)
+    os.utime(path, ns=(known.st_atime_ns, known.st_mtime_ns))
+    assert [record.id for record in open_annotations(paths)][:4] == ["first", "", "r2", "r3"]
 
 
 def test_worker_processes_measure_the_same(paths, monkeypatch, tmp_path_factory):

@@ -88,6 +88,33 @@ def test_stored_features_are_the_towers_bit_for_bit_and_made_once(run_stage, toy
     assert len(list((tmp_path / "store").iterdir())) == 3
 
 
+def test_an_image_replaced_by_one_of_the_same_size_and_time_is_encoded_again(run_stage, toy_data, tmp_path, opened):
+    data = toy_data(tmp_path / "mixed")
+    names = sorted(path.name for path in Path(data[1]).glob("*.png"))
+    path = Path(data[1]) / names[0]
+    for seed in (0, 1):
+        noise = np.random.default_rng(seed).integers(0, 256, (40, 40, 3), np.uint8)
+        # A BMP has the same size whatever it shows; the format is that of the bytes.
+        Image.fromarray(noise).save(tmp_path / f"{seed}.bmp")
+    flags = ["--max_steps", 1, "--feature_cache", tmp_path / "store"]
+    path.write_bytes((tmp_path / "0.bmp").read_bytes())
+    known = path.stat()
+    run_stage("full", tmp_path / "one", *flags, data=data)
+    path.write_bytes((tmp_path / "1.bmp").read_bytes())
+    os.utime(path, ns=(known.st_atime_ns, known.st_mtime_ns))
+    assert (path.stat().st_size, path.stat().st_mtime_ns) == (known.st_size, known.st_mtime_ns)
+    opened.clear()
+    trainer = run_stage("full", tmp_path / "two", *flags, data=data)
+    assert str(path) in opened
+    dataset, tower = trainer.train_dataset, trainer.unwrapped.get_vision_tower()
+    i = next(i for i in range(len(dataset)) if dataset.annotations[i].images == (path.name,))
+    record = dataset.annotations[i]
+    with torch.no_grad():
+        expected = tower(dataset.pixels(dataset.open(record, path.name))[None])[0]
+    (stored,) = dataset[i]["image_features"]
+    torch.testing.assert_close(stored, expected, rtol=1e-5, atol=1e-6)
+
+
 def test_a_batch_of_text_alone_reports_that_the_tower_does_not_run(toy_model, tower_calls):
     model = toy_model().train()
     ids, labels = torch.tensor([5, 6, 7]), torch.tensor([-100, 6, 7])
