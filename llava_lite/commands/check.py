@@ -133,23 +133,38 @@ def judge_bad_records(report: Report, flags) -> tuple[bool, str]:
     return True, f"ready to train: {number(report.num_records, 'record')}; {num_bad:,} left out (--bad_record skip)."
 
 
-def show_batches(run, sets, flags) -> None:
-    """Write the page of the first batches; DataError for a record in them that cannot be read, as training would."""
+def try_to_write(write, path, *content) -> list[str]:
+    """Write a file that a flag names; return no line, or one that says why it could not be written."""
+    try:
+        write(path, *content)
+    except OSError as error:
+        return [f"not written: {get_sentence(error)}"]
+    return []
+
+
+def show_batches(run, sets, flags) -> list[str]:
+    """Write the page of the first batches; DataError for a record in them that cannot be read, as training would.
+
+    Returns the lines of try_to_write.
+    """
     from llava_lite.train.preview.page import write_page
     from llava_lite.train.preview.read import read_batches
 
     if flags.num_image_tokens is not None:
         raise ValueError("--show needs the tower that prepares images: give --vision_tower, not --num_image_tokens.")
     batches, problems = read_batches(run, *sets, flags.show)
-    write_page(flags.page, run, batches)
-    print(f"{flags.page}: {number(len(batches), 'batch', 'batches')}")
+    unwritten = try_to_write(write_page, flags.page, run, batches)
+    if not unwritten:
+        print(f"{flags.page}: {number(len(batches), 'batch', 'batches')}")
     run.facts.logs["train"].leave_out(problems, 0)
+    return unwritten
 
 
-def check_run(flags, reports: dict[str, tuple[list[str], Report]]) -> tuple[bool, list[str]]:
+def check_run(flags, reports: dict[str, tuple[list[str], Report]], unwritten: list[str]) -> tuple[bool, list[str]]:
     """Return whether a run with these flags would reach its first step, and the lines that say so.
 
-    reports: receives paths and report of the files that are trained on, "train", and evaluated on, "eval".
+    reports: receives paths and report of the files that are trained on, "train", and evaluated on, "eval". unwritten:
+    receives a line if the page of --show could not be written, which says nothing about the run.
     """
     run = open_run(flags)
     head = get_head(run)
@@ -168,32 +183,37 @@ def check_run(flags, reports: dict[str, tuple[list[str], Report]]) -> tuple[bool
     try:
         with run.start(opened) as sets:
             if flags.show:
-                show_batches(run, sets, flags)
+                unwritten += show_batches(run, sets, flags)
     except FOR_PEOPLE as error:
         refused = refused or [f"{NOT_READY}{get_sentence(error)}"]
     return not refused, refused or [line for _, line in judged]
 
 
-def write_report(flags, reports: dict, reason: str | None) -> None:
-    """Write the report for programs, if --report asks for one."""
+def write_report(flags, reports: dict, reason: str | None) -> list[str]:
+    """Write the report for programs, if --report asks for one; return the lines of try_to_write."""
     if flags.report is None:
-        return
+        return []
     names = "model_name_or_path vision_tower image_folder version model_max_length bad_record max_bad_fraction tuning"
     settings = {name: getattr(flags, name) for name in names.split()}
-    write_report_file(flags.report, report_content(settings, reports, reason))
+    return try_to_write(write_report_file, flags.report, report_content(settings, reports, reason))
 
 
 def main(argv=None) -> int:
-    """Check the data of a run from the command line; 0 if the run would reach its first step, else 1."""
+    """Check the data of a run from the command line.
+
+    Returns 0 if the run would reach its first step and all files were written that flags ask for, else 1.
+    """
     flags = parse_flags(sys.argv[1:] if argv is None else argv)
-    reports = {}
+    reports, unwritten = {}, []
     try:
-        is_ready, lines = check_run(flags, reports)
+        is_ready, lines = check_run(flags, reports, unwritten)
     except FOR_PEOPLE as error:
-        write_report(flags, reports, get_sentence(error))
+        for line in [*unwritten, *write_report(flags, reports, get_sentence(error))]:
+            print(line)
         raise
     if flags.bad_records_file:
-        write_skipped_log(flags.bad_records_file, [bad for _, report in reports.values() for bad in report.bad])
-    write_report(flags, reports, None if is_ready else " ".join(lines).removeprefix(NOT_READY))
-    print("\n".join(lines))
-    return 0 if is_ready else 1
+        bad = [bad for _, report in reports.values() for bad in report.bad]
+        unwritten += try_to_write(write_skipped_log, flags.bad_records_file, bad)
+    unwritten += write_report(flags, reports, None if is_ready else " ".join(lines).removeprefix(NOT_READY))
+    print("\n".join([*lines, *unwritten]))
+    return 0 if is_ready and not unwritten else 1

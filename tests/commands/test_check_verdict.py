@@ -16,6 +16,7 @@ def record(record_id, question="<image>\nq", answer="an answer", **more):
 
 
 GOOD = [record(f"r{i}", image=f"{i}.png") for i in range(4)] + [record("text", "q")]
+SKIP = "--bad_record skip --max_bad_fraction"
 ONE_GONE = [*GOOD[:3], record("gone", image="gone.png")]
 LONG = record("long", "<image>\n" + "why " * 100, image="0.png")
 
@@ -164,6 +165,30 @@ def test_a_report_of_a_broken_file_says_what_stopped_the_check(flags, tmp_path):
     status, report = check(argv, tmp_path)
     assert (status, report["files"]) == (1, {})
     assert "train.json" in report["reason"]
+
+
+@pytest.mark.parametrize("flag", ["--report", "--bad_records_file"])
+def test_a_file_that_cannot_be_written_leaves_the_verdict_on_the_data(flag, flags, tmp_path, capsys):
+    (tmp_path / "text").write_text("")
+    cases = ("", "not ready: 1 record must be mended"), (f"{SKIP} 0.25", "ready to train: 3 records; 1 left out")
+    for path in ("/dev/full", str(tmp_path), str(tmp_path / "text" / "a.json")):
+        for more, verdict in cases:
+            assert main([*flags(ONE_GONE, more), flag, path]) == 1
+            first, line = capsys.readouterr().out.splitlines()[-2:]
+            assert first.startswith(verdict)
+            assert line.startswith("not written: ")
+            assert path in line
+            assert ".part" not in line
+
+
+def test_a_report_that_cannot_be_written_hides_no_error_of_the_check(flags, tmp_path, capsys):
+    argv = flags([])
+    (tmp_path / "train.json").write_text('[{"id": 1')
+    with pytest.raises(ValueError, match=r"train\.json"):
+        main([*argv, "--report", str(tmp_path)])
+    assert (
+        capsys.readouterr().out.splitlines()[-1].startswith(f"not written: '{tmp_path}' is a directory; name a file")
+    )
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root reads every file")

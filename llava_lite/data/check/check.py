@@ -2,7 +2,6 @@
 
 import json
 import os
-from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -20,6 +19,7 @@ from llava_lite.data.index.cache import get_key
 from llava_lite.data.index.tables import get_slots
 from llava_lite.data.records.record import missing_images
 from llava_lite.media.layout import ImageLayout
+from llava_lite.output_file import write_output
 
 NUM_NAMED = 20
 # Threads that check image files: they mostly wait for a disk or a network.
@@ -220,11 +220,6 @@ def apply_policy(bad: list[BadRecord], num_records: int, bad_record: str, max_ba
 
 
 def write_skipped_log(path: str | os.PathLike, bad: list[BadRecord]) -> None:
-    """Write the skipped-records log: one JSON object a line, the same on every rank."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f"{path.name}.{os.getpid()}.part")
-    draft.write_text(
-        "".join(json.dumps(entry._asdict(), ensure_ascii=False) + "\n" for entry in bad), encoding="utf-8"
-    )
-    os.replace(draft, path)
+    """Write the skipped-records log: one JSON object a line, the same on every rank; see write_output."""
+    lines = (json.dumps(entry._asdict(), ensure_ascii=False) + "\n" for entry in bad)
+    write_output(path, "".join(lines), "bad_records.jsonl")

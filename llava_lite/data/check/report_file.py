@@ -3,24 +3,20 @@
 import json
 import os
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 
 from llava_lite import __version__
 from llava_lite.data.check.report import Report
+from llava_lite.output_file import write_output
 
 # Increased when a field changes its name or its meaning; new fields may come without.
 SCHEMA = 1
 
 
 def write_report_file(path: str | os.PathLike, content: dict) -> None:
-    """Write the report of a check atomically: a reader finds the old file or the new one."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f"{path.name}.{os.getpid()}.part")
-    draft.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    os.replace(draft, path)
+    """Write the report of a check; see write_output."""
+    write_output(path, json.dumps(content, indent=1, allow_nan=False) + "\n", "report.json")
 
 
 def report_content(settings: dict, reports: dict[str, tuple[list[str], Report]], reason: str | None) -> dict:

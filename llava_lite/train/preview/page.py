@@ -2,10 +2,10 @@
 
 import os
 from datetime import datetime
-from pathlib import Path
 
 from llava_lite import __version__
 from llava_lite.data.check.report import number
+from llava_lite.output_file import write_output
 from llava_lite.train.monitor.report.html import Html, details, document, facts, image, join, section, tag
 from llava_lite.train.monitor.report.style import CSS
 from llava_lite.train.preview.pixels import ShownImage
@@ -19,15 +19,8 @@ LINE_BREAK = "\N{DOWNWARDS ARROW WITH CORNER LEFTWARDS}\n"
 
 
 def write_page(path: str | os.PathLike, run, batches: list[ShownBatch]) -> None:
-    """Write the page of the batches of a DryRun atomically."""
-    path = Path(path)
-    if path.is_dir():
-        raise IsADirectoryError(f"--page {str(path)!r} is a directory; name a file, such as {str(path / 'a.html')!r}.")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f"{path.name}.{os.getpid()}.part")
-    # A lone surrogate of a text has no bytes.
-    draft.write_text(to_page(run, batches), encoding="utf-8", errors="replace")
-    os.replace(draft, path)
+    """Write the page of the batches of a DryRun; see write_output."""
+    write_output(path, to_page(run, batches), "batches.html")
 
 
 def to_page(run, batches: list[ShownBatch]) -> str:

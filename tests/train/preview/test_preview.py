@@ -243,7 +243,14 @@ def test_fewer_batches_than_asked_for_are_all_of_the_epoch(records):
     assert len(shown(records(), 50)[0]) == 1
 
 
-def test_a_directory_is_no_page(records, tmp_path):
+def test_a_page_that_cannot_be_written_leaves_the_verdict_on_the_data(records, tmp_path, capsys):
     report = tmp_path / "report.json"
-    assert main([*records(), "--show", "1", "--page", str(tmp_path), "--report", str(report)]) == 1
-    assert "is a directory; name a file" in json.loads(report.read_text())["reason"]
+    for page, words in ((str(tmp_path), "is a directory; name a file, such as"), ("/dev/full", "No space left on")):
+        assert main([*records(), "--show", "1", "--page", page, "--report", str(report)]) == 1
+        verdict, line = capsys.readouterr().out.splitlines()[-2:]
+        assert verdict.startswith("ready to train: ")
+        assert line.startswith("not written: ")
+        assert page in line
+        assert words in line
+        found = json.loads(report.read_text())
+        assert (found["would_train"], found["reason"]) == (True, None)

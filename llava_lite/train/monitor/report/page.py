@@ -1,10 +1,10 @@
 """Turn the directory of a run into one self-contained HTML page: no script, and nothing is fetched."""
 
-import os
 from datetime import datetime
 from pathlib import Path
 
 from llava_lite import __version__
+from llava_lite.output_file import write_output
 from llava_lite.train.monitor.losses import get_ends, loss_text
 from llava_lite.train.monitor.report import results, sections
 from llava_lite.train.monitor.report.cost import Cost
@@ -34,22 +34,12 @@ SECTIONS = {
 def write_report(run_dir, out=None, score_dirs=()) -> Path:
     """Write the page of a run and return its path; `out` is run_dir/report.html unless it is given.
 
-    score_dirs: see read_run, which also says what is raised. IsADirectoryError for an `out` that is a directory. A
-    part whose file is damaged says so in its place.
+    score_dirs: see read_run, which also says what is raised; write_output says it of `out`. A part whose file is
+    damaged says so in its place.
     """
     run = read_run(run_dir, score_dirs)
     path = Path(run_dir) / REPORT if out is None else Path(out)
-    if path.is_dir():
-        raise IsADirectoryError(f"{str(path)!r} is a directory; the page is a file, such as {str(path / REPORT)!r}.")
-    page = to_page(run)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f"{path.name}.part")
-    # A lone surrogate of an answer has no bytes.
-    try:
-        draft.write_text(page, encoding="utf-8", errors="replace")
-        os.replace(draft, path)
-    finally:
-        draft.unlink(missing_ok=True)
+    write_output(path, to_page(run), REPORT)
     return path
 
 
