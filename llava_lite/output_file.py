@@ -36,13 +36,20 @@ def write_output(path: str | os.PathLike, text: str, example: str) -> None:
             _replace(Path(os.path.realpath(path)), data)
 
 
+def can_be_named(path: str | os.PathLike) -> bool:
+    """Return whether a file can have a path: not one with a NUL, or with a lone surrogate, which has no bytes."""
+    try:
+        return b"\0" not in os.fsencode(path)
+    except UnicodeEncodeError:
+        return False
+
+
 def _get_status(path) -> os.stat_result | None:
     """Return the status of what a path leads to, None if there is nothing."""
+    if not can_be_named(path):
+        raise OSError(f"no file can have the name {os.fspath(path)!r}: it holds a NUL or a lone surrogate.")
     try:
         return os.stat(path)
-    except ValueError as error:
-        # A NUL, or a lone surrogate.
-        raise OSError(f"no file can have the name {os.fspath(path)!r} ({error}).") from None
     except OSError:
         return None
 

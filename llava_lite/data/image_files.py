@@ -14,6 +14,7 @@ from PIL import Image
 
 from llava_lite.media.bit_depth import CHECKED_MODES
 from llava_lite.media.image import IMAGE_FORMATS, MAX_IMAGE_PIXELS, ImageError, open_image
+from llava_lite.output_file import can_be_named
 
 # OCR-VQA was published as links to .jpg, .png and .gif; LLaVA's annotations call them all .jpg.
 OTHER_SUFFIXES = (".jpg", ".png", ".gif", ".jpeg", ".JPG", ".PNG")
@@ -36,6 +37,8 @@ def safe_path(image_folder: str, name: str, follow_links: bool = False) -> str:
     """
     if "\x00" in name or "\\" in name:
         raise ImageError(name, "the path holds a NUL or a backslash; write it with forward slashes.")
+    if not can_be_named(name):
+        raise ImageError(name, "no file can have this name.")
     if "://" in name:
         raise ImageError(name, "it is a URL; images are read from the image folder only. Download it first.")
     name = _relative(name, image_folder)
@@ -94,8 +97,6 @@ def why_no_file(path: str) -> str:
         return "it is a link to a file that does not exist." if os.path.islink(path) else "there is no such file."
     except OSError as error:
         return f"{error.strerror}."
-    except UnicodeEncodeError:
-        return "no file can have this name."
     return "it is a directory." if stat.S_ISDIR(mode) else "it is no regular file but a pipe, a socket or a device."
 
 

@@ -4,8 +4,10 @@ import os
 from typing import NamedTuple
 
 from llava_lite.data.errors import DataError
+from llava_lite.data.records.image_values import describe
 from llava_lite.data.records.recipes import RECIPES
 from llava_lite.hub.yaml_files import UnreadableYAML, read_yaml
+from llava_lite.output_file import can_be_named
 
 DATASET_KEYS = ("json_path", "sampling_strategy", "image_folder")
 META_KEYS = ("path", "type", "preprocess", "prompt_type", "root", "ratio")
@@ -52,8 +54,15 @@ def _dataset(entry, mixture_path: str, image_folder: str | None) -> Entry:
     if not isinstance(entry, dict) or not isinstance(entry.get("json_path"), str) or set(entry) - set(DATASET_KEYS):
         known = ", ".join(DATASET_KEYS)
         raise DataError(f"{mixture_path}: entry {repr(entry)[:200]} of `datasets`; expected the keys {known}.")
-    sampling = str(entry.get("sampling_strategy", "all")).strip()
-    return Entry(_beside(entry["json_path"], mixture_path), entry.get("image_folder", image_folder), sampling)
+    name = f"{mixture_path}: entry {repr(entry)[:200]} of `datasets`"
+    sampling, directory = entry.get("sampling_strategy", "all"), entry.get("image_folder")
+    # A ratio, of META, has other bounds.
+    if not isinstance(sampling, str) or sampling.strip().startswith("ratio:"):
+        found = describe(sampling)
+        raise DataError(f"{name}: sampling_strategy is {found}, expected all, first:N, end:N or random:N (N or N%).")
+    path = _beside(_path(entry["json_path"], "json_path", name), mixture_path)
+    directory = image_folder if directory is None else _path(directory, "image_folder", name)
+    return Entry(path, directory, sampling.strip())
 
 
 def _meta(entry, mixture_path: str, image_folder: str | None) -> Entry:
@@ -64,17 +73,27 @@ def _meta(entry, mixture_path: str, image_folder: str | None) -> Entry:
     if not isinstance(entry, dict) or not isinstance(entry.get("path"), str) or set(entry) - set(META_KEYS):
         raise DataError(f"{name}; expected a path, or the keys {', '.join(META_KEYS)}.")
     group, root = entry.get("type"), entry.get("root")
-    for key, value in (("type", group), ("root", root)):
-        if value is not None and not isinstance(value, str):
-            raise DataError(f"{name}: {key} is {value!r}, expected a text.")
+    if group is not None and not isinstance(group, str):
+        raise DataError(f"{name}: type is {group!r}, expected a text.")
     template = None
     if "prompt_type" in entry:
         template = _known(str(entry["prompt_type"]), PROMPT_TYPES, "prompt_type", name)
     recipe = entry.get("preprocess")
     if recipe is not None:
         _known(str(recipe), RECIPES, "preprocess", name)
-    directory = image_folder if root is None else _root(root, image_folder)
-    return Entry(_beside(entry["path"], mixture_path), directory, _sampling(entry, name), group, template, recipe)
+    directory = image_folder if root is None else _root(_path(root, "root", name), image_folder)
+    path = _beside(_path(entry["path"], "path", name), mixture_path)
+    return Entry(path, directory, _sampling(entry, name), group, template, recipe)
+
+
+def _path(value, key: str, name: str) -> str:
+    """Return the value of a key that names a file or a directory; DataError for one that cannot."""
+    if not isinstance(value, str):
+        advice = "" if isinstance(value, (dict, list)) else " in quotes"
+        raise DataError(f"{name}: {key} is {describe(value)}, expected a path{advice}.")
+    if not can_be_named(value):
+        raise DataError(f"{name}: {key} is {describe(value)}, expected a path, and no file can have this name.")
+    return value
 
 
 def _known(value: str, known: dict, key: str, name: str):

@@ -92,9 +92,14 @@ def sample_positions(sampling: str, num_records: int, seed: int = 0) -> np.ndarr
     if sampling == "all":
         return np.arange(num_records)
     if not match or float(match[2]) == 0 or ("." in match[2] and not match[3]):
-        raise DataError(f"unknown sampling_strategy {sampling!r}; known: all, first:N, end:N, random:N (N or N%).")
+        shown = sampling if len(sampling) < 80 else f"{sampling[:60]}..."
+        raise DataError(f"unknown sampling_strategy {shown!r}; known: all, first:N, end:N, random:N (N or N%).")
+    # Infinite for one with more than 308 digits.
     amount = float(match[2])
-    count = min(num_records, math.ceil(amount * num_records / 100) if match[3] else int(amount))
+    if amount >= (100 if match[3] else num_records):
+        count = num_records
+    else:
+        count = math.ceil(amount * num_records / 100) if match[3] else int(amount)
     if match[1] == "first":
         return np.arange(count)
     if match[1] == "end":
@@ -136,9 +141,12 @@ def _file_source(path: str, image_folder: str | None, sampling: str = "all") -> 
     return Source(path, kind, image_folder, sampling)
 
 
-def _mixture_source(entry: Entry) -> Source:
+def _mixture_source(entry: Entry, mixture_path: str) -> Source:
     if not entry.sampling.startswith(RATIO):
-        sample_positions(entry.sampling, 1)
+        try:
+            sample_positions(entry.sampling, 1)
+        except DataError as error:
+            raise DataError(f"{mixture_path}: entry {entry.path!r}: {error}") from None
     source = _file_source(entry.path, entry.image_folder, entry.sampling)
     return source._replace(group=entry.group, template=entry.template, recipe=entry.recipe)
 
@@ -151,7 +159,7 @@ def open_sources(data_path: str | Sequence[str], image_folder: str | None = None
         if _suffix(path) in MIXTURES:
             if not os.path.isfile(path):
                 raise DataError(f"{path}: there is no such mixture file.")
-            sources += map(_mixture_source, read_mixture(path, image_folder))
+            sources += [_mixture_source(entry, path) for entry in read_mixture(path, image_folder)]
         else:
             sources.append(_file_source(path, image_folder))
     if not sources:

@@ -58,9 +58,12 @@ def _record_id(item: dict, where: str) -> str:
         return where
     if isinstance(value, str):
         return value
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+    # Not math.isfinite of an integer, which may be larger than every float. A bool is an int, and no id.
+    if type(value) is int:
+        return str(value)
+    if not isinstance(value, float) or not math.isfinite(value):
         raise DataError(f"{where}: 'id' is {describe(value)}, expected a string or a number.")
-    return str(int(value)) if value == int(value) else str(value)
+    return str(int(value)) if value.is_integer() else str(value)
 
 
 def parse_record(item: dict, where: str, image_folder: str | None = None) -> Record:

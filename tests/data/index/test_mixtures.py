@@ -77,6 +77,12 @@ def test_typed_objects_name_group_template_recipe_root_and_ratio(write):
         ("{path: alpaca.json, ratio: 0}", "ratio is 0, expected a fraction"),
         ("{path: alpaca.json, ratio: 2.5}", "ratio is 2.5"),
         ("{path: alpaca.json, type: 3}", "type is 3, expected a text"),
+        ('{path: "\\uD800.json"}', "path is str '.ud800.json', expected a path, and no file can have this name"),
+        ("{path: alpaca.json, root: 2024}", "root is int 2024, expected a path in quotes"),
+        (
+            '{path: alpaca.json, root: "a\\0b"}',
+            "root is str 'a.x00b', expected a path, and no file can have this name",
+        ),
         ("missing.json", "no such annotation file"),
         ("7", "entry 7 of `META`"),
     ],
@@ -84,6 +90,32 @@ def test_typed_objects_name_group_template_recipe_root_and_ratio(write):
 def test_a_wrong_entry_is_refused_with_what_is_known(write, entry, words):
     with pytest.raises(DataError, match=words):
         open_sources(write(f"META: [{entry}]"))
+
+
+@pytest.mark.parametrize(
+    ("entry", "words"),
+    [
+        ("image_folder: 2024", "image_folder is int 2024, expected a path in quotes"),
+        ("image_folder: 2024-01-01", "image_folder is date .*, expected a path in quotes"),
+        ("image_folder: [a]", "image_folder is list, expected a path[.]"),
+        ("image_folder: {a: b}", "image_folder is dict, expected a path[.]"),
+        ("image_folder: true", "image_folder is bool True, expected a path in quotes"),
+        ('image_folder: "a\\uD800"', "image_folder is str 'a.ud800', expected a path, and no file can have this name"),
+        ("sampling_strategy: 5", "sampling_strategy is int 5, expected all, first:N, end:N or random:N"),
+        ("sampling_strategy: [all]", "sampling_strategy is list, expected all, first:N"),
+        ("sampling_strategy: 'ratio:.inf'", "sampling_strategy is str 'ratio:.inf', expected all, first:N"),
+        ("sampling_strategy: 'last:9'", "alpaca.json': unknown sampling_strategy 'last:9'; known: all, first:N"),
+    ],
+)
+def test_a_wrong_entry_of_datasets_is_named_with_its_file_and_what_is_expected(write, entry, words):
+    with pytest.raises(DataError, match=rf"data\.yaml: entry .*{words}"):
+        open_sources(write(f"datasets:\n- json_path: alpaca.json\n  {entry}\n"), "images")
+
+
+def test_an_entry_without_an_image_folder_has_that_of_the_run(write):
+    for text in ("", "  image_folder:\n"):
+        (source,) = open_sources(write(f"datasets:\n- json_path: alpaca.json\n{text}"), "images")
+        assert source.image_folder == "images"
 
 
 @pytest.mark.parametrize("text", ["META: alpaca.json", "META: []", "META: [a.json]\ndatasets: [{json_path: a.json}]"])

@@ -54,6 +54,14 @@ def test_a_first_turn_from_gpt_is_dropped():
 
 
 @pytest.mark.parametrize(
+    ("value", "text"),
+    [(7, "7"), (7.0, "7"), (7.5, "7.5"), (-1e300, str(int(-1e300))), (10**400, "1" + "0" * 400), (None, "here")],
+)
+def test_an_id_is_a_text_or_any_number(value, text):
+    assert parse_record(item(id=value), "here").id == text
+
+
+@pytest.mark.parametrize(
     ("changes", "words"),
     [
         ({"image": ["a.jpg", "b.jpg"]}, "1 <image> placeholders in the conversation but 2 images in record '7'"),
@@ -101,6 +109,9 @@ def test_json_that_is_no_object_is_refused(item):
         ("first:99", range(10)),
         ("random:99", range(10)),
         ("random:100%", range(10)),
+        ("first:" + "9" * 400, range(10)),
+        ("end:" + "9" * 400 + "%", range(10)),
+        ("random:" + "9" * 5000, range(10)),
     ],
 )
 def test_sampling_keeps_what_its_name_says(sampling, expected):
