@@ -25,6 +25,7 @@ import torch
 from llava_lite.data.errors import DataError
 from llava_lite.data.index.cache import (
     ADVICE,
+    DamagedArray,
     get_key,
     load_array,
     load_undamaged,
@@ -102,15 +103,34 @@ class FeatureStore:
         return places
 
     def _entries(self, name: str) -> np.ndarray:
-        """Return the list of a shard, without entries beyond the end of its file, which a crash may have lost.
-
-        A damaged list is empty: what it named is made again.
-        """
-        entries = load_undamaged(self.directory / f"{name}.npy")
-        if entries is None or entries.dtype != ENTRY:
+        """Return the list of a shard as `_load` does, and remove a damaged one: what it named is made again."""
+        path = self.directory / f"{name}.npy"
+        entries = self._load(path)
+        if entries is None:
+            with suppress(OSError):
+                self._remove_damaged(path)
             return np.zeros(0, ENTRY)
-        num_bytes = os.path.getsize(self.directory / f"{name}.bin")
+        return entries
+
+    def _load(self, path: Path) -> np.ndarray | None:
+        """Return a list without entries beyond the end of its file, which a crash may have lost.
+
+        None for a damaged list, with a warning, and for none.
+        """
+        entries = load_undamaged(path)
+        if entries is None or entries.dtype != ENTRY:
+            return entries if entries is None else np.zeros(0, ENTRY)
+        num_bytes = os.path.getsize(path.with_suffix(".bin"))
         return entries[entries["offset"] + self.num_bytes(entries) <= num_bytes]
+
+    def _remove_damaged(self, path: Path) -> None:
+        """Remove a list if it is damaged, and leave its features to `sweep`, as other processes may read them."""
+        with locked(path, f"remove the damaged list {path}"):
+            try:
+                load_array(path)
+            except DamagedArray:
+                os.utime(path.with_suffix(".bin"))
+                path.unlink()
 
     def _crop_bytes(self, num_features):
         return np.asarray(num_features, np.int64) * self.width * self.dtype.itemsize
@@ -133,8 +153,9 @@ class FeatureStore:
         """Take one entry off the list of a shard; processes that have read the list keep theirs."""
         path = self.directory / f"{name}.npy"
         with locked(path, f"take damaged features off {path}"):
-            entries = self._entries(name)
-            save_array(path, entries[entries["offset"] != offset])
+            entries = self._load(path)
+            if entries is not None:
+                save_array(path, entries[entries["offset"] != offset])
 
     def num_bytes(self, places):
         """Return the bytes of the features at one or several places."""
@@ -242,11 +263,12 @@ class FeatureWriter:
             )
         if self.file is None:
             name = f"{socket.gethostname()[:20]}-{os.getpid()}-{uuid.uuid4().hex[:12]}"
-            with named_disk_errors(self.store.directory, ADVICE):
-                self.file = open(self.store.directory / f"{name}.bin", "wb")  # noqa: SIM115 - closed in close_shard
+            path = self.store.directory / f"{name}.bin"
+            with named_disk_errors(path, ADVICE):
+                self.file = open(path, "wb")  # noqa: SIM115 - closed in close_shard
         num_crops = len(features) if features.dim() == 3 else 0
         data, offset = features.detach().cpu().contiguous().view(torch.uint8).numpy().data, self.file.tell()
-        with named_disk_errors(self.store.directory, ADVICE, data.nbytes):
+        with named_disk_errors(self.file.name, ADVICE, data.nbytes):
             self.file.write(data)
         self.entries.append((key, offset, num_crops, features.shape[-2], tuple(size), zlib.crc32(data)))
         if self.file.tell() >= SHARD_BYTES:
@@ -259,7 +281,7 @@ class FeatureWriter:
         path, file, entries = Path(self.file.name), self.file, self.entries
         self.file, self.entries = None, []
         try:
-            with named_disk_errors(self.store.directory, ADVICE, file.tell()):
+            with named_disk_errors(path, ADVICE, file.tell()):
                 file.flush()
                 os.fsync(file.fileno())
                 file.close()

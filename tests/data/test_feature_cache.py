@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import re
 import resource
 import signal
 import subprocess
@@ -15,6 +16,7 @@ import torch
 
 from llava_lite.data import feature_cache
 from llava_lite.data.feature_cache import KEY, FeatureStore, FeatureWriter
+from llava_lite.errors import DiskError
 
 P, C = 4, 6
 
@@ -127,8 +129,48 @@ def test_a_damaged_list_names_nothing_and_its_features_are_made_again(store, cap
     path.write_bytes(content)
     assert (store.find(keys(1, 2))["shard"] < 0).all()
     assert f"{path} is damaged" in caplog.text
+    assert not path.exists()
     write(store, 1, 2)
+    caplog.clear()
     assert torch.equal(one_each(store, 2)[0][0].features, features(2))
+    assert caplog.text == ""
+
+
+def test_the_features_of_a_damaged_list_stay_a_while_and_are_swept_then(store):
+    write(store, 1)
+    (path,) = store.directory.glob("*.npy")
+    features_path, long_ago = path.with_suffix(".bin"), time.time() - 2 * feature_cache.ORPHAN_S
+    os.utime(features_path, (long_ago, long_ago))
+    path.write_bytes(b"list")
+    store.find(keys(1))
+    # A run that has read the list before may read them still.
+    store.sweep()
+    assert features_path.exists()
+    os.utime(features_path, (long_ago, long_ago))
+    store.sweep()
+    assert not features_path.exists()
+
+
+def test_a_list_that_is_damaged_while_its_features_are_dropped_holds_up_nobody(store):
+    write(store, 1)
+    (path,) = store.directory.glob("*.npy")
+    path.write_bytes(b"list")
+    store.drop(path.stem, 0)
+    assert (store.find(keys(1))["shard"] < 0).all()
+    assert not path.exists()
+
+
+def test_a_full_disk_is_named_with_the_file_of_features(store):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10, hard))
+    try:
+        with pytest.raises(DiskError) as error:
+            write(store, 1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    text = str(error.value)
+    assert re.match(rf"{store.directory}/\S+\.bin cannot be written: File too large; [\d,]+ bytes are needed", text)
+    assert not list(store.directory.glob("*.bin"))
 
 
 @pytest.mark.parametrize("byte", [0, 40, P * C * 4 - 1])

@@ -34,12 +34,13 @@ class DamagedArray(ValueError):
 def cache_root(cache_dir: str | None = None) -> Path:
     """Return the directory of all indexes, made if absent: `cache_dir`, $LLAVA_LITE_CACHE or ~/.cache/llava_lite."""
     chosen = cache_dir or os.environ.get("LLAVA_LITE_CACHE") or "~/.cache/llava_lite"
-    root = Path(chosen).expanduser()
+    advice = "Set LLAVA_LITE_CACHE to a directory that you may write."
     try:
+        root = Path(chosen).expanduser()
         root.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        advice = "Set LLAVA_LITE_CACHE to a directory that you may write."
-        raise OSError(f"cannot make the index directory {root}: {error}. {advice}") from None
+    # RuntimeError: a `~` or `~name` that is nobody's home. ValueError: a lone surrogate or a NUL.
+    except (OSError, RuntimeError, ValueError) as error:
+        raise OSError(f"cannot make the index directory {chosen!r}: {error}. {advice}") from None
     return root
 
 
@@ -70,7 +71,7 @@ def locked(path: Path, purpose: str) -> Iterator[None]:
     start = time.monotonic()
     while True:
         try:
-            with named_disk_errors(lock.lock_file, ADVICE):
+            with _named_errors(lock.lock_file):
                 lock.acquire(timeout=60)
             break
         except Timeout:
@@ -84,8 +85,28 @@ def locked(path: Path, purpose: str) -> Iterator[None]:
 
 def make_directory(path: Path) -> None:
     """Make a directory and those above it; DiskError if that cannot be done."""
-    with named_disk_errors(path, ADVICE):
+    with _named_errors(path):
         path.mkdir(parents=True, exist_ok=True)
+
+
+@contextmanager
+def _named_errors(path, needed_bytes: int | None = None):
+    """Raise DiskError for an OSError of the block, which writes to `path`; its advice makes room, or the way free."""
+    with named_disk_errors(path, ADVICE, needed_bytes):
+        try:
+            yield
+        except IsADirectoryError as error:
+            raise DiskError(in_its_place(path)) from error
+        except (FileExistsError, NotADirectoryError) as error:
+            raise DiskError(
+                f"{path} cannot be made: a file is in its place, or in that of a directory above it. Remove that "
+                f"file, or n{OTHER_PLACE}"
+            ) from error
+
+
+def in_its_place(path) -> str:
+    """Return the sentence for a directory in the place of a file of the cache."""
+    return f"{path} is a directory, and a file belongs in its place. Remove the directory: the file is made again."
 
 
 def save_array(path: Path, array: np.ndarray) -> None:
@@ -94,7 +115,7 @@ def save_array(path: Path, array: np.ndarray) -> None:
     DiskError names the file, the bytes needed and those free.
     """
     draft = path.with_name(f"{path.name}.{os.getpid()}.{time.monotonic_ns()}.part")
-    with named_disk_errors(path, ADVICE, array.nbytes):
+    with _named_errors(path, array.nbytes):
         try:
             with open(draft, "w+b") as file:
                 np.save(file, array)
@@ -119,7 +140,8 @@ def get_checksum(file, num_bytes: int) -> int:
 def load_array(path: Path) -> np.ndarray | None:
     """Return the array, memory-mapped and read-only; None if there is no file.
 
-    Its bytes are compared with the checksum once in a process; DamagedArray if they differ.
+    Its bytes are compared with the checksum once in a process; DamagedArray if they differ. DiskError if it cannot be
+    read at all.
     """
     try:
         check_array(path)
@@ -127,8 +149,10 @@ def load_array(path: Path) -> np.ndarray | None:
         return np.load(path, mmap_mode="r").view(np.ndarray)
     except FileNotFoundError:
         return None
+    except IsADirectoryError as error:
+        raise DiskError(in_its_place(path)) from error
     # NumPy raises EOFError for an empty file.
-    except (ValueError, EOFError, IsADirectoryError) as error:
+    except (ValueError, EOFError) as error:
         raise DamagedArray(f"{path} is damaged ({error}). Start again: it is made again.") from None
     except OSError as error:
         raise DiskError(f"{path} cannot be read: {error.strerror or error}. N{OTHER_PLACE}") from error

@@ -58,7 +58,7 @@ def kept_random_state():
 def _use_features(trainer, dataset, where: str) -> None:
     tower = trainer.unwrapped.get_vision_tower()
     reason = why_not_cached(tower, dataset)
-    root = cache_root() / "features" if where == "auto" else Path(where).expanduser()
+    root = cache_root() / "features" if where == "auto" else get_directory(where)
     reads_once = reason is None and where == "auto" and not _is_read_again(trainer, dataset)
     # All ranks decide alike, also where one node has the directory and another has none.
     if reads_once and not any(everyone(root.exists())):
@@ -80,13 +80,21 @@ def _use_features(trainer, dataset, where: str) -> None:
         logger.info("no features are cached on disk: %s.", reason)
 
 
+def get_directory(where: str) -> Path:
+    """Return the directory that --feature_cache names; ValueError for a `~name` that is nobody's home."""
+    try:
+        return Path(where).expanduser()
+    except RuntimeError as error:
+        raise ValueError(f"--feature_cache {where}: {error} Name a directory that can be written.") from None
+
+
 def check_feature_cache(where: str) -> None:
     """Raise ValueError if --feature_cache is neither auto nor off nor a directory that can be written."""
     if where in ("off", "auto"):
         return
     if where.lower() in ("off", "auto", "on", "none", "", "true", "false", "yes", "no"):
         raise ValueError(f"--feature_cache {where}: give a directory for the features, auto or off.")
-    directory = Path(where).expanduser().absolute()
+    directory = get_directory(where).absolute()
     # A broken link exists and is no directory.
     nearest = next(path for path in (directory, *directory.parents) if os.path.lexists(path))
     if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
@@ -134,16 +142,17 @@ def _no_use(store, keys, num_bytes, dataset, trainer, where) -> str | None:
         num_free_bytes = shutil.disk_usage(store.directory).free
     num_new_bytes = int((num_bytes * missing).sum())
     logger.info(
-        "features of %d images are %.2f GB; %d of them (%.2f GB) are not cached yet; %s has %.2f GB free.",
-        is_new.sum(), (num_bytes * is_new).sum() / 1e9, missing.sum(), num_new_bytes / 1e9, store.directory,
-        num_free_bytes / 1e9,
+        "features of %d images are %s bytes; %d of them (%s bytes) are not cached yet; %s bytes are free in %s.",
+        is_new.sum(), f"{(num_bytes * is_new).sum():,}", missing.sum(), f"{num_new_bytes:,}", f"{num_free_bytes:,}",
+        store.directory,
     )  # fmt: skip
     few = where == "auto" and not _is_read_again(trainer, dataset) and missing.sum() > is_new.sum() / 2
     full = num_new_bytes > num_free_bytes * (AUTO_FRACTION if where == "auto" else 1)
     votes = everyone((few, full))
     if any(full for _, full in votes):
         advice = "" if where == "auto" else "; name a directory on a disk with more, or give --feature_cache off"
-        return f"{num_new_bytes / 1e9:.2f} GB of features do not fit into {num_free_bytes / 1e9:.2f} GB free{advice}"
+        free = f"the {num_free_bytes:,} bytes that are free in {store.directory}"
+        return f"{num_new_bytes:,} bytes of features do not fit into {free}{advice}"
     return "one epoch reads them once, and few are cached" if any(few for few, _ in votes) else None
 
 

@@ -118,6 +118,44 @@ def test_a_directory_that_is_full_is_named_with_the_bytes(tmp_path):
     assert os.listdir(tmp_path) == []
 
 
+def test_a_directory_in_the_place_of_a_file_is_to_be_removed(reopen, index_directory):
+    expected = reopen()
+    for table in [*get_tables(index_directory), *index_directory.rglob("*.lock")]:
+        content = table.read_bytes()
+        table.unlink()
+        table.mkdir()
+        if table.suffix == ".lock":
+            # Only who makes a table takes its lock.
+            with pytest.raises(DiskError) as error, cache.locked(table.with_suffix(""), "test"):
+                pass
+        else:
+            with pytest.raises(DiskError) as error:
+                reopen()
+        assert str(error.value).startswith(f"{table} is a directory, and a file belongs in its place. Remove the dir")
+        assert "room" not in str(error.value)
+        table.rmdir()
+        table.write_bytes(content)
+        assert reopen() == expected
+    (index_directory / "a.npy").mkdir()
+    with pytest.raises(DiskError, match=r"a\.npy is a directory, and a file belongs in its place"):
+        save_array(index_directory / "a.npy", np.arange(5))
+    assert not list(index_directory.rglob("*.part"))
+
+
+def test_a_file_in_the_place_of_a_directory_is_to_be_removed(tmp_path):
+    (tmp_path / "a").touch()
+    for path in (tmp_path / "a", tmp_path / "a" / "b"):
+        with pytest.raises(DiskError, match=rf"^{path} cannot be made: a file is in its place, .* Remove that file"):
+            cache.make_directory(path)
+
+
+@pytest.mark.parametrize("name", ["~nobody_here/x", "a\0b", "a\ud800b"])
+def test_an_index_directory_that_cannot_be_is_named(name):
+    with pytest.raises(OSError, match="Set LLAVA_LITE_CACHE to a directory that you may write") as error:
+        cache.cache_root(name)
+    assert repr(name) in str(error.value)
+
+
 def test_a_directory_that_cannot_be_used_is_named(reopen, index_directory):
     # A file in its place: nobody can make a directory there, root neither.
     reopen()

@@ -227,6 +227,8 @@ def test_a_directory_of_the_home_is_found(monkeypatch, tmp_path):
     with pytest.raises(ValueError, match="file is no directory"):
         check_feature_cache("~/file/features")
     check_feature_cache("~/features")
+    with pytest.raises(ValueError, match=r"--feature_cache ~nobody_here/x: .* Name a directory that can be written"):
+        check_feature_cache("~nobody_here/x")
 
 
 def test_auto_keeps_features_where_they_are_read_again_and_fit(stage_flags, toy_data, tmp_path, monkeypatch, caplog):
@@ -251,11 +253,13 @@ def test_auto_keeps_features_where_they_are_read_again_and_fit(stage_flags, toy_
         assert "do not fit" in caplog.text
         patch.setattr(features.shutil, "disk_usage", lambda directory: SimpleNamespace(free=0))
         with pytest.raises(
-            ValueError, match=r"do not fit into 0\.00 GB free; name a directory .* --feature_cache off"
+            ValueError,
+            match=rf"32,768 bytes of features do not fit into the 0 bytes that are free in {tmp_path}/store/\w+; name "
+            "a directory .* --feature_cache off",
         ):
             prepare(stage_flags("full", tmp_path / "run", "--feature_cache", tmp_path / "store", data=data))
     assert keeps("--num_train_epochs", 2)
-    assert "features of 16 images are 0.00 GB; 16 of them" in caplog.text
+    assert "features of 16 images are 32,768 bytes; 16 of them (32,768 bytes) are not cached yet" in caplog.text
     # What an earlier run has left is read, though this one reads it once.
     assert keeps()
     assert "; 0 of them" in caplog.text
