@@ -35,6 +35,7 @@ def main(argv=None):
 
 def run(verb, arguments):
     """Import and call what does a verb; an error of it is one sentence."""
+    _escape_what_cannot_be_printed()
     own_parser = import_module(PARSERS[verb]).build_parser() if verb in PARSERS else None
     if verb in WITH_FLAGS_OF_TRAIN:
         own_parser.parse_known_args(arguments)
@@ -52,6 +53,12 @@ def run(verb, arguments):
     except KeyboardInterrupt:
         print(f"\nllava-lite {verb}: interrupted.", file=sys.stderr)
         return EXIT_INTERRUPTED
+
+
+def _escape_what_cannot_be_printed() -> None:
+    """Let standard output write the escape of a character that it has not, as standard error does, and not fail."""
+    if getattr(sys.stdout, "errors", None) == "strict" and hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def unknown_verb(word) -> str:

@@ -7,6 +7,7 @@ import sys
 from logging.handlers import TimedRotatingFileHandler
 
 from llava_lite import constants
+from llava_lite.output_file import ESCAPED
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +31,7 @@ def build_logger(logger_name, logger_filename):
     os.makedirs(constants.LOGDIR, exist_ok=True)
     path = os.path.abspath(os.path.join(constants.LOGDIR, logger_filename))
     if path not in [getattr(handler, "baseFilename", None) for handler in root.handlers]:
-        file = TimedRotatingFileHandler(path, when="D", utc=True, encoding="utf-8")
+        file = TimedRotatingFileHandler(path, when="D", utc=True, encoding="utf-8", errors=ESCAPED)
         file.setFormatter(LOG_FORMAT)
         root.addHandler(file)
     for name, level in (("stdout", logging.INFO), ("stderr", logging.ERROR)):

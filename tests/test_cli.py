@@ -1,9 +1,11 @@
 """The command `llava-lite`: what it lists exists, and it starts without torch."""
 
+import io
 import os
 import subprocess
 import sys
 from importlib.util import find_spec
+from types import SimpleNamespace
 
 import pytest
 
@@ -117,3 +119,14 @@ def test_installed_command_is_this_one():
         [sys.executable, "-m", "llava_lite.cli", "--version"], capture_output=True, text=True, env=os.environ
     )
     assert done.stdout.strip() == f"llava-lite {__version__}"
+
+
+def test_a_character_that_standard_output_has_not_is_printed_as_its_escape(monkeypatch):
+    printed = io.BytesIO()
+    module = SimpleNamespace(main=lambda arguments: print("é \ud800"))
+    monkeypatch.setattr(cli, "import_module", lambda name: module)
+    monkeypatch.setattr(cli, "PARSERS", {})
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(printed, encoding="ascii"))
+    cli.run("convert", [])
+    sys.stdout.flush()
+    assert printed.getvalue() == b"\\xe9 \\ud800\n"

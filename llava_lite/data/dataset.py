@@ -150,8 +150,20 @@ class LazySupervisedDataset(ExampleMaker, Dataset):
         return [(file.name, len(positions)) for file, positions, _ in self.annotations.by_file()]
 
     def image_key(self, record: Record, image: str | bytes) -> str:
-        """Return a key for the content of an image: of its file as it is now, or of its bytes."""
-        return get_key(image) if isinstance(image, bytes) else file_key(self.image_path(record, image))
+        """Return a key for the content of an image: of its file as it is now, or of its bytes.
+
+        DataError with the name of the record if there is no such file.
+        """
+        if isinstance(image, bytes):
+            return get_key(image)
+        try:
+            path = self.image_path(record, image)
+            try:
+                return file_key(path)
+            except OSError as error:
+                raise ImageError(path, f"{error.strerror}.") from error
+        except ImageError as error:
+            raise DataError(f"{record.name}: {error}") from error
 
     def image_path(self, record: Record, name: str) -> str:
         """Return the path of an image of a record; ImageError if there is no such file."""

@@ -11,6 +11,7 @@ from torch.utils.data import get_worker_info
 
 from llava_lite.data.errors import DataError
 from llava_lite.distributed.processes import has_ended
+from llava_lite.output_file import ESCAPED
 
 # Process, time at which it began to read (0 when it does not), bytes of the text that follows.
 _HEAD = struct.Struct("qdq")
@@ -32,7 +33,7 @@ class ReadingNotes:
         """Note what this worker begins to read."""
         row = self._get_row()
         if row is not None:
-            data = text.encode(errors="replace")[:_TEXT_BYTES]
+            data = text.encode("utf-8", ESCAPED)[:_TEXT_BYTES]
             row[: _HEAD.size + len(data)] = _HEAD.pack(os.getpid(), time.monotonic(), len(data)) + data
 
     def end(self) -> None:

@@ -12,7 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from llava_lite.data.records.keys import media_keys
-from llava_lite.eval.answers import ESCAPED, forget, has_answers, merge, to_json
+from llava_lite.eval.answers import forget, has_answers, merge, to_json
 from llava_lite.eval.asking import check_question
 from llava_lite.eval.benchmarks.base import Benchmark, Options, Scores
 from llava_lite.eval.benchmarks.files import read_lines
@@ -20,6 +20,7 @@ from llava_lite.eval.hold import begin, remove_locks
 from llava_lite.eval.questions import Question
 from llava_lite.eval.ranks import Ranks
 from llava_lite.eval.run import ask_share, check_model_flags, describe_run, get_generation
+from llava_lite.output_file import ESCAPED
 
 
 class QuestionFile(Benchmark):

@@ -14,11 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from llava_lite.eval.questions import Question, chunk_of
+from llava_lite.output_file import ESCAPED
 
 RUN_FILE = "run.json"
 ANSWERS_FILE = "answers.jsonl"
-# Half of a pair of characters, as an id or an answer may hold it, becomes \\ud83d, which is JSON's own way.
-ESCAPED = "backslashreplace"
 
 
 class AnswerFile:

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from llava_lite import __version__
-from llava_lite.eval.answers import ESCAPED
 from llava_lite.eval.benchmarks.base import Benchmark, Scores
 from llava_lite.eval.published import Published, published, why_not_beside
+from llava_lite.output_file import ESCAPED
 
 LIBRARIES = ("torch", "transformers", "tokenizers", "accelerate", "peft", "pillow", "datasets")
 # The blue of what is measured, and the grey of what others report.

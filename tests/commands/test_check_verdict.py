@@ -142,6 +142,32 @@ def test_the_report_names_every_bad_record_with_its_place_and_path(flags, tmp_pa
     assert f"{files['tokens']:,} tokens, " in printed
 
 
+def test_a_lone_surrogate_in_an_id_or_a_path_is_written_so_that_it_is_read_back(flags, tmp_path):
+    records = [*GOOD, record("a\ud800", image="gone.png"), record("b", image="\ud800.png")]
+    records += [record("c", image="\udc80/0.png"), record("d", image="\ud800/0.png")]
+    bad = tmp_path / "bad.jsonl"
+    more = f"{SKIP} 0.5"
+    status, report = check([*flags(records, more), "--bad_records_file", str(bad)], tmp_path)
+    assert (status, report["would_train"]) == (0, True)
+    lines = [json.loads(line) for line in bad.read_text(encoding="utf-8").splitlines()]
+    for found in (lines, report["files"]["train"]["bad_records"]):
+        assert [(one["id"], one["path"].removeprefix(f"{tmp_path}/images/")) for one in found] == [
+            ("a\ud800", "gone.png"),
+            ("b", "\ud800.png"),
+            ("c", "\udc80/0.png"),
+            ("d", "\ud800/0.png"),
+        ]
+        assert [one["reason"].rpartition(": ")[2] for one in found] == [
+            "there is no such file.",
+            "no file can have this name.",
+            "there is no such file.",
+            "no file can have this name.",
+        ]
+    assert reason_of(flags(records, more)) is None
+    log = tmp_path / "out" / "skipped_records.jsonl"
+    assert [json.loads(line)["id"] for line in log.read_text(encoding="utf-8").splitlines()] == ["a\ud800", *"bcd"]
+
+
 def test_supervised_and_truncated_tokens_are_those_of_the_examples(flags, tmp_path):
     from llava_lite.constants import IGNORE_INDEX
     from llava_lite.train.dry_run import DryRun

@@ -21,6 +21,7 @@ from llava_lite.data.records.media import MediaMix, get_mixes
 from llava_lite.data.records.record import Record, missing_images, parse_record
 from llava_lite.media.files import MediaError
 from llava_lite.media.image import ImageError
+from llava_lite.output_file import ESCAPED
 
 # Reasons that are listed, each with an example.
 NUM_REASONS = 20
@@ -186,7 +187,7 @@ def convert(
     draft = f"{out}.{os.getpid()}.part"
     Path(out).parent.mkdir(parents=True, exist_ok=True)
     try:
-        with open(draft, "w", encoding="utf-8") as file:
+        with open(draft, "w", encoding="utf-8", errors=ESCAPED) as file:
             _write(file, filter(None, map(converter.item, read_foreign(path, options))), out.endswith(".jsonl"))
         if converter.kinds == {"bytes", "paths"} and converter.images.root == directory:
             raise DataError(

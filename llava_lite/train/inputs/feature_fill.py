@@ -2,11 +2,13 @@
 
 import logging
 import os
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from llava_lite.data.check.check import get_path
 from llava_lite.data.errors import DataError
 from llava_lite.data.feature_cache import KEY, FeatureStore, FeatureWriter
 from llava_lite.data.reading import dead_workers_named
@@ -20,6 +22,13 @@ BATCH_IMAGES = 16
 CHECKED_BYTES = 8 << 30
 
 logger = logging.getLogger(__name__)
+
+
+class Broken(NamedTuple):
+    """An image that cannot be used. path: of its file, if the reason names one."""
+
+    reason: str
+    path: str | None
 
 
 def image_keys(dataset, args, leave_out) -> tuple[np.ndarray, np.ndarray]:
@@ -51,7 +60,7 @@ def _get_keys(dataset, i: int) -> tuple[list[bytes], list[dict]]:
     try:
         record = dataset.annotations[i]
         return [dataset.image_key(record, image).encode() for image in record.images], []
-    except (ValueError, OSError) as error:
+    except DataError as error:
         return [], [dataset.problem(i, error)]
 
 
@@ -78,7 +87,7 @@ def fill(store: FeatureStore, keys: np.ndarray, starts: np.ndarray, tower, datas
             store.sweep()
             images = ImageSet(dataset, starts, slots[place::num_places])
             broken = write_features(store, keys, images, tower, args)
-        broken = {slot: reason for found in everyone(broken) for slot, reason in found.items()}
+        broken = {slot: problem for found in everyone(broken) for slot, problem in found.items()}
         leave_out(_emptied(broken, keys, starts, dataset))
 
 
@@ -94,14 +103,14 @@ def drop_damaged(store: FeatureStore, keys: np.ndarray, part: int, num_parts: in
         logger.warning("features of %d image(s) in %s are damaged: they are made again.", num_damaged, store.directory)
 
 
-def _emptied(broken: dict[int, str], keys: np.ndarray, starts: np.ndarray, dataset) -> list[dict]:
-    """Make the keys of broken images (slot: reason) empty; return a line of each record that shows one of them."""
+def _emptied(broken: dict[int, Broken], keys: np.ndarray, starts: np.ndarray, dataset) -> list[dict]:
+    """Make the keys of broken images (by slot) empty; return a line of each record that shows one of them."""
     problems = []
-    for slot, reason in sorted(broken.items()):
+    for slot, (reason, path) in sorted(broken.items()):
         same = np.flatnonzero(keys == keys[slot]) if keys[slot] else np.zeros(0, int)
         for i in sorted({_get_record(starts, other) for other in same.tolist()}):
             error = DataError(f"{dataset.annotations[i].name}: {reason}")
-            problems.append(dataset.problem(i, error) | {"kind": "image"})
+            problems.append(dataset.problem(i, error) | {"kind": "image", "path": path})
         keys[same] = b""
     return problems
 
@@ -113,7 +122,7 @@ def _get_record(starts: np.ndarray, slot: int) -> int:
 class ImageSet(Dataset):
     """The images with the numbers `slots`, for the tower: (slot, width and height, pixels).
 
-    An image that cannot be used is (slot, None, the reason).
+    An image that cannot be used is (slot, None, Broken).
     """
 
     def __init__(self, dataset, starts: np.ndarray, slots: np.ndarray):
@@ -132,14 +141,14 @@ class ImageSet(Dataset):
             image = self.dataset.open(record, record.images[slot - int(self.starts[i])])
             return slot, image.size, self.dataset.get_pixels(record, image)
         except DataError as error:
-            return slot, None, str(error.__cause__ or error)
+            return slot, None, Broken(str(error.__cause__ or error), get_path(error.__cause__))
         finally:
             if self.dataset.reading is not None:
                 self.dataset.reading.end()
 
 
-def write_features(store: FeatureStore, keys: np.ndarray, images: ImageSet, tower, args) -> dict[int, str]:
-    """Run the tower over the images and write their features; return {slot: reason} of those that cannot be used."""
+def write_features(store: FeatureStore, keys: np.ndarray, images: ImageSet, tower, args) -> dict[int, Broken]:
+    """Run the tower over the images and write their features; return those that cannot be used, by slot."""
     from tqdm import tqdm
 
     loader = DataLoader(
@@ -149,7 +158,7 @@ def write_features(store: FeatureStore, keys: np.ndarray, images: ImageSet, towe
     broken = {}
     with FeatureWriter(store) as writer, bar, dead_workers_named(images.dataset.reading):
         for found in NotedBatches(loader, "features of images", alone=True, readers=images.dataset.reading):
-            broken |= {slot: reason for slot, size, reason in found if size is None}
+            broken |= {slot: problem for slot, size, problem in found if size is None}
             batch = [one for one in found if one[1] is not None]
             bar.update(len(found))
             if not batch:

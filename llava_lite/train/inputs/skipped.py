@@ -14,6 +14,7 @@ from llava_lite.data.errors import DataError
 from llava_lite.data.skipped import LeftOut
 from llava_lite.distributed.ranks import everyone, raise_together
 from llava_lite.errors import DiskError, named_disk_errors
+from llava_lite.output_file import ESCAPED
 from llava_lite.train.monitor.run_log import ADVICE
 from llava_lite.train.together import together
 
@@ -44,12 +45,12 @@ class SkipLog:
         self.start = list(start)
         self._add(later)
         if self.path is not None:
-            text = "".join(map(_in_json, [*(get_bad(line)._asdict() for line in self.start), *self.later]))
+            data = _to_lines([*(get_bad(line)._asdict() for line in self.start), *self.later])
             draft = Path(f"{self.path}.{os.getpid()}.part")
-            with named_disk_errors(self.path, ADVICE, len(text)):
+            with named_disk_errors(self.path, ADVICE, len(data)):
                 try:
                     draft.parent.mkdir(parents=True, exist_ok=True)
-                    draft.write_text(text, encoding="utf-8")
+                    draft.write_bytes(data)
                     os.replace(draft, self.path)
                 finally:
                     draft.unlink(missing_ok=True)
@@ -86,9 +87,9 @@ class SkipLog:
     def _write(self, lines: list[dict]) -> None:
         """Append lines to the file, on the rank that has one."""
         if self.path is not None:
-            text = "".join(map(_in_json, lines))
-            with named_disk_errors(self.path, ADVICE, len(text)), open(self.path, "a", encoding="utf-8") as file:
-                file.write(text)
+            data = _to_lines(lines)
+            with named_disk_errors(self.path, ADVICE, len(data)), open(self.path, "ab") as file:
+                file.write(data)
 
     def _add(self, lines: list[dict]) -> None:
         for line in lines:
@@ -102,8 +103,8 @@ class SkipLog:
         return {"start": self.start, "later": self.later}
 
 
-def _in_json(line: dict) -> str:
-    return json.dumps(line, ensure_ascii=False) + "\n"
+def _to_lines(lines: list[dict]) -> bytes:
+    return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode("utf-8", ESCAPED)
 
 
 class SkipMixin:

@@ -12,6 +12,7 @@ from llava_lite.conversation.end_tokens import end_ids, get_config_end_token, st
 from llava_lite.data.collator import batch_images
 from llava_lite.distributed.activity import note
 from llava_lite.errors import get_sentence
+from llava_lite.output_file import ESCAPED
 from llava_lite.train.deepspeed.experts import needs_all_ranks
 from llava_lite.train.monitor.log_lines import GENERATIONS
 from llava_lite.train.monitor.run_log import RunLog
@@ -99,7 +100,7 @@ def write_answers(output_dir, step, answers):
     The log of the run shows them too.
     """
     try:
-        with open(Path(output_dir) / GENERATIONS, "a", encoding="utf-8") as file:
+        with open(Path(output_dir) / GENERATIONS, "a", encoding="utf-8", errors=ESCAPED) as file:
             for answer in answers:
                 file.write(json.dumps({"step": step, **answer}, ensure_ascii=False) + "\n")
     except OSError as error:

@@ -176,6 +176,13 @@ CASES = [
         [(("0.png",), ((H, "<image>q"), (G, "a")))],
     ),
     (
+        [{"id": "\ud800", "image": "0.png", "mask": 1, "conversations": [{"from": H, "value": "<image>q"},
+                                                                         {"from": G, "value": "a"}]}],
+        "llava.json",
+        {"drop": ["mask"]},
+        [(("0.png",), ((H, "<image>q"), (G, "a")))],
+    ),
+    (
         [{"image": "0.png", "conversations": [{"from": H, "value": "<image>q"}, {"from": G, "value": "a"}]}],
         "llava.json",
         {"image_prefix": "images/", "image_folder": None},

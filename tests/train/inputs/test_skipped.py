@@ -10,6 +10,8 @@ import pytest
 from transformers import TrainerCallback
 
 from llava_lite.data.errors import DataError
+from llava_lite.data.skipped import LeftOut
+from llava_lite.train.inputs.skipped import SkipLog
 from llava_lite.train.train import prepare, run, train
 
 CLOCK = {"tokens_per_s", "mfu", "eval_runtime", "eval_samples_per_second", "eval_steps_per_second"}
@@ -91,11 +93,32 @@ def test_a_run_with_damaged_images_resumes_bit_for_bit(way, stage_flags, tmp_pat
     assert sorted(line["id"] for line in lines) == ["toy_004", "toy_010", "toy_011"]
     assert all(f"{images}/{line['position']}.png" in line["reason"] for line in lines)
     assert {line["kind"] for line in lines} == {"image"}
+    assert all(line["path"] == f"{images}/{line['position']}.png" for line in lines)
     steps = sorted(int(path.name.split("-")[1]) for path in Path(full.args.output_dir).glob("checkpoint-*"))
     for step in (steps[0], steps[-2]):
         found, log = resumed_run(flags, full.args.output_dir, step, tmp_path)
         assert found == numbers(full)
         assert log == lines
+
+
+def test_the_log_of_an_id_that_has_no_bytes_is_read_back(tmp_path):
+    path = tmp_path / "out" / "skipped_records.jsonl"
+    line = {
+        "file": "a.json",
+        "position": 1,
+        "id": "\ud800\u4e2d",
+        "kind": "image",
+        "reason": "\udfff",
+        "path": "\ud83d",
+    }
+    log = SkipLog(LeftOut(4), "skip", 1.0, path, num_records=4)
+    log.begin([line], [{**line, "place": 2, "step": 1, "since": 0}])
+    log.leave_out([{**line, "place": 3}], 2)
+    assert skipped_log(tmp_path / "out") == [
+        line,
+        {**line, "place": 2, "step": 1, "since": 0},
+        {**line, "place": 3, "step": 2, "since": 0},
+    ]
 
 
 @pytest.mark.parametrize("workers", [0, 2])

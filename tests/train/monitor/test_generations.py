@@ -57,8 +57,9 @@ def test_answers_are_written_and_shown(tmp_path, caplog):
     answer = {"id": "r", "prompt": "p", "expected": "é", "answer": "b"}
     write_answers(tmp_path, 5, [answer])
     write_answers(tmp_path, 6, [answer])
+    write_answers(tmp_path, 7, [answer | {"id": "\ud800"}])
     lines = [json.loads(line) for line in (tmp_path / "generations.jsonl").read_text(encoding="utf-8").splitlines()]
-    assert lines == [{"step": 5, **answer}, {"step": 6, **answer}]
+    assert lines == [{"step": 5, **answer}, {"step": 6, **answer}, {"step": 7, **answer, "id": "\ud800"}]
     with caplog.at_level(logging.INFO):
         report_answers([], 5, [answer])
     assert "step 5, r: expected 'é', answered 'b'" in caplog.text
