@@ -84,6 +84,9 @@ def fit_stage(converted: Path, engine) -> None:
         state["optimizer_state_dict"] = {"param_groups": state["param_groups"], "state": {0: {"step": step}}}
         torch.save(state, file)
         return
+    # ZeRO-3 keeps it beside the model alone.
+    state["ds_version"] = read_state(converted / other, mmap=False)["ds_version"]
+    torch.save(state, file)
     step = next(iter(state["optimizer_state_dict"]["state"].values()))["step"]
     for name, weight in engine.module.named_parameters():
         directory = file.parent / name

@@ -62,7 +62,10 @@ def read_metrics(path):
 
 
 def read_bytes(path: Path) -> FileState:
-    """Return the bytes of a file, none for one that is missing or cannot be read."""
+    """Return the bytes of a file, none for one that is missing, cannot be read, or is a device or a pipe."""
+    if path.exists() and not path.is_file() and not path.is_dir():
+        # It may never end.
+        return FileState(b"", "cannot be read (it is a device or a pipe)")
     try:
         return FileState(path.read_bytes(), None)
     except FileNotFoundError:

@@ -1,6 +1,7 @@
 """A run with files that are missing, damaged or cannot be read has a page that says so where they belong."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -60,6 +61,10 @@ def damage(path, how):
     path.unlink()
     if how == "unreadable":
         path.mkdir()
+    elif how == "endless":
+        path.symlink_to("/dev/zero")
+    elif how == "pipe":
+        os.mkfifo(path)
     elif how != "missing":
         path.write_text(how)
 
@@ -114,6 +119,8 @@ def test_a_damaged_score_is_named_and_no_score_that_does_not_exist(how, fault, c
     [
         ("missing", "metrics.jsonl is missing."),
         ("unreadable", "metrics.jsonl cannot be read (Is a directory)."),
+        ("endless", "metrics.jsonl cannot be read (it is a device or a pipe)."),
+        ("pipe", "metrics.jsonl cannot be read (it is a device or a pipe)."),
         ("{bad\n[1]\n", "metrics.jsonl is damaged (no JSON object, and left out: 2 lines, the first of them line 1)."),
     ],
 )
