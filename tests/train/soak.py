@@ -4,8 +4,9 @@
 
 Faults come at random instants: a rank or a loader worker is killed (SIGKILL) or stopped (SIGSTOP, as if it hung), the
 disk fills up, or the run gets SIGTERM, SIGINT or SIGHUP. The disk is a small one of its own where this process may
-mount it, else a limit on the size of files. Writes run_N.log, soak.jsonl (a line for each fault) and soak.png. Its
-status is 1 where the runs differ or a fault was not answered as it should be. The flags name no --output_dir.
+mount it, else a limit on the size of files. Writes run_N.log, soak.jsonl (a line for each fault), soak.png and
+result.json. Its status is 1 where the runs differ or a fault was not answered as it should be; the checkpoints that
+signals write are no difference. The flags, or a YAML file and flags, name no --output_dir.
 """
 
 import argparse
@@ -16,6 +17,7 @@ import random
 import re
 import resource
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -37,17 +39,21 @@ LIMIT_S = 300
 DISK_MB = 96
 # Batches that loader workers have ready, at most.
 STEPS_AHEAD = 6
+# In the environment of all processes of all runs: a launcher gives its ranks sessions of their own.
+MARK = "LLAVA_LITE_SOAK_PID"
 
 
 class Disk:
     """A place for the output that can be filled up: a tmpfs of its own, or this disk with a limit on files."""
 
     def __init__(self, directory: Path):
-        self.directory = directory
-        directory.mkdir()
-        mount = ["mount", "-t", "tmpfs", "-o", f"size={DISK_MB}m", "tmpfs", str(directory)]
+        self.directory, self.ballast, self.is_mounted = directory, directory / "ballast", False
+
+    def open(self) -> None:
+        """Make it."""
+        self.directory.mkdir()
+        mount = ["mount", "-t", "tmpfs", "-o", f"size={DISK_MB}m", "tmpfs", str(self.directory)]
         self.is_mounted = subprocess.run(mount, capture_output=True, check=False).returncode == 0
-        self.ballast = directory / "ballast"
 
     def fill(self, processes) -> None:
         """Leave no room for another file of these processes."""
@@ -66,7 +72,7 @@ class Disk:
 
     def close(self) -> None:
         """Unmount it."""
-        if self.is_mounted:
+        if os.path.ismount(self.directory):
             subprocess.run(["umount", "-l", str(self.directory)], check=False)
 
 
@@ -74,9 +80,12 @@ class Run:
     """A process, or a launcher with its ranks, that trains into `output`."""
 
     def __init__(self, flags, output: Path, log: Path, num_ranks: int):
-        launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(num_ranks), "--master_port", "29817"]
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
+        launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(num_ranks), "--master_port", port]
         command = [sys.executable, *(launcher if num_ranks > 1 else []), "-m", MODULE, *flags]
-        own = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+        own = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", MARK: str(os.getpid())}
         with open(log, "w", encoding="utf-8") as file:
             self.process = subprocess.Popen(
                 [*command, "--output_dir", str(output)],
@@ -109,9 +118,28 @@ class Run:
 
     def end(self) -> None:
         """Kill what is left of it."""
-        with suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
+        kill_runs()
         self.process.wait()
+
+
+def kill_runs() -> None:
+    """Kill every process of every run that this one has started."""
+    for _ in range(100):
+        left = [process for process in psutil.process_iter() if is_of_run(process)]
+        for process in left:
+            with suppress(psutil.Error):
+                process.kill()
+        if not left:
+            return
+        # Until they are gone, with what they started meanwhile.
+        time.sleep(0.05)
+
+
+def is_of_run(process) -> bool:
+    """Return whether a process belongs to a run that this one has started."""
+    with suppress(psutil.Error, OSError):
+        return process.environ().get(MARK) == str(os.getpid())
+    return False
 
 
 def is_ours(process) -> bool:
@@ -160,15 +188,17 @@ def is_answered(line: dict) -> bool:
     return code not in (0, None) and line.get("is_named", True)
 
 
-def soak(directory: Path, flags, num_faults: int, num_ranks: int, seed: int) -> list[dict]:
-    """Run until the run is complete, with a fault in each of the first rounds; return the lines of soak.jsonl."""
+def soak(directory: Path, flags, num_faults: int, num_ranks: int, seed: int, total: int) -> list[dict]:
+    """Run until the run of `total` steps is complete, with a fault in each of the first rounds.
+
+    Returns the lines of soak.jsonl.
+    """
     rng, lines = random.Random(seed), []
     kinds = [*SIGNALS, "killed rank", "killed worker", "full disk", "stopped worker"]
     # A process alone has nobody who could notice that it is stopped.
     kinds += ["stopped rank"] if num_ranks > 1 else []
     order = [kinds[i % len(kinds)] for i in range(num_faults)]
     rng.shuffle(order)
-    total = flag_value(flags, "--max_steps")
     with mounted(directory / "disk") as disk, open(directory / "soak.jsonl", "w", encoding="utf-8") as file:
         output = disk.directory / "run"
         for number, kind in enumerate([*order, None]):
@@ -210,7 +240,7 @@ def wait_after(run: Run, line: dict) -> int | None:
             return code
         if line["fault"].endswith("worker") and run.step() > line["step"] + 3 * STEPS_AHEAD:
             line["was_idle"] = True
-            os.killpg(run.process.pid, signal.SIGKILL)
+            kill_runs()
     return None
 
 
@@ -219,6 +249,7 @@ def mounted(directory: Path):
     """Yield a disk that can be filled up, and unmount it at the end."""
     disk = Disk(directory)
     try:
+        disk.open()
         yield disk
     finally:
         disk.close()
@@ -237,22 +268,70 @@ def keep(output: Path, place: Path) -> None:
     subprocess.run(["cp", "-r", str(output), str(place)], check=True)
 
 
-def flag_value(flags, name: str) -> int:
-    """Return the number of a flag."""
-    return int(flags[list(flags).index(name) + 1])
+def read_flags(flags) -> dict:
+    """Return {name: values} of the flags of the run, in both spellings and from a YAML file before them."""
+    sys.path.insert(0, str(ROOT))
+    from llava_lite.train.arguments.legacy import open_yaml, split_flags
+
+    return dict(split_flags(open_yaml(flags)))
 
 
 def facts(output: Path) -> dict:
-    """Return what must be equal: the weights of the final directory and of checkpoints, and every logged number."""
-    files = {
-        path.relative_to(output).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted(output.rglob("*.safetensors"))
-    }
+    """Return what must be equal: the weights of the final directory and of checkpoints, and every logged number.
+
+    {"files": {directory: {file: hash}}, "log": lines}; the final directory is ".".
+    """
+    files = {path.name: {} for path in output.glob("checkpoint-*") if path.name[11:].isdigit()} | {".": {}}
+    for path in sorted(output.rglob("*.safetensors")):
+        name = path.relative_to(output)
+        owner = name.parts[0] if name.parts[0] in files else "."
+        files[owner][name.as_posix()] = hashlib.sha256(path.read_bytes()).hexdigest()
     lines = [
         {k: v for k, v in line.items() if not any(k.endswith(name) for name in NOT_COMPARED)}
         for line in read_log(output)
     ]
     return {"files": files, "log": lines}
+
+
+def find_differences(expected: dict, found: dict, limit: int | None = None) -> dict[str, list[str]]:
+    """Compare the facts of the untouched run with those of the other; return {"files": sentences, "log": sentences}.
+
+    A checkpoint that only the other run has was written after a signal. One that it lacks is a difference, unless
+    `limit` newer ones are there, after which a run deletes it.
+    """
+    files, log = [], []
+    for name, hashes in expected["files"].items():
+        theirs = found["files"].get(name)
+        if theirs is None:
+            num_newer = sum(get_step(other) > get_step(name) for other in found["files"] if other != ".")
+            files += [] if limit is not None and num_newer >= limit else [f"{name} is missing"]
+            continue
+        files += [f"{file} is missing" for file in sorted(hashes.keys() - theirs.keys())]
+        files += [f"{file} is not in the untouched run" for file in sorted(theirs.keys() - hashes.keys())]
+        files += [f"{file} differs" for file in sorted(hashes.keys() & theirs.keys()) if hashes[file] != theirs[file]]
+    for number, (mine, theirs) in enumerate(zip(expected["log"], found["log"], strict=False), 1):
+        if mine != theirs:
+            log.append(f"line {number} is {theirs}; in the untouched run {mine}")
+            break
+    if len(expected["log"]) != len(found["log"]):
+        log.append(f"{len(found['log'])} lines; in the untouched run {len(expected['log'])}")
+    return {"files": files, "log": log}
+
+
+def get_step(name: str) -> int:
+    """Return the step of checkpoint-N."""
+    return int(name.removeprefix("checkpoint-"))
+
+
+def get_limit(flags: dict) -> int | None:
+    """Return how many newer checkpoints a run keeps; None where it deletes none."""
+    text = " ".join(flags.get("save_total_limit", "0"))
+    if not text.lstrip("-").isdigit():
+        raise ValueError(f"--save_total_limit needs a whole number; got {text!r}")
+    limit = int(text)
+    # The best one stays, however old it is.
+    has_best = not {"load_best_model_at_end", "metric_for_best_model"}.isdisjoint(flags)
+    return max(1, limit - has_best) if limit > 0 else None
 
 
 def draw(directory: Path, lines: list[dict]) -> None:
@@ -277,6 +356,27 @@ def draw(directory: Path, lines: list[dict]) -> None:
     figure.savefig(directory / "soak.png", dpi=150)
 
 
+@contextmanager
+def cleaning_up():
+    """Kill the runs at the end, after a signal too; one that is ignored here, as under nohup, ends nothing."""
+
+    def leave(number, frame):
+        for other in SIGNALS.values():
+            signal.signal(other, signal.SIG_IGN)
+        with suppress(OSError):
+            print(f"ended by {signal.Signals(number).name}; no run and no mount is left", file=sys.stderr)
+        sys.exit(128 + number)
+
+    for number in SIGNALS.values():
+        # The runs would ignore what is ignored here; a handler is not theirs.
+        is_ignored = signal.getsignal(number) is signal.SIG_IGN
+        signal.signal(number, (lambda number, frame: None) if is_ignored else leave)
+    try:
+        yield
+    finally:
+        kill_runs()
+
+
 def main(argv=None) -> int:
     """Train untouched, then under faults; print and write the comparison; return 0 where the runs are equal."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -286,11 +386,24 @@ def main(argv=None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("flags", nargs="+")
     args = parser.parse_args(argv)
+    if args.faults < 0 or args.ranks < 1:
+        parser.error(f"expected --faults 0 or more and --ranks 1 or more; got {args.faults} and {args.ranks}")
+    try:
+        flags = read_flags(args.flags)
+        limit = get_limit(flags)
+    except (ValueError, OSError) as error:
+        parser.error(f"the flags of the run: {error}")
+    if "output_dir" in flags:
+        parser.error(f"the runs write into {args.directory}: leave out --output_dir {' '.join(flags['output_dir'])}")
+    if os.path.lexists(args.directory):
+        parser.error(f"{args.directory} exists: name a directory that does not, or remove it")
+    with cleaning_up():
+        return compare(args, limit)
+
+
+def compare(args, limit: int | None) -> int:
+    """Do what `main` does; limit: of `find_differences`."""
     args.directory.mkdir(parents=True)
-    for number in SIGNALS.values():
-        # The runs would ignore what this process ignores, as under nohup; a handler is not theirs.
-        if signal.getsignal(number) is signal.SIG_IGN:
-            signal.signal(number, lambda number, frame: None)
     start_s = time.monotonic()
     full = Run(args.flags, args.directory / "untouched", args.directory / "untouched.log", args.ranks)
     try:
@@ -301,15 +414,17 @@ def main(argv=None) -> int:
         print(f"the untouched run ended with {code}; see {args.directory / 'untouched.log'}")
         return 1
     untouched_s = time.monotonic() - start_s
-    lines = soak(args.directory, args.flags, args.faults, args.ranks, args.seed)
+    total = full.step()
+    lines = soak(args.directory, args.flags, args.faults, args.ranks, args.seed, total)
     draw(args.directory, lines)
-    expected, found = facts(args.directory / "untouched"), facts(args.directory / "touched")
+    differences = find_differences(facts(args.directory / "untouched"), facts(args.directory / "touched"), limit)
     met = [line for line in lines if line.get("met")]
     result = {
-        "steps": flag_value(args.flags, "--max_steps"),
+        "steps": total,
         "faults": {kind: sum(line["fault"] == kind for line in met) for kind in sorted({one["fault"] for one in met})},
         "not answered": [line for line in lines if not line["answered"]],
-        "equal": {key: expected[key] == found[key] for key in expected},
+        "equal": {key: not found for key, found in differences.items()},
+        "differences": differences,
         "untouched_s": round(untouched_s),
         "touched_s": round(sum(line["seconds"] for line in lines)),
     }
