@@ -6,6 +6,7 @@ from llava_lite.constants import IGNORE_INDEX
 from llava_lite.distributed.ranks import everyone
 from llava_lite.train.deepspeed.experts import needs_all_ranks
 from llava_lite.train.monitor.generations import begin_answers, generate_answers, report_answers, write_answers
+from llava_lite.train.saving.interrupt import EvaluationStopped
 
 
 def count_for_rank(num_records, rank, batch_size):
@@ -73,8 +74,11 @@ class EvaluationMixin:
             try:
                 metrics = super().evaluate(*args, **kwargs)
                 self.answer_examples()
-            finally:
+            except EvaluationStopped:
                 self.release_gathered()
+                raise
+            # After another error there may be no ranks to release them with, and a second one would hide it.
+            self.release_gathered()
         return metrics
 
     def release_gathered(self):

@@ -1,6 +1,7 @@
 """The evaluation loss is the mean over supervised tokens, whatever batches they came in."""
 
 import json
+from contextlib import nullcontext
 from types import SimpleNamespace
 from unittest import mock
 
@@ -8,7 +9,8 @@ import pytest
 import torch
 
 from llava_lite.constants import IGNORE_INDEX
-from llava_lite.train.monitor.evaluation import count_for_rank
+from llava_lite.train.monitor.evaluation import EvaluationMixin, count_for_rank
+from llava_lite.train.saving.interrupt import EvaluationStopped
 
 
 def loss_by_hand(trainer, dataset):
@@ -73,3 +75,39 @@ def test_last_records_belong_to_the_first_ranks():
     # Five records left for three ranks with batches of 2: two, two, one.
     assert [min(2, count_for_rank(5, rank, 2)) for rank in range(3)] == [2, 2, 1]
     assert [min(4, count_for_rank(3, rank, 4)) for rank in range(2)] == [3, 0]
+
+
+class Evaluates:
+    """Trainer's part: an evaluation that ends with an error, or without one."""
+
+    def evaluate(self, error):
+        if error is not None:
+            raise error
+        return {}
+
+
+class Engine:
+    """ZeRO-3's engine, whose weights may be on their way from a rank that hangs."""
+
+    num_released = 0
+
+    def empty_partition_cache(self):
+        self.num_released += 1
+
+
+class Trainer(EvaluationMixin, Evaluates):
+    def __init__(self):
+        self.meter, self.model_wrapped = SimpleNamespace(pause=nullcontext), Engine()
+
+    def answer_examples(self):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("error", "num_released"), [(None, 1), (EvaluationStopped(), 1), (RuntimeError("a rank is gone"), 0)]
+)
+def test_weights_on_their_way_are_released_unless_an_error_says_more(error, num_released):
+    trainer = Trainer()
+    with pytest.raises(type(error)) if error else nullcontext():
+        trainer.evaluate(error)
+    assert trainer.model_wrapped.num_released == num_released
