@@ -1,10 +1,12 @@
 """Note what this process is doing, so that a watch can say it of a rank that hangs (watch.py)."""
 
+import re
 import sys
 import threading
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import dropwhile
 from typing import NamedTuple
 
 # Parts of a step give up the Python interpreter every few milliseconds: one that is silent for long has stopped.
@@ -13,8 +15,18 @@ STEP = "step"
 LOADER = "loader"
 # Loading and saving may keep the interpreter in one call for a minute.
 LONG = "long"
-# Waiting for other ranks ends in one of these, whoever calls.
-_COLLECTIVES = ("torch/distributed/", "deepspeed/comm/")
+# Waiting for other ranks ends in one of these, whoever calls. DDP and autograd wait in C++: for the gradients of all
+# ranks, and on a device for its work, which may be a collective.
+_AUTOGRAD = "torch/autograd/"
+_COLLECTIVES = ("torch/distributed/", "deepspeed/comm/", "torch/nn/parallel/distributed.py", _AUTOGRAD)
+# So do functions of these names there, and lines that call one, which is C where no further frame shows it: the
+# handles of ZeRO-3's gathers, events and streams of a device.
+_WAITS, _WAITERS = ("wait", "synchronize", "barrier"), ("/deepspeed/", "/torch/")
+_CALLS_WAIT = re.compile(r"\.(wait|synchronize|barrier)\b")
+# Needs a number of the device, whoever calls; of a tensor on the CPU no such call takes seconds.
+_NEEDS_DEVICE = re.compile(r"\.(item|tolist|cpu)\(\)")
+# Calls any function and is its last Python code where that one is C, as the wait of a handle is.
+_WRAPPERS = ("deepspeed/utils/nvtx.py", "torch/_ops.py")
 
 
 class Activity(NamedTuple):
@@ -62,22 +74,52 @@ def waiting_for_ranks():
         _Process.num_waits -= 1
 
 
-def get_stack() -> traceback.StackSummary:
-    """Return where the main thread is, without the lines of code."""
-    frame = sys._current_frames().get(threading.main_thread().ident)
-    return traceback.StackSummary.extract(traceback.walk_stack(frame), lookup_lines=False)
+def get_stack() -> list[traceback.FrameSummary]:
+    """Return where the work of the main thread is, innermost frame first, without the lines of code."""
+    frames = sys._current_frames()
+    stack = _summarize(frames.get(threading.main_thread().ident))
+    if stack and _AUTOGRAD in get_file(stack[0]):
+        # The backward pass of a device calls hooks from threads that Python has not started, and has given a name of
+        # this kind at most.
+        started = {thread.ident for thread in threading.enumerate() if not thread.name.startswith("Dummy-")}
+        hooks = [_summarize(frame) for ident, frame in frames.items() if ident not in started]
+        return hooks[0] if hooks else stack
+    return stack
 
 
-def is_in_collective(stack: traceback.StackSummary) -> bool:
-    """Tell whether a stack, innermost frame first, ends in a call that waits for other ranks."""
+def _summarize(frame) -> list[traceback.FrameSummary]:
+    """Return the stack of a frame, without wrappers that call something outside of Python."""
+    return without_wrappers(traceback.StackSummary.extract(traceback.walk_stack(frame), lookup_lines=False))
+
+
+def without_wrappers(stack: Sequence[traceback.FrameSummary]) -> list[traceback.FrameSummary]:
+    """Return a stack, innermost frame first, from the first frame that is not a wrapper's."""
+    return list(dropwhile(lambda frame: any(part in get_file(frame) for part in _WRAPPERS), stack))
+
+
+def get_file(frame: traceback.FrameSummary) -> str:
+    """Return the file of a frame, with slashes."""
+    return frame.filename.replace("\\", "/")
+
+
+def is_in_collective(stack: Sequence[traceback.FrameSummary]) -> bool:
+    """Tell whether a stack, innermost frame first, ends in a call that waits for other ranks.
+
+    On a device a kernel waits, and the main thread in whatever needs its result: where that is none of the calls known
+    here, only the places that the ranks have reached tell who is behind.
+    """
     if _Process.num_waits:
         return True
-    file = stack[0].filename.replace("\\", "/") if stack else ""
-    is_wait = "/deepspeed/" in file and stack[0].name in ("wait", "synchronize", "barrier")
-    return is_wait or any(part in file for part in _COLLECTIVES)
+    if not (stack := without_wrappers(stack)):
+        return False
+    file = get_file(stack[0])
+    if any(part in file for part in _COLLECTIVES) or _NEEDS_DEVICE.search(stack[0].line or ""):
+        return True
+    is_wait = stack[0].name in _WAITS or _CALLS_WAIT.search(stack[0].line or "") is not None
+    return is_wait and any(part in file for part in _WAITERS)
 
 
-def describe_place(stack: traceback.StackSummary) -> str:
+def describe_place(stack: Sequence[traceback.FrameSummary]) -> str:
     """Return the file, line, function and code of the innermost frame."""
     if not stack:
         return "no Python code"

@@ -92,12 +92,13 @@ def find_stalled(states: Sequence[RankState], limit_s: float) -> list[RankState]
     here = [state for state in states if state.ended != DONE]
     if len(here) < 2 or min(state.age_s + state.silent_s for state in here) < limit_s:
         return []
-    working = [state for state in here if not state.waits]
-    if len(working) == len(here) and len({state.place for state in here}) == 1 and here[0].kind == LONG:
+    behind = [state for state in here if state.place == min(one.place for one in here)]
+    working = [state for state in behind if not state.waits]
+    if len(working) == len(here) and here[0].kind == LONG:
         return []
-    # Where all wait, it is for one another.
-    candidates = working or here
-    return [state for state in candidates if state.place == min(one.place for one in candidates)]
+    # Where all of them wait, it is for one another. A place is certain; that one does not wait is not: on a device no
+    # stack shows it.
+    return working or behind
 
 
 def describe_stalled(stalled: Sequence[RankState], num_ranks: int, timeout_s: float) -> str:

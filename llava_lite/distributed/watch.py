@@ -207,11 +207,19 @@ class Watch(threading.Thread):
             work()
         self.leave(EXIT_HANGS)
 
+    @property
+    def has_verdict(self) -> bool:
+        """Whether a rank has ended the run; this process ends as soon as the watch comes to it."""
+        return self.is_ending or (self.exchange is not None and self.exchange.end != "")
+
     def explain(self, limit_s: float = _EXPLAIN_S) -> str:
-        """Return which rank is gone after an error of a collective; wait a moment for evidence. "" if none is."""
+        """Return which rank is gone or hangs after an error of a collective; "" if none does.
+
+        Waits a moment for evidence.
+        """
         deadline = time.monotonic() + limit_s
         while self.exchange is not None and (time.monotonic() < deadline or self.is_ending):
-            if self.is_ending or self.exchange.end:
+            if self.has_verdict:
                 # The watch says why, and ends this process.
                 time.sleep(0.2)
                 continue
@@ -228,7 +236,12 @@ class Watch(threading.Thread):
             if found := [state for state in lost if not state.ended] or failed:
                 return judge.describe_lost(found)
             time.sleep(0.2)
-        return ""
+        with self._lock:
+            # It did wait, up to the timeout of the group, whatever its stack said.
+            states = self.read(self.look()._replace(waits=True))
+        stalled = judge.find_stalled(states, self.timeout_s)
+        is_other = stalled and all(state.rank != self.rank for state in stalled)
+        return judge.describe_stalled(stalled, len(states), self.timeout_s) if is_other else ""
 
     def stop(self, reason: str = judge.DONE) -> None:
         """End the watch; the other ranks learn why this one has left."""
@@ -295,7 +308,8 @@ def watched():
         raise
     except BaseException as error:
         watch, message = _Current.watch, ""
-        if watch is not None and _is_of_group(error):
+        # Of a run that is being ended, the errors of the other ranks say nothing.
+        if watch is not None and watch.exchange is not None and (watch.has_verdict or _is_of_group(error)):
             message = watch.explain()
         stop_watch(message or f"{type(error).__name__}: {error}")
         if message:
@@ -304,7 +318,8 @@ def watched():
 
 
 def _is_of_group(error: BaseException) -> bool:
-    """Tell whether an error comes out of a collective; those of gloo have no class of their own."""
-    stack = traceback.extract_tb(error.__traceback__)[::-1]
-    in_backward = bool(stack) and "torch/autograd/" in stack[0].filename
-    return isinstance(error, RuntimeError) and (in_backward or is_in_collective(stack))
+    """Tell whether an error comes out of a collective; those of gloo have no class, but name its source."""
+    if not isinstance(error, RuntimeError):
+        return False
+    is_named = isinstance(error, dist.DistError) or "/gloo/" in str(error)
+    return is_named or is_in_collective(traceback.extract_tb(error.__traceback__)[::-1])

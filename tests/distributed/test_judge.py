@@ -41,6 +41,12 @@ def test_where_all_wait_it_is_for_one_another():
     assert "the ranks wait for one another: rank 0" in describe_stalled(states, 2, 15)
 
 
+def test_one_that_is_behind_is_to_blame_even_where_it_waits_for_its_device():
+    # Of the other no stack shows that it waits: it needs a number of the device.
+    assert names(find_stalled([rank(0, place=10), rank(1, waits=True)], 15)) == [1]
+    assert names(find_stalled([rank(0, place=10, kind=LONG), rank(1, waits=True, kind=LONG)], 15)) == [1]
+
+
 def test_the_run_goes_on_while_a_rank_makes_progress():
     assert find_stalled([rank(0, waits=True, age_s=500.0), rank(1, age_s=3.0)], 15) == []
 

@@ -115,6 +115,22 @@ def test_a_rank_is_said_to_be_gone_only_after_its_last_report_could_be_read(last
     assert said[0].startswith(f"rank 1 (host here, pid {process.pid}) {found}")
 
 
+def test_a_rank_whose_collective_timed_out_names_the_one_that_hangs():
+    note("evaluation at step 2: has all batches")
+    members = [RankState(0, "here", os.getpid()), RankState(1, "there", 7)]
+    reports = Reports()
+    watch = Watch(15, members, 0, reports, leave=end)
+    hangs = members[1]._replace(text=get_activity().text, place=get_activity().place, age_s=20.0)
+    reports.reports[1] = json.dumps(hangs._asdict()).encode()
+    reports.num_done += 1
+    watch._since_s -= 20
+    assert watch.explain(limit_s=0.1).startswith(
+        "rank 1 (host there, pid 7) hangs at 'evaluation at step 2: has all batches' for 20 s. None of 2 ranks"
+    )
+    reports.reports[1] = json.dumps(hangs._replace(age_s=3.0)._asdict()).encode()
+    assert watch.explain(limit_s=0.1) == ""
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="the system does not tell what processes do")
 def test_a_rank_that_is_stopped_ends_both_long_before_the_timeout(tmp_path):
