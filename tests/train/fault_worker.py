@@ -1,7 +1,9 @@
 """Train with a fault: `fault_worker.py FAULT FLAGS...`; started by test_hangs.py and test_non_finite.py.
 
-The faults: rank_hangs, of rank 1 in the forward pass of step 2. worker_hangs, worker_dies: of the loader worker that
-reads toy_005. bad_loss: of rank 1 in step 2. bad_update: of the optimizer's state of rank 1 in step 2.
+The faults: rank_hangs, of rank 1 in the forward pass of step 2; backward_hangs, in its backward pass; answers_hangs,
+evaluation_hangs and save_hangs, in the evaluation or the checkpoint before it. worker_hangs, worker_dies: of the
+loader worker that reads toy_005. bad_loss: of rank 1 in step 2. bad_update: of the optimizer's state of rank 1 in
+step 2.
 """
 
 import os
@@ -12,6 +14,7 @@ import time
 from llava_lite.data.dataset import LazySupervisedDataset
 from llava_lite.model.llava_arch import LlavaMetaForCausalLM
 from llava_lite.train.llava_trainer import LLaVATrainer
+from llava_lite.train.saving.writer import CheckpointWriter
 from llava_lite.train.train import main
 
 
@@ -33,6 +36,17 @@ def is_struck(trainer):
 def hang_in_step(trainer, *args):
     if is_struck(trainer):
         time.sleep(10_000)
+
+
+def hang_in_backward(trainer, *args):
+    if is_struck(trainer):
+        layer = next(module for name, module in trainer.unwrapped.named_modules() if name.endswith("layers.0"))
+        layer.register_forward_hook(hang_at_gradient)
+
+
+def hang_at_gradient(module, inputs, output):
+    output = output[0] if isinstance(output, tuple) else output
+    output.register_hook(lambda gradient: time.sleep(10_000))
 
 
 def hang_in_worker(dataset, record, image):
@@ -71,6 +85,14 @@ if __name__ == "__main__":
     fault, *flags = sys.argv[1:]
     if fault == "rank_hangs":
         add_fault(LLaVATrainer, "compute_loss", hang_in_step)
+    if fault == "answers_hangs":
+        add_fault(LLaVATrainer, "answer_examples", hang_in_step)
+    if fault == "evaluation_hangs":
+        add_fault(LLaVATrainer, "hide_repeats", hang_in_step)
+    if fault == "backward_hangs":
+        add_fault(LLaVATrainer, "compute_loss", hang_in_backward)
+    if fault == "save_hangs":
+        add_fault(CheckpointWriter, "write_state", lambda writer, *args: hang_in_step(writer.trainer))
     if fault == "worker_hangs":
         # Where an image is looked for: after the note of what is read.
         add_fault(LazySupervisedDataset, "image_path", hang_in_worker)

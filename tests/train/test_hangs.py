@@ -12,7 +12,9 @@ def get_messages(logs):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("engine", [[], ["--deepspeed", "zero2.json"]], ids=["ddp", "zero2"])
+@pytest.mark.parametrize(
+    "engine", [[], ["--deepspeed", "zero2.json"], ["--deepspeed", "zero3.json"]], ids=["ddp", "zero2", "zero3"]
+)
 def test_a_rank_that_hangs_in_a_step_ends_the_run_by_ddp_timeout(engine, stage_flags, run_with_fault, tmp_path):
     flags = stage_flags("full", tmp_path / "out", "--max_steps", 4, "--ddp_timeout", 15, *engine)
     shared = set(Path("/dev/shm").glob("deepspeed_allreduce_buffer_*"))
@@ -24,7 +26,31 @@ def test_a_rank_that_hangs_in_a_step_ends_the_run_by_ddp_timeout(engine, stage_f
         r"hang_in_step: time\.sleep\(10_000\)\. None of 2 ranks has made progress for --ddp_timeout 15 seconds",
         said,
     )
+    assert "Traceback" not in "".join(logs)
     assert set(Path("/dev/shm").glob("deepspeed_allreduce_buffer_*")) <= shared
+
+
+# Of a rank that is healthy: under ZeRO-3 it waits for weights, in another part of DeepSpeed each.
+@pytest.mark.slow
+@pytest.mark.parametrize("part", ["answers", "evaluation", "backward", "save"])
+def test_a_rank_that_waits_for_weights_is_not_blamed_for_the_one_that_hangs(
+    part, stage_flags, toy_data, run_with_fault, tmp_path
+):
+    eval_data, _ = toy_data(tmp_path / "eval", num_records=4)
+    more = ["--max_steps", 3, "--ddp_timeout", 15, "--deepspeed", "zero3.json"]
+    if part == "save":
+        more += ["--save_strategy", "steps", "--save_steps", 1]
+    if part in ("answers", "evaluation"):
+        more += ["--eval_data_path", eval_data, "--eval_strategy", "steps", "--eval_steps", 1]
+        more += ["--num_eval_generations", 1, "--eval_max_new_tokens", 4]
+    codes, logs = run_with_fault(f"{part}_hangs", stage_flags("full", tmp_path / "out", *more), num_ranks=2)
+    assert codes == [1, 1]
+    (said,) = get_messages(logs)
+    assert re.search(
+        r": rank 1 \(host \S+, pid \d+\) hangs at '.*fault_worker\.py:\d+ in .*: .*time\.sleep\(10_000\)", said
+    )
+    assert "rank 0 (" not in said
+    assert "Traceback" not in "".join(logs)
 
 
 @pytest.mark.slow
