@@ -13,6 +13,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from llava_lite.checkpoints.pickles import PackedPickle, load_pickle
+
 logger = logging.getLogger(__name__)
 
 
@@ -108,8 +110,7 @@ def read_weights(path: str | Path) -> dict[str, torch.Tensor]:
             from safetensors.torch import load_file
 
             return load_file(path)
-        # Only torch's own zip layout can be mapped; what torch wrote before 1.6 is read into memory.
-        state = dict(torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)))
+        state = dict(load_pickle(path, mmap=True))
     strange = [name for name, value in state.items() if not isinstance(value, torch.Tensor)] if state else []
     if strange:
         raise ValueError(f"{str(path)!r} holds more than named tensors: {strange[:5]}. Name a file of weights alone.")
@@ -121,6 +122,8 @@ def readable(path: Path, what: str = "weights") -> Iterator[None]:
     """Raise ValueError with the reason for a file that cannot be read as `what` within the block."""
     try:
         yield
+    except PackedPickle:
+        raise
     # On a broken file the readers raise nearly everything: struct.error, EOFError, SafetensorError, ...
     except Exception as error:
         raise ValueError(f"{str(path)!r} cannot be read as {what} ({what_broke(path, error)}") from error

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from llava_lite.checkpoints.copying import readable
+from llava_lite.checkpoints.pickles import load_pickle
 
 logger = logging.getLogger(__name__)
 
@@ -88,7 +89,7 @@ def check_no_code(directory: Path) -> None:
 def read_state(file: Path, mmap: bool = True):
     """Return what a file of an engine holds, its tensors mapped; raises ValueError where that is code."""
     with readable(file, "the state of a DeepSpeed engine"), torch.serialization.safe_globals(allowed_states(file)):
-        return torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
+        return load_pickle(file, mmap=mmap)
 
 
 def allowed_states(file="the checkpoint") -> list[type]:

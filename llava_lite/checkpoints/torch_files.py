@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import re
-import zipfile
 from argparse import Namespace
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import NamedTuple
 import torch
 
 from llava_lite.checkpoints.copying import readable
+from llava_lite.checkpoints.pickles import load_pickle
 from llava_lite.formats import accessory, imagebind_llm, llama_adapter
 from llava_lite.formats.meta_llama import DROPPED, our_name
 from llava_lite.formats.meta_shards import add_difference, merge_shards
@@ -174,7 +174,7 @@ def read_torch_file(path: Path):
         raise ValueError(f"{str(path)!r} is not the file whose sha256 is in its name. Copy it again.")
     # For the settings that runs of these systems put beside their weights; making one runs no code.
     with readable(path), torch.serialization.safe_globals([Namespace]):
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        return load_pickle(path, mmap=True)
 
 
 def get_digest(path: Path) -> str:

@@ -9,6 +9,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from llava_lite.checkpoints.pickles import load_pickle
+
 NPY_START, ZIP_START, PICKLE_START = b"\x93NUMPY", b"PK\x03\x04", b"\x80"
 
 
@@ -64,7 +66,7 @@ def read_array(kind: str, source, data: bytes) -> np.ndarray:
         if data.startswith(NPY_START):
             array = np.load(io.BytesIO(data), allow_pickle=False)
         else:
-            tensor = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+            tensor = load_pickle(data)
             if not isinstance(tensor, torch.Tensor):
                 reason = f"it holds a {type(tensor).__name__}, not one tensor. Save the tensor alone."
                 raise MediaError(kind, name_source(source), reason)

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import torch
 from transformers import TrainerCallback
 
+from llava_lite.checkpoints.pickles import load_pickle
 from llava_lite.distributed.activity import waiting_for_ranks
 from llava_lite.train.saving import other_ranks as other
 from llava_lite.train.saving.signals import SignalWatch
@@ -59,7 +60,7 @@ class ProgressCallback(TrainerCallback):
 
     def load(self, path: str) -> None:
         """Read the progress that this rank saved; it is restored when training begins."""
-        self.saved = torch.load(path, map_location="cpu", weights_only=True)
+        self.saved = load_pickle(path)
 
     def on_train_begin(self, args, state, control, train_dataloader=None, **kwargs):
         """Restore the saved progress and listen to signals."""

@@ -14,6 +14,8 @@ from pathlib import Path
 import torch
 from transformers import set_seed
 
+from llava_lite.checkpoints.pickles import load_pickle
+
 logger = logging.getLogger(__name__)
 
 RANKS, BATCH, ACCUMULATION = "world_size", "per_device_train_batch_size", "gradient_accumulation_steps"
@@ -118,7 +120,7 @@ def restore_random_state(trainer, directory: str, saved_by: int) -> None:
 def read_progress(directory: str, saved_by: int) -> list[dict]:
     """Return the progress of each rank that saved a checkpoint."""
     files = [Path(directory) / f"progress_{rank}.pt" for rank in range(saved_by)]
-    return [torch.load(file, map_location="cpu", weights_only=True) for file in files]
+    return [load_pickle(file) for file in files]
 
 
 def get_shard(progress: Sequence[dict], ranks: int) -> dict:

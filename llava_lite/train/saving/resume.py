@@ -4,6 +4,8 @@ import logging
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from llava_lite.checkpoints.copying import readable
+from llava_lite.checkpoints.pickles import check_unpacked_size
 from llava_lite.constants import with_todays_keys
 from llava_lite.distributed.ranks import everyone
 from llava_lite.train.saving import manifest as paper
@@ -12,6 +14,8 @@ from llava_lite.train.together import together
 
 logger = logging.getLogger(__name__)
 
+# Endings of the files that torch.save writes here.
+PICKLED = (".pt", ".pth", ".bin")
 # Config keys that decide how a record becomes an example; checkpoints from before they were kept can be resumed.
 AS_EXAMPLES = (
     "vocab_size",
@@ -68,12 +72,26 @@ def _look_for_checkpoint(output_dir: str | Path, wanted: str | bool | None) -> s
         if inside and not (Path(wanted) / paper.MANIFEST).is_file():
             raise ValueError(f"{wanted} is no checkpoint but holds some: name one of {inside}.")
         paper.verify_to_resume(wanted)
+        check_pickles(wanted)
         return str(wanted)
     paper.finish_saves(output_dir)
     found = paper.newest_complete_checkpoint(output_dir)
     if found is None and wanted is True:
         raise ValueError(f"--resume_from_checkpoint True, but {output_dir} holds no checkpoint-N. Give its path.")
+    if found is not None:
+        check_pickles(found)
     return found
+
+
+def check_pickles(path: str | Path) -> None:
+    """Raise ValueError for a file of a checkpoint that would take far more memory than it has bytes.
+
+    Trainer reads some of them itself, and a manifest may be anybody's.
+    """
+    for name in paper.list_files(path):
+        if name.endswith(PICKLED):
+            with readable(Path(path) / name, "the state of a run"):
+                check_unpacked_size(Path(path) / name)
 
 
 def check_complete(path: str, needed: Iterable[str]) -> None:

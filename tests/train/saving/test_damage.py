@@ -3,6 +3,7 @@
 import json
 import os
 import runpy
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -349,3 +350,17 @@ def test_settings_that_are_lists_of_lists_are_compared():
     assert difference("grid", [[1, 2], [2, 1]], [[1, 2]]) == (
         "grid: no longer [[2, 1]] (1 in all), now also [] (0 in all)"
     )
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "rng_state.pth", "global_step8/zero_pp_rank_0_mp_rank_00_optim.pt"])
+@pytest.mark.parametrize("is_named", [True, False], ids=["named", "found"])
+def test_a_packed_pickle_of_a_strangers_checkpoint_is_refused_before_it_is_read(write, name, is_named):
+    directory = write(8)
+    (directory / name).parent.mkdir(exist_ok=True)
+    with zipfile.ZipFile(directory / name, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/data.pkl", b"\x80\x02]." + bytes(2**22))
+    manifest = json.loads((directory / paper.MANIFEST).read_text())
+    names = paper.list_files(directory)
+    paper.write_manifest(directory, manifest | {"files": paper.digests(directory, names)})
+    with pytest.raises(ValueError, match=r"its entry 'archive/data\.pkl' unpacks from [\d,]+ bytes to 4,194,308"):
+        find_checkpoint(directory.parent, str(directory) if is_named else None)
