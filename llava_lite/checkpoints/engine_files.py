@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from llava_lite.checkpoints.copying import readable
+from llava_lite.checkpoints.manifest import is_inside
 from llava_lite.checkpoints.pickles import load_pickle
 
 logger = logging.getLogger(__name__)
@@ -31,19 +32,23 @@ OF_DEEPSPEED = {
 def engine_directory(path) -> Path | None:
     """Return the directory of an engine's files in a local checkpoint-N, None where there is none.
 
-    Raises OSError where the checkpoint names a directory that it does not hold.
+    Raises OSError where the checkpoint names a directory that it does not hold, or one outside.
     """
     latest = Path(path) / LATEST
     if not latest.is_file():
         return None
     with latest.open(encoding="utf-8", errors="replace") as stream:
-        tag = stream.read(LONGEST_TAG).strip()
-    if not tag or Path(tag).name != tag or not (Path(path) / tag).is_dir():
+        text = stream.read(LONGEST_TAG + 1)
+    tag = text.strip()
+    directory, is_short = Path(path) / tag, len(text) <= LONGEST_TAG
+    # Itself in the checkpoint: neither its parent, by "..", nor a link to elsewhere.
+    is_inner = is_short and is_inside(tag) and directory.resolve().parent == Path(path).resolve()
+    if not is_inner or not directory.is_dir():
         raise OSError(
-            f"{str(path)!r} is no complete checkpoint: its file {LATEST!r} names {tag!r}, and there is no such "
-            "directory beside it. Copy the checkpoint again."
+            f"{str(path)!r} is no complete checkpoint: its file {LATEST!r} names {tag[:LONGEST_TAG]!r}, and there is "
+            "no such directory beside it. Copy the checkpoint again."
         )
-    return Path(path) / tag
+    return directory
 
 
 def engine_weights(path) -> Mapping:
@@ -52,13 +57,13 @@ def engine_weights(path) -> Mapping:
     By DeepSpeed's converter, under ZeRO-2 and ZeRO-3. The values are tensors or, under ZeRO-3, what becomes one by
     `.contiguous()`: no more than one need be in memory.
     """
-    converter = deepspeed_module("deepspeed.utils.zero_to_fp32", path)
-    check_no_code(engine_directory(path))
+    converter, directory = deepspeed_module("deepspeed.utils.zero_to_fp32", path), engine_directory(path)
+    check_no_code(directory)
     # It reports on standard output, where a program's own results go.
     try:
         with redirect_stdout(sys.stderr):
             return converter.get_fp32_state_dict_from_zero_checkpoint(
-                str(path), exclude_frozen_parameters=True, lazy_mode=True
+                str(path), tag=directory.name, exclude_frozen_parameters=True, lazy_mode=True
             )
     except (ValueError, KeyError, FileNotFoundError, NotImplementedError) as error:
         raise OSError(

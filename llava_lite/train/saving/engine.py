@@ -37,8 +37,9 @@ def load_engine(engine, path: str, is_as_saved: bool, workspace: str, is_convert
     if not is_as_saved:
         return load_universal(engine, path, workspace, is_converter)
     # All files, before any of them is loaded; and again the bytes that are loaded.
-    check_no_code(engine_directory(path))
+    directory = engine_directory(path)
+    check_no_code(directory)
     with safe_load(engine):
-        loaded, _ = engine.load_checkpoint(path, load_module_strict=False)
+        loaded, _ = engine.load_checkpoint(path, tag=directory.name, load_module_strict=False)
     if loaded is None:
         raise ValueError(f"DeepSpeed found no state it can use in {path}; name an older checkpoint.")
