@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from llava_lite.checkpoints.manifest import verify_file
 from llava_lite.checkpoints.pickles import PackedPickle, load_pickle
 
 logger = logging.getLogger(__name__)
@@ -97,14 +98,17 @@ def full_state_dict(module: nn.Module, names: Iterable[str] | None = None) -> di
     return copies
 
 
-def read_weights(path: str | Path) -> dict[str, torch.Tensor]:
+def read_weights(path: str | Path, is_verified: bool = False) -> dict[str, torch.Tensor]:
     """Read one weights file, mapped where it can be: .safetensors, or a pickle of tensors under `weights_only`.
 
-    Raises ValueError for a file that is broken or cut short, and for a pickle that holds anything but tensors.
+    A file of a checkpoint-N is compared with its manifest, unless the caller has (is_verified). Raises ValueError for
+    a file that is broken, cut short or another than was saved, and for a pickle that holds anything but tensors.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no weights file at {str(path)!r}; give the path of a .safetensors or .bin file.")
+    if not is_verified:
+        verify_file(path)
     with readable(path):
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file

@@ -15,6 +15,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 MANIFEST = "manifest.json"
+# Beside a manifest.json that cannot be read they tell a checkpoint-N from what another program wrote.
+ONLY_OF_A_RUN = ("trained.safetensors", "trainer_state.json", "latest")
 FORMAT = 2
 # What every version writes; "steps" and "schedule" are the settings of the run.
 CONTENT = {"step": int, "world_size": int, "serial": int, "steps": dict, "schedule": dict, "files": dict}
@@ -212,6 +214,31 @@ def verify(directory: str | Path, reads: Callable[[str], bool] = lambda name: Tr
         if found["sha256"] != manifest["files"][name]["sha256"]:
             raise BrokenCheckpoint(directory, name, "has the right size but other bytes (sha256 differs)")
     return manifest
+
+
+def verify_file(path: str | Path) -> None:
+    """Compare one file with the manifest beside it, if that is a checkpoint-N's and lists the file.
+
+    For whoever reads a file alone. Raises BrokenCheckpoint, also where the checkpoint has lost its manifest.
+    """
+    directory, name = Path(path).parent, Path(path).name
+    if has_lost_manifest(directory):
+        raise BrokenCheckpoint(directory, MANIFEST, "is missing")
+    if not (directory / MANIFEST).is_file():
+        return
+    try:
+        read_manifest(directory)
+    except BrokenCheckpoint:
+        # It may be another program's.
+        if any((directory / ours).exists() for ours in ONLY_OF_A_RUN):
+            raise
+        return
+    verify(directory, lambda listed: listed == name)
+
+
+def has_lost_manifest(directory: Path) -> bool:
+    """Tell whether a directory holds a file that only a checkpoint-N of ours has, and no manifest."""
+    return not (directory / MANIFEST).is_file() and next(directory.glob("progress_*.pt"), None) is not None
 
 
 def get_serial(directory: str | Path) -> int:

@@ -15,7 +15,14 @@ from safetensors.torch import save_file
 
 from llava_lite.checkpoints.copying import read_weights
 from llava_lite.checkpoints.engine_files import LATEST, engine_directory, engine_weights
-from llava_lite.checkpoints.manifest import MANIFEST, BrokenCheckpoint, checkpoints_in, read_manifest, verify
+from llava_lite.checkpoints.manifest import (
+    MANIFEST,
+    BrokenCheckpoint,
+    checkpoints_in,
+    has_lost_manifest,
+    read_manifest,
+    verify,
+)
 from llava_lite.checkpoints.source import Checkpoint
 from llava_lite.formats.llava import plain_name
 
@@ -41,11 +48,6 @@ def holds_step(path) -> bool:
     # Any of them: one may be the file that is lost, and a manifest.json alone may be another program's.
     is_ours = any((directory / name).is_file() for name in (TRAINED, STATE)) or engine_directory(directory) is not None
     return is_ours and (directory / MANIFEST).is_file()
-
-
-def has_lost_manifest(directory: Path) -> bool:
-    """Tell whether a directory holds a file that only a checkpoint-N of ours has, and no manifest."""
-    return not (directory / MANIFEST).is_file() and next(directory.glob("progress_*.pt"), None) is not None
 
 
 def verify_texts(path) -> None:
@@ -82,12 +84,13 @@ def name_newest(path) -> str:
 def step_weights(path) -> tuple[Mapping, dict]:
     """Return the trained weights of a checkpoint-N by plain names, and its LoRA by PEFT's, which may be empty.
 
-    Values as in `engine_weights`. Raises OSError for a checkpoint without config.json, ValueError for files with code.
+    The files must have been compared with the manifest, see `verify_model`. Values as in `engine_weights`. Raises
+    OSError for a checkpoint without config.json, ValueError for files with code.
     """
     directory = Path(path)
     # Under expert parallelism the experts of all ranks are in one file, whatever the engine's files hold.
     in_engine = not (directory / TRAINED).is_file()
-    held = engine_weights(directory) if in_engine else read_weights(directory / TRAINED)
+    held = engine_weights(directory) if in_engine else read_weights(directory / TRAINED, is_verified=True)
     logger.info("opening %s: %s", directory, describe_step(directory))
     others = {plain_name(name): weight for name, weight in held.items() if ".lora_" not in name}
     return others, {_LORA.sub(r"\1", name): weight for name, weight in held.items() if ".lora_" in name}

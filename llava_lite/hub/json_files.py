@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from llava_lite.checkpoints.manifest import verify_file
+
 # An index of 200,000 weights has 20 MB; tokenizer.json is read by its own library.
 LARGEST_BYTES = 64 * 2**20
 # Configs nest five deep; deep copies of a config and Python's recursion end before a thousand.
@@ -38,8 +40,12 @@ def read_fields(path) -> dict:
 
 
 def read_json(path):
-    """Return what a JSON file holds; ValueError with the reason for a file that is none, too large or too deep."""
+    """Return what a JSON file holds; ValueError with the reason for a file that is none, too large or too deep.
+
+    And, of a checkpoint-N, for one that is another than was saved.
+    """
     check_bytes(path, LARGEST_BYTES)
+    verify_file(path)
     try:
         found = json.loads(Path(path).read_text(encoding="utf-8"))
         is_too_deep = is_deeper(found, DEEPEST)
@@ -48,10 +54,28 @@ def read_json(path):
     except ValueError as error:
         raise ValueError(f"{path} is no JSON ({error}). Copy it again, or write it again.") from error
     if is_too_deep:
-        raise ValueError(
-            f"{path} nests lists and fields more than {DEEPEST} deep; no file of a checkpoint does. Take another one."
-        )
+        raise too_deep(path)
     return found
+
+
+def check_json(path) -> None:
+    """Raise ValueError for a JSON file of another reader that is too large or too deep; what is none is left to it."""
+    check_bytes(path, LARGEST_BYTES)
+    try:
+        is_too_deep = is_deeper(json.loads(Path(path).read_bytes()), DEEPEST)
+    except RecursionError:
+        is_too_deep = True
+    except ValueError:
+        return
+    if is_too_deep:
+        raise too_deep(path)
+
+
+def too_deep(path) -> ValueError:
+    """Return the error for a file that is nested too deeply."""
+    return ValueError(
+        f"{path} nests lists and fields more than {DEEPEST} deep; no file of a checkpoint does. Take another one."
+    )
 
 
 def check_bytes(path, largest: int) -> None:
@@ -65,13 +89,13 @@ def check_bytes(path, largest: int) -> None:
 
 def is_deeper(value, levels: int) -> bool:
     """Tell whether lists and dicts are nested more than `levels` deep."""
-    layer = [value]
-    for _ in range(levels + 1):
+    layer = [value] if isinstance(value, (dict, list)) else []
+    for _ in range(levels):
         layer = [
             one
             for outer in layer
-            if isinstance(outer, (dict, list))
             for one in (outer.values() if isinstance(outer, dict) else outer)
+            if isinstance(one, (dict, list))
         ]
         if not layer:
             return False

@@ -15,6 +15,7 @@ from safetensors import safe_open
 
 from llava_lite.hub.card import CARD
 from llava_lite.hub.errors import CONFIG, readable_errors
+from llava_lite.hub.json_files import read_fields
 from llava_lite.hub.source import check_directory
 
 ADAPTER = "adapter_config.json"
@@ -73,6 +74,7 @@ def push_directory(
     ValueError if the upload could not be opened elsewhere, HubError if the Hub refuses it.
     """
     directory = Path(directory)
+    check_unchanged(directory)
     names = files_to_share(directory)
     texts = texts_to_share(directory, names, repo_id, base, tower)
     operations = [
@@ -92,6 +94,15 @@ def push_directory(
             revision=revision,
             create_pr=create_pr,
         )
+
+
+def check_unchanged(directory: Path) -> None:
+    """Raise ValueError for a checkpoint-N whose files are not those that its run saved."""
+    # Of the checkpoints, which import this package.
+    from llava_lite.checkpoints.step_weights import holds_step, verify_model
+
+    if holds_step(directory):
+        verify_model(directory)
 
 
 def files_to_share(directory: Path) -> list[str]:
@@ -118,10 +129,10 @@ def texts_to_share(
     """Return the files that are rewritten: configs without local paths, a card that names the repository."""
     texts = {}
     if CONFIG in names:
-        fields = json.loads((directory / CONFIG).read_text(encoding="utf-8"))
+        fields = read_fields(directory / CONFIG)
         texts[CONFIG] = as_json(shareable_config(fields, directory, base, tower))
     if ADAPTER in names:
-        fields = json.loads((directory / ADAPTER).read_text(encoding="utf-8"))
+        fields = read_fields(directory / ADAPTER)
         named = fields.get("base_model_name_or_path")
         if named and os.path.isdir(named):
             fields["base_model_name_or_path"] = base
@@ -182,7 +193,7 @@ def weight_names(directory: Path) -> list[str]:
     """Return the names of the weights in the safetensors of a directory."""
     index, file = directory / "model.safetensors.index.json", directory / "model.safetensors"
     if index.is_file():
-        return list(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+        return list(read_fields(index)["weight_map"])
     if not file.is_file():
         return []
     with safe_open(file, framework="np") as weights:
@@ -191,7 +202,7 @@ def weight_names(directory: Path) -> list[str]:
 
 def vision_fields(tower: str) -> dict:
     """Return the config of a tower's directory, of an image-and-text model the vision part."""
-    fields = json.loads(Path(tower, CONFIG).read_text(encoding="utf-8"))
+    fields = read_fields(Path(tower, CONFIG))
     return fields.get("vision_config", fields)
 
 
@@ -204,8 +215,7 @@ def holds_tower(base: str) -> bool:
     """Tell whether a base holds its own vision tower."""
     try:
         path = os.path.join(base, CONFIG) if is_local(base) else hf_hub_download(base, CONFIG)
-        with open(path, encoding="utf-8") as file:
-            return json.load(file).get("vision_config") is not None
+        return read_fields(path).get("vision_config") is not None
     except (OSError, EntryNotFoundError):
         return False
 

@@ -7,9 +7,14 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
+from llava_lite.checkpoints.copying import read_weights
 from llava_lite.checkpoints.manifest import BrokenCheckpoint, seal, to_text
 from llava_lite.checkpoints.step_weights import name_newest, verify_model
+from llava_lite.hub.json_files import read_fields
+from llava_lite.hub.push import push_directory
 from llava_lite.inference import load
 from llava_lite.train.saving import manifest as paper
 from llava_lite.train.saving.resume import difference, find_checkpoint
@@ -364,3 +369,52 @@ def test_a_packed_pickle_of_a_strangers_checkpoint_is_refused_before_it_is_read(
     paper.write_manifest(directory, manifest | {"files": paper.digests(directory, names)})
     with pytest.raises(ValueError, match=r"its entry 'archive/data\.pkl' unpacks from [\d,]+ bytes to 4,194,308"):
         find_checkpoint(directory.parent, str(directory) if is_named else None)
+
+
+# Whoever reads one file of a checkpoint alone.
+
+
+@pytest.mark.parametrize("damage", [flip_middle_bit, flip_last_bit, truncate, "manifest", "lost manifest"])
+def test_a_damaged_connector_of_a_checkpoint_starts_no_stage(stage_flags, tmp_path, damage):
+    train(stage_flags("projector", tmp_path / "one", *TWO_SAVES))
+    newer = tmp_path / "one" / "checkpoint-2"
+    adapter = newer / "mm_projector.bin"
+    flags = [*stage_flags("full", tmp_path / "two", "--max_steps", "1"), "--pretrain_mm_mlp_adapter", str(adapter)]
+    train(flags)
+    name = "manifest.json" if "manifest" in str(damage) else "mm_projector.bin"
+    {"manifest": cut_in_half, "lost manifest": delete}.get(damage, damage)(newer / name)
+    with pytest.raises(BrokenCheckpoint, match=rf"checkpoint-2 is not complete: {name} (has|cannot|is missing)"):
+        train(flags)
+
+
+def test_a_file_that_is_read_alone_is_compared_where_a_manifest_of_ours_lists_it(write, tmp_path):
+    directory = write(8)
+    save_file({"w": torch.ones(3)}, directory / "trained.safetensors")
+    torch.save({"w": torch.ones(3)}, directory / "mm_projector.bin")
+    (directory / "config.json").write_text('{"a": 1}')
+    readers = {"trained.safetensors": read_weights, "mm_projector.bin": read_weights, "config.json": read_fields}
+    manifest = json.loads((directory / paper.MANIFEST).read_text())
+    paper.write_manifest(directory, manifest | {"files": paper.digests(directory, paper.list_files(directory))})
+    # A file that was added later is nobody's.
+    torch.save({"w": torch.ones(2)}, directory / "other.bin")
+    for name, read in {**readers, "other.bin": read_weights}.items():
+        read(directory / name)
+    for name, read in readers.items():
+        content = (directory / name).read_bytes()
+        flip(directory / name, content.rindex(b"1" if name == "config.json" else b"\x80\x3f"), 0)
+        with pytest.raises(BrokenCheckpoint, match=rf"{name} has the right size but other bytes"):
+            read(directory / name)
+        (directory / name).write_bytes(content)
+    # Another program's manifest.json says nothing about it.
+    (there := tmp_path / "there").mkdir()
+    (there / paper.MANIFEST).write_text('{"name": "an app"}')
+    torch.save({"w": torch.ones(3)}, there / "mm_projector.bin")
+    read_weights(there / "mm_projector.bin")
+
+
+def test_a_damaged_checkpoint_is_not_uploaded(write):
+    directory = write(8)
+    (directory / "config.json").write_text("{}")
+    truncate(directory / "trained.safetensors")
+    with pytest.raises(BrokenCheckpoint, match=r"trained\.safetensors has 55 bytes, the manifest has 56"):
+        push_directory(directory, "tester/never")
