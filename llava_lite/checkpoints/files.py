@@ -13,6 +13,7 @@ import torch
 from safetensors import safe_open
 
 from llava_lite.checkpoints.copying import read_weights
+from llava_lite.checkpoints.pickles import check_unpacked_size
 from llava_lite.hub.json_files import read_json
 
 logger = logging.getLogger(__name__)
@@ -125,6 +126,18 @@ def readable_file_errors(checkpoint):
         for name in (SAFE, PICKLED):
             read_files(find_weight_files(checkpoint, name))
         raise
+
+
+def check_before_opening(checkpoint) -> None:
+    """Raise ValueError for a file that transformers would read with the weights, and that is not within our bounds.
+
+    transformers looks for an adapter_config.json beside any weights.
+    """
+    checkpoint.read_json(ADAPTER)
+    for name in (SAFE, PICKLED):
+        for file in find_weight_files(checkpoint, name):
+            if not file.endswith(".safetensors"):
+                check_unpacked_size(file)
 
 
 def read_shapes(checkpoint) -> dict[str, tuple[int, ...]]:

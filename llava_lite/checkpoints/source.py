@@ -124,6 +124,9 @@ class Checkpoint:
         """
         self.require_config()
         if self.format is None and needs_auto_config(self.path, self.fields):
+            for name in self.fields.get("configuration_files") or ():
+                # One of these is read in place of config.json, by the version of transformers in its name.
+                check_config(name, self.read_json(name))
             with self.readable_errors():
                 return AutoConfig.from_pretrained(self.path, trust_remote_code=False, **self._hub)
         return read_config(self.path, self.fields, self.format)

@@ -34,4 +34,8 @@ def open_tokenizer(name: str):
     """Return CLIP's tokenizer from a directory or hub id."""
     from transformers import CLIPTokenizer
 
+    from llava_lite.checkpoints.source import Checkpoint
+    from llava_lite.checkpoints.tokenizer import check_json_of_tokenizer
+
+    check_json_of_tokenizer(Checkpoint(name))
     return CLIPTokenizer.from_pretrained(name)

@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from llava_lite.checkpoints.config import check_generates, is_llava
-from llava_lite.checkpoints.files import read_shapes, readable_file_errors
+from llava_lite.checkpoints.files import check_before_opening, read_shapes, readable_file_errors
 from llava_lite.checkpoints.load_report import missing_and_unexpected, own_accounting
 from llava_lite.checkpoints.partial import check_no_missing_or_unexpected, check_parts_found, merge_adapter
 from llava_lite.checkpoints.sizes import check_sizes
@@ -174,6 +174,7 @@ def _load_model(checkpoint, base, config, arguments):
 def open_plain(checkpoint, config, arguments):
     """Return a plain language model, every weight accounted for; transformers only warns of missing ones."""
     check_sizes(checkpoint, config, read_shapes(checkpoint))
+    check_before_opening(checkpoint)
     arguments |= {"trust_remote_code": False}
     generation = arguments.get("generation_config")
     if generation is None:

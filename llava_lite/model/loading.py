@@ -14,7 +14,13 @@ from torch import nn
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from llava_lite.checkpoints.copying import gathered
-from llava_lite.checkpoints.files import read_shapes, read_trained_shapes, read_weight, readable_file_errors
+from llava_lite.checkpoints.files import (
+    check_before_opening,
+    read_shapes,
+    read_trained_shapes,
+    read_weight,
+    readable_file_errors,
+)
 from llava_lite.checkpoints.load_report import (
     check_reported_shapes,
     count_partitioned,
@@ -160,6 +166,8 @@ class LoadingMixin:
         takes_any_shape = kwargs.pop("ignore_mismatched_sizes", False)
         kwargs |= {"ignore_mismatched_sizes": True, "output_loading_info": True}
         own_generation = kwargs.get("generation_config") is not None
+        if state_dict is None and checkpoint.path is not None:
+            check_before_opening(checkpoint)
         with own_accounting(), readable_file_errors(checkpoint):
             if state_dict is None and not own_generation:
                 kwargs["generation_config"] = read_generation_config(checkpoint, config)
@@ -296,6 +304,7 @@ class StackLoadingMixin:
         tower_elsewhere = fields.get("mm_vision_tower") is not None and fields.get("vision_config") is None
         if tower_elsewhere or fields.get("base_model_name_or_path") or checkpoint.format is not None:
             return cls.whole_class.from_pretrained(checkpoint, *args, **kwargs).get_model()
+        check_before_opening(checkpoint)
         return super().from_pretrained(checkpoint.path, *args, **checkpoint.keywords, **kwargs)
 
 

@@ -2,20 +2,25 @@
 
 import json
 import os
+import shutil
 import time
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, CLIPVisionModel
 
 from llava_lite.checkpoints.partial import check_adapter
 from llava_lite.checkpoints.sizes import check_connector, check_sizes
 from llava_lite.checkpoints.source import Checkpoint
+from llava_lite.checkpoints.tokenizer import load_tokenizer
 from llava_lite.hub.json_files import LARGEST_BYTES, read_fields
 from llava_lite.media.anyres import read_pinpoints
 from llava_lite.media.preprocess import load_image_processor
+from llava_lite.media.text import open_tokenizer as open_text_tokenizer
 from llava_lite.model import LlavaLlamaForCausalLM
 from llava_lite.model.builder import load_pretrained_model
+from llava_lite.model.encoders.base import open_tower
+from llava_lite.model.originals import open_tokenizer
 from llava_lite.tower_config import load_vision_config
 
 IS_NO_SIZE = r"config\.json: {}.* is .*; expected a whole number from [01] to"
@@ -105,16 +110,83 @@ def test_experts_are_counted(moe):
 @pytest.mark.parametrize("opening", ["[", '{"a":'])
 @pytest.mark.parametrize(
     "name",
-    ["config.json", "tokenizer_config.json", "generation_config.json", "preprocessor_config.json"],
+    [
+        *("config.json", "tokenizer_config.json", "generation_config.json", "preprocessor_config.json"),
+        *("processor_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.json"),
+        *("adapter_config.json", "model.safetensors.index.json"),
+    ],
 )
-def test_deep_json_is_a_sentence(directory, name, opening):
-    (directory / name).write_text(opening * 100_000)
+@pytest.mark.parametrize("is_closed", [True, False], ids=["closed", "open"])
+def test_deep_json_is_a_sentence(directory, name, opening, is_closed):
+    closing = ("]" if opening == "[" else "1" + "}") if is_closed else ""
+    (directory / name).write_text(opening * 100_000 + closing[:1] + closing[-1:] * 100_000)
     if name == "generation_config.json":
         # As any broken one: the generation fields of config.json are used instead, with a warning.
         load_pretrained_model(directory, device="cpu")
         return
     with pytest.raises((ValueError, OSError), match=rf"{name} (nests lists and fields more than 64 deep|is no JSON)"):
         load_pretrained_model(directory, device="cpu")
+
+
+DEEP = '{"a":' * 100_000 + "1" + "}" * 100_000
+
+
+@pytest.mark.parametrize("name", ["special_tokens_map.json", "added_tokens.json", "vocab.json", "tokenizer.json"])
+def test_deep_json_beside_a_tokenizer_alone_is_a_sentence(directory, name):
+    if name == "vocab.json":
+        (directory / "tokenizer.json").unlink()
+    (directory / name).write_text(DEEP)
+    with pytest.raises(ValueError, match=rf"{name} nests lists and fields more than 64 deep"):
+        load_tokenizer(directory)
+    if name == "vocab.json":
+        return
+    # The tokenizers of other systems' checkpoints and of ImageBind's text branch are opened without a config.
+    for open_it in (lambda: open_tokenizer([directory]), lambda: open_text_tokenizer(str(directory))):
+        with pytest.raises(ValueError, match=rf"{name} nests lists and fields more than 64 deep"):
+            open_it()
+
+
+def test_a_large_tokenizer_is_not_read(directory):
+    with (directory / "tokenizer.json").open("r+b") as file:
+        file.truncate(2**34)
+    with pytest.raises(
+        ValueError, match=rf"tokenizer\.json has 17,179,869,184 bytes, and .* at most {LARGEST_BYTES:,}"
+    ):
+        load_tokenizer(directory)
+
+
+def test_deep_json_beside_a_plain_model_and_a_tower_is_a_sentence(toy_llm_dir, toy_tower_dir, tmp_path):
+    llm, tower = (
+        shutil.copytree(path, tmp_path / path.name) for path in (toy_llm_dir("llama"), toy_tower_dir("clip"))
+    )
+    config = load_vision_config(str(tower))
+    for directory in (llm, tower):
+        (directory / "adapter_config.json").write_text(DEEP)
+    with pytest.raises(ValueError, match=r"adapter_config\.json nests lists and fields more than 64 deep"):
+        load_pretrained_model(llm, device="cpu")
+    with pytest.raises(ValueError, match=r"adapter_config\.json nests lists and fields more than 64 deep"):
+        open_tower(CLIPVisionModel, str(tower), config)
+
+
+def test_a_config_that_another_version_reads_is_bounded_too(directory):
+    change(directory, model_type="mistral", configuration_files=["config.4.0.0.json"])
+    (directory / "config.4.0.0.json").write_text(DEEP)
+    with pytest.raises(ValueError, match=r"config\.4\.0\.0\.json nests lists and fields more than 64 deep"):
+        Checkpoint(directory).config  # noqa: B018
+
+
+def test_deep_json_from_the_hub_is_a_sentence(client, directory):
+    (directory / "added_tokens.json").write_text(DEEP)
+    client(
+        f"""
+        from huggingface_hub import HfApi
+        HfApi().create_repo("tester/deep")
+        HfApi().upload_folder(repo_id="tester/deep", folder_path={str(directory)!r})
+        """
+    )
+    found = client('load("tester/deep", device="cpu")', cache="other", succeeds=False)
+    assert "added_tokens.json nests lists and fields more than 64 deep" in found
+    assert "RecursionError" not in found
 
 
 def test_json_of_moderate_depth_is_refused_too(directory):

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from llava_lite.checkpoints.copying import full_state_dict, load_into
-from llava_lite.checkpoints.files import read_shapes
+from llava_lite.checkpoints.files import check_before_opening, read_shapes
 from llava_lite.checkpoints.sizes import check_sizes
 from llava_lite.checkpoints.source import Checkpoint
 from llava_lite.hub.errors import HUB_ARGUMENTS
@@ -31,6 +31,7 @@ def open_tower(tower_class, name: str, config, **kwargs):
 
     checkpoint = Checkpoint(name, **{key: value for key, value in kwargs.items() if key in HUB_ARGUMENTS})
     check_sizes(checkpoint, config, read_shapes(checkpoint))
+    check_before_opening(checkpoint)
     with own_accounting():
         tower, info = tower_class.from_pretrained(
             name, config=config, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs

@@ -7,6 +7,9 @@ from pathlib import Path
 import torch
 
 from llava_lite.checkpoints.copying import read_weights
+from llava_lite.checkpoints.files import check_before_opening
+from llava_lite.checkpoints.source import Checkpoint
+from llava_lite.hub.errors import CONFIG, HUB_ARGUMENTS
 from llava_lite.imagebind_config import BRANCHES, ImageBindConfig
 from llava_lite.model.encoders.imagebind.model import ImageBindModel
 
@@ -47,6 +50,9 @@ def open_directory(path, config, chosen: dict, **kwargs) -> ImageBindModel:
     """Return the encoder of a directory or hub id, in eval mode; chosen: fields to set in its config."""
     from llava_lite.model.loading import own_accounting
 
+    checkpoint = Checkpoint(path, **{key: value for key, value in kwargs.items() if key in HUB_ARGUMENTS})
+    checkpoint.read_json(CONFIG)
+    check_before_opening(checkpoint)
     fields = ImageBindConfig.get_config_dict(path, **kwargs)[0] if config is None else config.to_dict()
     if fields.get("model_type") != ImageBindConfig.model_type:
         raise ValueError(
