@@ -17,6 +17,7 @@ from llava_lite.train.monitor.losses import get_ends, get_losses, loss_text
 from llava_lite.train.monitor.report.files import STATE
 from llava_lite.train.monitor.report.words import count, time_line
 from llava_lite.train.saving import manifest as paper
+from llava_lite.train.saving.final_files import find_damage
 from llava_lite.train.saving.other_ranks import DIVISION, RANKS, global_batch
 from llava_lite.train.saving.trained_weights import PROJECTOR
 
@@ -109,24 +110,54 @@ def evaluation_line(log) -> str:
 
 
 def finished_before(args) -> str | None:
-    """Return the message for an output directory that holds a complete run; None where there is something to train.
+    """Return the message for an output directory that holds a complete run; None where there is something to do.
 
     All ranks must call it; those that write read the directory. A run is complete if its model and the state of its
-    last step are there, and the flags ask for no further steps and, by its last checkpoint, for no other ones.
+    last step are there, and the flags ask for no further steps and, by its last checkpoint, for no other ones. Where
+    only the model is damaged, the last checkpoint makes it again without a step; ValueError if there is none.
     """
     wanted = str(args.resume_from_checkpoint).lower()
     looks = args.should_save and wanted in ("none", "true")
-    found = everyone((looks, read_complete(args) if looks else None))
-    answers = [state for looked, state in found if looked]
-    if not answers or not all(answers):
+    found = everyone((looks, look_for_complete(args) if looks else (None, None, None)))
+    answers = [answer for looked, answer in found if looked]
+    if not answers or not all(state for state, _, _ in answers):
         return None
-    return already_finished(args, answers[0])
+    damages = [(damage, advice) for _, damage, advice in answers if damage]
+    if without := [f"{damage} {advice}" for damage, advice in damages if advice]:
+        raise ValueError(without[0])
+    if damages:
+        logger.warning("%s It is made again from the last checkpoint; no step is taken.", damages[0][0])
+        return None
+    return already_finished(args, answers[0][0])
+
+
+def look_for_complete(args) -> tuple[dict | None, str | None, str | None]:
+    """Return (the state of a complete run, what its directory has lost, what to do if no checkpoint restores it)."""
+    state, directory = read_complete(args), Path(args.output_dir)
+    damage = None if state is None else find_damage(directory)
+    return state, damage, damage and get_advice(directory, state["global_step"])
+
+
+def get_advice(directory: Path, num_steps: int) -> str | None:
+    """Return what to do about a finished directory that is damaged; None if a checkpoint holds its last step."""
+    complete = next((path for path in paper.checkpoints_in(directory) if paper.is_complete(path)), None)
+    again = "or train again from the beginning with --resume_from_checkpoint False"
+    if complete is None:
+        return f"There is no complete checkpoint-N to make it from: copy the file back, {again}."
+    step = paper.get_step(complete)
+    if step == num_steps:
+        return None
+    return (
+        f"The newest complete checkpoint, {complete.name}, is not of the last step: copy the file back, or train the "
+        f"last {count(num_steps - step, 'step')} again with --resume_from_checkpoint {shlex.quote(str(complete))}, "
+        f"{again}."
+    )
 
 
 def read_complete(args) -> dict | None:
     """Return the state of a complete run of as many steps as the flags ask for, None if there is none."""
     directory = Path(args.output_dir)
-    if not (directory / STATE).is_file() or not (directory / "config.json").is_file():
+    if not (directory / STATE).is_file():
         return None
     try:
         state = json.loads((directory / STATE).read_text(encoding="utf-8"))

@@ -21,6 +21,7 @@ from llava_lite.model.new_words import grown_layers, with_new_rows
 from llava_lite.train.deepspeed.experts import with_all_experts
 from llava_lite.train.monitor.finite import NonFiniteError, find_in, list_names
 from llava_lite.train.saving import manifest as paper
+from llava_lite.train.saving.final_files import write_list
 from llava_lite.train.saving.same_run import TRAINER_STATE
 from llava_lite.train.saving.trained_weights import PROJECTOR, TRAINED, projector_state, trained_state
 from llava_lite.train.together import together
@@ -79,6 +80,7 @@ def save_final(
                 save_parts(parts, staged)
                 if card is not None:
                     (staged / "README.md").write_text(card, encoding="utf-8")
+                write_list(staged)
                 move_into_place(staged, output_dir)
             finally:
                 shutil.rmtree(staged, ignore_errors=True)

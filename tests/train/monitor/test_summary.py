@@ -6,6 +6,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from llava_lite.train.monitor import summary as ending
 from llava_lite.train.monitor.summary import (
@@ -157,6 +159,7 @@ def test_a_run_is_finished_if_it_did_all_that_is_asked_for(state, changes, is_fi
     full = {"global_step": 30, "max_steps": 30, "epoch": 1.0, "log_history": []} | state
     (tmp_path / "trainer_state.json").write_text(json.dumps(full))
     (tmp_path / "config.json").write_text("{}")
+    save_file({"w": torch.ones(1)}, tmp_path / "model.safetensors")
     assert (finished_before(arguments(tmp_path, **changes)) is not None) == is_finished
 
 

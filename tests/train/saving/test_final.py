@@ -54,6 +54,7 @@ def test_a_projector_directory_is_small_and_opens_on_its_base(trained, toy_llm_d
     assert sorted(os.listdir(tmp_path)) == [
         "README.md",
         "config.json",
+        "final_files.json",
         "generation_config.json",
         "mm_projector.bin",
         "trained.safetensors",

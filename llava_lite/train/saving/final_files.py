@@ -1,0 +1,91 @@
+"""List the files of a finished directory when it is written, and name one later that is missing or cut."""
+
+from pathlib import Path
+
+from safetensors import safe_open
+
+from llava_lite.checkpoints.copying import readable
+from llava_lite.checkpoints.files import ADAPTER, ADAPTER_WEIGHTS, COMPLETE, PICKLED, SAFE, TRAINED, find_weight_files
+from llava_lite.checkpoints.pickles import check_unpacked_size
+from llava_lite.checkpoints.source import Checkpoint
+from llava_lite.hub.card import CARD
+from llava_lite.hub.errors import CONFIG
+from llava_lite.hub.json_files import read_fields
+from llava_lite.train.saving import manifest as paper
+
+FILES = "final_files.json"
+
+
+def write_list(directory: Path) -> None:
+    """Write the names and sizes of a directory's files into FILES."""
+    sizes = {name: (directory / name).stat().st_size for name in paper.list_files(directory)}
+    paper.write_json(directory / FILES, sizes)
+
+
+def find_damage(directory: Path) -> str | None:
+    """Return the sentence for a finished directory that has lost a file, or a part of one; None if nothing is lost.
+
+    By the sizes that were written; of an earlier version's directory, which has no list of them, by its weights.
+    """
+    written = read_list(directory)
+    if written is None:
+        return find_lost_weights(directory)
+    for name, num_bytes in written.items():
+        path = directory / name
+        # The card is edited by hand, and nothing is opened from it.
+        if name == CARD:
+            continue
+        if not path.is_file():
+            return f"{name} of the finished run in {directory} is missing."
+        if (found := path.stat().st_size) != num_bytes and not is_edited(path):
+            return f"{name} of the finished run in {directory} has {found:,} bytes, and {num_bytes:,} were written."
+    return None
+
+
+def read_list(directory: Path) -> dict[str, int] | None:
+    """Return the sizes that `write_list` wrote, by name; None where there is no such list, or a damaged one."""
+    try:
+        sizes = read_fields(directory / FILES)
+    except (OSError, ValueError):
+        return None
+    return sizes if sizes and all(type(size) is int for size in sizes.values()) else None
+
+
+def is_edited(path: Path) -> bool:
+    """Tell whether a file of another size is JSON that was changed by hand: no cut JSON can be read."""
+    try:
+        return path.suffix == ".json" and bool(read_fields(path))
+    except (OSError, ValueError):
+        return False
+
+
+def find_lost_weights(directory: Path) -> str | None:
+    """Return the sentence for a finished directory without its config or weights, or with a cut file of weights."""
+    if not (directory / CONFIG).is_file():
+        return f"{CONFIG} of the finished run in {directory} is missing."
+    checkpoint, lost = Checkpoint(directory), f"of the finished run in {directory} is missing."
+    try:
+        files = [file for name in (SAFE, PICKLED) for file in find_weight_files(checkpoint, name)]
+        parts = [file for name in (*TRAINED, *ADAPTER_WEIGHTS) if (file := checkpoint.file(name))]
+        if checkpoint.named_base is None and not files:
+            return f"{COMPLETE[0]} {lost}"
+        if not files and not parts:
+            return f"{TRAINED[0]} {lost}"
+        if checkpoint.file(ADAPTER) and not any(map(checkpoint.has, ADAPTER_WEIGHTS)):
+            return f"{ADAPTER_WEIGHTS[0]} {lost}"
+        for file in (*files, *parts):
+            check_whole(Path(file))
+    except (OSError, ValueError) as error:
+        return str(error)
+    return None
+
+
+def check_whole(file: Path) -> None:
+    """Raise ValueError for a file of weights that is cut, by its header or its table of contents alone."""
+    with readable(file):
+        if file.suffix != ".safetensors":
+            check_unpacked_size(file)
+            return
+        # It compares the sizes in the header with that of the file.
+        with safe_open(file, framework="pt"):
+            pass
