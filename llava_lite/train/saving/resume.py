@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from llava_lite.checkpoints.copying import readable
+from llava_lite.checkpoints.engine_files import engine_directory
 from llava_lite.checkpoints.pickles import check_unpacked_size
 from llava_lite.constants import with_todays_keys
 from llava_lite.distributed.ranks import everyone
@@ -72,22 +73,24 @@ def _look_for_checkpoint(output_dir: str | Path, wanted: str | bool | None) -> s
         if inside and not (Path(wanted) / paper.MANIFEST).is_file():
             raise ValueError(f"{wanted} is no checkpoint but holds some: name one of {inside}.")
         paper.verify_to_resume(wanted)
-        check_pickles(wanted)
+        check_bounds(wanted)
         return str(wanted)
     paper.finish_saves(output_dir)
     found = paper.newest_complete_checkpoint(output_dir)
     if found is None and wanted is True:
         raise ValueError(f"--resume_from_checkpoint True, but {output_dir} holds no checkpoint-N. Give its path.")
     if found is not None:
-        check_pickles(found)
+        check_bounds(found)
     return found
 
 
-def check_pickles(path: str | Path) -> None:
+def check_bounds(path: str | Path) -> None:
     """Raise ValueError for a file of a checkpoint that would take far more memory than it has bytes.
 
-    Trainer reads some of them itself, and a manifest may be anybody's.
+    And OSError if it names an engine's directory outside. Trainer and DeepSpeed read what they find, and a manifest
+    may be anybody's.
     """
+    engine_directory(path)
     for name in paper.list_files(path):
         if name.endswith(PICKLED):
             with readable(Path(path) / name, "the state of a run"):

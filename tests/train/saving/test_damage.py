@@ -371,6 +371,16 @@ def test_a_packed_pickle_of_a_strangers_checkpoint_is_refused_before_it_is_read(
         find_checkpoint(directory.parent, str(directory) if is_named else None)
 
 
+@pytest.mark.parametrize("is_named", [True, False], ids=["named", "found"])
+def test_a_strangers_checkpoint_whose_engine_lies_outside_is_refused_before_anything_is_loaded(write, is_named):
+    directory = write(8)
+    (directory / "latest").write_text("..")
+    manifest = json.loads((directory / paper.MANIFEST).read_text())
+    paper.write_manifest(directory, manifest | {"files": paper.digests(directory, paper.list_files(directory))})
+    with pytest.raises(ValueError, match=r"its file 'latest' names '\.\.'.*Nothing was changed\."):
+        find_checkpoint(directory.parent, str(directory) if is_named else None)
+
+
 # Whoever reads one file of a checkpoint alone.
 
 
