@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from llava_lite.checkpoints.manifest import verify_file
-from llava_lite.checkpoints.pickles import PackedPickle, load_pickle
+from llava_lite.hub.pickles import PackedPickle, load_pickle
 
 logger = logging.getLogger(__name__)
 

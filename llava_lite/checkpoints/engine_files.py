@@ -13,7 +13,7 @@ import torch
 
 from llava_lite.checkpoints.copying import readable
 from llava_lite.checkpoints.manifest import is_inside
-from llava_lite.checkpoints.pickles import load_pickle
+from llava_lite.hub.pickles import load_pickle
 
 logger = logging.getLogger(__name__)
 

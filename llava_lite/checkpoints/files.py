@@ -13,8 +13,8 @@ import torch
 from safetensors import safe_open
 
 from llava_lite.checkpoints.copying import read_weights
-from llava_lite.checkpoints.pickles import check_unpacked_size
 from llava_lite.hub.json_files import read_json
+from llava_lite.hub.pickles import check_unpacked_size
 
 logger = logging.getLogger(__name__)
 

@@ -11,6 +11,7 @@ from transformers.utils import cached_file
 
 from llava_lite.checkpoints.config import needs_auto_config, read_config
 from llava_lite.checkpoints.files import ADAPTER, ADAPTER_WEIGHTS, COMPLETE, TRAINED, find_base, read_checkpoint
+from llava_lite.checkpoints.manifest import verify_file
 from llava_lite.formats import foreign_format
 from llava_lite.hub.errors import (
     CONFIG,
@@ -98,9 +99,14 @@ class Checkpoint:
         return self.path is not None and has_file(self.path, name, self._hub)
 
     def read_json(self, name: str) -> dict:
-        """Return the fields of a JSON file, {} if there is none; ValueError for anything but fields. Not a copy."""
+        """Return the fields of a JSON file, {} if there is none. Not a copy.
+
+        Raises ValueError for anything but fields, and for a file of a checkpoint-N that is not as it was saved.
+        """
         if name not in self._json:
             path = self.file(name)
+            if path is not None:
+                verify_file(path)
             self._json[name] = {} if path is None else read_fields(path)
             if name == CONFIG:
                 check_config(path, self._json[name])

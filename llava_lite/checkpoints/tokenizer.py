@@ -14,7 +14,7 @@ from llava_lite.checkpoints.config import read_upstream_config
 from llava_lite.checkpoints.source import Checkpoint
 from llava_lite.checkpoints.step_weights import verify_texts
 from llava_lite.formats import arcade100k
-from llava_lite.hub.json_files import check_json
+from llava_lite.hub.json_files import check_json_of_tokenizer
 from llava_lite.media.preprocess import load_image_processor
 
 logger = logging.get_logger(__name__)
@@ -36,8 +36,6 @@ ARCADE100K_FIELDS = ("pad_token", "unk_token", "model_max_length", "padding_side
 # Fraction of a base's tokens: those that one of the two was given later are fewer.
 MOST_OTHER_IDS = 0.01
 IMAGE_PROCESSOR = "preprocessor_config.json"
-# JSON that transformers reads beside the vocabulary; Python's own reader ends a deep one in a RecursionError.
-READ_BY_TRANSFORMERS = ("special_tokens_map.json", "added_tokens.json", "chat_template.json", PROCESSOR_NAME)
 # Vocabulary files of the decoders here; the last is of StableLM 2.
 TOKENIZER_CONFIG = "tokenizer_config.json"
 TOKENIZER_FILE = "tokenizer.json"
@@ -77,7 +75,7 @@ def load_tokenizer(checkpoint, base=None):
         return load_tokenizer(checkpoint.stands_on(checkpoint.named_base))
     saved = checkpoint.read_json(TOKENIZER_CONFIG)
     has_all = checkpoint.file(TOKENIZER_FILE) is not None
-    check_json_of_tokenizer(checkpoint)
+    check_json_of_tokenizer(checkpoint.file)
     if not has_all and checkpoint.file("tokenizer.model") is not None:
         need_sentencepiece(checkpoint)
     ranks = None if has_all else checkpoint.file(arcade100k.FILE)
@@ -94,18 +92,6 @@ def load_tokenizer(checkpoint, base=None):
         check_vocabulary(checkpoint, error)
         raise
     return with_chat_template(tokenizer, checkpoint)
-
-
-def check_json_of_tokenizer(checkpoint):
-    """Raise ValueError for a JSON file that transformers reads with a tokenizer and that is too deep or too large."""
-    for name in (TOKENIZER_CONFIG, *READ_BY_TRANSFORMERS):
-        checkpoint.read_json(name)
-    found = checkpoint.file(TOKENIZER_FILE)
-    if found is None:
-        checkpoint.read_json("vocab.json")
-    else:
-        # What is wrong with it besides is found when it is opened; see check_vocabulary.
-        check_json(found)
 
 
 def check_vocabulary_of_base(checkpoint, tokenizer):

@@ -17,12 +17,12 @@ from typing import NamedTuple
 import torch
 
 from llava_lite.checkpoints.copying import readable
-from llava_lite.checkpoints.pickles import load_pickle
 from llava_lite.formats import accessory, imagebind_llm, llama_adapter
 from llava_lite.formats.meta_llama import DROPPED, our_name
 from llava_lite.formats.meta_shards import add_difference, merge_shards
 from llava_lite.hub.errors import readable_errors
 from llava_lite.hub.json_files import read_fields
+from llava_lite.hub.pickles import load_pickle
 
 META = "meta_llama"
 # How LLaMA2-Accessory spells a repository of the Hub, or a directory in one; a .pth file in one too.

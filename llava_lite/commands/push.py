@@ -21,7 +21,11 @@ def build_parser():
 def main(argv=None):
     """Upload a directory and print its address; the token is that of `hf auth login`."""
     options = vars(build_parser().parse_args(argv))
+    from llava_lite.checkpoints.step_weights import holds_step, verify_model
     from llava_lite.hub.push import push_directory
 
-    commit = push_directory(options.pop("directory"), options.pop("repo_id"), **options)
+    directory = options.pop("directory")
+    if holds_step(directory):
+        verify_model(directory)
+    commit = push_directory(directory, options.pop("repo_id"), **options)
     print(commit.pr_url or commit.commit_url)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
-from llava_lite.checkpoints.manifest import verify_file
-
-# An index of 200,000 weights has 20 MB; tokenizer.json is read by its own library.
+# An index of 200,000 weights has 20 MB, a tokenizer.json of 260,000 words 35.
 LARGEST_BYTES = 64 * 2**20
+# What transformers reads with a tokenizer; Python's own reader ends a deep file in a RecursionError.
+BESIDE_VOCABULARY = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.json")
+BESIDE_VOCABULARY += ("processor_config.json",)
 # Configs nest five deep; deep copies of a config and Python's recursion end before a thousand.
 DEEPEST = 64
 # The largest sizes that a config can have, whatever the weights: above those of every published model by ten or more.
@@ -40,12 +42,8 @@ def read_fields(path) -> dict:
 
 
 def read_json(path):
-    """Return what a JSON file holds; ValueError with the reason for a file that is none, too large or too deep.
-
-    And, of a checkpoint-N, for one that is another than was saved.
-    """
+    """Return what a JSON file holds; ValueError with the reason for a file that is none, too large or too deep."""
     check_bytes(path, LARGEST_BYTES)
-    verify_file(path)
     try:
         found = json.loads(Path(path).read_text(encoding="utf-8"))
         is_too_deep = is_deeper(found, DEEPEST)
@@ -69,6 +67,19 @@ def check_json(path) -> None:
         return
     if is_too_deep:
         raise too_deep(path)
+
+
+def check_json_of_tokenizer(find: Callable[[str], str | None]) -> None:
+    """Raise ValueError for a JSON file that transformers reads with a tokenizer and that is too large or too deep.
+
+    find: name -> the local path of a file, None without one.
+    """
+    for name in BESIDE_VOCABULARY:
+        if (path := find(name)) is not None:
+            read_fields(path)
+    if (path := find("tokenizer.json") or find("vocab.json")) is not None:
+        # What else is wrong with it is found when it is opened.
+        check_json(path)
 
 
 def too_deep(path) -> ValueError:

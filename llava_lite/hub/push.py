@@ -74,7 +74,6 @@ def push_directory(
     ValueError if the upload could not be opened elsewhere, HubError if the Hub refuses it.
     """
     directory = Path(directory)
-    check_unchanged(directory)
     names = files_to_share(directory)
     texts = texts_to_share(directory, names, repo_id, base, tower)
     operations = [
@@ -94,15 +93,6 @@ def push_directory(
             revision=revision,
             create_pr=create_pr,
         )
-
-
-def check_unchanged(directory: Path) -> None:
-    """Raise ValueError for a checkpoint-N whose files are not those that its run saved."""
-    # Of the checkpoints, which import this package.
-    from llava_lite.checkpoints.step_weights import holds_step, verify_model
-
-    if holds_step(directory):
-        verify_model(directory)
 
 
 def files_to_share(directory: Path) -> list[str]:

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from llava_lite.checkpoints.pickles import load_pickle
+from llava_lite.hub.pickles import load_pickle
 
 NPY_START, ZIP_START, PICKLE_START = b"\x93NUMPY", b"PK\x03\x04", b"\x80"
 

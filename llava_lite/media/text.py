@@ -6,6 +6,9 @@ from functools import lru_cache
 
 import torch
 
+from llava_lite.hub.errors import find_file
+from llava_lite.hub.json_files import check_json_of_tokenizer
+
 # A small repository with CLIP's vocabulary, which all of CLIP's and ImageBind's text towers share.
 CLIP_TOKENIZER = "openai/clip-vit-base-patch32"
 
@@ -34,8 +37,5 @@ def open_tokenizer(name: str):
     """Return CLIP's tokenizer from a directory or hub id."""
     from transformers import CLIPTokenizer
 
-    from llava_lite.checkpoints.source import Checkpoint
-    from llava_lite.checkpoints.tokenizer import check_json_of_tokenizer
-
-    check_json_of_tokenizer(Checkpoint(name))
+    check_json_of_tokenizer(lambda file: find_file(name, file, {}))
     return CLIPTokenizer.from_pretrained(name)

@@ -15,9 +15,9 @@ from transformers import AutoTokenizer, LlamaTokenizer
 
 from llava_lite.checkpoints.partial import check_no_missing_or_unexpected, load_trained
 from llava_lite.checkpoints.source import Checkpoint
-from llava_lite.checkpoints.tokenizer import check_json_of_tokenizer
 from llava_lite.checkpoints.torch_files import KINDS, META, TOKENIZER, is_torch_checkpoint, read_torch_checkpoint
 from llava_lite.formats import meta_llama
+from llava_lite.hub.json_files import check_json_of_tokenizer
 from llava_lite.model.assemble import EMBEDDINGS, IS_LORA, add_lora, assemble, model_from_weights
 from llava_lite.model.loading import CONNECTOR, TOWER, get_new_weights
 from llava_lite.tower_config import feature_width, load_vision_config
@@ -192,7 +192,7 @@ def open_tokenizer(places):
     """Return the tokenizer of the first place that has one; OSError with the places if none has."""
     for place in places:
         if not Path(place).is_dir() or any((Path(place) / name).is_file() for name in TOKENIZERS):
-            check_json_of_tokenizer(Checkpoint(place))
+            check_json_of_tokenizer(Checkpoint(place).file)
             if Path(place).is_dir() and not (Path(place) / "tokenizer_config.json").is_file():
                 return LlamaTokenizer.from_pretrained(place)
             return AutoTokenizer.from_pretrained(place, trust_remote_code=False)

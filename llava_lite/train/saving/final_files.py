@@ -6,11 +6,11 @@ from safetensors import safe_open
 
 from llava_lite.checkpoints.copying import readable
 from llava_lite.checkpoints.files import ADAPTER, ADAPTER_WEIGHTS, COMPLETE, PICKLED, SAFE, TRAINED, find_weight_files
-from llava_lite.checkpoints.pickles import check_unpacked_size
 from llava_lite.checkpoints.source import Checkpoint
 from llava_lite.hub.card import CARD
 from llava_lite.hub.errors import CONFIG
 from llava_lite.hub.json_files import read_fields
+from llava_lite.hub.pickles import check_unpacked_size
 from llava_lite.train.saving import manifest as paper
 
 FILES = "final_files.json"

@@ -8,8 +8,8 @@ from contextlib import contextmanager
 import torch
 from transformers import TrainerCallback
 
-from llava_lite.checkpoints.pickles import load_pickle
 from llava_lite.distributed.activity import waiting_for_ranks
+from llava_lite.hub.pickles import load_pickle
 from llava_lite.train.saving import other_ranks as other
 from llava_lite.train.saving.signals import SignalWatch
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from transformers import set_seed
 
-from llava_lite.checkpoints.pickles import load_pickle
+from llava_lite.hub.pickles import load_pickle
 
 logger = logging.getLogger(__name__)
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 from llava_lite.checkpoints.copying import readable
 from llava_lite.checkpoints.engine_files import engine_directory
-from llava_lite.checkpoints.pickles import check_unpacked_size
 from llava_lite.constants import with_todays_keys
 from llava_lite.distributed.ranks import everyone
+from llava_lite.hub.pickles import check_unpacked_size
 from llava_lite.train.saving import manifest as paper
 from llava_lite.train.saving.other_ranks import DIVISION, ZERO_STAGE, check_same_batch, has_other_ranks
 from llava_lite.train.together import together

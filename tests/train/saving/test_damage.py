@@ -12,9 +12,9 @@ from safetensors.torch import save_file
 
 from llava_lite.checkpoints.copying import read_weights
 from llava_lite.checkpoints.manifest import BrokenCheckpoint, seal, to_text
+from llava_lite.checkpoints.source import Checkpoint
 from llava_lite.checkpoints.step_weights import name_newest, verify_model
-from llava_lite.hub.json_files import read_fields
-from llava_lite.hub.push import push_directory
+from llava_lite.commands.push import main as push
 from llava_lite.inference import load
 from llava_lite.train.saving import manifest as paper
 from llava_lite.train.saving.resume import difference, find_checkpoint
@@ -397,12 +397,16 @@ def test_a_damaged_connector_of_a_checkpoint_starts_no_stage(stage_flags, tmp_pa
         train(flags)
 
 
+def read_config(path):
+    return Checkpoint(path.parent).read_json(path.name)
+
+
 def test_a_file_that_is_read_alone_is_compared_where_a_manifest_of_ours_lists_it(write, tmp_path):
     directory = write(8)
     save_file({"w": torch.ones(3)}, directory / "trained.safetensors")
     torch.save({"w": torch.ones(3)}, directory / "mm_projector.bin")
     (directory / "config.json").write_text('{"a": 1}')
-    readers = {"trained.safetensors": read_weights, "mm_projector.bin": read_weights, "config.json": read_fields}
+    readers = {"trained.safetensors": read_weights, "mm_projector.bin": read_weights, "config.json": read_config}
     manifest = json.loads((directory / paper.MANIFEST).read_text())
     paper.write_manifest(directory, manifest | {"files": paper.digests(directory, paper.list_files(directory))})
     # A file that was added later is nobody's.
@@ -427,4 +431,4 @@ def test_a_damaged_checkpoint_is_not_uploaded(write):
     (directory / "config.json").write_text("{}")
     truncate(directory / "trained.safetensors")
     with pytest.raises(BrokenCheckpoint, match=r"trained\.safetensors has 55 bytes, the manifest has 56"):
-        push_directory(directory, "tester/never")
+        push([str(directory), "tester/never"])
