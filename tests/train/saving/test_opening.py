@@ -147,9 +147,14 @@ def test_a_directory_of_checkpoints_names_the_newest_of_them(stage_flags, tmp_pa
 @pytest.mark.parametrize("open_it", [lambda path: load(path, device="cpu"), lambda path: merge(path, path / "new")])
 def test_a_checkpoint_without_a_config_says_how_to_get_its_model(stage_flags, tmp_path, open_it):
     train(stage_flags("full", tmp_path / "out", *SAVED))
-    (tmp_path / "out" / "checkpoint-3" / "config.json").unlink()
+    checkpoint = tmp_path / "out" / "checkpoint-3"
+    # As early versions wrote it.
+    (checkpoint / "config.json").unlink()
+    manifest = json.loads((checkpoint / "manifest.json").read_text())
+    del manifest["files"]["config.json"], manifest["format"], manifest["sha256"]
+    (checkpoint / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(OSError, match=r"holds the state of a run and no config\.json.*--resume_from_checkpoint"):
-        open_it(tmp_path / "out" / "checkpoint-3")
+        open_it(checkpoint)
 
 
 # DeepSpeed's files.
