@@ -24,6 +24,27 @@ def is_partitioned(param: torch.Tensor) -> bool:
     return hasattr(param, "ds_id")
 
 
+def own_part(param: torch.Tensor) -> torch.Tensor:
+    """Return what this rank holds of a weight: all, or under ZeRO-3 its part [n], without the fill after its end."""
+    part = getattr(param, "ds_tensor", None)
+    if part is None:
+        return param
+    num_filled = param.ds_numel - torch.distributed.get_rank(param.ds_process_group) * part.numel()
+    return part.reshape(-1)[: max(0, num_filled)]
+
+
+def clear_fill(params: Iterable[torch.Tensor]) -> None:
+    """Set the fill of ZeRO-3's parts to 0: the last ranks' parts end with memory that DeepSpeed (0.19.8) never writes.
+
+    The master weights are copied from it, and a NaN in it would pass for one of the run.
+    """
+    for param in params:
+        part = getattr(param, "ds_tensor", None)
+        if part is not None:
+            with torch.no_grad():
+                part.reshape(-1)[own_part(param).numel() :].zero_()
+
+
 def gathered(params: Iterable[torch.Tensor], modify: bool = False) -> AbstractContextManager:
     """Return a context in which `params` are full; under ZeRO-3 this is a collective of all ranks.
 

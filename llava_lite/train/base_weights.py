@@ -11,7 +11,7 @@ import time
 import torch
 
 from llava_lite.checkpoints.config import is_llava
-from llava_lite.checkpoints.copying import gathered
+from llava_lite.checkpoints.copying import clear_fill, gathered, own_part
 from llava_lite.checkpoints.source import Checkpoint
 from llava_lite.distributed.ranks import everyone
 from llava_lite.train.monitor.finite import NonFiniteError, find_in_each, list_names
@@ -27,6 +27,7 @@ def check_weights(model, model_args, training_args) -> None:
     looks at its part. Weights in 4 or 8 bits, and those that lie on disk, are not looked at.
     """
     began_s, dtype = time.monotonic(), compute_dtype(training_args)
+    clear_fill(model.parameters())
     counts = count_non_finite(model, dtype)
     if not counts:
         logger.info("all weights are finite (checked in %.1f s).", time.monotonic() - began_s)
@@ -52,10 +53,9 @@ def count_non_finite(model, dtype: torch.dtype) -> dict[str, str]:
     dtype: in which the run will save its model.
     """
     params = dict(model.named_parameters())
-    own = find_in_each(((name, getattr(param, "ds_tensor", param)) for name, param in params.items()), dtype)
+    own = find_in_each(((name, own_part(param)) for name, param in params.items()), dtype)
     counts = {}
     for name in sorted({name for names in everyone(own) for name in names}):
-        # The last rank's part of a partitioned weight ends with memory that nobody has written.
         with gathered([params[name]]):
             num = int((~params[name].detach().to(dtype).isfinite()).sum())
         if num:

@@ -5,6 +5,8 @@ from collections.abc import Iterable, Iterator, Mapping
 import torch
 from torch.nn.utils import get_total_norm
 
+from llava_lite.checkpoints.copying import own_part
+
 
 class NonFiniteError(RuntimeError):
     """A loss, a gradient, a weight or optimizer state is not finite.
@@ -80,8 +82,7 @@ def _named_tensors(model, optimizer) -> Iterator[tuple[str, torch.Tensor]]:
     for name, param in model.named_parameters():
         if param.requires_grad:
             names[id(param)] = name
-            # ZeRO-3 keeps this rank's part of it there.
-            yield name, getattr(param, "ds_tensor", param).detach()
+            yield name, own_part(param).detach()
     state = getattr(optimizer, "state", None)
     if not isinstance(state, Mapping):
         return

@@ -1,8 +1,11 @@
 """Weights and optimizer state that are not finite are found and named."""
 
+import math
+
 import pytest
 import torch
 
+from llava_lite.checkpoints.copying import clear_fill
 from llava_lite.train.monitor.finite import find_in, find_in_each, find_non_finite, list_names
 
 BAD = [float("nan"), float("inf"), float("-inf")]
@@ -100,3 +103,19 @@ def test_a_number_is_finite_or_not_in_the_dtype_that_is_asked_for():
     large = [("large", torch.tensor([-70_000.0, 1.0]))]
     assert find_in_each(large, torch.float32) == []
     assert find_in_each(large, torch.float16) == ["large"]
+
+
+@pytest.mark.parametrize(("rank", "num_own"), [(0, 4), (1, 3), (2, 0)])
+def test_the_fill_of_a_part_of_zero3_is_not_looked_at_and_can_be_cleared(monkeypatch, rank, num_own):
+    # 7 numbers on 3 ranks, 4 a rank: the second has one more than the weight, the third has nothing of it.
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda group: {"of this weight": rank}[group])
+    model = torch.nn.Linear(7, 1, bias=False)
+    weight = model.weight
+    weight.ds_tensor, weight.ds_numel, weight.ds_process_group = torch.full((4,), math.nan), 7, "of this weight"
+    weight.ds_tensor[:num_own] = 1.0
+    assert find_non_finite(model) == []
+    clear_fill([weight])
+    assert weight.ds_tensor.tolist() == [1.0] * num_own + [0.0] * (4 - num_own)
+    if num_own:
+        weight.ds_tensor[num_own - 1] = math.inf
+        assert find_non_finite(model) == ["weight"]
