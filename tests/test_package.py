@@ -19,7 +19,7 @@ FILES = sorted((ROOT / "llava_lite").rglob("*.py"))
 # A file imports from lower floors or from its own directory. Every directory and every file at the top has its floor.
 ORDER = [
     ["__init__", "constants", "errors", "without_cuda", "distributed"],
-    ["hub", "imagebind_config"],
+    ["hub", "imagebind_config", "output_file"],
     ["formats"],
     ["media"],
     ["conversation"],
