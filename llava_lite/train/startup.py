@@ -25,6 +25,9 @@ logger = logging.getLogger(__name__)
 
 # What transformers says in a ValueError of an optimizer that lacks a package or a flag, and not a model.
 CANNOT_BE_MADE = re.compile("install|import|optim_target_modules")
+# Optimizers, by a part of their name, with state in hooks or beside state_dict(), or with objects in it, which no safe
+# load makes again.
+NOT_RESUMED = ("galore", "apollo", "adalomo")
 TRACEBACK = "LLAVA_LITE_TRACEBACK"
 FOR_PEOPLE = (ValueError, OSError, ImportError)
 # The attribute of an error that names an environment variable: the rank for which it is 0 reports the error.
@@ -90,18 +93,23 @@ def check_installed(data_args, training_args):
 
 
 def check_optimizer(training_args):
-    """Raise ValueError for an --optim whose package is not installed, or that needs another flag too."""
+    """Raise ValueError for an --optim whose package is not installed, that needs another flag or cannot resume."""
     from transformers import Trainer
 
     if training_args.uses_deepspeed and "optimizer" in training_args.deepspeed_plugin.deepspeed_config:
         return
+    optim = str(getattr(training_args.optim, "value", training_args.optim))
+    if any(name in optim for name in NOT_RESUMED):
+        raise ValueError(
+            f"--optim {optim}: no checkpoint can hold its state, which is not only tensors in its state_dict(), and a "
+            "stopped run would not go on as it was. Choose another; adafactor and lomo need little memory too."
+        )
     try:
         # Without a model, which some look for next: they are asked again when there is one.
         Trainer.get_optimizer_cls_and_kwargs(training_args)
     except (ImportError, NotImplementedError, ValueError) as error:
         if isinstance(error, ValueError) and not CANNOT_BE_MADE.search(str(error)):
             return
-        optim = getattr(training_args.optim, "value", training_args.optim)
         raise ValueError(
             f"--optim {optim}: {str(error).rstrip('.')}. Or choose another, such as adamw_torch."
         ) from error

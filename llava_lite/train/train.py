@@ -303,6 +303,10 @@ def save(trainer, model_args, data_args):
 
     note("writing the final directory")
     args, model = trainer.args, trainer.unwrapped
+    averages = getattr(trainer.optimizer, "eval", None)
+    if averages is not None and not args.load_best_model_at_end:
+        # A schedule-free optimizer then sets the averaged weights, which an evaluation sees.
+        averages()
     is_full = args.save_full or args.tuning not in PARTIAL_TUNINGS
     if not args.uses_deepspeed and args.bits == 16:
         # Trained weights were kept in float32 for small updates; a model is saved in the dtype of its forward pass.

@@ -1,7 +1,8 @@
 """Kill a run with SIGKILL in the middle of its saves, again and again: `killed_saves.py DIRECTORY PASSES RANDOM`.
 
-Each round is a fork that resumes and saves after every step. Prints a line RESULT {json}: what was found after each
-kill, and whether the run that got through in the end has the weights and losses of one that was never killed.
+Each round is a fork that resumes and saves after every step; a run that came to its end is followed by another. Prints
+a line RESULT {json}: what was found after each kill, and whether the runs that got through in the end have the weights
+and losses of one that was never killed.
 """
 
 import json
@@ -102,15 +103,27 @@ def main(directory, num_passes, num_random):
     )
     places = [(name, 1 + 2 * i) for name in names for i in range(int(num_passes))] + [None] * int(num_random)
     rng.shuffle(places)
-    rounds = [round_of_kill(f"{directory}/killed", place, rng) for place in places]
-    full, resumed = build_trainer(f"{directory}/full", **STEPS), None
+    killed, rounds = [f"{directory}/killed_0"], []
+    for place in places:
+        found = round_of_kill(killed[-1], place, rng)
+        if not found["killed"]:
+            # It came to its end before it reached the place so often.
+            killed.append(f"{directory}/killed_{len(killed)}")
+            found = round_of_kill(killed[-1], place, rng)
+        rounds.append(found)
+    full = build_trainer(f"{directory}/full", **STEPS)
     full.train()
-    resumed = train(f"{directory}/killed")
-    expected = get_weights(full)
-    same = all(torch.equal(weight, expected[name]) for name, weight in get_weights(resumed).items())
-    left = sorted(path.name for path in Path(directory, "killed").iterdir())
-    same_losses = get_losses(full) == get_losses(resumed)
-    print("RESULT " + json.dumps({"rounds": rounds, "weights": same, "losses": same_losses, "left": left}))
+    print("RESULT " + json.dumps({"rounds": rounds, "runs": [compare(path, full) for path in killed]}))
+
+
+def compare(directory, full):
+    """Let a killed run come to its end, and return whether it is the one never killed, and what it left."""
+    resumed, expected = train(directory), get_weights(full)
+    return {
+        "weights": all(torch.equal(weight, expected[name]) for name, weight in get_weights(resumed).items()),
+        "losses": get_losses(full) == get_losses(resumed),
+        "left": sorted(path.name for path in Path(directory).iterdir()),
+    }
 
 
 if __name__ == "__main__":

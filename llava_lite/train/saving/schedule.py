@@ -1,6 +1,7 @@
 """Set a resumed optimizer and its schedule to the flags of this run, in place of those of its checkpoint."""
 
 import logging
+from inspect import signature
 
 import torch
 from torch.optim.lr_scheduler import LambdaLR
@@ -8,8 +9,8 @@ from transformers import TrainerCallback
 
 logger = logging.getLogger(__name__)
 
-# Keys of a parameter group that are no settings.
-_NO_SETTINGS = ("params", "lr")
+# Keys of a parameter group that are no settings, and one that a schedule adds.
+_NO_SETTINGS, _OF_SCHEDULE = ("params", "lr"), "initial_lr"
 # Rates are checked to the end of a run only if it is so short that it may be all warm-up.
 _FEW_STEPS = 10
 
@@ -27,7 +28,7 @@ class FollowFlags(TrainerCallback):
 
     def note(self, optimizer, scheduler) -> None:
         """Keep the settings of the flags, before a checkpoint overwrites them."""
-        self.settings = [get_settings(group) for group in optimizer.param_groups]
+        self.settings = get_settings(optimizer)
         self.base_rates = list(scheduler.base_lrs) if isinstance(scheduler, LambdaLR) else None
 
     def on_train_begin(self, args, state, control, optimizer=None, lr_scheduler=None, **kwargs):
@@ -41,9 +42,16 @@ class FollowFlags(TrainerCallback):
             warn_if_rate_is_zero(lr_scheduler, state.global_step, state.max_steps)
 
 
-def get_settings(group: dict) -> dict:
-    """Return the settings of a parameter group without its present rate."""
-    return {key: value for key, value in group.items() if key not in _NO_SETTINGS}
+def get_settings(optimizer) -> list[dict]:
+    """Return the settings of each parameter group without its present rate: what the optimizer's class is made with.
+
+    Other values of a group are its progress, such as the steps that a schedule-free optimizer counts there.
+    """
+    while inner := getattr(optimizer, "optimizer", None):
+        optimizer = inner
+    names = {name for kind in type(optimizer).__mro__ for name in signature(kind.__init__).parameters}
+    names = names - set(_NO_SETTINGS) | {_OF_SCHEDULE}
+    return [{key: value for key, value in group.items() if key in names} for group in optimizer.param_groups]
 
 
 def set_rates(optimizer, scheduler: LambdaLR, settings: list[dict], base_rates: list) -> None:

@@ -296,13 +296,12 @@ def run_script(name, *arguments, timeout_s):
 
 
 def assert_survived(result):
-    """Check that no kill left half a checkpoint or lost one, and that the run came out as one never killed."""
+    """Check that no kill left half a checkpoint or lost one, and that the runs came out as one never killed."""
     assert all(found["killed"] for found in result["rounds"])
     assert [found["broken"] for found in result["rounds"] if found["broken"]] == []
     assert all(found["after"] >= found["before"] for found in result["rounds"])
-    assert result["weights"]
-    assert result["losses"]
-    assert result["left"] == ["checkpoint-43", "checkpoint-44"]
+    left = ["checkpoint-43", "checkpoint-44"]
+    assert [run for run in result["runs"] if run != {"weights": True, "losses": True, "left": left}] == []
 
 
 def test_a_kill_at_any_place_of_a_save_costs_no_checkpoint(tmp_path):
@@ -311,7 +310,7 @@ def test_a_kill_at_any_place_of_a_save_costs_no_checkpoint(tmp_path):
 
 @pytest.mark.slow
 def test_a_hundred_kills_cost_no_checkpoint(tmp_path):
-    assert_survived(run_script("killed_saves.py", tmp_path, 9, 25, timeout_s=1800))
+    assert_survived(run_script("killed_saves.py", tmp_path, 9, 25, timeout_s=3600))
 
 
 def test_sigterm_to_the_process_tree_saves_although_the_loader_has_workers(tmp_path):

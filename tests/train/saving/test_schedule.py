@@ -2,11 +2,15 @@
 
 import json
 import math
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch.optim.lr_scheduler import LambdaLR
 
+from llava_lite.model import LlavaLlamaForCausalLM
 from llava_lite.train.saving.schedule import get_settings, set_rates, warn_if_rate_is_zero
 
 SAVING = ["--save_strategy", "steps", "--save_steps", "2", "--lr_scheduler_type", "cosine", "--learning_rate", "1e-3"]
@@ -81,7 +85,7 @@ def toy_schedule(factor, peak=0.5):
 
 def test_equal_flags_change_nothing(caplog):
     optimizer, scheduler = toy_schedule(lambda step: 1 / (1 + step))
-    settings, base_rates = [get_settings(group) for group in optimizer.param_groups], list(scheduler.base_lrs)
+    settings, base_rates = get_settings(optimizer), list(scheduler.base_lrs)
     for _ in range(3):
         optimizer.step()
         scheduler.step()
@@ -90,6 +94,73 @@ def test_equal_flags_change_nothing(caplog):
         set_rates(optimizer, scheduler, settings, base_rates)
     assert (dict(optimizer.param_groups[0]), scheduler.get_last_lr()) == before
     assert caplog.text == ""
+
+
+class CountingAdamW(torch.optim.AdamW):
+    """Counts its steps in its groups, as a schedule-free optimizer does."""
+
+    def __init__(self, params, lr=1e-3, **settings):
+        super().__init__(params, lr=lr, **settings)
+        for group in self.param_groups:
+            group["k"] = 0
+
+    def step(self, closure=None):
+        super().step(closure)
+        for group in self.param_groups:
+            group["k"] += 1
+
+
+def test_a_setting_follows_the_flags_and_what_the_optimizer_counts_follows_the_checkpoint():
+    def make(decay):
+        weight = torch.nn.Parameter(torch.ones(1))
+        optimizer = CountingAdamW([{"params": [weight], "weight_decay": decay}], betas=(0.9, 0.95))
+        return optimizer, LambdaLR(optimizer, lambda step: 1.0)
+
+    saved, saved_scheduler = make(0.1)
+    for _ in range(3):
+        saved.step()
+        saved_scheduler.step()
+    optimizer, scheduler = make(0.2)
+    settings, base_rates = get_settings(optimizer), list(scheduler.base_lrs)
+    optimizer.load_state_dict(saved.state_dict())
+    scheduler.load_state_dict(saved_scheduler.state_dict())
+    set_rates(optimizer, scheduler, settings, base_rates)
+    group = optimizer.param_groups[0]
+    assert (group["k"], group["weight_decay"], group["betas"], group["initial_lr"]) == (3, 0.2, (0.9, 0.95), 1e-3)
+
+
+class Averaging(CountingAdamW):
+    """A schedule-free optimizer, whose averaged weights are twice those that it trains."""
+
+    def __init__(self, params, warmup_steps=0, weight_lr_power=2.0, r=0.0, **settings):
+        super().__init__(params, **settings)
+        for group in self.param_groups:
+            group["train_mode"] = False
+
+    def set_mode(self, train_mode):
+        for group in self.param_groups:
+            if group["train_mode"] != train_mode:
+                for weight in group["params"]:
+                    weight.data.mul_(0.5 if train_mode else 2)
+            group["train_mode"] = train_mode
+
+    def train(self):
+        self.set_mode(True)
+
+    def eval(self):
+        self.set_mode(False)
+
+
+def test_the_final_model_of_a_schedule_free_optimizer_is_the_averaged_one(run_stage, tmp_path, monkeypatch):
+    package = SimpleNamespace(AdamWScheduleFree=Averaging, SGDScheduleFree=None)
+    monkeypatch.setitem(sys.modules, "schedulefree", package)
+    monkeypatch.setattr("transformers.trainer_optimizer.is_schedulefree_available", lambda *version: True)
+    flags = [*SAVING, "--optim", "schedule_free_adamw", "--max_steps", "4"]
+    run_stage("full", tmp_path / "out", *flags)
+    # The weights of a checkpoint are those that go on training.
+    trained = load_file(tmp_path / "out/checkpoint-4/trained.safetensors")
+    saved = dict(LlavaLlamaForCausalLM.from_pretrained(tmp_path / "out").named_parameters())
+    assert all(torch.equal(saved[name], 2 * weight) for name, weight in trained.items())
 
 
 @pytest.mark.parametrize(
