@@ -204,6 +204,17 @@ def unreachable(error, repo: str, file, hub: dict) -> str:
     )
 
 
+def no_answer(error, repo: str, file, hub: dict) -> str:
+    """Return the message for a request that got no answer, such as one of an upload."""
+    reason = str(error).splitlines()[0] if str(error) else "no further message"
+    return (
+        f"the Hub at {constants.ENDPOINT} cannot be reached for {repo!r} ({type(error).__name__}: {reason}). Check "
+        "the network and its proxy."
+    )
+
+
+# Of the client's library for HTTP, which is another one from version to version.
+HTTP_ERROR = next(kind for kind in HfHubHTTPError.__mro__ if kind.__name__ == "HTTPError")
 # In this order: a status of the server says more than "not in the cache".
 KINDS = (
     (GatedRepoError, gated),
@@ -212,6 +223,7 @@ KINDS = (
     (RemoteEntryNotFoundError, no_file),
     (HfHubHTTPError, refused),
     ((LocalEntryNotFoundError, OfflineModeIsEnabled), unreachable),
+    (HTTP_ERROR, no_answer),
 )
 
 

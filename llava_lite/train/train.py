@@ -15,6 +15,7 @@ from llava_lite.distributed.activity import note
 from llava_lite.distributed.ranks import leave
 from llava_lite.distributed.watch import LostRankError, stop_watch, watched
 from llava_lite.errors import DiskError
+from llava_lite.hub.errors import HubError
 from llava_lite.train.arguments.parse import build_parser, parse_args
 from llava_lite.train.arguments.paths import check_enough_records, check_needed, check_paths
 from llava_lite.train.arguments.short_help import asks_for_help, main_page
@@ -61,7 +62,8 @@ from llava_lite.train.tuning import choose_what_trains, compute_dtype, describe,
 logger = logging.getLogger("llava_lite.train.train")
 
 # Errors of a run that trains which are for people; another ValueError would be a fault of ours.
-IN_A_RUN = (DataError, DiskError, SaveError, BrokenCheckpoint, LostRankError, NonFiniteError, NoGradientError)
+OF_STEPS = (DataError, LostRankError, NonFiniteError, NoGradientError)
+IN_A_RUN = (*OF_STEPS, DiskError, SaveError, BrokenCheckpoint, HubError)
 
 # The files that hold the names which scripts written for LLaVA import from here.
 _LLAVA_NAMES = {
@@ -206,13 +208,24 @@ def run_alone(stage, argv):
         result = trainer.train(resume_from_checkpoint=stage.checkpoint)
         is_full = save(trainer, stage.model_args, stage.data_args)
         trainer.raise_log_error()
-        if args.push_to_hub:
-            note("uploading the final directory")
-            trainer.push_to_hub()
         record.end("finished", memory_gib=peak_memory_gib(args.device))
     stop_watch()
     logger.info("%s", summary(trainer, result, is_full, record.facts["end"]["memory_gib"], record.page))
+    if args.push_to_hub:
+        upload(trainer)
     return trainer
+
+
+def upload(trainer):
+    """Upload the final directory; a failure says that the run itself is complete, and how to upload it later."""
+    try:
+        trainer.push_to_hub()
+    except (HubError, ValueError) as error:
+        path, repo = trainer.args.output_dir, trainer.hub_model_id
+        raise HubError(
+            f"the run is complete in {path}, and its upload failed: {error} "
+            f"Upload it later: llava-lite push {path} {repo}"
+        ) from error
 
 
 def main(argv=None):

@@ -1,9 +1,13 @@
 """A run uploads its finished directory: the files that open the model, and checkpoints only if they are asked for."""
 
 import json
+import subprocess
+import sys
 
 import pytest
+from hub_client import environment, serving
 
+from llava_lite.model import LlavaLlamaForCausalLM
 from llava_lite.train.arguments.parse import parse_args
 from llava_lite.train.publish.push import check_can_push
 
@@ -87,6 +91,25 @@ def test_state_to_resume_from_goes_up_where_it_is_asked_for(client, stage_flags,
     assert layers == [0, 2]
     assert {"model.safetensors", "expert_load.png", "last-checkpoint/optimizer.pt"} <= set(files)
     assert not [name for name in files if "/" not in name and ("optimizer" in name or "state" in name)]
+
+
+def test_a_hub_that_is_gone_at_the_end_costs_nothing_of_the_run(stage_flags, tmp_path):
+    out = tmp_path / "out"
+    flags = stage_flags("full", out, "--max_steps", 30, "--push_to_hub", True, "--hub_model_id", "tester/late")
+    command = [sys.executable, "-m", "llava_lite.train.train", *flags]
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    with serving() as address:
+        run = subprocess.Popen(command, env=environment(address, tmp_path / "home"), **streams)
+        # The repository is made before the first step.
+        next(line for line in run.stdout if "'loss'" in line)
+    printed = run.stdout.read()
+    assert run.wait(timeout=300) == 1
+    last = printed.splitlines()[-1]
+    assert f"the run is complete in {out}, and its upload failed: the Hub at {address} cannot be reached" in last
+    assert last.endswith(f"Upload it later: llava-lite push {out} tester/late")
+    assert "Traceback" not in printed
+    assert json.loads((out / "run.json").read_text())["end"]["state"] == "finished"
+    assert LlavaLlamaForCausalLM.from_pretrained(out).num_parameters() > 0
 
 
 def test_part_that_nobody_else_could_open_is_refused_before_anything_is_loaded(stage_flags, tmp_path):
