@@ -1,5 +1,7 @@
 """Turn the flags of `llava-lite push` into a commit on the Hub."""
 
+from pathlib import Path
+
 from llava_lite.commands.parser import CommandParser
 
 
@@ -27,5 +29,16 @@ def main(argv=None):
     directory = options.pop("directory")
     if holds_step(directory):
         verify_model(directory)
+    elif damage := find_damage_to_share(Path(directory)):
+        raise ValueError(f"{damage} Nothing is uploaded.")
     commit = push_directory(directory, options.pop("repo_id"), **options)
     print(commit.pr_url or commit.commit_url)
+
+
+def find_damage_to_share(directory: Path):
+    """Return the sentence for a model that has lost a file or is cut; None for a whole one, or a tokenizer alone."""
+    from llava_lite.hub.errors import CONFIG
+    from llava_lite.train.saving.final_files import FILES, find_damage
+
+    holds_model = any((directory / name).is_file() for name in (FILES, CONFIG))
+    return find_damage(directory) if holds_model else None
