@@ -1,4 +1,4 @@
-"""List the files of a finished directory when it is written, and name one later that is missing or cut."""
+"""List the files of a finished directory when it is written, and name one later that is missing, cut or changed."""
 
 from pathlib import Path
 
@@ -17,42 +17,44 @@ FILES = "final_files.json"
 
 
 def write_list(directory: Path) -> None:
-    """Write the names and sizes of a directory's files into FILES."""
-    sizes = {name: (directory / name).stat().st_size for name in paper.list_files(directory)}
-    paper.write_json(directory / FILES, sizes)
+    """Write the names, sizes and SHA-256 of a directory's files into FILES."""
+    paper.write_json(directory / FILES, paper.digests(directory, paper.list_files(directory)))
 
 
 def find_damage(directory: Path) -> str | None:
-    """Return the sentence for a finished directory that has lost a file, or a part of one; None if nothing is lost.
+    """Return the sentence for a finished directory that has lost or changed a file; None if all are as written.
 
-    By the sizes that were written; of an earlier version's directory, which has no list of them, by its weights.
+    Every byte is read. A directory of an earlier version, which has no list of them, is judged by its weights alone.
     """
     written = read_list(directory)
     if written is None:
         return find_lost_weights(directory)
-    for name, num_bytes in written.items():
-        path = directory / name
-        # The card is edited by hand, and nothing is opened from it.
-        if name == CARD:
-            continue
+    # The card is edited by hand, and nothing is opened from it.
+    names = [name for name in written if name != CARD]
+    for name in names:
+        path, num_bytes = directory / name, written[name]["size"]
         if not path.is_file():
             return f"{name} of the finished run in {directory} is missing."
         if (found := path.stat().st_size) != num_bytes and not is_edited(path):
             return f"{name} of the finished run in {directory} has {found:,} bytes, and {num_bytes:,} were written."
+    for name, found in paper.digests(directory, names).items():
+        if found["sha256"] != written[name]["sha256"] and not is_edited(directory / name):
+            return f"{name} of the finished run in {directory} is not as it was written (its SHA-256 is another)."
     return None
 
 
-def read_list(directory: Path) -> dict[str, int] | None:
-    """Return the sizes that `write_list` wrote, by name; None where there is no such list, or a damaged one."""
+def read_list(directory: Path) -> dict[str, dict] | None:
+    """Return what `write_list` wrote, by name; None where there is no such list, or a damaged one."""
     try:
-        sizes = read_fields(directory / FILES)
+        written = read_fields(directory / FILES)
     except (OSError, ValueError):
         return None
-    return sizes if sizes and all(type(size) is int for size in sizes.values()) else None
+    is_whole = all(isinstance(facts, dict) and facts.keys() == {"size", "sha256"} for facts in written.values())
+    return written if written and is_whole and all(type(f["size"]) is int for f in written.values()) else None
 
 
 def is_edited(path: Path) -> bool:
-    """Tell whether a file of another size is JSON that was changed by hand: no cut JSON can be read."""
+    """Tell whether a file that is not as written is JSON that was changed by hand: no cut JSON can be read."""
     try:
         return path.suffix == ".json" and bool(read_fields(path))
     except (OSError, ValueError):

@@ -34,6 +34,12 @@ def cut_in_half(path):
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[-2] ^= 4
+    path.write_bytes(content)
+
+
 @pytest.fixture
 def start(stage_flags, tmp_path, caplog, capsys):
     """Return a function that starts a run in `out` and returns its log, or the sentence with which it ended."""
@@ -59,7 +65,8 @@ def test_a_model_that_is_missing_or_cut_is_made_again_exactly(start, tmp_path, s
     assert weights
     assert set(json.loads(written[FILES])) == {*written, "README.md"} - {FILES}
     harms = [(cut_in_half, name) for name in weights] + [(delete, name) for name in (weights[0], "tokenizer.json")]
-    for harm, name in [*harms, (cut, weights[-1]), (delete, "config.json"), (cut_in_half, "config.json")]:
+    harms += [(cut, weights[-1]), (flip, weights[0]), (delete, "config.json"), (cut_in_half, "config.json")]
+    for harm, name in harms:
         lines = (out / "metrics.jsonl").read_text().splitlines()
         harm(out / name)
         output = start(stage, *EPOCH)
@@ -125,9 +132,9 @@ def directory(tmp_path):
     return tmp_path
 
 
-@pytest.mark.parametrize("harm", [delete, cut, cut_in_half])
+@pytest.mark.parametrize("harm", [delete, cut, cut_in_half, flip])
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors", "mm_projector.bin", "merges.txt"])
-def test_any_file_that_is_lost_is_named(directory, name, harm):
+def test_any_file_that_is_lost_or_changed_is_named(directory, name, harm):
     write_list(directory)
     assert find_damage(directory) is None
     harm(directory / name)
@@ -141,7 +148,7 @@ def test_what_a_person_edits_is_not_lost(directory):
     assert find_damage(directory) is None
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"config.json": "1"}', "[" * 100_000])
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"config.json": 1}', '{"config.json": {}}', "[" * 100_000])
 def test_a_list_that_is_damaged_itself_is_left_out(directory, content):
     (directory / FILES).write_text(content)
     assert find_damage(directory) is None
