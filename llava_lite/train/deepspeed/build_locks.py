@@ -24,7 +24,7 @@ def wait_for_builds(most_s: float = MOST_S, interval_s: float = 1.0) -> None:
     said = set()
     while unowned := _find_unowned():
         for lock, age_s in unowned.items():
-            found = f"{lock} is {age_s / 60:.0f} minutes old, and no process here has it open"
+            found = f"{lock} is {age_s / 60:.0f} min old, and no process here has it open"
             if age_s >= most_s:
                 raise OSError(
                     f"{found}: the build that made it was killed, and DeepSpeed would wait for it for ever. Remove "
@@ -33,7 +33,7 @@ def wait_for_builds(most_s: float = MOST_S, interval_s: float = 1.0) -> None:
             if lock not in said:
                 logger.warning(
                     "%s: a build that was killed has left it, or another machine builds there. Waiting until it is "
-                    "%.0f minutes old; remove the file if nothing builds.",
+                    "%.0f min old; remove the file if nothing builds.",
                     found,
                     most_s / 60,
                 )

@@ -36,7 +36,7 @@ def make_lock(tmp_path, monkeypatch):
 def test_a_lock_of_a_build_that_was_killed_ends_the_run_with_what_to_do(make_lock, extension):
     lock = make_lock(extension, 2 * MOST_S)
     with pytest.raises(
-        OSError, match=r"is 20 minutes old, and no process here has it open: .* Remove the file"
+        OSError, match=r"is 20 min old, and no process here has it open: .* Remove the file"
     ) as found:
         wait_for_builds()
     assert str(found.value).startswith(str(lock))
@@ -51,7 +51,7 @@ def test_a_young_lock_that_nobody_here_has_open_is_waited_for_with_one_line(make
     assert not lock.exists()
     lines = [record.getMessage() for record in caplog.records]
     assert len(lines) == 1
-    assert lines[0].startswith(f"{lock} is 1 minutes old, and no process here has it open: ")
+    assert lines[0].startswith(f"{lock} is 1 min old, and no process here has it open: ")
 
 
 @PROC
