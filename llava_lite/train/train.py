@@ -19,7 +19,7 @@ from llava_lite.hub.errors import HubError
 from llava_lite.train.arguments.parse import build_parser, parse_args
 from llava_lite.train.arguments.paths import check_enough_records, check_needed, check_paths
 from llava_lite.train.arguments.short_help import asks_for_help, main_page
-from llava_lite.train.arguments.validate import PARTIAL_TUNINGS
+from llava_lite.train.arguments.tuning import PARTIAL_TUNINGS
 from llava_lite.train.base_weights import check_weights
 from llava_lite.train.build import (
     add_experts,
@@ -312,14 +312,11 @@ def checkpoint_to_resume(training_args):
 def save(trainer, model_args, data_args):
     """Write the final directory and return whether it holds every weight, or those that trained."""
     from llava_lite.train.publish.card import make_card
-    from llava_lite.train.saving.final import save_final, write_state
+    from llava_lite.train.saving.final import save_final, set_averaged_weights, write_state
 
     note("writing the final directory")
     args, model = trainer.args, trainer.unwrapped
-    averages = getattr(trainer.optimizer, "eval", None)
-    if averages is not None and not args.load_best_model_at_end:
-        # A schedule-free optimizer then sets the averaged weights, which an evaluation sees.
-        averages()
+    set_averaged_weights(trainer)
     is_full = args.save_full or args.tuning not in PARTIAL_TUNINGS
     if not args.uses_deepspeed and args.bits == 16:
         # Trained weights were kept in float32 for small updates; a model is saved in the dtype of its forward pass.

@@ -11,7 +11,7 @@ from torch import nn
 from llava_lite.formats.moe_llava import match_train_modules
 from llava_lite.model.adaption_prompt import gates_are_open
 from llava_lite.model.new_words import grow
-from llava_lite.train.arguments.validate import PARTIAL_TUNINGS
+from llava_lite.train.arguments.tuning import PARTIAL_TUNINGS
 
 logger = logging.getLogger(__name__)
 

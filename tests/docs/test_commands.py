@@ -15,7 +15,7 @@ from pages import PAGES, ROOT, all_commands, blocks, name_of
 from llava_lite.alias import SYSTEMS
 from llava_lite.commands.verbs import PARSERS, VERBS
 from llava_lite.train.arguments.parse import parse_args
-from llava_lite.train.arguments.validate import TUNING_NAMES
+from llava_lite.train.arguments.tuning import TUNING_NAMES
 
 # Flags that are not looked at here: what they name is not on this machine.
 ON_THIS_MACHINE = ["--use_cpu", "True"]

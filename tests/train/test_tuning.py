@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from llava_lite.train.arguments.fields import ModelArguments
-from llava_lite.train.arguments.validate import TUNING_NAMES
+from llava_lite.train.arguments.tuning import TUNING_NAMES
 from llava_lite.train.tuning import (
     TUNINGS,
     choose_what_trains,

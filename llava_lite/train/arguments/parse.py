@@ -5,7 +5,10 @@ import logging
 from llava_lite.train.arguments.fields import DataArguments, ModelArguments, TrainingArguments
 from llava_lite.train.arguments.help import FlagParser
 from llava_lite.train.arguments.legacy import open_yaml, split_flags, translate
-from llava_lite.train.arguments.validate import check_together, resolve_packing, resolve_tuning, without_effect
+from llava_lite.train.arguments.packing import resolve_packing
+from llava_lite.train.arguments.tuning import resolve_tuning
+from llava_lite.train.arguments.validate import check_together
+from llava_lite.train.arguments.without_effect import without_effect
 from llava_lite.train.arguments.words import bare, unknown_flags, words_left
 
 logger = logging.getLogger(__name__)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from llava_lite.hub.source import VISION_TOWER, check_directory, check_source, did_you_mean
 from llava_lite.train.arguments.legacy import open_yaml, split_flags
-from llava_lite.train.arguments.validate import PARTIAL_TUNINGS
+from llava_lite.train.arguments.tuning import PARTIAL_TUNINGS
 
 logger = logging.getLogger(__name__)
 

@@ -1,31 +1,12 @@
-"""Check the flags of a run against each other, and resolve those that depend on others: tuning and packing."""
+"""Check the flags of a run against each other."""
 
 import json
-import logging
 
-logger = logging.getLogger(__name__)
+from llava_lite.train.arguments.packing import check_packing
+from llava_lite.train.arguments.refuse import check_pair, raise_if
 
-TUNING_NAMES = ("projector", "full", "lora", "moe", "prompts", "bias_norm")
-# Those that train so few weights that only these are written at the end.
-PARTIAL_TUNINGS = ("projector", "lora", "prompts", "bias_norm")
-# Linear layers that get a bias with --tuning bias_norm: those of LLaMA-Adapter V2, and with `all` of LLaMA2-Accessory.
-BIAS_LINEARS = ["q_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-ALL_LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-# The flag that stands for each tuning in LLaVA's and MoE-LLaVA's scripts, where it is True.
-TUNING_FLAGS = {"tune_mm_mlp_adapter": "projector", "lora_enable": "lora", "moe_enable": "moe"}
 # Flags for experts only.
 MOE_FLAGS = ("train_modules", "num_experts", "moe_layers_idx")
-# Further ones with a default, which many scripts repeat: logged, and no error, where they have no effect.
-MOE_SETTINGS = (
-    "moe_mode",
-    "top_k_experts",
-    "use_residual",
-    "router_aux_loss_coef",
-    "moe_drop_tokens",
-    "moe_second_expert_sampling",
-    "moe_count_padding",
-)
-CAPACITY_FLAGS = ("capacity_factor", "eval_capacity_factor", "min_capacity")
 AT_LEAST_ONE = (
     "per_device_train_batch_size",
     "per_device_eval_batch_size",
@@ -45,112 +26,6 @@ NOT_NEGATIVE = (
 )
 # Optimizers, by a part of their name, that change weights without a gradient or before all of them are known.
 UPDATES_ANYWAY = ("lomo", "layerwise", "schedule_free")
-LORA_FLAGS = ("lora_r", "lora_alpha", "lora_dropout", "lora_bias", "lora_vision_tower")
-
-
-def raise_if(condition, message):
-    """Raise ValueError with `message` if `condition` holds."""
-    if condition:
-        raise ValueError(message)
-
-
-def check_pair(condition, first, second):
-    """Raise ValueError naming two flags, with their values, that cannot both hold."""
-    raise_if(condition, f"--{first} and --{second} contradict each other; drop one.")
-
-
-def resolve_tuning(model_args, training_args):
-    """Set `training_args.tuning` from the older flags, and the older flags from it.
-
-    Raises ValueError that names the flags if they ask for different tunings.
-    """
-    owners = {flag: model_args if hasattr(model_args, flag) else training_args for flag in TUNING_FLAGS}
-    given = {f"{flag} True": tuning for flag, tuning in TUNING_FLAGS.items() if getattr(owners[flag], flag)}
-    adds_lora = training_args.tuning == "bias_norm" and training_args.lora_enable
-    if adds_lora:
-        given.pop("lora_enable True")
-    if training_args.tuning is not None:
-        given = {f"tuning {training_args.tuning}": training_args.tuning, **given}
-    raise_if(
-        len(set(given.values())) > 1,
-        f"{' and '.join(f'--{flag}' for flag in given)} contradict each other; give one --tuning of "
-        f"{', '.join(TUNING_NAMES)}.",
-    )
-    training_args.tuning = next(iter(given.values()), "full")
-    for flag, tuning in TUNING_FLAGS.items():
-        setattr(owners[flag], flag, tuning == training_args.tuning)
-    training_args.lora_enable = training_args.lora_enable or adds_lora
-    resolve_biases(model_args, training_args.tuning)
-    check_connector_biases(model_args, training_args)
-
-
-def resolve_biases(model_args, tuning):
-    """Set --bias_linears to names: those of --tuning bias_norm where it is not given, else for `all` and `none`."""
-    names = model_args.bias_linears
-    if names is None and tuning == "bias_norm":
-        names = BIAS_LINEARS
-    elif names in (["all"], ["none"]):
-        names = ALL_LINEARS if names == ["all"] else []
-    raise_if(
-        names is not None and tuning not in ("bias_norm", "full"),
-        f"--bias_linears {' '.join(names or [])} adds biases that --tuning {tuning} does not train; give --tuning "
-        "bias_norm.",
-    )
-    model_args.bias_linears = names
-
-
-def check_connector_biases(model_args, training_args):
-    """Raise ValueError for --bias_connector with flags that train the connector in another way, or not at all."""
-    if not model_args.bias_connector:
-        return
-    tuning = training_args.tuning
-    raise_if(
-        tuning != "bias_norm",
-        f"--bias_connector True trains the connector's biases beside those of --tuning bias_norm, and --tuning is "
-        f"{tuning}; leave the flag out, or give --tuning bias_norm.",
-    )
-    check_pair(training_args.freeze_mm_mlp_adapter, "bias_connector True", "freeze_mm_mlp_adapter True")
-
-
-def resolve_packing(model_args, training_args):
-    """Set --packing where it is not given: records in one sequence, unless another flag needs padding."""
-    args = training_args
-    reason = needs_padding(model_args, args)
-    if args.packing is None:
-        args.packing = "none" if reason else "samples"
-        if reason:
-            logger.info("--packing none: %s.", reason)
-    if args.packing == "tokens" and args.packing_tokens is None:
-        args.packing_tokens = 4 * args.model_max_length
-
-
-def needs_padding(model_args, training_args):
-    """Return the flag that needs padded records, and why; None if there is none."""
-    if model_args.moe_count_padding and training_args.tuning == "moe":
-        return "--moe_count_padding True routes padding, and packed sequences have none"
-    if training_args.parallelism_config is not None:
-        return "--parallelism_config cuts sequences at positions where the records of a packed one do not end"
-    if training_args.torch_compile:
-        return "--torch_compile True compiles again for every length, and packed sequences differ in length"
-    return None
-
-
-def check_packing(model_args, training_args):
-    """Raise ValueError for flags that contradict --packing."""
-    args = training_args
-    reason = needs_padding(model_args, args)
-    raise_if(
-        args.packing != "none" and reason is not None, f"--packing {args.packing} and {reason}; drop one of the flags."
-    )
-    if args.packing != "tokens":
-        return
-    raise_if(args.packing_tokens < 1, f"--packing_tokens {args.packing_tokens}: a pack holds at least one token.")
-    raise_if(
-        args.per_device_train_batch_size != 1,
-        f"--packing tokens and --per_device_train_batch_size {args.per_device_train_batch_size}: a micro-batch is one "
-        f"pack of up to {args.packing_tokens:,} tokens; give --per_device_train_batch_size 1, and --packing_tokens "
-        "for its size.",
-    )
 
 
 def check_model(args):
@@ -354,33 +229,6 @@ def check_expert_parallel(model_args, training_args, num_ranks=None):
         num_ranks % model_args.ep_size > 0,
         f"{flag} with {num_ranks} rank{'s' * (num_ranks > 1)}: the ranks must be a multiple of that size.",
     )
-
-
-def without_effect(model_args, training_args):
-    """Return [(flag with its value, reason)] of the flags that have no effect in this run."""
-    tuning = training_args.tuning
-    idle = []
-    if tuning != "moe":
-        idle += [(model_args, MOE_SETTINGS + CAPACITY_FLAGS, f"--tuning {tuning} makes no experts")]
-    elif not model_args.moe_drop_tokens:
-        # A model that has experts may drop tokens although the flag is not given.
-        reason = "without --moe_drop_tokens True no token is dropped"
-        if "moe_drop_tokens" not in (model_args.given or ()):
-            reason += ", unless the model's own experts drop some already"
-        idle += [(model_args, CAPACITY_FLAGS, reason)]
-    if not training_args.lora_enable:
-        idle += [(training_args, LORA_FLAGS, f"--tuning {tuning} has no adapters")]
-    if training_args.packing == "tokens":
-        reason = "packs of --packing tokens are about equally long, in an order of their own"
-        idle += [(training_args, ("group_by_modality_length", "train_sampling_strategy"), reason)]
-    else:
-        idle += [(training_args, ("packing_tokens",), f"--packing {training_args.packing} counts records")]
-    return [
-        (f"--{flag} {getattr(args, flag)}", reason)
-        for args, flags, reason in idle
-        for flag in flags
-        if getattr(args, flag) != type(args).__dataclass_fields__[flag].default
-    ]
 
 
 def check_checkpointing(tuning, is_auto, kwargs):

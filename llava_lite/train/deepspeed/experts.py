@@ -13,7 +13,7 @@ import torch
 from llava_lite.checkpoints.copying import gathered, is_partitioned
 from llava_lite.model.moe.block import MoeBlock
 from llava_lite.model.moe.parallel import SHARDS, ParallelExperts
-from llava_lite.train.arguments.validate import raise_if
+from llava_lite.train.arguments.refuse import raise_if
 from llava_lite.train.deepspeed.private import (
     EXPERTS,
     check_private_parts,

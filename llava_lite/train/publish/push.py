@@ -8,7 +8,7 @@ from transformers.trainer_utils import HubStrategy
 
 from llava_lite.hub.errors import readable_errors
 from llava_lite.hub.push import push_directory, shareable_config
-from llava_lite.train.arguments.validate import PARTIAL_TUNINGS
+from llava_lite.train.arguments.tuning import PARTIAL_TUNINGS
 
 logger = logging.getLogger(__name__)
 

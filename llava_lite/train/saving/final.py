@@ -233,6 +233,13 @@ def findable(name: str) -> str:
     return os.path.abspath(name) if os.path.isdir(name) else name
 
 
+def set_averaged_weights(trainer) -> None:
+    """Set the averaged weights of a schedule-free optimizer, as an evaluation does; the best model has them."""
+    averages = getattr(trainer.optimizer, "eval", None)
+    if averages is not None and not trainer.args.load_best_model_at_end:
+        averages()
+
+
 def write_state(trainer) -> None:
     """Write the trainer's state beside the model, completely or not at all; all ranks must call it."""
     directory = Path(trainer.args.output_dir)

@@ -35,9 +35,7 @@ def make_lock(tmp_path, monkeypatch):
 @pytest.mark.parametrize("extension", ["deepspeed_shm_comm", "py311_cpu/cpu_adam"])
 def test_a_lock_of_a_build_that_was_killed_ends_the_run_with_what_to_do(make_lock, extension):
     lock = make_lock(extension, 2 * MOST_S)
-    with pytest.raises(
-        OSError, match=r"is 20 min old, and no process here has it open: .* Remove the file"
-    ) as found:
+    with pytest.raises(OSError, match=r"is 20 min old, and no process here has it open: .* Remove the file") as found:
         wait_for_builds()
     assert str(found.value).startswith(str(lock))
 
