@@ -114,6 +114,7 @@ def test_images_of_other_sizes_are_said(go_on, copy):
         ("full", ["--optim", "sgd"], ["--optim", "adamw_torch"], "--optim was sgd, is adamw_torch"),
         ("full", [], ["--bf16", "True"], "--bf16 was False, is True"),
         ("lora", [], ["--lora_alpha", "64"], "--lora_alpha was 16, is 64"),
+        ("lora", [], ["--lora_r", "8"], "--lora_r was 4, is 8"),
         ("moe", [], ["--top_k_experts", "1"], "--top_k_experts was 2, is 1"),
         ("moe", [], ["--capacity_factor", "0.5"], r"--capacity_factor was 1\.0, is 0\.5"),
         ("moe", [], ["--moe_drop_tokens", "True"], "--moe_drop_tokens was False, is True"),
@@ -130,6 +131,20 @@ def test_images_of_other_sizes_are_said(go_on, copy):
 def test_flags_that_make_another_step_are_refused_with_both_values(go_on, stage, first, more, found):
     with pytest.raises(ValueError, match=rf"cannot be resumed exactly: .*{found}"):
         go_on(stage, first, more)
+
+
+@pytest.mark.parametrize(
+    ("more", "found"),
+    [
+        (["--bits", "8"], "--bits was 4, is 8"),
+        (["--quant_type", "fp4"], "--quant_type was nf4, is fp4"),
+        (["--double_quant", "False"], "--double_quant was True, is False"),
+    ],
+)
+def test_frozen_weights_in_other_bits_are_refused_with_both_values(go_on, more, found):
+    pytest.importorskip("bitsandbytes")
+    with pytest.raises(ValueError, match=rf"cannot be resumed exactly: .*{found}"):
+        go_on("lora", ["--bits", "4"], more)
 
 
 @pytest.mark.parametrize(
