@@ -129,6 +129,14 @@ def test_without_the_loss_since_the_last_log_the_next_line_would_differ(full_run
     assert plain.get_losses(resumed) != plain.get_losses(full_run[1])
 
 
+def test_what_a_save_that_was_killed_has_left_stops_no_run_that_names_its_checkpoint(full_run, tmp_path):
+    (tmp_path / "tmp-checkpoint-6").mkdir()
+    (tmp_path / "tmp-checkpoint-6" / "optimizer.pt").write_bytes(b"half")
+    resumed = plain.build_trainer(tmp_path, max_steps=6)
+    resumed.train(resume_from_checkpoint=str(full_run[0] / "checkpoint-4"))
+    assert os.listdir(tmp_path) == ["checkpoint-6"]
+
+
 def test_time_and_speed_of_a_resumed_run_are_those_of_the_full_run(full_run, tmp_path):
     resumed = plain.build_trainer(tmp_path)
     result = resumed.train(resume_from_checkpoint=str(full_run[0] / "checkpoint-10"))
