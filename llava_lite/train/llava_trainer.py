@@ -293,6 +293,12 @@ class LLaVATrainer(
         super().agree_on_left_out(name)
         self.raise_log_error()
 
+    # No callback comes between the log of a step and its save.
+    def _save_checkpoint(self, model, trial):
+        """Save; DiskError where the log has lost a line, which a run resumed from here would not write again."""
+        self.raise_log_error()
+        super()._save_checkpoint(model, trial)
+
     def raise_log_error(self):
         """Raise DiskError on every rank if one could not write its log; all must call it."""
         raise_together(self.log_error, DiskError, f"The run stopped at step {self.state.global_step}.")

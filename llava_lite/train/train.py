@@ -206,8 +206,8 @@ def run_alone(stage, argv):
     note("beginning to train")
     with watched(), record.ending(write_report):
         result = trainer.train(resume_from_checkpoint=stage.checkpoint)
-        is_full = save(trainer, stage.model_args, stage.data_args)
         trainer.raise_log_error()
+        is_full = save(trainer, stage.model_args, stage.data_args)
         record.end("finished", memory_gib=peak_memory_gib(args.device))
     stop_watch()
     logger.info("%s", summary(trainer, result, is_full, record.facts["end"]["memory_gib"], record.page))

@@ -93,6 +93,14 @@ def test_a_plain_model_and_a_tower_are_compared_too(toy_llm_dir, toy_tower_dir, 
         load_vision_config(str(tower))
 
 
+def test_a_tower_is_compared_with_its_own_weights_before_it_is_built(toy_tower_dir, monkeypatch):
+    config = load_vision_config(str(toy_tower_dir("clip")))
+    config.intermediate_size = 2**24
+    monkeypatch.setattr(CLIPVisionModel, "from_pretrained", lambda *_, **__: pytest.fail("a tower was built"))
+    with pytest.raises(ValueError, match=rf"hidden_size x intermediate_size.*{OTHER}"):
+        open_tower(CLIPVisionModel, str(toy_tower_dir("clip")), config)
+
+
 @pytest.mark.parametrize("moe", [{"num_experts": [10**6]}, {"num_experts": 10**6}])
 def test_experts_are_counted(moe):
     from transformers import LlamaConfig

@@ -109,9 +109,14 @@ def test_check_says_not_ready_where_training_fails_and_ready_where_it_trains(cas
     assert not (tmp_path / "out" / "skipped_records.jsonl").exists() or "skip" in more
 
 
-def test_a_check_writes_nothing_into_the_output_directory(flags, tmp_path):
+def test_a_check_writes_nothing_into_the_output_directory_and_nothing_where_it_is_started(
+    flags, tmp_path, monkeypatch
+):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
     check(flags(ONE_GONE, "--bad_record skip --max_bad_fraction 0.5"), tmp_path)
     assert not (tmp_path / "out").exists()
+    assert not list((tmp_path / "here").iterdir())
 
 
 def test_the_report_names_every_bad_record_with_its_place_and_path(flags, tmp_path, capsys):

@@ -77,6 +77,28 @@ def test_no_image_outside_is_read(root, name, monkeypatch):
     assert not opened
 
 
+@pytest.mark.parametrize(
+    ("name", "file", "words"),
+    [
+        ("a\\b.png", "a\\b.png", "write it with forward slashes"),
+        ("file://a.png", "file:/a.png", "it is a URL; images are read from the image folder only"),
+    ],
+)
+def test_a_name_that_is_no_path_is_refused_even_where_a_file_has_it(root, name, file, words):
+    (root / file).parent.mkdir(exist_ok=True)
+    Image.new("RGB", (8, 8)).save(root / file)
+    assert os.path.isfile(root / name)
+    with pytest.raises(ImageError, match=words):
+        find_image(str(root), name)
+
+
+def test_a_link_under_another_suffix_leads_nowhere_either(root):
+    (root / "other.png").symlink_to(root.parent / "outside" / "secret.png")
+    with pytest.raises(ImageError, match="a link leads out of the image folder"):
+        find_image(str(root), "other.jpg")
+    assert find_image(str(root), "other.jpg", follow_links=True) == (str(root / "other.png"), True)
+
+
 @pytest.mark.parametrize("follow_links", [False, True])
 @pytest.mark.parametrize("name", NO_FILES)
 def test_what_is_no_file_is_no_image_and_nothing_waits(root, name, follow_links):

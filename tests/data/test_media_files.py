@@ -86,6 +86,12 @@ def test_a_file_that_cannot_be_used_is_named(files, tmp_path, path, words):
         load_mix(str(folder), mix_of(audio=path), LAYOUT, "record 'r'")
 
 
+def test_a_pipe_is_no_sound_and_nothing_waits_for_it(files, tmp_path):
+    os.mkfifo(tmp_path / "images" / "pipe.wav")
+    with pytest.raises(MediaError, match="it is no regular file but a pipe"):
+        inspect_mix(str(tmp_path / "images"), mix_of(audio="pipe.wav"), LAYOUT)
+
+
 def test_a_file_is_searched_for_in_no_other_place(files):
     with pytest.raises(MediaError, match="no image folder is given"):
         find_part(None, MediaPart("audio", "bird.wav"))

@@ -1,6 +1,7 @@
 """What a person sees when a run cannot begin."""
 
 import json
+import os
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -159,16 +160,28 @@ def test_an_accelerator_that_cannot_build_asynchronous_io_is_refused(tmp_path, m
         check_nvme({"zero_optimization": {"offload_param": part}})
 
 
-def test_a_disk_for_deepspeed_that_is_not_there_is_missed_before_a_model_is_loaded(refused, tmp_path, monkeypatch):
-    for name, value in {
-        "RANK": 0,
-        "LOCAL_RANK": 0,
-        "WORLD_SIZE": 1,
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": 0,
-    }.items():
-        # As a launcher would; what stands in for one would outlive the test.
+def set_launchers_variables(monkeypatch):
+    """Start as a launcher would; what stands in for one would outlive the test."""
+    one = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 0}
+    for name, value in one.items():
         monkeypatch.setenv(name, str(value))
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="the system does not tell what processes do")
+def test_the_lock_of_a_killed_build_ends_a_run_with_deepspeed_before_a_model_is_loaded(refused, tmp_path, monkeypatch):
+    set_launchers_variables(monkeypatch)
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    lock = tmp_path / "deepspeed_shm_comm" / "lock"
+    lock.parent.mkdir()
+    lock.touch()
+    os.utime(lock, (0, 0))
+    line = refused("--deepspeed", "zero2.json")
+    assert line.startswith(f"llava-lite train: {lock} is ")
+    assert line.endswith("Remove the file and start again.")
+
+
+def test_a_disk_for_deepspeed_that_is_not_there_is_missed_before_a_model_is_loaded(refused, tmp_path, monkeypatch):
+    set_launchers_variables(monkeypatch)
     config = json.loads(Path("scripts/zero3_offload_nvme.json").read_text())
     for part in ("offload_optimizer", "offload_param"):
         config["zero_optimization"][part]["nvme_path"] = str(tmp_path / "disk")

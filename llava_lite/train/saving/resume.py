@@ -36,6 +36,8 @@ AS_EXAMPLES = (
 # Compared where a checkpoint has them: those of earlier versions do not. Without the first two it had none.
 WITHOUT_MEANS_NONE = ("--ep_size", "--packing_tokens")
 RECORDS = "checksum of the records' texts"
+# The types of META: records of two share no batch.
+GROUPS = "checksum of the records' groups"
 # An image may have been repaired, so other sizes are reported and not refused.
 IMAGES = "checksum of the sizes of the images' files"
 
@@ -148,7 +150,7 @@ def check_same_run(path: str, steps: Mapping, schedule: Mapping) -> None:
 
 def is_later(key: str) -> bool:
     """Tell whether checkpoints of earlier versions do not have a setting of a step."""
-    return key in (*AS_EXAMPLES, RECORDS, IMAGES) or (key.startswith("--") and key not in WITHOUT_MEANS_NONE)
+    return key in (*AS_EXAMPLES, RECORDS, GROUPS, IMAGES) or (key.startswith("--") and key not in WITHOUT_MEANS_NONE)
 
 
 def differences(saved: Mapping, now: Mapping) -> list[str]:

@@ -10,13 +10,13 @@ import torch
 from llava_lite.train.deepspeed.experts import parallel_experts
 from llava_lite.train.saving import manifest as paper
 from llava_lite.train.saving import other_ranks as other
-from llava_lite.train.saving.resume import AS_EXAMPLES, IMAGES, RECORDS, check_complete, check_same_run
+from llava_lite.train.saving.resume import AS_EXAMPLES, GROUPS, IMAGES, RECORDS, check_complete, check_same_run
 from llava_lite.train.saving.trained_weights import TRAINED, trained_names
 
 TRAINER_STATE = "trainer_state.json"
-# Flags without which the state of the optimizer, or the weights beside it, are those of another run.
-AS_STEPS = ("optim", "bf16", "fp16", "bits")
-AS_STEPS_OF_LORA = ("lora_alpha",)
+# Flags without which the state of the optimizer, the weights beside it or the order of records are another run's.
+AS_STEPS = ("optim", "bf16", "fp16", "bits", "train_sampling_strategy")
+AS_STEPS_OF_LORA = ("lora_alpha", "lora_r")
 AS_STEPS_OF_4_BITS = ("quant_type", "double_quant")
 # Flags that may be changed on purpose, at the price of another run.
 AS_SCHEDULE = (
@@ -55,7 +55,7 @@ class SameRunMixin:
         """Return what must be equal for a step to be the same step."""
         args, data = self.args, self.train_dataset
         lengths, checksums = getattr(data, "lengths", None), getattr(data, "checksums", None)
-        sizes = getattr(data, "image_bytes", None)
+        sizes, groups = getattr(data, "image_bytes", None), getattr(data, "groups", None)
         # None without expert parallelism: a checkpoint from before this key can be resumed.
         ep_sizes = {experts.num_ranks for experts in parallel_experts(self.model).values()}
         return {
@@ -72,6 +72,7 @@ class SameRunMixin:
             "checksum of the samples' lengths": None if lengths is None else zlib.crc32(np.asarray(lengths).tobytes()),
             IMAGES: None if sizes is None else zlib.crc32(np.ascontiguousarray(sizes).tobytes()),
             RECORDS: None if checksums is None else zlib.crc32(np.asarray(checksums).tobytes()),
+            GROUPS: None if groups is None else zlib.crc32(json.dumps(groups).encode()),
             other.ZERO_STAGE: self.get_zero_stage(),
             **{f"--{name}": as_json(value) for name, value in self.get_flags_of_steps().items()},
             "trained parameters": trained_names(self.model),

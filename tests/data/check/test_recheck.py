@@ -10,6 +10,7 @@ from PIL import Image
 from toy_imagebind import tiny_config
 from toy_media import media_record, write_media, write_records
 
+from llava_lite.data import image_files
 from llava_lite.data.check.check import check_annotations
 from llava_lite.data.encode import RecordEncoder
 from llava_lite.data.index.annotations import open_annotations
@@ -96,6 +97,15 @@ def lead_outside(path):
     path.symlink_to(outside)
 
 
+def lead_directory_outside(path):
+    """Move the directory out of the image directory and link to it: no time of the image changes."""
+    outside = path.parents[2] / "outside"
+    path.parent.rename(outside)
+    path.parent.symlink_to(outside)
+    # As in the process of a later run.
+    image_files._real_path.cache_clear()
+
+
 def remove_directory(path):
     """Remove the directory with all that is in it."""
     shutil.rmtree(path.parent)
@@ -117,6 +127,7 @@ CHANGES = {
     make_directory: "it is a directory",
     make_dangling: "a link to a file that does not exist",
     lead_outside: "a link leads out of the image folder",
+    lead_directory_outside: "a link leads out of the image folder",
     remove_directory: "there is no such file",
     make_pipe: "no regular file",
 }

@@ -18,7 +18,7 @@ from transformers import TrainerCallback
 
 from llava_lite.train.saving import manifest as paper
 from llava_lite.train.saving.interrupt import EXIT_RESUMABLE
-from llava_lite.train.saving.manifest import SaveError, newest_complete_checkpoint
+from llava_lite.train.saving.manifest import BrokenCheckpoint, SaveError, newest_complete_checkpoint
 from llava_lite.train.saving.resume import find_checkpoint
 
 HERE = Path(__file__).parents[1]
@@ -89,6 +89,22 @@ def test_only_so_many_checkpoints_are_kept_and_the_best_among_them(tmp_path):
     assert all(torch.equal(trainer.model.state_dict()[name], weight) for name, weight in saved.items())
 
 
+def test_a_best_checkpoint_that_was_damaged_since_is_named_and_not_loaded(tmp_path):
+    class Damage(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 7:
+                path = tmp_path / "checkpoint-4" / "trained.safetensors"
+                path.write_bytes(path.read_bytes()[:-1] + b"\x01")
+
+    arguments = {"eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True, "max_steps": 8}
+    trainer = plain.build_trainer(tmp_path, callbacks=[Damage()], **arguments)
+    trainer._evaluate = lambda *args, **kwargs: {"eval_loss": abs(trainer.state.global_step - 4)}
+    with pytest.raises(
+        BrokenCheckpoint, match=r"checkpoint-4 is not complete: trained\.safetensors has the right size"
+    ):
+        trainer.train()
+
+
 # Resuming.
 
 
@@ -111,6 +127,14 @@ def test_without_the_loss_since_the_last_log_the_next_line_would_differ(full_run
     resumed.progress.load = forgetful_load
     resumed.train(resume_from_checkpoint=str(full_run[0] / "checkpoint-4"))
     assert plain.get_losses(resumed) != plain.get_losses(full_run[1])
+
+
+def test_what_a_save_that_was_killed_has_left_stops_no_run_that_names_its_checkpoint(full_run, tmp_path):
+    (tmp_path / "tmp-checkpoint-6").mkdir()
+    (tmp_path / "tmp-checkpoint-6" / "optimizer.pt").write_bytes(b"half")
+    resumed = plain.build_trainer(tmp_path, max_steps=6)
+    resumed.train(resume_from_checkpoint=str(full_run[0] / "checkpoint-4"))
+    assert os.listdir(tmp_path) == ["checkpoint-6"]
 
 
 def test_time_and_speed_of_a_resumed_run_are_those_of_the_full_run(full_run, tmp_path):

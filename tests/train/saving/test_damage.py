@@ -189,6 +189,25 @@ def test_a_manifest_of_an_earlier_version_still_opens(write, tmp_path):
         paper.read_manifest(directory)
 
 
+@pytest.mark.parametrize(
+    ("was", "is_now", "reason"),
+    [
+        ('"serial": 0', '"serial": 0, "serial": 1', "two values for 'serial'"),
+        ('"max_steps": -1', '"max_steps": NaN', "it holds NaN, which is no number of JSON"),
+        ('"max_steps": -1', '"max_steps": -Infinity', "it holds -Infinity, which is no number of JSON"),
+    ],
+)
+def test_what_json_never_held_is_refused_where_no_checksum_shows_it(write, was, is_now, reason):
+    directory = write(8)
+    manifest = json.loads((directory / paper.MANIFEST).read_text())
+    del manifest["format"], manifest["sha256"]
+    text = json.dumps(manifest)
+    assert was in text
+    (directory / paper.MANIFEST).write_text(text.replace(was, is_now))
+    with pytest.raises(BrokenCheckpoint, match=reason):
+        paper.read_manifest(directory)
+
+
 ENTRY = {"size": 1, "sha256": "0" * 64}
 CONTENTS = [
     b"",

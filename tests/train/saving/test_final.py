@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -139,6 +140,22 @@ def test_without_room_the_earlier_directory_stays_as_it_was(trained, tmp_path, m
         save_final(trained("moe"), tmp_path, full=True)
     assert not (tmp_path / "tmp-final").exists()
     assert torch.equal(logits_of(LlavaLlamaForCausalLM.from_pretrained(tmp_path)), logits_of(before))
+
+
+def test_there_is_no_config_while_other_files_are_still_moved(trained, tmp_path, monkeypatch):
+    save_final(trained("full"), tmp_path, full=True)
+    replace, had_config = os.replace, []
+
+    def noted(source, target):
+        if Path(target).parent == tmp_path:
+            had_config.append((tmp_path / "config.json").exists())
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", noted)
+    save_final(trained("moe"), tmp_path, full=True)
+    assert len(had_config) > 2
+    assert not any(had_config)
+    assert (tmp_path / "config.json").exists()
 
 
 def test_a_partial_directory_must_name_its_base(trained, tmp_path):

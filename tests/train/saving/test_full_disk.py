@@ -70,16 +70,23 @@ def expected(stage_flags, tmp_path):
     return losses(tmp_path / "expected")
 
 
-def test_a_log_that_cannot_be_written_ends_the_run_and_it_resumes(stage_flags, tmp_path, monkeypatch, expected):
+# The run saves at steps 2 and 4, after their lines; the last line of all comes after the last step.
+@pytest.mark.parametrize(
+    ("step", "lost", "stopped_at", "kept"),
+    [(2, "loss", 2, None), (3, "loss", 4, 2), (4, "loss", 4, 2), (4, "train_loss", 4, 4)],
+)
+def test_a_log_that_cannot_be_written_ends_the_run_and_it_resumes(
+    stage_flags, tmp_path, monkeypatch, expected, step, lost, stopped_at, kept
+):
     out = tmp_path / "out"
     flags = stage_flags("projector", out, *FLAGS)
     log = LLaVATrainer.log
 
-    def log_on_a_full_disk(trainer, *args):
-        if trainer.state.global_step == 3:
+    def log_on_a_full_disk(trainer, logs, *args):
+        if trainer.state.global_step == step and lost in logs:
             (out / "metrics.jsonl").rename(out / "kept")
             (out / "metrics.jsonl").symlink_to("/dev/full")
-        log(trainer, *args)
+        log(trainer, logs, *args)
 
     with monkeypatch.context() as patch:
         patch.setattr(LLaVATrainer, "log", log_on_a_full_disk)
@@ -89,11 +96,12 @@ def test_a_log_that_cannot_be_written_ends_the_run_and_it_resumes(stage_flags, t
     assert text.startswith(f"{out / 'metrics.jsonl'} cannot be written: No space left on device; ")
     assert "bytes are needed, " in text
     assert "bytes are free in " in text
-    assert text.endswith("The run stopped at step 4.")
-    assert newest_complete_checkpoint(out) == str(out / "checkpoint-2")
+    assert text.endswith(f"The run stopped at step {stopped_at}.")
+    assert newest_complete_checkpoint(out) == (None if kept is None else str(out / f"checkpoint-{kept}"))
     (out / "metrics.jsonl").unlink()
     (out / "kept").rename(out / "metrics.jsonl")
     assert_resumes(flags, out, expected)
+    assert '"train_loss"' in (out / "metrics.jsonl").read_text().splitlines()[-1]
 
 
 def test_a_log_that_cannot_be_begun_ends_the_run_before_its_first_step(stage_flags, tmp_path):

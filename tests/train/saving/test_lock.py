@@ -4,6 +4,7 @@ import contextlib
 import json
 import logging
 import os
+import runpy
 import shutil
 import signal
 import subprocess
@@ -17,7 +18,8 @@ import pytest
 from llava_lite.train.saving import lock as locks
 from llava_lite.train.saving.lock import LOCK, OutputInUse, OutputLock, hold_output, output_held, release_output
 
-ROOT = Path(__file__).parents[3]
+HERE = Path(__file__).parents[1]
+ROOT = HERE.parents[1]
 # Another process that takes the lock of a directory, says so, and waits; machine: what it takes itself to run on.
 OWNER = """
 import sys, time
@@ -216,17 +218,33 @@ def test_a_second_command_changes_nothing_in_the_directory_of_a_running_one(star
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.name != LOCK} == before
 
 
-def test_a_run_leaves_no_lock_in_its_directory_and_may_be_followed_by_another(stage_flags, tmp_path):
+def test_a_trainer_that_a_program_has_made_is_refused_before_its_first_step(start_owner, tmp_path):
+    trainer = runpy.run_path(str(HERE / "plain_run.py"))["build_trainer"](tmp_path)
+    start_owner(tmp_path)
+    with pytest.raises(OutputInUse, match="is in use by another run"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+    assert os.listdir(tmp_path) == [LOCK]
+
+
+def test_a_run_leaves_no_lock_in_its_directory_and_may_be_followed_by_another(stage_flags, tmp_path, monkeypatch):
     from llava_lite.hub.push import files_to_share
     from llava_lite.train.train import prepare, run
 
     out = tmp_path / "out"
     stage = prepare(stage_flags("projector", out, "--max_steps", "1"))
     assert os.listdir(out) == [LOCK]
-    # What comes after the final directory is written.
-    seen, last = [], stage.trainer.raise_log_error
-    stage.trainer.raise_log_error = lambda: (seen.append(os.listdir(out)), last())
-    run(stage)
+    seen, replace = [], os.replace
+
+    def noted(source, target):
+        replace(source, target)
+        # The last file that a run writes.
+        if Path(target) == out / "trainer_state.json":
+            seen.append(os.listdir(out))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", noted)
+        run(stage)
     assert LOCK in seen[-1]
     assert LOCK not in os.listdir(out)
     shutil.copy(out / "config.json", out / LOCK)

@@ -1,8 +1,10 @@
 """A checkpoint equals its manifest or is not used; what a cut-off save leaves is ended or cleared."""
 
+import errno
 import json
 import logging
 import os
+import shutil
 
 import pytest
 
@@ -111,6 +113,27 @@ def test_a_replacement_that_was_cut_off_between_its_two_renames_loses_nothing(wr
     assert paper.get_serial(tmp_path / "checkpoint-8") == (1 if new_one_is_complete else 0)
 
 
+def test_a_replacement_that_was_cut_off_before_the_old_one_was_deleted_keeps_the_new_one(write, tmp_path):
+    os.rename(write("checkpoint-8", 0), tmp_path / "tmp-checkpoint-8-replaced")
+    write("checkpoint-8", 1)
+    paper.finish_saves(tmp_path)
+    assert os.listdir(tmp_path) == ["checkpoint-8"]
+    assert paper.get_serial(tmp_path / "checkpoint-8") == 1
+
+
+def test_nothing_of_a_checkpoint_is_deleted_before_the_new_one_has_its_name(write, tmp_path, monkeypatch):
+    def killed(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    os.rename(write("checkpoint-8", 1), tmp_path / "tmp-checkpoint-8")
+    write("checkpoint-8", 0)
+    monkeypatch.setattr(shutil, "rmtree", killed)
+    with pytest.raises(KeyboardInterrupt):
+        paper.publish(tmp_path / "tmp-checkpoint-8", tmp_path / "checkpoint-8")
+    assert paper.newest_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-8")
+    assert paper.get_serial(tmp_path / "checkpoint-8") == 1
+
+
 def test_publishing_replaces_a_directory_of_the_same_name(write, tmp_path):
     write("checkpoint-8", 0)
     os.rename(write("other-8", 7), tmp_path / "tmp-checkpoint-8")
@@ -129,6 +152,13 @@ def test_pruning_keeps_the_last_saved_the_best_and_what_is_not_ours(write, tmp_p
     assert sorted(os.listdir(tmp_path)) == ["checkpoint-2", "checkpoint-8", "checkpoint-99"]
 
 
+def test_the_last_saved_stays_although_the_best_fills_the_limit(write, tmp_path):
+    for serial, step in enumerate((2, 4, 6)):
+        write(f"checkpoint-{step}", serial)
+    paper.prune(tmp_path, limit=1, keep=[tmp_path / "checkpoint-2"])
+    assert sorted(os.listdir(tmp_path)) == ["checkpoint-2", "checkpoint-6"]
+
+
 def test_room_is_compared_with_the_need_and_both_are_reported(tmp_path):
     paper.check_room(tmp_path, 1)
     with pytest.raises(OSError, match=r"1,000,000,000,000,000,000 bytes are needed, [\d,]+ are free"):
@@ -139,6 +169,17 @@ def test_json_appears_complete(tmp_path):
     paper.write_json(tmp_path / "a.json", {"b": 1})
     assert json.loads((tmp_path / "a.json").read_text()) == {"b": 1}
     assert os.listdir(tmp_path) == ["a.json"]
+
+
+def test_a_json_that_cannot_be_flushed_leaves_the_one_before(tmp_path, monkeypatch):
+    def fail(handle):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    paper.write_json(tmp_path / "a.json", {"b": 1})
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OSError, match="No space left"):
+        paper.write_json(tmp_path / "a.json", {"b": 2})
+    assert json.loads((tmp_path / "a.json").read_text()) == {"b": 1}
 
 
 def test_a_missing_checkpoint_is_reported(tmp_path):

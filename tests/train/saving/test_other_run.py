@@ -9,6 +9,7 @@ from PIL import Image
 from llava_lite.train.train import train
 
 RUN = "--max_steps 4 --save_strategy steps --save_steps 2 --report_to none --learning_rate 0.001"
+PACKS = ["--packing", "tokens", "--packing_tokens", "200", "--per_device_train_batch_size", "1"]
 STAGES = {
     "full": ["full"],
     "lora": ["lora", "--lora_r", "4"],
@@ -85,6 +86,17 @@ def test_a_copy_of_the_same_records_in_another_spelling_is_the_same_run(go_on, c
     assert not [line for line in go_on("full", other_data=copy) if "first" in line]
 
 
+def test_other_groups_of_the_same_records_are_refused(stage_flags, copy, tmp_path):
+    def run(name, types, *more):
+        mixture = tmp_path / f"{name}.yaml"
+        mixture.write_text(json.dumps({"META": [{"path": str(copy[0]), "type": one} for one in types]}))
+        train([*stage_flags("full", tmp_path / name, data=(mixture, copy[1])), *RUN.split(), *more])
+
+    run("first", ["a", "b"])
+    with pytest.raises(ValueError, match=r"cannot be resumed exactly: checksum of the records' groups was \d+, is"):
+        run("second", ["a", "a"], "--resume_from_checkpoint", str(tmp_path / "first" / "checkpoint-2"))
+
+
 def test_images_of_other_sizes_are_said(go_on, copy):
     for path in copy[1].glob("*.png"):
         with Image.open(path) as image:
@@ -102,15 +114,37 @@ def test_images_of_other_sizes_are_said(go_on, copy):
         ("full", ["--optim", "sgd"], ["--optim", "adamw_torch"], "--optim was sgd, is adamw_torch"),
         ("full", [], ["--bf16", "True"], "--bf16 was False, is True"),
         ("lora", [], ["--lora_alpha", "64"], "--lora_alpha was 16, is 64"),
+        ("lora", [], ["--lora_r", "8"], "--lora_r was 4, is 8"),
         ("moe", [], ["--top_k_experts", "1"], "--top_k_experts was 2, is 1"),
         ("moe", [], ["--capacity_factor", "0.5"], r"--capacity_factor was 1\.0, is 0\.5"),
         ("moe", [], ["--moe_drop_tokens", "True"], "--moe_drop_tokens was False, is True"),
         ("full", [], ["--image_resize", "fast"], "--image_resize was exact, is fast"),
+        ("full", [], ["--version", "llava_v1"], "conv_template was v1, is llava_v1"),
+        ("full", [], ["--image_aspect_ratio", "square"], "image_aspect_ratio was pad, is square"),
+        ("full", [], ["--mm_vision_select_layer", "-1"], "mm_vision_select_layer was -2, is -1"),
+        ("full", [], ["--model_max_length", "72"], r"checksum of the samples' lengths was \d+, is \d+"),
+        ("full", [], ["--group_by_modality_length", "True"], "group_by_modality_length was False, is True"),
+        ("full", [], ["--train_sampling_strategy", "sequential"], "--train_sampling_strategy was random, is sequ"),
+        ("full", PACKS, ["--packing_tokens", "300"], "--packing_tokens was 200, is 300"),
     ],
 )
 def test_flags_that_make_another_step_are_refused_with_both_values(go_on, stage, first, more, found):
     with pytest.raises(ValueError, match=rf"cannot be resumed exactly: .*{found}"):
         go_on(stage, first, more)
+
+
+@pytest.mark.parametrize(
+    ("more", "found"),
+    [
+        (["--bits", "8"], "--bits was 4, is 8"),
+        (["--quant_type", "fp4"], "--quant_type was nf4, is fp4"),
+        (["--double_quant", "False"], "--double_quant was True, is False"),
+    ],
+)
+def test_frozen_weights_in_other_bits_are_refused_with_both_values(go_on, more, found):
+    pytest.importorskip("bitsandbytes")
+    with pytest.raises(ValueError, match=rf"cannot be resumed exactly: .*{found}"):
+        go_on("lora", ["--bits", "4"], more)
 
 
 @pytest.mark.parametrize(

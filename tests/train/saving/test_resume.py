@@ -266,12 +266,16 @@ def test_all_stages_resume_bit_for_bit_under_zero(case, tmp_path, stage_of_zero,
 @pytest.mark.parametrize("beside", BESIDE)
 def test_all_stages_resume_bit_for_bit_under_ddp(case, tmp_path, beside):
     cases = {stage: case(stage, 2, 1, beside) for stage in STAGES if (stage, beside) not in WITHOUT}
-    cases["packs"]["broken"] = ["epoch of the sampler"]
+    # A stream has an order of its own.
+    has_sampler = beside != "shards"
+    if has_sampler:
+        cases["packs"]["broken"] = ["epoch of the sampler"]
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29703"]
     ranks = run_cases(tmp_path, cases, launcher, num_ranks=2)
     for stage in cases:
         assert_equal_to_full(ranks, stage)
-    assert "samples" in differences(ranks, "packs", "8 without epoch of the sampler")
+    if has_sampler:
+        assert "samples" in differences(ranks, "packs", "8 without epoch of the sampler")
 
 
 # The terminal sends Ctrl-C and its end to launcher, ranks and workers; torchrun's ranks are out of its reach, and get
