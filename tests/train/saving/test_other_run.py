@@ -126,6 +126,12 @@ def test_images_of_other_sizes_are_said(go_on, copy):
         ("full", [], ["--group_by_modality_length", "True"], "group_by_modality_length was False, is True"),
         ("full", [], ["--train_sampling_strategy", "sequential"], "--train_sampling_strategy was random, is sequ"),
         ("full", PACKS, ["--packing_tokens", "300"], "--packing_tokens was 200, is 300"),
+        (
+            "full",
+            [],
+            ["--accelerator_config", '{"even_batches": false}'],
+            "--accelerator_config even_batches was True, is False",
+        ),
     ],
 )
 def test_flags_that_make_another_step_are_refused_with_both_values(go_on, stage, first, more, found):
