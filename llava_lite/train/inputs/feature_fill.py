@@ -16,7 +16,7 @@ from llava_lite.distributed.activity import NotedBatches
 from llava_lite.distributed.ranks import everyone
 from llava_lite.train.together import together
 
-# Images of one call of the tower.
+# Images of one call of the tower, if more than one.
 BATCH_IMAGES = 16
 # Up to so many stored features a rank are compared with their checksums before the first step, and all when read.
 CHECKED_BYTES = 8 << 30
@@ -147,12 +147,22 @@ class ImageSet(Dataset):
                 self.dataset.reading.end()
 
 
+def images_at_once(args) -> int:
+    """Return how many images a call of the tower gets.
+
+    One on a CPU if a micro-batch is one record: the features, and the run, are then bit for bit those without a cache
+    where no record has several images. Kernels may round a larger batch otherwise, and a GPU is slow with one image.
+    """
+    is_alone = args.device.type == "cpu" and args.per_device_train_batch_size == 1 and args.packing != "tokens"
+    return 1 if is_alone else BATCH_IMAGES
+
+
 def write_features(store: FeatureStore, keys: np.ndarray, images: ImageSet, tower, args) -> dict[int, Broken]:
     """Run the tower over the images and write their features; return those that cannot be used, by slot."""
     from tqdm import tqdm
 
     loader = DataLoader(
-        images, BATCH_IMAGES, collate_fn=list, num_workers=min(args.dataloader_num_workers, len(images))
+        images, images_at_once(args), collate_fn=list, num_workers=min(args.dataloader_num_workers, len(images))
     )
     bar = tqdm(total=len(images), desc="features of images", disable=len(images) < 512 or args.process_index > 0)
     broken = {}

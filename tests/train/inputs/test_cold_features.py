@@ -76,6 +76,14 @@ def test_image_by_image_a_run_with_a_cold_cache_is_that_without_bit_for_bit(run,
     assert_same(run("cold", setting, "--feature_cache", tmp_path / "store"), run("none", setting))
 
 
+def test_on_a_cpu_a_cache_changes_nothing_of_a_run_with_one_image_a_micro_batch(run, tmp_path):
+    alone = ("--per_device_train_batch_size", 1, "--gradient_accumulation_steps", 4)
+    store = (*alone, "--feature_cache", tmp_path / "store")
+    none = run("none", "plain", *alone)
+    assert_same(run("cold", "plain", *store), none)
+    assert_same(run("warm", "plain", *store), none)
+
+
 def test_features_in_a_larger_batch_of_the_tower_differ_by_rounding_alone(run, tmp_path):
     store = ("--feature_cache", tmp_path / "store", "--max_grad_norm", 0, "--optim", "sgd")
     cached, none = run("cold", "plain", *store), run("none", "plain", *store[2:])
