@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from copy import deepcopy
 from functools import lru_cache
 from typing import Any
 
@@ -76,12 +77,21 @@ def resolve_vision_config(config) -> PreTrainedConfig:
 
 
 def load_vision_config(name: str, cache_dir=None, local_files_only: bool = False, token=None) -> PreTrainedConfig:
-    """Read the config of a vision tower by hub id or path; of an image-and-text model the vision part."""
-    return _load_vision_config(name, cache_dir, local_files_only, token)
+    """Read the config of a vision tower by hub id or path; of an image-and-text model the vision part.
+
+    The caller's own: a change of it reaches no other model. The Hub is asked once a process.
+    """
+    if os.path.exists(name):
+        return _read_vision_config(name, cache_dir, local_files_only, token)
+    return deepcopy(_ask_once(name, cache_dir, local_files_only, token))
 
 
 @lru_cache(maxsize=16)
-def _load_vision_config(name: str, cache_dir, local_files_only, token) -> PreTrainedConfig:
+def _ask_once(name: str, cache_dir, local_files_only, token) -> PreTrainedConfig:
+    return _read_vision_config(name, cache_dir, local_files_only, token)
+
+
+def _read_vision_config(name: str, cache_dir, local_files_only, token) -> PreTrainedConfig:
     hub = {"cache_dir": cache_dir, "local_files_only": local_files_only, "token": token}
     if name.endswith(".pth") and os.path.isfile(name):
         # A release of ImageBind, which has no config beside it.

@@ -108,3 +108,9 @@ def test_the_released_file_of_imagebind_is_a_tower_of_the_published_size(tmp_pat
     assert (config.model_type, config.hidden_size, config.num_hidden_layers) == ("imagebind", 1024, 32)
     with pytest.raises(NotADirectoryError, match="is a file; give the directory"):
         check_source(str(path), "--model_name_or_path")
+
+
+def test_a_change_of_a_towers_config_reaches_no_other_model(toy_tower_dir):
+    name = str(toy_tower_dir("clip"))
+    load_vision_config(name).hidden_size = 1
+    assert load_vision_config(name).hidden_size == 32
