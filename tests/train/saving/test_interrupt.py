@@ -1,6 +1,7 @@
 """A run that ends, well or with an error, ends: its loaders' workers, which SIGTERM cannot end, do not hold it."""
 
 import os
+import re
 import subprocess
 import sys
 
@@ -21,7 +22,7 @@ def test_run_that_fails_with_workers_returns_with_its_error(persistent, stage_fl
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 1
-    assert "NonFiniteError: step" in done.stderr.splitlines()[-1]
+    assert re.match(r"llava-lite train: step 2: rank 0: loss \w+ for samples", done.stderr.splitlines()[-1])
 
 
 @pytest.mark.slow

@@ -206,6 +206,15 @@ class Payload:
         return Path.touch, (Path(self.path),)
 
 
+def write_manifest_anew(checkpoint):
+    """Make the manifest that of the files which are there now, as a stranger can."""
+    from llava_lite.train.saving import manifest as paper
+
+    manifest = json.loads((checkpoint / paper.MANIFEST).read_text())
+    names = paper.list_files(checkpoint)
+    paper.write_manifest(checkpoint, manifest | {"files": paper.digests(checkpoint, names)})
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("place", ["mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_optim_states.pt"])
 def test_a_checkpoint_with_code_in_it_is_refused_and_the_code_does_not_run(stage_flags, launch, tmp_path, place):
@@ -216,14 +225,11 @@ def test_a_checkpoint_with_code_in_it_is_refused_and_the_code_does_not_run(stage
     file = checkpoint / "global_step3" / place
     state = torch.load(file, weights_only=False)
     torch.save(state | {"more": Payload(tmp_path / "ran")}, file)
+    with pytest.raises(BrokenCheckpoint, match=f"{place} has .* bytes, the manifest has"):
+        load(checkpoint, device="cpu")
+    write_manifest_anew(checkpoint)
     with pytest.raises(ValueError, match=rf"{place}' cannot be read.*pickle with code in it"):
         load(checkpoint, device="cpu")
-    # Resumed, with a manifest that fits.
-    from llava_lite.train.saving import manifest as paper
-
-    manifest = json.loads((checkpoint / paper.MANIFEST).read_text())
-    manifest["files"] |= paper.digests(checkpoint, [f"global_step3/{place}"])
-    paper.write_manifest(checkpoint, manifest)
     again = [*flags, "--max_steps", "4", "--resume_from_checkpoint", str(checkpoint)]
     found = launch([{"name": "again", "argv": again}], tmp_path, world_size=1)
     assert "pickle with code in it" in found["again"][0]["error"]
@@ -237,8 +243,12 @@ def test_a_checkpoint_that_lacks_the_files_of_a_rank_is_refused(stage_flags, lau
     checkpoint = tmp_path / "out" / "checkpoint-3"
     assert holds_step(checkpoint)
     (checkpoint / "global_step3" / "zero_pp_rank_1_mp_rank_00_optim_states.pt").unlink()
+    with pytest.raises(BrokenCheckpoint, match=r"zero_pp_rank_1_mp_rank_00_optim_states\.pt is missing"):
+        load(checkpoint, device="cpu")
+    write_manifest_anew(checkpoint)
     with pytest.raises(OSError, match="cannot be put together from the files of its ranks"):
         load(checkpoint, device="cpu")
     shutil.rmtree(checkpoint / "global_step3")
+    write_manifest_anew(checkpoint)
     with pytest.raises(OSError, match=r"names 'global_step3', and there is no such directory"):
         load(checkpoint, device="cpu")
