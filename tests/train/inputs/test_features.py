@@ -46,9 +46,9 @@ def test_losses_and_gradients_are_those_of_a_run_without(
     tower_calls.clear(), opened.clear()
     cached = run_stage(stage, tmp_path / "cached", *flags, "--feature_cache", tmp_path / "store", data=data)
     num_images = int(cached.train_dataset.has_image.sum())
-    # A blank image to find the shape of the output, then all of them, 16 at most at a time, and none in the run.
+    # A blank image to find the shape of the output, then each alone, as a micro-batch shows it, and none in the run.
     assert len(opened) == num_images == 16
-    assert len(tower_calls) == 2
+    assert len(tower_calls) == 17
     assert losses(tmp_path / "cached") == pytest.approx(losses(tmp_path / "plain"), rel=1e-6)
     for (name, one), (_, other) in zip(
         plain.model.state_dict().items(), cached.model.state_dict().items(), strict=True
@@ -198,6 +198,7 @@ def test_each_node_makes_all_that_it_lacks_however_many_ranks_the_others_have(st
         others = {int: (0, 1), dict: ({}, {})}
         monkeypatch.setattr(feature_fill, "everyone", lambda value: [value, *others.get(type(value), ())])
         args = {"process_index": 0, "world_size": 3, "local_process_index": 0, "dataloader_num_workers": 0}
+        args |= {"device": torch.device("cpu"), "per_device_train_batch_size": 4, "packing": "samples"}
         feature_fill.fill(store, keys, starts, tower, dataset, SimpleNamespace(**args), trainer.leave_out)
     assert (store.find(keys)["shard"] >= 0).all()
 
