@@ -128,6 +128,6 @@ def test_two_ranks_with_workers_resume_bit_for_bit_on_records_of_their_own(toy_l
             assert results[step]["samples"] == results["full"]["samples"][-num_left:]
             assert results[step]["log"] == results["full"]["log"]
             assert results[step]["weights"] == results["full"]["weights"]
-    first, second = ({sample for batch in results["full"]["samples"][:8] for sample in batch} for results in ranks)
+    first, second = ({sample for _, batch in results["full"]["samples"][:8] for sample in batch} for results in ranks)
     assert len(first) == len(second) == 8
     assert not first & second
