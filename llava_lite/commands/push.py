@@ -25,12 +25,15 @@ def main(argv=None):
     options = vars(build_parser().parse_args(argv))
     from llava_lite.checkpoints.step_weights import holds_step, verify_model
     from llava_lite.hub.push import push_directory
+    from llava_lite.train.saving.final_files import FILES
 
     directory = options.pop("directory")
     if holds_step(directory):
         verify_model(directory)
     elif damage := find_damage_to_share(Path(directory)):
-        raise ValueError(f"{damage} Nothing is uploaded.")
+        raise ValueError(
+            f"{damage} Nothing is uploaded. If you changed the model on purpose, remove {FILES} there and push again."
+        )
     commit = push_directory(directory, options.pop("repo_id"), **options)
     print(commit.pr_url or commit.commit_url)
 

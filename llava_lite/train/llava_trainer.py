@@ -165,7 +165,8 @@ class LLaVATrainer(
     def create_scheduler(self, num_training_steps, optimizer=None):
         """Return the learning-rate schedule, after noting its settings, which a checkpoint overwrites."""
         scheduler = super().create_scheduler(num_training_steps, optimizer)
-        self.follow_flags.note(self.optimizer, scheduler)
+        # DeepSpeed makes the optimizer of its JSON later than Trainer's.
+        self.follow_flags.note(self.optimizer if optimizer is None else optimizer, scheduler)
         return scheduler
 
     # The public get_train_dataloader would have to make the loader again, with all of its settings.

@@ -104,6 +104,11 @@ def check_optimizer(training_args):
             f"--optim {optim}: no checkpoint can hold its state, which is not only tensors in its state_dict(), and a "
             "stopped run would not go on as it was. Choose another; adafactor and lomo need little memory too."
         )
+    if training_args.uses_deepspeed and optim.startswith("schedule_free"):
+        raise ValueError(
+            f"--optim {optim}: under DeepSpeed nothing sets the averaged weights with which it evaluates and "
+            "ends. Leave --deepspeed out, or choose another --optim."
+        )
     try:
         # Without a model, which some look for next: they are asked again when there is one.
         Trainer.get_optimizer_cls_and_kwargs(training_args)

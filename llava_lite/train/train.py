@@ -15,7 +15,6 @@ from llava_lite.distributed.activity import note
 from llava_lite.distributed.ranks import leave
 from llava_lite.distributed.watch import LostRankError, stop_watch, watched
 from llava_lite.errors import DiskError
-from llava_lite.hub.errors import HubError
 from llava_lite.train.arguments.parse import build_parser, parse_args
 from llava_lite.train.arguments.paths import check_enough_records, check_needed, check_paths
 from llava_lite.train.arguments.short_help import asks_for_help, main_page
@@ -42,7 +41,7 @@ from llava_lite.train.monitor.guards import NoGradientError
 from llava_lite.train.monitor.report.page import write_report
 from llava_lite.train.monitor.report.record import open_record
 from llava_lite.train.monitor.summary import finished_before, peak_memory_gib, start_again, summary
-from llava_lite.train.publish.push import check_can_push
+from llava_lite.train.publish.push import UploadError, check_can_push, upload
 from llava_lite.train.saving.interrupt import EXIT_RESUMABLE
 from llava_lite.train.saving.lock import hold_output, release_output
 from llava_lite.train.saving.manifest import BrokenCheckpoint, SaveError
@@ -63,7 +62,7 @@ logger = logging.getLogger("llava_lite.train.train")
 
 # Errors of a run that trains which are for people; another ValueError would be a fault of ours.
 OF_STEPS = (DataError, LostRankError, NonFiniteError, NoGradientError)
-IN_A_RUN = (*OF_STEPS, DiskError, SaveError, BrokenCheckpoint, HubError)
+IN_A_RUN = (*OF_STEPS, DiskError, SaveError, BrokenCheckpoint, UploadError)
 
 # The files that hold the names which scripts written for LLaVA import from here.
 _LLAVA_NAMES = {
@@ -216,18 +215,6 @@ def run_alone(stage, argv):
     return trainer
 
 
-def upload(trainer):
-    """Upload the final directory; a failure says that the run itself is complete, and how to upload it later."""
-    try:
-        trainer.push_to_hub()
-    except (HubError, ValueError) as error:
-        path, repo = trainer.args.output_dir, trainer.hub_model_id
-        raise HubError(
-            f"the run is complete in {path}, and its upload failed: {error} "
-            f"Upload it later: llava-lite push {path} {repo}"
-        ) from error
-
-
 def main(argv=None):
     """Train a stage; for the command line and launchers, where an error is reported in one line.
 
@@ -262,8 +249,8 @@ def run_flags(flags, argv):
         with errors_in_one_line(IN_A_RUN):
             run(stage, argv)
     except SystemExit as end:
-        # After a signal all ranks have saved; after an error some may be anywhere.
-        if end.code == EXIT_RESUMABLE:
+        # After a signal all ranks have saved, before an upload all have ended; after an error some may be anywhere.
+        if end.code == EXIT_RESUMABLE or isinstance(end.__context__, UploadError):
             leave()
         raise
     leave()

@@ -127,6 +127,12 @@ def test_an_optimizer_that_no_checkpoint_holds_is_refused(optim):
         check_optimizer(TrainingArguments(output_dir="out", **flags))
 
 
+def test_a_schedule_free_optimizer_under_deepspeed_is_refused():
+    plugin = SimpleNamespace(deepspeed_config={})
+    with pytest.raises(ValueError, match=r"^--optim schedule_free_adamw: under DeepSpeed nothing sets the averaged"):
+        check_optimizer(SimpleNamespace(uses_deepspeed=True, deepspeed_plugin=plugin, optim="schedule_free_adamw"))
+
+
 def test_an_optimizer_of_the_deepspeed_json_needs_no_package_of_the_flag():
     plugin = SimpleNamespace(deepspeed_config={"optimizer": {"type": "AdamW"}})
     check_optimizer(SimpleNamespace(uses_deepspeed=True, deepspeed_plugin=plugin, optim="adamw_torch_4bit"))

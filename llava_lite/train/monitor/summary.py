@@ -16,6 +16,7 @@ from llava_lite.train.monitor.log_lines import is_number
 from llava_lite.train.monitor.losses import get_ends, get_losses, loss_text
 from llava_lite.train.monitor.report.files import STATE
 from llava_lite.train.monitor.report.words import count, time_line
+from llava_lite.train.publish.push import push_command
 from llava_lite.train.saving import manifest as paper
 from llava_lite.train.saving.final_files import find_damage
 from llava_lite.train.saving.other_ranks import DIVISION, RANKS, global_batch
@@ -209,6 +210,7 @@ def already_finished(args, state: dict) -> str:
         f"  to train on:     {continued}\n"
         "  to train again:  another --output_dir, or --resume_from_checkpoint False, which replaces the model\n"
         f"  to chat with it:   {chat_command(directory)}"
+        + (f"\n  to upload it:      {push_command(args)}" if args.push_to_hub else "")
     )
 
 

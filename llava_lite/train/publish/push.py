@@ -1,12 +1,14 @@
 """Upload the finished directory in one commit, and checkpoints only if --hub_strategy asks for them."""
 
 import logging
+import shlex
 from pathlib import Path
 
 from huggingface_hub import HfApi
 from transformers.trainer_utils import HubStrategy
 
-from llava_lite.hub.errors import readable_errors
+from llava_lite.errors import get_sentence
+from llava_lite.hub.errors import HubError, readable_errors
 from llava_lite.hub.push import push_directory, shareable_config
 from llava_lite.train.arguments.tuning import PARTIAL_TUNINGS
 
@@ -22,6 +24,35 @@ def check_can_push(model_args, training_args) -> None:
             "mm_vision_tower": model_args.vision_tower,
         }
         shareable_config(named, training_args.output_dir)
+
+
+class UploadError(HubError):
+    """The upload of a finished run failed; no rank waits for another any more."""
+
+
+def upload(trainer) -> None:
+    """Upload the final directory. Raises UploadError, which says that the run itself is complete, and what to do."""
+    try:
+        trainer.push_to_hub()
+    # Whatever kind: of a client's thread, of its library for transfers, of the disk.
+    except Exception as error:
+        reason = get_sentence(error).splitlines()[0].rstrip(".")
+        raise UploadError(
+            f"the run is complete in {trainer.args.output_dir}, and its upload failed: {reason}. Upload it later: "
+            f"{push_command(trainer.args)}"
+        ) from error
+
+
+def push_command(args) -> str:
+    """Return the command that uploads the final directory of a run as its flags say."""
+    words = ["llava-lite", "push", args.output_dir, get_repository(args)]
+    words += ["--revision", args.hub_revision] if args.hub_revision else []
+    return shlex.join([*words, *(["--private"] if args.hub_private_repo else [])])
+
+
+def get_repository(args) -> str:
+    """Return the repository of a run."""
+    return args.hub_model_id or Path(args.output_dir).absolute().name
 
 
 class PushingMixin:
@@ -40,7 +71,7 @@ class PushingMixin:
         if not self.is_world_process_zero():
             return
         args, self.upload, self.push_in_progress = self.args, None, None
-        name = args.hub_model_id or Path(args.output_dir).absolute().name
+        name = get_repository(args)
         token, private = token or args.hub_token, args.hub_private_repo if private is None else private
         with readable_errors(name, token=token):
             self.hub_model_id = HfApi(token=token).create_repo(name, private=private, exist_ok=True).repo_id
@@ -56,7 +87,7 @@ class PushingMixin:
         args = self.args
         return push_directory(
             args.output_dir,
-            self.hub_model_id or args.hub_model_id or Path(args.output_dir).absolute().name,
+            self.hub_model_id or get_repository(args),
             commit_message=commit_message or "End of training",
             private=args.hub_private_repo if private is None else private,
             token=token or args.hub_token,

@@ -37,7 +37,7 @@ def find_damage(directory: Path) -> str | None:
             return f"{name} of the finished run in {directory} is missing."
         if (found := path.stat().st_size) != num_bytes and not is_edited(path):
             return f"{name} of the finished run in {directory} has {found:,} bytes, and {num_bytes:,} were written."
-    for name, found in paper.digests(directory, names).items():
+    for name, found in paper.digests(directory, [name for name in names if written[name]["sha256"]]).items():
         if found["sha256"] != written[name]["sha256"] and not is_edited(directory / name):
             return f"{name} of the finished run in {directory} is not as it was written (its SHA-256 is another)."
     return None
@@ -46,11 +46,20 @@ def find_damage(directory: Path) -> str | None:
 def read_list(directory: Path) -> dict[str, dict] | None:
     """Return what `write_list` wrote, by name; None where there is no such list, or a damaged one."""
     try:
-        written = read_fields(directory / FILES)
+        # A FIFO would never end.
+        written = read_fields(directory / FILES) if (directory / FILES).is_file() else {}
     except (OSError, ValueError):
         return None
-    is_whole = all(isinstance(facts, dict) and facts.keys() == {"size", "sha256"} for facts in written.values())
-    return written if written and is_whole and all(type(f["size"]) is int for f in written.values()) else None
+    # At first a list had sizes alone.
+    sizes = {name: facts.get("size") if isinstance(facts, dict) else facts for name, facts in written.items()}
+    is_list = all(type(size) is int for size in sizes.values()) and all(map(lies_inside, written))
+    hashes = {name: facts.get("sha256") for name, facts in written.items() if isinstance(facts, dict)}
+    return {name: {"size": sizes[name], "sha256": hashes.get(name)} for name in sizes} if sizes and is_list else None
+
+
+def lies_inside(name: str) -> bool:
+    """Tell whether a name of the list is one that `write_list` writes, and leads nowhere else."""
+    return not Path(name).is_absolute() and ".." not in Path(name).parts and name.isprintable()
 
 
 def is_edited(path: Path) -> bool:

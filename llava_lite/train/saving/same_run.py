@@ -16,7 +16,7 @@ from llava_lite.train.saving.trained_weights import TRAINED, trained_names
 TRAINER_STATE = "trainer_state.json"
 # Flags without which the state of the optimizer, the weights beside it or the order of records are another run's.
 AS_STEPS = ("optim", "bf16", "fp16", "bits", "train_sampling_strategy")
-AS_STEPS_OF_ACCELERATE = ("split_batches", "dispatch_batches", "even_batches", "use_seedable_sampler")
+AS_STEPS_OF_ACCELERATE = ("split_batches", "even_batches", "use_seedable_sampler")
 AS_STEPS_OF_LORA = ("lora_alpha", "lora_r")
 AS_STEPS_OF_4_BITS = ("quant_type", "double_quant")
 # Flags that may be changed on purpose, at the price of another run.

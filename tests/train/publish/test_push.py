@@ -3,13 +3,14 @@
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 from hub_client import environment, serving
 
 from llava_lite.model import LlavaLlamaForCausalLM
 from llava_lite.train.arguments.parse import parse_args
-from llava_lite.train.publish.push import check_can_push
+from llava_lite.train.publish.push import UploadError, check_can_push, push_command, upload
 
 RUN = """
 import json
@@ -95,21 +96,46 @@ def test_state_to_resume_from_goes_up_where_it_is_asked_for(client, stage_flags,
 
 def test_a_hub_that_is_gone_at_the_end_costs_nothing_of_the_run(stage_flags, tmp_path):
     out = tmp_path / "out"
-    flags = stage_flags("full", out, "--max_steps", 30, "--push_to_hub", True, "--hub_model_id", "tester/late")
+    flags = stage_flags("full", out, "--max_steps", 60, "--push_to_hub", True, "--hub_model_id", "tester/late")
+    flags += ["--hub_revision", "exp", "--hub_private_repo", "True"]
     command = [sys.executable, "-m", "llava_lite.train.train", *flags]
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     with serving() as address:
-        run = subprocess.Popen(command, env=environment(address, tmp_path / "home"), **streams)
+        run = subprocess.Popen(command, env=environment(address, tmp_path / "home", PYTHONUNBUFFERED="1"), **streams)
         # The repository is made before the first step.
-        next(line for line in run.stdout if "'loss'" in line)
-    printed = run.stdout.read()
+        printed = [next(run.stdout)]
+        while "'loss'" not in printed[-1]:
+            printed += [next(run.stdout)]
+    printed = "".join([*printed, run.stdout.read()])
     assert run.wait(timeout=300) == 1
     last = printed.splitlines()[-1]
     assert f"the run is complete in {out}, and its upload failed: the Hub at {address} cannot be reached" in last
-    assert last.endswith(f"Upload it later: llava-lite push {out} tester/late")
+    push = f"llava-lite push {out} tester/late --revision exp --private"
+    assert last.endswith(f"Upload it later: {push}")
     assert "Traceback" not in printed
     assert json.loads((out / "run.json").read_text())["end"]["state"] == "finished"
     assert LlavaLlamaForCausalLM.from_pretrained(out).num_parameters() > 0
+    again = subprocess.run(command, **streams, env=environment(address, tmp_path / "home"), timeout=300)
+    assert again.returncode == 0
+    assert f"to upload it:      {push}" in again.stdout
+
+
+def test_the_command_that_uploads_later_has_quotes_where_it_needs_them():
+    args = SimpleNamespace(output_dir="/tmp/my run", hub_model_id="me/run", hub_revision=None, hub_private_repo=None)
+    assert push_command(args) == "llava-lite push '/tmp/my run' me/run"
+
+
+def test_an_upload_that_fails_for_another_reason_says_the_same(run_stage, tmp_path):
+    trainer = run_stage("full", tmp_path, "--max_steps", 1)
+
+    def push_to_hub():
+        raise RuntimeError("Data processing error: CAS service error\nsecond line")
+
+    trainer.push_to_hub = push_to_hub
+    with pytest.raises(
+        UploadError, match=r"complete in .*: Data processing error: CAS service error\. Upload it later"
+    ):
+        upload(trainer)
 
 
 def test_part_that_nobody_else_could_open_is_refused_before_anything_is_loaded(stage_flags, tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import shutil
 from pathlib import Path
 
@@ -141,6 +142,27 @@ def test_any_file_that_is_lost_or_changed_is_named(directory, name, harm):
     assert find_damage(directory).startswith(f"{name} of the finished run in {directory} ")
 
 
+@pytest.mark.parametrize("harm", [delete, cut])
+def test_a_list_that_has_sizes_alone_is_compared_by_them(directory, harm):
+    write_list(directory)
+    sizes = {name: facts["size"] for name, facts in json.loads((directory / FILES).read_text()).items()}
+    (directory / FILES).write_text(json.dumps(sizes))
+    assert find_damage(directory) is None
+    harm(directory / "merges.txt")
+    assert find_damage(directory).startswith("merges.txt of the finished run")
+
+
+@pytest.mark.parametrize("name", ["/etc/passwd", "../config.json", "a/../../b", "\udc80"])
+def test_a_list_that_leads_out_of_its_directory_is_no_list(directory, name):
+    (directory / FILES).write_text(json.dumps({name: {"size": 1, "sha256": "0" * 64}}))
+    assert find_damage(directory) is None
+
+
+def test_a_pipe_in_place_of_the_list_is_not_waited_for(directory):
+    os.mkfifo(directory / FILES)
+    assert find_damage(directory) is None
+
+
 def test_what_a_person_edits_is_not_lost(directory):
     write_list(directory)
     (directory / "README.md").unlink()
@@ -148,7 +170,9 @@ def test_what_a_person_edits_is_not_lost(directory):
     assert find_damage(directory) is None
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"config.json": 1}', '{"config.json": {}}', "[" * 100_000])
+@pytest.mark.parametrize(
+    "content", ["", "{", "[]", "{}", '{"config.json": "1"}', '{"config.json": {}}', "[" * 100_000]
+)
 def test_a_list_that_is_damaged_itself_is_left_out(directory, content):
     (directory / FILES).write_text(content)
     assert find_damage(directory) is None
