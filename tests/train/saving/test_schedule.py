@@ -7,11 +7,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate.utils import DummyOptim
 from safetensors.torch import load_file
 from torch.optim.lr_scheduler import LambdaLR
 
 from llava_lite.model import LlavaLlamaForCausalLM
 from llava_lite.train.saving.schedule import get_settings, set_rates, warn_if_rate_is_zero
+from llava_lite.train.train import prepare
 
 SAVING = ["--save_strategy", "steps", "--save_steps", "2", "--lr_scheduler_type", "cosine", "--learning_rate", "1e-3"]
 
@@ -94,6 +96,16 @@ def test_equal_flags_change_nothing(caplog):
         set_rates(optimizer, scheduler, settings, base_rates)
     assert (dict(optimizer.param_groups[0]), scheduler.get_last_lr()) == before
     assert caplog.text == ""
+
+
+def test_the_settings_of_an_optimizer_of_the_deepspeed_json_are_noted(stage_flags, tmp_path):
+    trainer = prepare(stage_flags("full", tmp_path, "--max_steps", 4)).trainer
+    # Trainer has a stand-in for it, and DeepSpeed hands its own to the schedule.
+    trainer.optimizer = DummyOptim(trainer.model.parameters())
+    own = torch.optim.AdamW([{"params": [torch.nn.Parameter(torch.ones(1))], "weight_decay": 0.3}], lr=0.5)
+    trainer.create_scheduler(4, optimizer=own)
+    assert [group["weight_decay"] for group in trainer.follow_flags.settings] == [0.3]
+    assert trainer.follow_flags.base_rates == [0.5]
 
 
 class CountingAdamW(torch.optim.AdamW):
