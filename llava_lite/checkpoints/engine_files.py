@@ -6,8 +6,10 @@ import logging
 import sys
 from collections.abc import Mapping
 from contextlib import redirect_stdout
+from enum import Enum
 from importlib import import_module
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 
@@ -97,6 +99,14 @@ def read_state(file: Path, mmap: bool = True):
         return load_pickle(file, mmap=mmap)
 
 
-def allowed_states(file="the checkpoint") -> list[type]:
-    """Return the classes of OF_DEEPSPEED; ImportError names the file that needs DeepSpeed."""
-    return [getattr(deepspeed_module(name, file), kind) for name, kinds in OF_DEEPSPEED.items() for kind in kinds]
+def allowed_states(file="the checkpoint") -> list:
+    """Return the classes of OF_DEEPSPEED, and what reads members of enumerations; ImportError names the file."""
+    kinds = [getattr(deepspeed_module(name, file), kind) for name, kinds in OF_DEEPSPEED.items() for kind in kinds]
+    return [*kinds, (get_member, "builtins.getattr")]
+
+
+def get_member(kind, name: str) -> Enum:
+    """Return the member of an enumeration, which Python 3.11.0 to 3.11.3 pickle as getattr(kind, name)."""
+    if not (isinstance(kind, type) and issubclass(kind, Enum) and name in kind.__members__):
+        raise UnpicklingError(f"GLOBAL builtins.getattr was to read {name!r} of {kind!r}, no member of an enumeration")
+    return kind[name]
