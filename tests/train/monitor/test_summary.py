@@ -132,6 +132,7 @@ def test_a_run_that_did_not_end_is_not_taken_for_finished(missing, started, tmp_
 
 def arguments(directory, **changes):
     defaults = {"max_steps": -1, "num_train_epochs": 1.0, "resume_from_checkpoint": None, "should_save": True}
+    defaults["push_to_hub"] = False
     return SimpleNamespace(output_dir=str(directory), **(defaults | changes))
 
 
