@@ -80,7 +80,10 @@ class CheckpointMixin(SameRunMixin):
             path = find_checkpoint(self.args.output_dir, resume_from_checkpoint or False, self.args.should_save)
             self.check_checkpoint(path)
             with self.progress.workers_ended():
-                return super().train(resume_from_checkpoint=path, **kwargs)
+                result = super().train(resume_from_checkpoint=path, **kwargs)
+            if path is not None:
+                self.checkpoint_writer.finish_pruning()
+            return result
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """Return the micro-batches of a step; none for a run that has all its steps, which would take one more."""

@@ -1,5 +1,6 @@
 """Write the state of a running Trainer to checkpoint-N, which is complete or absent whatever fails on any rank."""
 
+import logging
 import shutil
 import time
 from collections.abc import Callable
@@ -20,6 +21,8 @@ from llava_lite.train.saving.run_facts import FACTS
 from llava_lite.train.saving.same_run import TRAINER_STATE
 from llava_lite.train.saving.trained_weights import PROJECTOR, TRAINED, projector_state, trained_state
 from llava_lite.train.tuning import count
+
+logger = logging.getLogger(__name__)
 
 # A directory can show up late on another node: network file systems cache names for some seconds.
 _SHARED_DIRECTORY_WAIT_S = 30
@@ -164,8 +167,20 @@ class CheckpointWriter:
         }
         paper.write_manifest(staged, manifest)
         paper.publish(staged, final)
-        best = trainer.state.best_model_checkpoint
-        paper.prune(final.parent, trainer.args.save_total_limit, keep=[final, *([best] if best else [])])
+        self.prune(final.parent, [final])
+
+    def prune(self, output_dir: Path, keep: list[Path] = ()) -> None:
+        """On the writer, delete the oldest checkpoints beyond --save_total_limit, but never the best one."""
+        best = self.trainer.state.best_model_checkpoint
+        if self.trainer.args.should_save:
+            paper.prune(output_dir, self.trainer.args.save_total_limit, keep=[*keep, *([best] if best else [])])
+
+    def finish_pruning(self) -> None:
+        """Delete what a run that was killed between its last save and `prune` has left: no save follows that would."""
+        try:
+            self.prune(Path(self.trainer.args.output_dir))
+        except OSError as error:
+            logger.warning("Checkpoints beyond --save_total_limit are left, delete them yourself: %s", error)
 
 
 def wait_for_directory(staged: Path) -> None:

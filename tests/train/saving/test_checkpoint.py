@@ -89,6 +89,41 @@ def test_only_so_many_checkpoints_are_kept_and_the_best_among_them(tmp_path):
     assert all(torch.equal(trainer.model.state_dict()[name], weight) for name, weight in saved.items())
 
 
+def test_a_run_killed_between_its_last_save_and_the_deletion_deletes_when_it_is_started_again(tmp_path):
+    class Killed(BaseException):
+        """Ends the process, as far as the code under test can tell."""
+
+    arguments = {"save_total_limit": 2, "max_steps": 8}
+    killed = plain.build_trainer(tmp_path, **arguments)
+    prune = paper.prune
+
+    def prune_unless_killed(*args, **kwargs):
+        if killed.state.global_step == 8:
+            raise Killed
+        prune(*args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(paper, "prune", prune_unless_killed)
+        with pytest.raises(Killed):
+            killed.train()
+    assert sorted(os.listdir(tmp_path)) == ["checkpoint-4", "checkpoint-6", "checkpoint-8"]
+    plain.build_trainer(tmp_path, **arguments).train(resume_from_checkpoint=True)
+    assert sorted(os.listdir(tmp_path)) == ["checkpoint-6", "checkpoint-8"]
+
+
+def test_checkpoints_that_cannot_be_deleted_at_the_end_are_named_and_the_run_goes_on(tmp_path, monkeypatch, caplog):
+    plain.build_trainer(tmp_path, max_steps=8).train()
+
+    def refuse(*args, **kwargs):
+        raise PermissionError(13, "Permission denied", str(tmp_path / "checkpoint-2"))
+
+    monkeypatch.setattr(paper, "prune", refuse)
+    plain.build_trainer(tmp_path, max_steps=8, save_total_limit=2).train(resume_from_checkpoint=True)
+    (line,) = [record.getMessage() for record in caplog.records if "save_total_limit" in record.getMessage()]
+    assert "checkpoint-2" in line
+    assert "delete them yourself" in line
+
+
 def test_a_best_checkpoint_that_was_damaged_since_is_named_and_not_loaded(tmp_path):
     class Damage(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
