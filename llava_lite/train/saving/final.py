@@ -234,9 +234,10 @@ def findable(name: str) -> str:
 
 
 def set_averaged_weights(trainer) -> None:
-    """Set the averaged weights of a schedule-free optimizer, as an evaluation does; the best model has them."""
+    """Set the averaged weights of a schedule-free optimizer, as an evaluation does; a best model has them already."""
     averages = getattr(trainer.optimizer, "eval", None)
-    if averages is not None and not trainer.args.load_best_model_at_end:
+    has_best = trainer.args.load_best_model_at_end and trainer.state.best_model_checkpoint is not None
+    if averages is not None and not has_best:
         averages()
 
 

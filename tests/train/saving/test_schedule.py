@@ -3,6 +3,7 @@
 import json
 import math
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -12,6 +13,7 @@ from safetensors.torch import load_file
 from torch.optim.lr_scheduler import LambdaLR
 
 from llava_lite.model import LlavaLlamaForCausalLM
+from llava_lite.train.saving.final import set_averaged_weights
 from llava_lite.train.saving.schedule import get_settings, set_rates, warn_if_rate_is_zero
 from llava_lite.train.train import prepare
 
@@ -163,16 +165,41 @@ class Averaging(CountingAdamW):
         self.set_mode(False)
 
 
-def test_the_final_model_of_a_schedule_free_optimizer_is_the_averaged_one(run_stage, tmp_path, monkeypatch):
+EVALUATING = ["--eval_split", "4", "--eval_strategy", "steps", "--load_best_model_at_end", "True"]
+
+
+# The best model was saved after its evaluation, which sets the averaged weights.
+@pytest.mark.parametrize(("more", "factor"), [([], 2), ([*EVALUATING, "--eval_steps", "2"], 1)])
+def test_the_final_model_of_a_schedule_free_optimizer_is_the_averaged_one(
+    run_stage, tmp_path, monkeypatch, more, factor
+):
     package = SimpleNamespace(AdamWScheduleFree=Averaging, SGDScheduleFree=None)
     monkeypatch.setitem(sys.modules, "schedulefree", package)
     monkeypatch.setattr("transformers.trainer_optimizer.is_schedulefree_available", lambda *version: True)
     flags = [*SAVING, "--optim", "schedule_free_adamw", "--max_steps", "4"]
-    run_stage("full", tmp_path / "out", *flags)
-    # The weights of a checkpoint are those that go on training.
-    trained = load_file(tmp_path / "out/checkpoint-4/trained.safetensors")
+    run_stage("full", tmp_path / "out", *flags, *more)
+    state = json.loads((tmp_path / "out/trainer_state.json").read_text())
+    # The weights of a checkpoint are those that go on training, or those that were just evaluated.
+    checkpoint = state["best_model_checkpoint"] or tmp_path / "out/checkpoint-4"
+    assert (state["best_model_checkpoint"] is not None) == (factor == 1)
+    trained = load_file(Path(checkpoint) / "trained.safetensors")
     saved = dict(LlavaLlamaForCausalLM.from_pretrained(tmp_path / "out").named_parameters())
-    assert all(torch.equal(saved[name], 2 * weight) for name, weight in trained.items())
+    assert all(torch.equal(saved[name], factor * weight) for name, weight in trained.items())
+
+
+@pytest.mark.parametrize(
+    ("load_best", "best", "num_averaged"), [(False, None, 1), (True, "out/checkpoint-2", 0), (True, None, 1)]
+)
+def test_the_averaged_weights_are_set_unless_the_best_model_was_loaded(load_best, best, num_averaged):
+    calls = []
+    trainer = SimpleNamespace(
+        optimizer=SimpleNamespace(eval=lambda: calls.append("eval")),
+        args=SimpleNamespace(load_best_model_at_end=load_best),
+        # None: its checkpoint was deleted while the run went on, and the Trainer loads nothing.
+        state=SimpleNamespace(best_model_checkpoint=best),
+    )
+    set_averaged_weights(trainer)
+    assert len(calls) == num_averaged
 
 
 @pytest.mark.parametrize(
