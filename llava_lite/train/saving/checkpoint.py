@@ -82,7 +82,8 @@ class CheckpointMixin(SameRunMixin):
             with self.progress.workers_ended():
                 result = super().train(resume_from_checkpoint=path, **kwargs)
             if path is not None:
-                self.checkpoint_writer.finish_pruning()
+                # A run that was killed between its last save and the deletion has none left that would delete.
+                self.checkpoint_writer.prune(Path(self.args.output_dir), [Path(path)])
             return result
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):

@@ -169,18 +169,17 @@ class CheckpointWriter:
         paper.publish(staged, final)
         self.prune(final.parent, [final])
 
-    def prune(self, output_dir: Path, keep: list[Path] = ()) -> None:
-        """On the writer, delete the oldest checkpoints beyond --save_total_limit, but never the best one."""
-        best = self.trainer.state.best_model_checkpoint
-        if self.trainer.args.should_save:
-            paper.prune(output_dir, self.trainer.args.save_total_limit, keep=[*keep, *([best] if best else [])])
+    def prune(self, output_dir: Path, keep: list[Path]) -> None:
+        """On the writer, delete the oldest checkpoints beyond --save_total_limit, but not the best one or `keep`.
 
-    def finish_pruning(self) -> None:
-        """Delete what a run that was killed between its last save and `prune` has left: no save follows that would."""
+        What cannot be deleted is named; the checkpoint that was written is complete.
+        """
+        best = self.trainer.state.best_model_checkpoint
         try:
-            self.prune(Path(self.trainer.args.output_dir))
+            if self.trainer.args.should_save:
+                paper.prune(output_dir, self.trainer.args.save_total_limit, keep=[*keep, *([best] if best else [])])
         except OSError as error:
-            logger.warning("Checkpoints beyond --save_total_limit are left, delete them yourself: %s", error)
+            logger.warning("checkpoints beyond --save_total_limit are left, delete them yourself: %s", error)
 
 
 def wait_for_directory(staged: Path) -> None:

@@ -111,17 +111,25 @@ def test_a_run_killed_between_its_last_save_and_the_deletion_deletes_when_it_is_
     assert sorted(os.listdir(tmp_path)) == ["checkpoint-6", "checkpoint-8"]
 
 
-def test_checkpoints_that_cannot_be_deleted_at_the_end_are_named_and_the_run_goes_on(tmp_path, monkeypatch, caplog):
+def test_a_checkpoint_that_is_named_to_resume_from_is_kept_by_a_run_that_saves_none(tmp_path):
     plain.build_trainer(tmp_path, max_steps=8).train()
+    again = plain.build_trainer(tmp_path, max_steps=8, save_total_limit=1, save_strategy="no")
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    assert sorted(os.listdir(tmp_path)) == ["checkpoint-4", "checkpoint-8"]
 
+
+def test_checkpoints_that_cannot_be_deleted_are_named_and_the_run_goes_on(tmp_path, monkeypatch, caplog):
     def refuse(*args, **kwargs):
         raise PermissionError(13, "Permission denied", str(tmp_path / "checkpoint-2"))
 
     monkeypatch.setattr(paper, "prune", refuse)
-    plain.build_trainer(tmp_path, max_steps=8, save_total_limit=2).train(resume_from_checkpoint=True)
-    (line,) = [record.getMessage() for record in caplog.records if "save_total_limit" in record.getMessage()]
-    assert "checkpoint-2" in line
-    assert "delete them yourself" in line
+    plain.build_trainer(tmp_path, max_steps=4, save_total_limit=1).train()
+    plain.build_trainer(tmp_path, max_steps=4, save_total_limit=1).train(resume_from_checkpoint=True)
+    lines = [record.getMessage() for record in caplog.records if "save_total_limit" in record.getMessage()]
+    # At both saves, and at the end of the run that is resumed.
+    assert len(lines) == 3
+    assert all("checkpoint-2" in line and "delete them yourself" in line for line in lines)
+    assert newest_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-4")
 
 
 def test_a_best_checkpoint_that_was_damaged_since_is_named_and_not_loaded(tmp_path):
