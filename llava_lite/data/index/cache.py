@@ -23,6 +23,8 @@ ADVICE = f"Make room there, or n{OTHER_PLACE}"
 # An array file ends with these bytes and the CRC-32 of all bytes before them; NumPy ignores what follows an array.
 MARK = b"\0crc-32\0"
 _PIECE_BYTES = 1 << 22
+# By the version of NumPy's format: arrays without names in Unicode have these.
+_READ_HEADER = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 # The array files that this process has compared with their checksums, as they were: path -> what `stat` said.
 _compared = {}
 
@@ -144,9 +146,15 @@ def load_array(path: Path) -> np.ndarray | None:
     read at all.
     """
     try:
-        check_array(path)
+        # Opened once: another process may put a new file in its place at any time.
+        with open(path, "rb") as file:
+            _compare(path, file)
+            file.seek(0)
+            read_header = _READ_HEADER[np.lib.format.read_magic(file)]
+            shape, is_fortran, dtype = read_header(file)
+            array = np.memmap(file, dtype, "r", file.tell(), shape, "F" if is_fortran else "C")
         # A plain view: indexing a np.memmap takes a microsecond more.
-        return np.load(path, mmap_mode="r").view(np.ndarray)
+        return array.view(np.ndarray)
     except FileNotFoundError:
         return None
     except IsADirectoryError as error:
@@ -158,16 +166,15 @@ def load_array(path: Path) -> np.ndarray | None:
         raise DiskError(f"{path} cannot be read: {error.strerror or error}. N{OTHER_PLACE}") from error
 
 
-def check_array(path: Path) -> None:
-    """Raise DamagedArray if the bytes of an array file are not those that were written."""
-    status = os.stat(path)
+def _compare(path: Path, file) -> None:
+    """Raise DamagedArray if the bytes of an open array file are not those that were written."""
+    status = os.fstat(file.fileno())
     state = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
     if _compared.get(os.fspath(path)) == state:
         return
-    with open(path, "rb") as file:
-        checksum = get_checksum(file, status.st_size - len(MARK) - 4)
-        if file.read() != MARK + checksum.to_bytes(4, "little"):
-            raise DamagedArray("its checksum differs")
+    checksum = get_checksum(file, status.st_size - len(MARK) - 4)
+    if file.read() != MARK + checksum.to_bytes(4, "little"):
+        raise DamagedArray("its checksum differs")
     _compared[os.fspath(path)] = state
 
 

@@ -104,6 +104,20 @@ def test_an_array_is_compared_once_in_a_process(tmp_path, monkeypatch):
     assert load_array(tmp_path / "b.npy") is None
 
 
+@pytest.mark.parametrize("size", [1, 9])
+def test_an_array_that_another_process_replaces_meanwhile_is_not_taken_for_damaged(tmp_path, monkeypatch, size):
+    path = tmp_path / "a.npy"
+    save_array(path, np.arange(5))
+
+    def replace_and_open(*args):
+        monkeypatch.undo()
+        save_array(path, np.arange(size))
+        return open(*args)
+
+    monkeypatch.setattr(cache, "open", replace_and_open, raising=False)
+    assert load_array(path).tolist() == list(range(size))
+
+
 def test_a_directory_that_is_full_is_named_with_the_bytes(tmp_path):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
