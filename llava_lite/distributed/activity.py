@@ -146,3 +146,8 @@ class NotedBatches:
             return next(self.batches)
         finally:
             note(f"{self.what}: has a batch", self.then, alone=self.alone)
+
+    def close(self) -> None:
+        """End the iterator, if it is a generator."""
+        if hasattr(self.batches, "close"):
+            self.batches.close()

@@ -1,7 +1,9 @@
 """Look at and end processes of this machine, by the number and the start time that make one unique."""
 
+import multiprocessing
 import os
 import signal
+import time
 from pathlib import Path
 
 
@@ -39,6 +41,28 @@ def end_process(pid: int, start: str | None) -> None:
             os.kill(pid, signal.SIGKILL)
         except (ProcessLookupError, PermissionError):
             return
+
+
+def end_children(owner: int, limit_s: float = 5.0) -> None:
+    """End the daemonic children of the process `owner` that are left when it ends, for `atexit`.
+
+    Python ends them with SIGTERM, and waits for ever for one that blocks it, as a loader worker of a run does, or that
+    is stopped. Here one that is left after `limit_s` seconds is killed.
+    """
+    # A forked process has the list of its parent's children.
+    children = [child for child in multiprocessing.active_children() if child.daemon] if os.getpid() == owner else []
+    if not children:
+        return
+    if hasattr(signal, "SIGCHLD"):
+        # torch raises an error for each killed worker.
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    for child in children:
+        child.terminate()
+    deadline = time.monotonic() + limit_s
+    for child in children:
+        child.join(max(0.0, deadline - time.monotonic()))
+        if child.is_alive():
+            child.kill()
 
 
 def is_mapped(path: Path) -> bool:

@@ -85,6 +85,13 @@ def open_stream(tokenizer, settings, data_args, training_args, facts) -> StreamD
     return stream
 
 
+class StreamLoader(DataLoader):
+    """A DataLoader whose iterator can be closed, which ends its workers, as accelerate's can."""
+
+    def __iter__(self):
+        yield from super().__iter__()
+
+
 class StreamMixin:
     """Trainer overrides for a StreamDataset as train_dataset; with any other they change nothing."""
 
@@ -98,7 +105,7 @@ class StreamMixin:
         if self.stream is None:
             return super().get_train_dataloader()
         args = self.args
-        return DataLoader(
+        return StreamLoader(
             self.stream,
             batch_size=None,
             collate_fn=StreamCollator(self.data_collator),

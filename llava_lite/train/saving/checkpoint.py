@@ -90,6 +90,7 @@ class CheckpointMixin(SameRunMixin):
         """Return the micro-batches of a step; none for a run that has all its steps, which would take one more."""
         if self.progress.is_finished:
             return [], None
+        self.progress.batches = epoch_iterator
         return super().get_batch_samples(epoch_iterator, num_batches, device)
 
     def set_sampler_epoch(self, train_dataloader, epoch: int) -> None:

@@ -34,7 +34,7 @@ class ProgressCallback(TrainerCallback):
     frozen: checksums of the frozen weights. last_saved: (path, whether it holds the model alone) of the last save.
     saved_by_others: (path, number of ranks) of a checkpoint that another number of ranks saved. is_finished: whether a
     run has all its steps before its first batch. stop_requested: the name of the signal after which a run saves and
-    ends. leaves_process: nobody needs the signals after that.
+    ends. leaves_process: nobody needs the signals after that. batches: the iterator of the epoch.
     """
 
     def __init__(self, trainer):
@@ -43,6 +43,7 @@ class ProgressCallback(TrainerCallback):
         self.first_step, self.seconds_before, self._started_s = 0, 0.0, time.time()
         self.signals, self.stop_requested, self.leaves_process = SignalWatch(), None, False
         self.epoch, self.is_finished, self.is_resumed, self.is_evaluating = 0, False, False, False
+        self.batches = None
 
     def state(self) -> dict:
         """Return this rank's progress, readable under `weights_only`."""
@@ -103,10 +104,21 @@ class ProgressCallback(TrainerCallback):
 
     def on_epoch_end(self, args, state, control, **kwargs):
         """Count the epoch; of a run that has trained nothing, nothing is written again."""
+        self.end_batches()
         if self.trainer.due.begin_epoch_end():
             self.epoch += 1
             if self.is_finished:
                 control.should_log = control.should_evaluate = control.should_save = False
+
+    def end_batches(self) -> None:
+        """End the iterator of an epoch that was left before its last batch, and with it the workers.
+
+        Frames may hold it: those of an error that a library has caught keep each other, as in matplotlib's import for
+        the first plots. What collects them may come late, and then the queues that tell the workers to end are gone.
+        """
+        batches, self.batches = self.batches, None
+        if hasattr(batches, "close"):
+            batches.close()
 
     def count_earlier_time(self, metrics: dict) -> None:
         """Turn the time and speed of this process, in the metrics that end a run, into those of the complete run."""
@@ -174,8 +186,7 @@ class ProgressCallback(TrainerCallback):
     def workers_ended(self):
         """Let the loaders' workers end when training ends, with an error or after a signal too.
 
-        They inherit that SIGTERM is blocked, with which Python would end them at exit, and it waits for them: a run
-        that failed would never return. They end with the loader's iterator, which the frames of the error hold.
+        They end with the loader's iterator, which the frames of the error hold.
         """
         try:
             yield
@@ -185,6 +196,7 @@ class ProgressCallback(TrainerCallback):
             if not (is_saved and self.leaves_process):
                 self.signals.hand_back(forget=is_saved)
             self.end_persistent_workers()
+            self.batches = None
             cause = error
             while cause is not None:
                 traceback.clear_frames(cause.__traceback__)

@@ -1,10 +1,13 @@
 """Note SIGTERM, SIGINT and SIGHUP while a run trains, so that it saves instead of dying of them."""
 
+import atexit
 import logging
 import os
 import signal
 import threading
 import time
+
+from llava_lite.distributed.processes import end_children
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +52,9 @@ class SignalWatch:
         taken = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
         self._handlers = {number: signal.signal(number, self._handle) for number in taken}
         signal.pthread_sigmask(signal.SIG_BLOCK, taken)
+        # Python would wait at exit for a worker that is left.
+        atexit.unregister(end_children)
+        atexit.register(end_children, os.getpid())
         self._start_watching()
 
     def _start_watching(self) -> None:

@@ -1,11 +1,50 @@
 """A run that ends, well or with an error, ends: its loaders' workers, which SIGTERM cannot end, do not hold it."""
 
+import multiprocessing
 import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+
+from llava_lite.train.inputs.shards import StreamLoader
+
+
+def test_a_run_leaves_whatever_holds_its_workers(tmp_path):
+    script = Path(__file__).with_name("leaving_run.py")
+    runs = {
+        how: subprocess.Popen(
+            [sys.executable, script, tmp_path / how, how],
+            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for how in ("frame", "worker", "stopped")
+    }
+    left = {}
+    try:
+        for how, run in runs.items():
+            output, errors = run.communicate(timeout=120)
+            assert run.returncode == 0, errors
+            assert "Traceback" not in errors
+            left[how] = output.splitlines()[-1]
+    finally:
+        for run in runs.values():
+            run.kill()
+    assert left == {"frame": "left 0", "worker": "left 1", "stopped": "left 1"}
+
+
+def test_a_loader_of_streams_ends_its_workers_when_its_iterator_is_closed():
+    batches = iter(StreamLoader(range(40), batch_size=None, num_workers=2))
+    assert next(batches) == 0
+    frame = batches.gi_frame
+    assert len(multiprocessing.active_children()) == 2
+    batches.close()
+    assert multiprocessing.active_children() == []
+    del frame
 
 
 @pytest.mark.slow
