@@ -6,18 +6,21 @@
 #   --slow     also the tests that take minutes: ranks, launchers, complete stages
 #   --oldest   the core of the suite with the oldest transformers that is supported, in an environment of its own
 #   --renew-golden   write the trajectories of tests/golden again, and run nothing else
+#
+# The whole suite runs in a process for each core, as far as the memory reaches; `-n 0` runs it in one. The slow tests and
+# a part of the suite run in one: ranks and kills need the cores themselves.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/lib/env.sh"
 
 # Packaging, scripts and the tiny world do not depend on the version of transformers.
 NOT_CORE=(--ignore=tests/test_package.py --ignore=tests/test_readme.py --ignore=tests/docs --ignore=tests/scripts --ignore=tests/playground)
 
-constraints=$ROOT/constraints.txt markers="not slow" paths=(tests)
+constraints=$ROOT/constraints.txt markers="not slow" paths=(tests) parallel=(--dist loadfile)
 while [ $# -gt 0 ]; do
     case $1 in
-        --slow) markers="" ;;
+        --slow) markers="" parallel=() ;;
         --oldest) constraints=$ROOT/constraints-5.17.txt paths=(tests "${NOT_CORE[@]}") ;;
-        --renew-golden) paths=(tests/train/test_golden.py -k kept --renew-golden) ;;
+        --renew-golden) paths=(tests/train/test_golden.py -k kept --renew-golden) parallel=() ;;
         --help | -h) sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//;p}' "$0" && exit 0 ;;
         *) break ;;
     esac
@@ -31,6 +34,8 @@ build_ops
 fetch_model_tests
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 for argument in "$@"; do
-    [ ! -e "${argument%%::*}" ] || paths=()
+    [ ! -e "${argument%%::*}" ] || paths=() parallel=()
 done
-exec python -m pytest -m "$markers" "${paths[@]}" "$@"
+[ ${#parallel[@]} -eq 0 ] ||
+    parallel+=(-n "$(python -c 'import psutil; print(max(1, min(psutil.cpu_count(), psutil.virtual_memory().available >> 32)))')")
+exec python -m pytest -m "$markers" "${parallel[@]}" "${paths[@]}" "$@"

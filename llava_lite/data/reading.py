@@ -71,7 +71,9 @@ class ReadingNotes:
         return found or "no worker has begun to read"
 
 
-def _name(worker: int, pid: int) -> str:
+def _name(worker: int | None, pid: int) -> str:
+    if worker is None:
+        return f"a worker (pid {pid})"
     return "this process" if pid == os.getpid() else f"worker {worker} (pid {pid})"
 
 
@@ -93,20 +95,22 @@ def dead_workers_named(*notes: ReadingNotes | None):
             raise
         found = "; ".join(
             f"{_name(worker, pid)} of the data loader was killed or crashed; it "
-            f"{'was reading' if seconds else 'had read'} {text}"
+            + (f"{'was reading' if seconds else 'had read'} {text}" if text else "had not begun to read")
             for worker, pid, seconds, text in dead
         )
+        look = ", or look at this record" if any(line[3] for line in dead) else ""
         raise DataError(
-            f"{found}. Mostly the machine has run out of memory: lower --dataloader_num_workers, or look at this "
-            "record. Start the run again to resume from its last checkpoint."
+            f"{found}. Mostly the machine has run out of memory: lower --dataloader_num_workers{look}. Start the run "
+            "again to resume from its last checkpoint."
         ) from error
 
 
 def _find_dead(error: Exception, notes) -> list:
-    """Return the lines of the workers whose death an error comes from."""
+    """Return the lines of the workers whose death an error comes from; one that had read nothing has no text."""
     died = _DIED.search(str(error))
     pids = {int(pid) for pid in died[1].split(",")} if died else ()
     lines = [line for table in notes if table is not None for line in table.read()]
     is_cut_off = isinstance(error, (ConnectionError, EOFError, FileNotFoundError))
     # A worker that ended as it should was not reading.
-    return [line for line in lines if line[1] in pids or (is_cut_off and line[2] and has_ended(line[1]))]
+    found = [line for line in lines if line[1] in pids or (is_cut_off and line[2] and has_ended(line[1]))]
+    return found + [(None, pid, 0.0, "") for pid in sorted(set(pids) - {line[1] for line in found})]

@@ -61,6 +61,16 @@ def test_a_worker_that_is_killed_is_named_with_its_record():
         list(DataLoader(data, 1, num_workers=2))
 
 
+def test_a_worker_that_is_killed_before_its_first_record_is_named():
+    data = Records(2)
+    loader = DataLoader(data, 1, num_workers=2, worker_init_fn=lambda worker: os.kill(os.getpid(), signal.SIGKILL))
+    with (
+        pytest.raises(DataError, match=r"^a worker \(pid \d+\) of the data loader .* had not begun to read\. Mostly"),
+        dead_workers_named(None, data.reading),
+    ):
+        list(loader)
+
+
 def test_another_error_is_raised_as_it_is():
     data = Records(1)
     list(DataLoader(data, 1))

@@ -230,13 +230,27 @@ def soak(directory: Path, flags, num_faults: int, num_ranks: int, seed: int, tot
     return lines
 
 
+def wait_for_end(run: Run) -> int | None:
+    """Return the exit status of a run, None once it has made no step for LIMIT_S seconds."""
+    while True:
+        step, code = run.step(), run.wait(LIMIT_S)
+        if code is not None or run.step() == step:
+            return code
+
+
 def wait_after(run: Run, line: dict) -> int | None:
-    """Return the exit status of a run after its fault; one that met an idle worker is killed some steps later."""
+    """Return the exit status of a run after its fault, None for one that hangs.
+
+    One that met an idle worker is killed some steps later, or ends as ever.
+    """
     if line["fault"] is None:
-        return run.wait(None)
+        return wait_for_end(run)
     deadline = time.monotonic() + LIMIT_S
     while time.monotonic() < deadline:
         if (code := run.wait(0.5)) is not None:
+            if code == 0 and line["fault"].endswith("worker"):
+                # Nothing that the run needs was left for it to read.
+                line["was_idle"] = True
             return code
         if line["fault"].endswith("worker") and run.step() > line["step"] + 3 * STEPS_AHEAD:
             line["was_idle"] = True
@@ -407,7 +421,7 @@ def compare(args, limit: int | None) -> int:
     start_s = time.monotonic()
     full = Run(args.flags, args.directory / "untouched", args.directory / "untouched.log", args.ranks)
     try:
-        code = full.wait(None)
+        code = wait_for_end(full)
     finally:
         full.end()
     if code != 0:
