@@ -7,8 +7,8 @@
 #   --oldest   the core of the suite with the oldest transformers that is supported, in an environment of its own
 #   --renew-golden   write the trajectories of tests/golden again, and run nothing else
 #
-# The whole suite runs in a process for each core, as far as the memory reaches; `-n 0` runs it in one. The slow tests and
-# a part of the suite run in one: ranks and kills need the cores themselves.
+# The suite and its directories run in a process for each core, as far as the memory reaches; `-n 0` runs them in one.
+# Single files and the slow tests run in one: ranks and kills need the cores themselves.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/lib/env.sh"
 
@@ -34,7 +34,8 @@ build_ops
 fetch_model_tests
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 for argument in "$@"; do
-    [ ! -e "${argument%%::*}" ] || paths=() parallel=()
+    [ ! -e "${argument%%::*}" ] || paths=()
+    [ ! -f "${argument%%::*}" ] || parallel=()
 done
 [ ${#parallel[@]} -eq 0 ] ||
     parallel+=(-n "$(python -c 'import psutil; print(max(1, min(psutil.cpu_count(), psutil.virtual_memory().available >> 32)))')")

@@ -28,6 +28,21 @@ def pytest_addoption(parser):
     parser.addoption("--renew-golden", action="store_true", help="write the trajectories of tests/golden again")
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_report_to_serializable(config, report):
+    """Escape lone surrogates, of which some tests make names: xdist sends what a test logs as UTF-8."""
+    return escaped((yield))
+
+
+def escaped(value):
+    """Return nested lists and dicts with texts that UTF-8 can hold."""
+    if isinstance(value, str):
+        return value.encode("utf-8", "backslashreplace").decode()
+    if isinstance(value, dict):
+        return {escaped(key): escaped(one) for key, one in value.items()}
+    return type(value)(map(escaped, value)) if type(value) in (list, tuple) else value
+
+
 def pytest_collection_finish(session):
     """Keep what the libraries have made out of the garbage collector, which each training run starts once more."""
     gc.collect()

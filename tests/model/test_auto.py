@@ -23,6 +23,7 @@ from transformers import (
     pipeline,
 )
 from transformers.integrations.moe import ExpertsInterface
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import llava_lite.model
 from llava_lite.media.preprocess import load_image_processor
@@ -119,22 +120,17 @@ def test_both_llavas_are_saved_and_opened_in_one_process(directory, tmp_path):
 
 
 def test_importing_the_package_once_more_registers_its_classes_again(monkeypatch):
-    # Of attention and experts too the other tests get the functions of the first import back.
+    # The other tests get the classes and functions of the first import back.
     for interface in (AttentionInterface, AttentionMaskInterface, ExpertsInterface):
         monkeypatch.setattr(interface, "_global_mapping", interface._global_mapping.copy())
+    monkeypatch.setattr(CONFIG_MAPPING, "_extra_content", CONFIG_MAPPING._extra_content.copy())
     for name in [name for name in sys.modules if name.split(".")[0] == "llava_lite"]:
         monkeypatch.delitem(sys.modules, name)
     again = importlib.import_module("llava_lite.model")
-    try:
-        assert again is not llava_lite.model
-        assert type(AutoConfig.for_model("llava_llama")) is again.LlavaLlamaConfig
-        mapped = AutoModelForImageTextToText._model_mapping[again.LlavaLlamaConfig]
-        assert mapped is again.LlavaLlamaForCausalLM
-    finally:
-        for model_class in BACKBONES.values():
-            # Give the other tests the classes of the first import back.
-            config = model_class.config_class
-            AutoConfig.register(config.model_type, config, exist_ok=True)
+    assert again is not llava_lite.model
+    assert type(AutoConfig.for_model("llava_llama")) is again.LlavaLlamaConfig
+    mapped = AutoModelForImageTextToText._model_mapping[again.LlavaLlamaConfig]
+    assert mapped is again.LlavaLlamaForCausalLM
 
 
 def test_pipeline_answers_a_prompt_with_its_image(directory):

@@ -222,7 +222,7 @@ def test_a_keyword_that_cannot_be_followed_is_refused(pair, given, kind, output)
         (b"a", "text is a bytes"),
         ("\ud83d", "prompt 1 has a lone surrogate"),
     ],
-    ids=str,
+    ids=["None", "no prompts", "a None", "a number", "messages", "number", "bytes", "surrogate"],
 )
 def test_what_is_no_text_is_named(pair, text, output):
     with pytest.raises(ValueError, match=output):
