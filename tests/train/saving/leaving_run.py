@@ -1,9 +1,9 @@
 """Train a run of 3 steps with workers that is held at its end, and say how many workers are left.
 
-    python leaving_run.py OUTPUT_DIR frame|worker|stopped
+    python leaving_run.py OUTPUT_DIR frame|child|worker
 
-frame: something keeps a frame of the epoch, as an error in a cycle does. worker: one ignores that it is to end.
-stopped: one is stopped by a signal.
+frame: something keeps a frame of the epoch, as an error in a cycle does. child: a daemonic process that was started in
+training never looks up. worker: one of the loader is stopped by a signal after the last step.
 """
 
 import gc
@@ -22,7 +22,7 @@ kept = []
 
 
 class Hold(TrainerCallback):
-    """Holds the run at a step in the middle of its epoch."""
+    """Does in a step what holds the run at its end, in the middle of an epoch."""
 
     def __init__(self, how):
         self.how = how
@@ -31,11 +31,11 @@ class Hold(TrainerCallback):
         """Do it."""
         if self.how == "frame":
             kept.append(sys._getframe())
-        elif not kept:
+        elif self.how == "child" and not kept:
             kept.append(multiprocessing.Process(target=signal.pause, daemon=True))
             kept[0].start()
-            if self.how == "stopped":
-                os.kill(kept[0].pid, signal.SIGSTOP)
+        elif self.how == "worker" and state.global_step == state.max_steps:
+            os.kill(multiprocessing.active_children()[0].pid, signal.SIGSTOP)
 
 
 if __name__ == "__main__":
